@@ -1,0 +1,35 @@
+PYTHON ?= python3.11
+BIN := .venv/bin
+export PYTHON
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint compat bench clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+setup: ## make .venv with vLLM for CPUs and this package
+	@scripts/setup.sh
+
+demo: setup ## serve a small model with the plugin and drive it with real clients
+	@$(BIN)/python -m demo
+
+test: setup lint ## the checks and the suite, on a real engine
+	$(BIN)/pytest --ignore=tests/compat
+
+lint: setup ## ruff, and mypy --strict on the core
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+compat: setup ## the short engine test on vLLM 0.31 and 0.32
+	@scripts/setup.sh --venv .venv-0.31 --engine 0.31.0
+	.venv-0.31/bin/pytest tests/compat
+	$(BIN)/pytest tests/compat
+
+bench: setup ## measure what the plugin costs and saves
+	@$(BIN)/python -m benchmarks
+
+clean: ## remove what building, testing and the demo left; keep the environments
+	rm -rf build dist *.egg-info .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

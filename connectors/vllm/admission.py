@@ -1,0 +1,157 @@
+"""The one place every prompt passes on its way from the API to the engine, and back.
+
+On the way in a prompt gets its plan; on the way out the engine's report is taken off, so that no
+response shows it.
+"""
+
+import copy
+import logging
+import secrets
+from collections.abc import AsyncGenerator
+from dataclasses import replace
+from typing import Any
+
+from vllm_cachescope.api.exchange import Exchange, current_exchange
+from vllm_cachescope.breakpoints import RegionDefault, Segment, segments
+from vllm_cachescope.config import Config
+from vllm_cachescope.connectors.vllm import commands
+from vllm_cachescope.connectors.vllm.hashing import PLAN_KEY
+from vllm_cachescope.connectors.vllm.rendering import Boundaries
+from vllm_cachescope.plan import Plan, Span, seal
+from vllm_cachescope.prompt import Region
+from vllm_cachescope.report import Outcome, Report, account
+from vllm_cachescope.scopes import Caller, Scope, ScopeKeys
+
+logger = logging.getLogger(__name__)
+
+
+class Admission:
+    """Stands in front of the engine client's `generate`.
+
+    Args:
+        state: the API server's state.
+        config: the configuration.
+        secret: key of the scope keys and of the plans' MACs.
+    """
+
+    def __init__(self, state: Any, config: Config, secret: bytes) -> None:
+        self._engine = state.engine_client
+        self._secret = secret
+        self._keys = ScopeKeys(secret)
+        self._boundaries = Boundaries(state)
+        self._defaults = {
+            region: RegionDefault(config.regions.of(region).scope, config.regions.of(region).ttl)
+            for region in Region
+        }
+        self._block_size: int = self._engine.vllm_config.cache_config.block_size
+        self._generate = self._engine.generate
+        self._engine.generate = self.generate
+
+    async def generate(
+        self, prompt: Any, sampling_params: Any, request_id: str, **options: Any
+    ) -> AsyncGenerator[Any, None]:
+        """Do what the engine client's `generate` does, for a prompt with a plan."""
+        exchange = current_exchange.get()
+        plan = None
+        if exchange is not None:
+            plan = await self._plan(exchange, prompt, options.get("session_id"))
+        if plan is not None:
+            sampling_params = self._with_plan(sampling_params, plan)
+        reported = False
+        outputs = self._generate(prompt, sampling_params, request_id, **options)
+        try:
+            async for output in outputs:
+                data = _take_report(output)
+                if exchange is not None and plan is not None:
+                    if data is not None:
+                        exchange.reports[plan.nonce] = Report.from_wire(data)
+                        reported = True
+                    elif plan.nonce not in exchange.reports:
+                        exchange.reports[plan.nonce] = self._estimate(plan, output)
+                    if output.finished and not reported:
+                        # A stop string ends a request on the API's side; the engine's last word
+                        # on it goes nowhere and has to be fetched.
+                        await self._fetch_report(exchange, plan)
+                yield output
+        finally:
+            await outputs.aclose()
+
+    async def _plan(
+        self, exchange: Exchange, prompt: Any, session_id: str | None
+    ) -> Plan | None:
+        tokens = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
+        if not tokens:
+            return None
+        if exchange.request is None:
+            default = self._defaults[Region.MESSAGES]
+            cuts: tuple[Segment, ...] = (Segment(None, default.scope, default.ttl_s, True),)
+            ends = [len(tokens)]
+        else:
+            cuts = segments(exchange.request, self._defaults)
+            ends = await self._boundaries.ends(
+                exchange.request, exchange.body, cuts, tokens, prompt.get("prompt")
+            )
+        caller = exchange.caller
+        if session_id is not None:
+            caller = replace(caller, session=session_id)
+        return self._spans(cuts, ends, caller)
+
+    def _spans(self, cuts: tuple[Segment, ...], ends: list[int], caller: Caller) -> Plan:
+        nonce = secrets.token_hex(8)
+        spans: list[Span] = []
+        for segment, end in zip(cuts, ends, strict=True):
+            if spans and end == spans[-1].end:
+                continue
+            unreadable = segment.scope is Scope.SESSION and caller.session is None
+            spans.append(
+                Span(
+                    end,
+                    segment.scope,
+                    self._keys.key(segment.scope, caller, nonce),
+                    segment.ttl_s,
+                    # What nobody can read again is not worth keeping.
+                    segment.covered and not unreadable,
+                )
+            )
+        return Plan(tuple(span for span in spans if span.end > 0), nonce)
+
+    def _with_plan(self, sampling_params: Any, plan: Plan) -> Any:
+        planned = copy.copy(sampling_params)
+        extra = dict(planned.extra_args or {})
+        params = dict(extra.get("kv_transfer_params") or {})
+        params[PLAN_KEY] = seal(plan, self._secret)
+        offload = params.get("max_offload_tokens")
+        covered = plan.covered_tokens
+        params["max_offload_tokens"] = (
+            min(offload, covered) if type(offload) is int and offload >= 0 else covered
+        )
+        extra["kv_transfer_params"] = params
+        planned.extra_args = extra
+        return planned
+
+    def _estimate(self, plan: Plan, output: Any) -> Report:
+        """What the first token tells: how much was read. Everything else that is covered counts
+        as created; the engine's report, at the end, knows of blocks that were there already."""
+        read = output.num_cached_tokens or 0
+        blocks = range(read // self._block_size, plan.covered_tokens // self._block_size)
+        return account(plan, self._block_size, [(Outcome.READ_DEVICE, read)], blocks)
+
+    async def _fetch_report(self, exchange: Exchange, plan: Plan) -> None:
+        try:
+            answers = await commands.call(self._engine, "report", plan.nonce)
+        except Exception:
+            logger.warning("The engine's report could not be fetched", exc_info=True)
+            return
+        for data in answers:
+            if data is not None:
+                exchange.reports[plan.nonce] = Report.from_wire(data)
+
+
+def _take_report(output: Any) -> dict[str, Any] | None:
+    params = getattr(output, "kv_transfer_params", None)
+    if not params or PLAN_KEY not in params:
+        return None
+    data: dict[str, Any] = params.pop(PLAN_KEY)
+    if not params:
+        output.kv_transfer_params = None
+    return data

@@ -1,0 +1,28 @@
+"""The way from the API process to the connector in the engine process.
+
+vLLM lets its API process call methods of `EngineCore` by name; one more method of it passes calls
+on to the connector. They run between two steps, on the scheduler's thread.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm.engine.protocol import EngineClient
+
+_METHOD = "cachescope"
+
+
+def install() -> None:
+    """Give vLLM's EngineCore the method. To be called in the engine's process."""
+    from vllm.v1.engine.core import EngineCore
+
+    setattr(EngineCore, _METHOD, _run)
+
+
+def _run(core: Any, command: str, *args: Any) -> Any:
+    return getattr(core.scheduler.connector, f"command_{command}")(*args)
+
+
+async def call(engine: "EngineClient", command: str, *args: Any) -> list[Any]:
+    """Run the connector's ``command_<command>`` in every engine; return their answers."""
+    return await engine.engine_core.call_utility_all_async(_METHOD, command, *args)

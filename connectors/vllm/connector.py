@@ -1,0 +1,161 @@
+"""The KV connector: vLLM's OffloadingConnector with scopes, lifetimes and accounts."""
+
+import time
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorRole
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
+    KVConnectorPromMetrics,
+    KVConnectorStats,
+)
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import OffloadingConnectorStats
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.request import Request
+
+from vllm_cachescope.connectors.vllm import commands, hashing
+from vllm_cachescope.connectors.vllm.cpu_tier import CPU
+from vllm_cachescope.connectors.vllm.device_tier import DEVICE
+from vllm_cachescope.connectors.vllm.keeper import Keeper, Layout
+from vllm_cachescope.connectors.vllm.offloading import for_offloading, read_config
+from vllm_cachescope.durations import format_duration
+from vllm_cachescope.metrics import (
+    EVICTIONS,
+    PROMPT_TOKENS,
+    REFUSED_PLANS,
+    RESIDENT_BYTES,
+    RESIDENT_ENTRIES,
+)
+
+
+class CacheScopeConnector(OffloadingConnector):
+    """Named in ``--kv-transfer-config``; made once in the scheduler and once in each worker."""
+
+    def __init__(
+        self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
+    ) -> None:
+        config = read_config(vllm_config)
+        super().__init__(for_offloading(vllm_config, config), role, kv_cache_config)
+        if role is not KVConnectorRole.SCHEDULER:
+            return
+        hashing.enforce(config.secret_bytes())
+        commands.install()
+        assert self.connector_scheduler is not None
+        offload = self.connector_scheduler.config
+        manager = self.connector_scheduler.manager
+        groups = tuple((g.group_idx, g.tokens_per_block) for g in offload.kv_group_configs)
+        chunk_bytes: int = manager.primary_tier.get_kv_memoryview().strides[0]
+        self._entry_bytes = {
+            CPU: chunk_bytes,
+            DEVICE: chunk_bytes // offload.blocks_per_chunk // len(groups),
+        }
+        self._keeper = Keeper(
+            Layout(offload.tokens_per_hash, groups, self._entry_bytes[DEVICE]), manager, self.clock
+        )
+        self._unreported_sweep = False
+
+    def clock(self) -> float:
+        """Return the time in seconds that lifetimes run on; it never runs backwards."""
+        return time.monotonic()
+
+    def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
+        super().bind_kv_cache_manager(kv_cache_manager)
+        self._keeper.bind(kv_cache_manager)
+
+    def on_new_request(self, request: Request) -> None:
+        self._keeper.start(request)
+        super().on_new_request(request)
+
+    def get_num_new_matched_tokens(
+        self, request: Request, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        self._keeper.found_local(request, num_computed_tokens)
+        return super().get_num_new_matched_tokens(request, num_computed_tokens)
+
+    def update_state_after_alloc(
+        self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
+    ) -> None:
+        super().update_state_after_alloc(request, blocks, num_external_tokens)
+        self._keeper.admit(request, {CPU: num_external_tokens} if num_external_tokens else {})
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        # First, since storing a chunk asks for its lifetime.
+        self._keeper.computed(scheduler_output)
+        return super().build_connector_meta(scheduler_output)
+
+    def request_finished(
+        self, request: Request, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        delayed, params = super().request_finished(request, block_ids)
+        return delayed, self._with_report(request, params)
+
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        delayed, params = super().request_finished_all_groups(request, block_ids)
+        return delayed, self._with_report(request, params)
+
+    def _with_report(
+        self, request: Request, params: dict[str, Any] | None
+    ) -> dict[str, Any] | None:
+        report = self._keeper.finish(request)
+        if report is None:
+            return params
+        return {**(params or {}), hashing.PLAN_KEY: report.to_wire()}
+
+    def has_pending_push_work(self) -> bool:
+        # One step more, so that the metrics show what an idle engine has dropped.
+        return self._unreported_sweep or super().has_pending_push_work()
+
+    def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        stats = super().get_kv_connector_stats()
+        if self.connector_scheduler is None:
+            return stats
+        self._unreported_sweep = False
+        stats = stats or OffloadingConnectorStats()
+        assert isinstance(stats, OffloadingConnectorStats)
+        keeper = self._keeper
+        for (outcome, scope, ttl_s), tokens in keeper.tokens.items():
+            ttl = format_duration(ttl_s) if ttl_s else "none"
+            stats.increase_counter(PROMPT_TOKENS.name, tokens, (outcome, scope, ttl))
+        for (tier, reason), entries in keeper.evictions.items():
+            stats.increase_counter(EVICTIONS.name, entries, (tier, str(reason)))
+        if keeper.refused_plans:
+            stats.increase_counter(REFUSED_PLANS.name, keeper.refused_plans)
+        keeper.tokens.clear()
+        keeper.evictions.clear()
+        keeper.refused_plans = 0
+        for tier, ttl_s, entries in keeper.resident():
+            labels = (tier, format_duration(ttl_s))
+            stats.set_gauge(RESIDENT_ENTRIES.name, entries, labels)
+            stats.set_gauge(RESIDENT_BYTES.name, entries * self._entry_bytes[tier], labels)
+        return stats
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: Any,
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> KVConnectorPromMetrics:
+        translated = for_offloading(vllm_config, read_config(vllm_config))
+        return super().build_prom_metrics(
+            translated, metric_types, labelnames, per_engine_labelvalues
+        )
+
+    # Commands from the API process; see `commands`.
+
+    def command_sweep(self) -> int:
+        """Drop everything that has expired; return how many entries."""
+        expired = self._keeper.sweep()
+        self._unreported_sweep = self._unreported_sweep or expired > 0
+        return expired
+
+    def command_report(self, nonce: str) -> dict[str, Any] | None:
+        """Return what has become so far of the prompt with ``nonce``."""
+        report = self._keeper.report(nonce)
+        return None if report is None else report.to_wire()

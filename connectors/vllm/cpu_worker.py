@@ -1,0 +1,100 @@
+"""Copies KV between device blocks and the CPU tier where the device is the CPU itself.
+
+On CUDA vLLM's own worker does this, untouched; it needs streams, which the CPU platform lacks.
+"""
+
+import time
+
+import torch
+from vllm.v1.kv_offload.base import (
+    CanonicalKVCaches,
+    GPULoadStoreSpec,
+    LoadStoreSpec,
+    OffloadingWorker,
+    TransferResult,
+)
+from vllm.v1.kv_offload.cpu.common import CPULoadStoreSpec
+from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
+
+
+class CpuCopyWorker(OffloadingWorker):
+    """Copies at once, on the caller's thread: memory to memory, there is nothing to wait for.
+
+    Args:
+        kv_caches: the device's KV tensors, each of shape (blocks, bytes per block).
+        blocks_per_chunk: device blocks in one chunk of the CPU tier.
+        region: the CPU tier's memory; the worker owns it from here on.
+    """
+
+    def __init__(
+        self, kv_caches: CanonicalKVCaches, blocks_per_chunk: int, region: SharedOffloadRegion
+    ) -> None:
+        self._region = region
+        self._blocks_per_chunk = blocks_per_chunk
+        self._groups = kv_caches.group_data_refs
+        self._device = [
+            cache.tensor.view(torch.int8).view(-1, cache.page_size_bytes)
+            for cache in kv_caches.tensors
+        ]
+        # Shape (chunks * blocks per chunk, bytes per block) would need contiguous chunks, which
+        # the region's strides rule out; (chunks, blocks per chunk, bytes per block) is a view.
+        self._cpu = [
+            region.create_next_worker_view(cache.page_size_bytes * blocks_per_chunk).unflatten(
+                1, (blocks_per_chunk, cache.page_size_bytes)
+            )
+            for cache in kv_caches.tensors
+        ]
+        self._finished: list[TransferResult] = []
+
+    def submit_store(
+        self, job_id: int, src_spec: GPULoadStoreSpec, dst_spec: LoadStoreSpec
+    ) -> bool:
+        assert isinstance(dst_spec, CPULoadStoreSpec)
+        return self._copy(job_id, src_spec, dst_spec, store=True)
+
+    def submit_load(self, job_id: int, src_spec: LoadStoreSpec, dst_spec: GPULoadStoreSpec) -> bool:
+        assert isinstance(src_spec, CPULoadStoreSpec)
+        return self._copy(job_id, dst_spec, src_spec, store=False)
+
+    def get_finished(self) -> list[TransferResult]:
+        finished, self._finished = self._finished, []
+        return finished
+
+    def wait(self, job_ids: set[int]) -> None:
+        return
+
+    def shutdown(self) -> None:
+        self._cpu.clear()
+        self._region.cleanup()
+
+    def _copy(
+        self, job_id: int, device: GPULoadStoreSpec, cpu: CPULoadStoreSpec, store: bool
+    ) -> bool:
+        start = time.perf_counter()
+        copied = 0
+        block_at = chunk_at = 0
+        for refs, size, first in zip(
+            self._groups, device.group_sizes, device.block_indices, strict=True
+        ):
+            if size == 0:
+                continue
+            # The first block may lie inside its chunk: `first` counts from the prompt's start.
+            skip = first % self._blocks_per_chunk
+            chunks = -(-(skip + size) // self._blocks_per_chunk)
+            slots = torch.arange(skip, skip + size)
+            blocks = torch.from_numpy(device.block_ids[block_at : block_at + size]).long()
+            chunk_ids = torch.from_numpy(cpu.chunk_ids[chunk_at : chunk_at + chunks]).long()
+            rows, columns = chunk_ids[slots // self._blocks_per_chunk], slots % self._blocks_per_chunk
+            for tensor in {ref.tensor_idx for ref in refs}:
+                on_device, in_memory = self._device[tensor], self._cpu[tensor]
+                if store:
+                    in_memory[rows, columns] = on_device[blocks]
+                else:
+                    on_device[blocks] = in_memory[rows, columns]
+                copied += size * on_device.shape[1]
+            block_at += size
+            chunk_at += chunks
+        self._finished.append(
+            TransferResult(job_id, True, copied, time.perf_counter() - start)
+        )
+        return True

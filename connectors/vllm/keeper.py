@@ -1,0 +1,266 @@
+"""Keeps the lifetimes of all blocks true to what the engine does, and accounts for each prompt."""
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_offload.base import OffloadKey, ReqContext
+from vllm.v1.kv_offload.tiering.manager import TieringOffloadingManager
+from vllm.v1.request import Request
+
+from vllm_cachescope.connectors.vllm import hashing
+from vllm_cachescope.connectors.vllm.cpu_tier import CPU, CpuTier
+from vllm_cachescope.connectors.vllm.device_tier import DEVICE, DeviceTier
+from vllm_cachescope.ledger import Ledger, Reason
+from vllm_cachescope.plan import Plan
+from vllm_cachescope.report import Outcome, Report, account
+
+REMEMBERED_PROMPTS = 4096
+"""How many finished prompts' reports can still be asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How the engine cuts prompts into blocks.
+
+    Attributes:
+        tokens_per_hash: tokens per block hash.
+        groups: ``(group id, tokens per block)`` of each KV cache group.
+        bytes_per_key: device bytes behind one key, over all workers.
+    """
+
+    tokens_per_hash: int
+    groups: tuple[tuple[int, int], ...]
+    bytes_per_key: int
+
+
+@dataclass(slots=True)
+class Prompt:
+    """What the keeper knows of one prompt.
+
+    Attributes:
+        plan: its plan.
+        block_size: tokens per block, for accounting.
+        request: the engine's request; None once it has finished.
+        read: ``(outcome, tokens)`` read when it was first scheduled; None before.
+        created: indices of the blocks it newly cached under a breakpoint.
+        registered: tokens whose blocks the ledger has seen.
+        counted: whether its tokens are in the metrics.
+    """
+
+    plan: Plan
+    block_size: int
+    request: Request | None
+    local_tokens: int = 0
+    read: list[tuple[str, int]] | None = None
+    created: list[int] = field(default_factory=list)
+    registered: int = 0
+    counted: bool = False
+
+    def report(self) -> Report:
+        """Return what has become of the prompt's tokens so far."""
+        return account(self.plan, self.block_size, self.read or (), self.created)
+
+
+class Keeper:
+    """The scheduler's side of CacheScope. Runs on the scheduler's thread and never blocks.
+
+    Args:
+        layout: how prompts are cut into blocks.
+        manager: vLLM's offloading manager, whose primary tier runs our policy.
+        clock: seconds, never running backwards.
+    """
+
+    def __init__(
+        self, layout: Layout, manager: TieringOffloadingManager, clock: Callable[[], float]
+    ) -> None:
+        self._layout = layout
+        self._clock = clock
+        self._ledger = Ledger()
+        self._device: DeviceTier | None = None
+        self._cpu = CpuTier(manager, self._is_expired)
+        self._cpu.policy.bind(self._ledger, clock, self._ttl_of, self._count_eviction)
+        self._prompts: dict[str, Prompt] = {}
+        self._by_nonce: OrderedDict[str, Prompt] = OrderedDict()
+        # Chunks that expired in the middle of a transfer; freed when it is over.
+        self._overdue: set[bytes] = set()
+        # Device blocks that were evicted; whether a twin remains shows only afterwards.
+        self._device_evicted: list[bytes] = []
+        self.evictions: Counter[tuple[str, str]] = Counter()
+        self.tokens: Counter[tuple[str, str, int]] = Counter()
+        self.refused_plans = 0
+
+    def bind(self, manager: KVCacheManager) -> None:
+        """Follow vLLM's prefix cache from here on."""
+        self._device = DeviceTier(
+            manager, self.sweep, self._device_evicted.append, self._device_reset
+        )
+
+    # One request's way through, in the order in which vLLM calls.
+
+    def start(self, request: Request) -> None:
+        """A request came in. Must run before vLLM's offloading sees it."""
+        self.sweep()
+        plan = hashing.plan_of(request)
+        block_size = self._layout.tokens_per_hash
+        prompt = Prompt(plan, block_size, request)
+        if hashing.is_private(plan):
+            self.refused_plans += 1
+            # Nobody can ever read its blocks again: they are not worth a copy.
+            request.kv_transfer_params = {**(request.kv_transfer_params or {}), "max_offload_tokens": 0}
+        else:
+            # Further samples of a prompt (n > 1) read what the first one computed; the prompt
+            # counts once, as the first one found it.
+            self._by_nonce.setdefault(plan.nonce, prompt)
+            while len(self._by_nonce) > REMEMBERED_PROMPTS:
+                self._by_nonce.popitem(last=False)
+        self._prompts[request.request_id] = prompt
+
+    def found_local(self, request: Request, tokens: int) -> None:
+        """vLLM's prefix cache holds the first ``tokens`` tokens, in whole blocks."""
+        if (prompt := self._prompts.get(request.request_id)) is not None:
+            prompt.local_tokens = tokens
+
+    def admit(self, request: Request, external: Mapping[str, int]) -> None:
+        """The request is scheduled, reading what was found.
+
+        Args:
+            request: the request.
+            external: tokens read from further tiers, by the tier's name.
+        """
+        prompt = self._prompts.get(request.request_id)
+        if prompt is None:
+            return
+        if prompt.read is None:
+            prompt.read = [(Outcome.READ_DEVICE, prompt.local_tokens)]
+            prompt.read += [(f"read_{tier}", tokens) for tier, tokens in external.items()]
+        # Refreshed now and not when the load is done: what is in use must not expire meanwhile.
+        self._register(prompt, request, prompt.local_tokens + sum(external.values()))
+
+    def computed(self, output: SchedulerOutput) -> None:
+        """A step was scheduled: the blocks that it fills are in vLLM's prefix cache now."""
+        for req_id, tokens in output.num_scheduled_tokens.items():
+            prompt = self._prompts.get(req_id)
+            if prompt is not None and prompt.request is not None:
+                self._register(prompt, prompt.request, prompt.request.num_computed_tokens + tokens)
+
+    def finish(self, request: Request) -> Report | None:
+        """The request is over; return what became of its prompt, None if it never ran."""
+        prompt = self._prompts.pop(request.request_id, None)
+        if prompt is None:
+            return None
+        self._refresh(prompt, request)
+        prompt.request = None
+        first = self._by_nonce.get(prompt.plan.nonce, prompt)
+        if first.read is None:
+            return None
+        report = first.report()
+        if not first.counted:
+            first.counted = True
+            for row in report.rows:
+                self.tokens[row.outcome, row.scope.label, row.ttl_s] += row.tokens
+        return report
+
+    def report(self, nonce: str) -> Report | None:
+        """Return what has become so far of the prompt with ``nonce``, None if it is not known."""
+        prompt = self._by_nonce.get(nonce)
+        return prompt.report() if prompt is not None and prompt.read is not None else None
+
+    def sweep(self) -> int:
+        """Drop everything that has expired, on every tier; return how many entries."""
+        self._settle_device()
+        expired = self._ledger.pop_expired(self._clock())
+        on_device = [key for key, entry in expired if DEVICE in entry.tiers]
+        in_memory = [key for key, entry in expired if CPU in entry.tiers]
+        if on_device and self._device is not None:
+            self._device.evict(on_device)
+            self._device_evicted.clear()
+            self.evictions[DEVICE, Reason.TTL] += len(on_device)
+        if in_memory:
+            self._overdue |= set(in_memory)
+            self.evictions[CPU, Reason.TTL] += len(in_memory)
+        if self._overdue:
+            self._overdue = self._cpu.discard(self._overdue)
+        return len(expired)
+
+    def resident(self) -> list[tuple[str, int, int]]:
+        """Return ``(tier, ttl_s, entries)`` for each tier and TTL class."""
+        self._settle_device()
+        return list(self._ledger.resident())
+
+    def _register(self, prompt: Prompt, request: Request, tokens: int) -> None:
+        """Start or refresh the lifetimes of the blocks in the first ``tokens`` tokens."""
+        if tokens - prompt.registered < self._layout.tokens_per_hash:
+            return
+        now = self._clock()
+        for index, (group, block_size) in enumerate(self._layout.groups):
+            stride = block_size // self._layout.tokens_per_hash
+            first = prompt.registered // block_size
+            hashes = islice(
+                request.block_hashes,
+                first * stride + stride - 1,
+                tokens // self._layout.tokens_per_hash,
+                stride,
+            )
+            suffix = group.to_bytes(4, "big")
+            blocks = [(first + i, block_hash + suffix) for i, block_hash in enumerate(hashes)]
+            # From the last to the first, so that a prefix loses its end first.
+            for block, key in reversed(blocks):
+                span = prompt.plan.span_of((block + 1) * block_size)
+                on_device = self._device is not None and self._device.holds(key)
+                if not on_device and key not in self._ledger:
+                    continue
+                new = self._ledger.touch(key, span.ttl_s, now)
+                if on_device:
+                    self._ledger.place(key, DEVICE)
+                if key in self._overdue:
+                    self._overdue.remove(key)
+                    self._ledger.place(key, CPU)
+                in_prompt = (block + 1) * block_size <= request.num_prompt_tokens
+                if new and index == 0 and span.covered and in_prompt:
+                    per_hash = range(block * stride, (block + 1) * stride)
+                    prompt.created.extend(per_hash)
+        prompt.registered = tokens // self._layout.tokens_per_hash * self._layout.tokens_per_hash
+
+    def _refresh(self, prompt: Prompt, request: Request) -> None:
+        """The request has used its blocks until now."""
+        self.sweep()
+        now = self._clock()
+        for group, block_size in self._layout.groups:
+            stride = block_size // self._layout.tokens_per_hash
+            suffix = group.to_bytes(4, "big")
+            end = prompt.registered // self._layout.tokens_per_hash
+            for index in reversed(range(stride - 1, min(end, len(request.block_hashes)), stride)):
+                key = request.block_hashes[index] + suffix
+                if (entry := self._ledger.get(key)) is not None:
+                    self._ledger.touch(key, entry.ttl_s, now)
+
+    def _is_expired(self, key: bytes) -> bool:
+        return key in self._overdue or self._ledger.is_expired(key, self._clock())
+
+    def _ttl_of(self, key: OffloadKey, context: ReqContext) -> int:
+        prompt = self._prompts.get(context.req_id)
+        position = context.get_offload_key_position(key)
+        if prompt is None or position is None:
+            return hashing.UNPLANNED_TTL_S
+        return prompt.plan.span_of(position).ttl_s
+
+    def _count_eviction(self, key: bytes, reason: Reason) -> None:
+        self.evictions[CPU, reason] += 1
+
+    def _settle_device(self) -> None:
+        if self._device is None:
+            return
+        for key in self._device_evicted:
+            entry = self._ledger.get(key)
+            if entry is not None and DEVICE in entry.tiers and not self._device.holds(key):
+                self._ledger.displace(key, DEVICE)
+                self.evictions[DEVICE, Reason.CAPACITY] += 1
+        self._device_evicted.clear()
+
+    def _device_reset(self) -> None:
+        self._device_evicted.clear()
+        self.evictions[DEVICE, Reason.RESET] += self._ledger.clear_tier(DEVICE)

@@ -1,0 +1,91 @@
+"""Configures vLLM's tiering offloading framework for CacheScope."""
+
+import copy
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.platforms import current_platform
+from vllm.v1.kv_offload.base import (
+    CanonicalKVCaches,
+    OffloadingCounterMetadata,
+    OffloadingGaugeMetadata,
+    OffloadingManager,
+    OffloadingMetricMetadata,
+    OffloadingWorker,
+)
+from vllm.v1.kv_offload.config import OffloadingConfig
+from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
+from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
+
+from vllm_cachescope.config import Config, load
+from vllm_cachescope.connectors.vllm import regions
+from vllm_cachescope.connectors.vllm.cpu_worker import CpuCopyWorker
+from vllm_cachescope.metrics import METRICS
+
+
+def read_config(vllm_config: VllmConfig) -> Config:
+    """Return CacheScope's configuration from vLLM's.
+
+    Raises:
+        ConfigError: if it cannot be used.
+    """
+    assert vllm_config.kv_transfer_config is not None
+    return load(vllm_config.kv_transfer_config.kv_connector_extra_config)
+
+
+def for_offloading(vllm_config: VllmConfig, config: Config) -> VllmConfig:
+    """Return a copy of vLLM's configuration in which the offloading framework finds its own keys
+    in place of CacheScope's."""
+    translated = copy.copy(vllm_config)
+    transfer = copy.copy(vllm_config.kv_transfer_config)
+    assert transfer is not None
+    transfer.engine_id = regions.PREFIX + str(transfer.engine_id).removeprefix(regions.PREFIX)
+    transfer.kv_connector_extra_config = {
+        "spec_name": ScopeOffloadingSpec.__name__,
+        "spec_module_path": ScopeOffloadingSpec.__module__,
+        "cpu_bytes_to_use": int(config.cpu_bytes),
+        "eviction_policy": "ScopePolicy",
+        "cache_policy_module_path": "vllm_cachescope.connectors.vllm.cpu_tier",
+        **({"block_size": config.chunk_tokens} if config.chunk_tokens else {}),
+    }
+    translated.kv_transfer_config = transfer
+    return translated
+
+
+class ScopeOffloadingSpec(TieringOffloadingSpec):
+    """vLLM's tiering, and on the CPU platform a worker that can copy there."""
+
+    @classmethod
+    def build_metric_definitions(
+        cls, extra_config: dict[str, Any]
+    ) -> dict[str, OffloadingMetricMetadata]:
+        kinds = {"counter": OffloadingCounterMetadata, "gauge": OffloadingGaugeMetadata}
+        return super().build_metric_definitions(extra_config) | {
+            metric.name: kinds[metric.kind](metric.help, metric.labels) for metric in METRICS
+        }
+
+    def __init__(self, config: OffloadingConfig) -> None:
+        super().__init__(config)
+        if config.worker_kv_bytes_per_block > 0 and self.num_chunks == 0:
+            raise ValueError(
+                f"CacheScope configuration: cpu_bytes: {self.extra_config['cpu_bytes_to_use']} "
+                f"holds not even one chunk; allowed: {self.kv_bytes_per_chunk} or more"
+            )
+
+    def get_manager(self) -> OffloadingManager:
+        if self._manager is None:
+            regions.remove_stale()
+            self._lock = regions.claim(self._engine_id)
+        return super().get_manager()
+
+    def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
+        if not current_platform.is_cpu():
+            return super().get_worker(kv_caches)
+        region = SharedOffloadRegion(
+            engine_id=self._engine_id,
+            num_chunks=self.num_chunks,
+            rank=self.config.parallel.rank,
+            kv_bytes_per_chunk=self.kv_bytes_per_chunk,
+            cpu_page_size=self.cpu_page_size_per_worker,
+        )
+        return CpuCopyWorker(kv_caches, self.blocks_per_chunk, region)

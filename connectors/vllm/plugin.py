@@ -1,0 +1,29 @@
+"""What vLLM loads in each of its processes because the package is installed."""
+
+import os
+import secrets
+from contextlib import suppress
+
+from vllm_cachescope.config import SECRET_VARIABLE
+
+CONNECTOR = "CacheScopeConnector"
+
+
+def register() -> None:
+    """Make the connector known to vLLM and hook block hashing.
+
+    Changes nothing for a vLLM that does not name the connector.
+    """
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    from vllm_cachescope.connectors.vllm import hashing
+
+    if CONNECTOR not in KVConnectorFactory._registry:
+        KVConnectorFactory.register_connector(
+            CONNECTOR, "vllm_cachescope.connectors.vllm.connector", CONNECTOR
+        )
+    # vLLM loads plugins before it starts processes, so that all of them inherit one secret.
+    os.environ.setdefault(SECRET_VARIABLE, secrets.token_hex(32))
+    # The connector refuses to run without the hook; a vLLM that runs without it is left alone.
+    with suppress(hashing.HookNotInForce):
+        hashing.install()

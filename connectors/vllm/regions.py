@@ -1,0 +1,47 @@
+"""The shared-memory files of the CPU tier: whose they are, and which are left over.
+
+An engine that is killed leaves its file behind, and the memory with it. Each engine therefore
+holds a lock on a file beside its region for as long as it lives; the kernel lets go of the lock
+however the engine ends, and in whatever container.
+"""
+
+import fcntl
+import logging
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import IO
+
+PREFIX = "cachescope-"
+"""Starts the engine id of every region that is ours."""
+
+logger = logging.getLogger(__name__)
+
+
+def _region(engine_id: str, directory: Path) -> Path:
+    # The name vLLM's SharedOffloadRegion gives its file.
+    return directory / f"vllm_offload_{engine_id}.mmap"
+
+
+def claim(engine_id: str, directory: Path = Path("/dev/shm")) -> IO[bytes]:
+    """Mark the region of ``engine_id`` as in use until the returned file is closed or the
+    process ends. To be called before the region is made."""
+    lock = open(_region(engine_id, directory).with_suffix(".lock"), "wb")  # noqa: SIM115
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return lock
+
+
+def remove_stale(directory: Path = Path("/dev/shm")) -> list[Path]:
+    """Remove our regions whose engines are gone; return their paths."""
+    removed = []
+    for lock_path in directory.glob(f"vllm_offload_{PREFIX}*.lock"):
+        region = lock_path.with_suffix(".mmap")
+        with suppress(OSError), open(lock_path, "rb") as lock:
+            # Fails while the engine lives.
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.exists(region):
+                region.unlink()
+                removed.append(region)
+                logger.info("Removed %s, which a killed engine had left", region)
+            lock_path.unlink()
+    return removed

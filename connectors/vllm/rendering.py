@@ -1,0 +1,208 @@
+"""Renders parts of a request with vLLM's own code, so that every chat template is right."""
+
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Mapping
+from contextvars import ContextVar
+from typing import Any
+
+from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+
+from vllm_cachescope.boundaries import SpecialTokens, common_prefix
+from vllm_cachescope.breakpoints import Segment
+from vllm_cachescope.prompt import Part, PromptRequest, Protocol, Region
+from vllm_cachescope.wire.anthropic import is_dropped
+from vllm_cachescope.wire.truncate import truncate
+
+REMEMBERED_TOKENS = 4_000_000
+"""How many tokens of rendered tools and system prompts are kept, some 32 MB."""
+
+_NOT_RENDERED = frozenset(
+    {"max_tokens", "max_completion_tokens", "stream", "stream_options", "temperature", "top_p",
+     "top_k", "metadata", "stop", "stop_sequences", "seed", "user", "n", "session_id",
+     "prompt_cache_key", "request_id", "kv_transfer_params"}
+)  # fmt: skip
+"""Fields of a body that change no prompt, and so must not tell two equal prompts apart."""
+
+_text_only: ContextVar[bool] = ContextVar("cachescope_text_only", default=False)
+
+
+class _Rendered(BaseException):
+    """Carries a rendered text past vLLM's error handling, out of the way to its tokenizer."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+
+class CannotRender(Exception):
+    """The chat template does not take a request that ends where it was cut."""
+
+
+class Boundaries:
+    """Finds where the segments of a prompt end, in tokens.
+
+    Args:
+        state: the API server's state, with its renderer and endpoint handlers.
+    """
+
+    def __init__(self, state: Any) -> None:
+        self._state = state
+        self._renderer = state.online_renderer.renderer
+        self._tokens: OrderedDict[bytes, list[int]] = OrderedDict()
+        self._token_count = 0
+        try:
+            self._special = SpecialTokens(self._renderer.get_tokenizer().get_added_vocab())
+        except (AttributeError, NotImplementedError):
+            self._special = SpecialTokens({})
+        tokenize = self._renderer.tokenize_prompts_async
+
+        async def tokenize_prompts_async(prompts: Any, params: Any) -> Any:
+            if _text_only.get() and len(prompts) == 1 and "prompt" in prompts[0]:
+                raise _Rendered(prompts[0]["prompt"])
+            return await tokenize(prompts, params)
+
+        self._renderer.tokenize_prompts_async = tokenize_prompts_async
+
+    async def ends(
+        self,
+        request: PromptRequest,
+        body: Mapping[str, Any],
+        segments: tuple[Segment, ...],
+        tokens: list[int],
+        text: str | None,
+    ) -> list[int]:
+        """Return where each segment ends, in tokens from the start of the prompt.
+
+        A segment whose end cannot be found is empty: what it would have held is treated as part
+        of the next, narrower one.
+
+        Args:
+            request: the request.
+            body: its body.
+            segments: its segments, of which the last ends where the prompt ends.
+            tokens: the prompt's token ids.
+            text: the prompt's rendered text, if known.
+        """
+        ends: list[int] = []
+        for segment in segments:
+            if segment.after is None:
+                ends.append(len(tokens))
+                continue
+            try:
+                end = await self._end(request, body, segment.after, tokens, text)
+            except CannotRender:
+                end = 0
+            ends.append(max(end, ends[-1] if ends else 0))
+        return ends
+
+    async def _end(
+        self,
+        request: PromptRequest,
+        body: Mapping[str, Any],
+        after: Part,
+        tokens: list[int],
+        text: str | None,
+    ) -> int:
+        cut = truncate(body, request.protocol, after)
+        if after.region is Region.MESSAGES and text is not None:
+            # Histories are long and never the same: find the end without tokenising one.
+            found = await self._end_by_text(cut, request.protocol, tokens, text)
+            if found is not None:
+                return found
+        key = _content_key(cut, request.protocol)
+        rendered = self._tokens.get(key)
+        if rendered is None:
+            rendered = await self._render(cut, request.protocol)
+            self._remember(key, rendered)
+        else:
+            self._tokens.move_to_end(key)
+        return common_prefix(rendered, tokens)
+
+    async def _end_by_text(
+        self, cut: dict[str, Any], protocol: Protocol, tokens: list[int], text: str
+    ) -> int | None:
+        rendered = await self._render_text(cut, protocol)
+        if rendered is None:
+            return None
+        anchor = self._special.last_within(text, common_prefix(rendered, text), tokens)
+        if anchor is None:
+            return None
+        character, token = anchor
+        params = self._renderer.default_chat_tok_params
+        (rest,) = await self._renderer.tokenize_prompts_async(
+            [{"prompt": rendered[character:]}], params
+        )
+        return token + common_prefix(rest["prompt_token_ids"], tokens[token:])
+
+    async def _render_text(self, cut: dict[str, Any], protocol: Protocol) -> str | None:
+        mode = _text_only.set(True)
+        try:
+            await self._render(cut, protocol)
+        except _Rendered as rendered:
+            return rendered.text
+        finally:
+            _text_only.reset(mode)
+        return None
+
+    async def _render(self, cut: dict[str, Any], protocol: Protocol) -> list[int]:
+        """Return the tokens of a cut request; those of an added empty user message, which some
+        templates insist on, derive from nothing the client sent."""
+        key = "input" if protocol is Protocol.RESPONSES else "messages"
+        attempts = [cut] if cut.get(key) else []
+        if isinstance(cut.get(key, []), list):
+            attempts.append({**cut, key: [*cut.get(key, []), {"role": "user", "content": ""}]})
+        problem: Exception | None = None
+        for attempt in attempts:
+            try:
+                return await self._render_exactly(attempt, protocol)
+            except Exception as error:
+                # Templates raise what they like.
+                problem = error
+        raise CannotRender(str(problem))
+
+    async def _render_exactly(self, body: dict[str, Any], protocol: Protocol) -> list[int]:
+        renderer = self._state.online_renderer
+        if protocol is Protocol.RESPONSES:
+            result = await renderer.render_responses(ResponsesRequest.model_validate(body))
+            prompt = getattr(result, "engine_input", None)
+        else:
+            if protocol is Protocol.MESSAGES:
+                chat = await self._as_chat(AnthropicMessagesRequest.model_validate(body))
+            else:
+                chat = ChatCompletionRequest.model_validate(body)
+            result = await renderer.render_chat(chat)
+            prompt = result[1][0] if isinstance(result, tuple) else None
+        if prompt is None:
+            raise CannotRender(str(result))
+        return list(prompt["prompt_token_ids"])
+
+    async def _as_chat(self, request: AnthropicMessagesRequest) -> ChatCompletionRequest:
+        """Convert as the endpoint does."""
+        serving = self._state.anthropic_serving_messages
+        options: dict[str, Any] = {}
+        if hasattr(serving, "_merge_inline_system"):
+            options["merge_inline_system"] = serving._merge_inline_system
+        if hasattr(serving, "_get_disabled_thinking_effort"):
+            options["disabled_thinking_effort"] = await serving._get_disabled_thinking_effort()
+        return serving.to_chat_completion_request(request, **options)
+
+    def _remember(self, key: bytes, tokens: list[int]) -> None:
+        self._tokens[key] = tokens
+        self._token_count += len(tokens)
+        while self._token_count > REMEMBERED_TOKENS and len(self._tokens) > 1:
+            _, dropped = self._tokens.popitem(last=False)
+            self._token_count -= len(dropped)
+
+
+def _content_key(cut: Mapping[str, Any], protocol: Protocol) -> bytes:
+    rendered = {key: value for key, value in cut.items() if key not in _NOT_RENDERED}
+    system = rendered.get("system")
+    if protocol is Protocol.MESSAGES and isinstance(system, list):
+        # Claude Code's billing header changes with each request and never reaches the prompt.
+        blocks = (Part(Region.SYSTEM, f"system[{i}]", block) for i, block in enumerate(system))
+        rendered["system"] = [part.content for part in blocks if not is_dropped(part)]
+    text = json.dumps([protocol, rendered], separators=(",", ":"))
+    return hashlib.sha256(text.encode()).digest()

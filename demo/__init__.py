@@ -1,0 +1,1 @@
+"""A model small enough to make on the spot, and agents' conversations to put to it."""

@@ -1,0 +1,156 @@
+"""Writes what the cache did into a reply's usage, and leaves every other byte alone."""
+
+import json
+from collections.abc import Callable, Iterator, MutableMapping
+from typing import Any
+
+from starlette.types import Message, Send
+
+from vllm_cachescope.api.exchange import Exchange
+from vllm_cachescope.prompt import Protocol
+from vllm_cachescope.usage import Usage, write_chat, write_messages, write_responses
+
+_WRITERS: dict[Protocol, Callable[[MutableMapping[str, Any], Usage], None]] = {
+    Protocol.MESSAGES: write_messages,
+    Protocol.CHAT: write_chat,
+    Protocol.COMPLETIONS: write_chat,
+    Protocol.RESPONSES: write_responses,
+}
+
+
+class Reply:
+    """Passes a server's reply on to the client, usage rewritten.
+
+    Args:
+        exchange: the exchange the reply belongs to; its reports fill in while the reply runs.
+        send: the client's side.
+        stream_prewarm: whether the client asked for a pre-warming to be streamed, which the
+            server was asked to answer in one piece.
+    """
+
+    def __init__(self, exchange: Exchange, send: Send, stream_prewarm: bool = False) -> None:
+        assert exchange.request is not None
+        self._exchange = exchange
+        self._request = exchange.request
+        self._send = send
+        self._stream_prewarm = stream_prewarm
+        self._start: Message | None = None
+        self._streaming = False
+        self._held = b""
+
+    async def send(self, message: Message) -> None:
+        """Take one ASGI message from the server."""
+        if message["type"] == "http.response.start":
+            await self._begin(message)
+        elif message["type"] == "http.response.body" and self._streaming:
+            await self._stream(message)
+        elif message["type"] == "http.response.body" and self._start is not None:
+            await self._collect(message)
+        else:
+            await self._send(message)
+
+    async def _begin(self, message: Message) -> None:
+        content_type = _header(message, b"content-type")
+        if message["status"] == 200 and content_type.startswith(b"text/event-stream"):
+            self._streaming = True
+            await self._send(message)
+        elif message["status"] == 200 and content_type.startswith(b"application/json"):
+            # Held back: the length changes with the usage.
+            self._start = message
+        else:
+            await self._send(message)
+
+    async def _collect(self, message: Message) -> None:
+        self._held += message.get("body", b"")
+        if message.get("more_body", False):
+            return
+        assert self._start is not None
+        body = self._rewritten(self._held)
+        if self._stream_prewarm:
+            body = b"".join(_as_events(json.loads(body)))
+            _set_header(self._start, b"content-type", b"text/event-stream; charset=utf-8")
+        _set_header(self._start, b"content-length", str(len(body)).encode())
+        await self._send(self._start)
+        await self._send({"type": "http.response.body", "body": body})
+
+    async def _stream(self, message: Message) -> None:
+        more = message.get("more_body", False)
+        # An event ends with an empty line and may be cut anywhere by the chunks.
+        *events, self._held = (self._held + message.get("body", b"")).split(b"\n\n")
+        out = b"".join(self._rewritten_event(event) + b"\n\n" for event in events)
+        if not more and self._held:
+            out, self._held = out + self._rewritten_event(self._held), b""
+        if out or not more:
+            await self._send({**message, "body": out})
+
+    def _rewritten_event(self, event: bytes) -> bytes:
+        if b'"usage"' not in event:
+            return event
+        lines = event.split(b"\n")
+        for i, line in enumerate(lines):
+            if line.startswith(b"data: {"):
+                lines[i] = b"data: " + self._rewritten(line.removeprefix(b"data: "))
+        return b"\n".join(lines)
+
+    def _rewritten(self, raw: bytes) -> bytes:
+        try:
+            data = json.loads(raw)
+        except ValueError:
+            return raw
+        usage = self._usage()
+        changed = False
+        if usage is not None and isinstance(data, dict):
+            for target in _usages(data):
+                _WRITERS[self._request.protocol](target, usage)
+                changed = True
+        if self._request.prewarm and isinstance(data, dict) and data.get("type") == "message":
+            data["content"] = []
+            data["stop_reason"], data["stop_sequence"] = "max_tokens", None
+            data.setdefault("usage", {})["output_tokens"] = 0
+            changed = True
+        if not changed:
+            return raw
+        return json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode()
+
+    def _usage(self) -> Usage | None:
+        reports = self._exchange.reports.values()
+        if not reports:
+            return None
+        created: dict[int, int] = {}
+        for report in reports:
+            for ttl_s, tokens in report.created_by_ttl.items():
+                created[ttl_s] = created.get(ttl_s, 0) + tokens
+        return Usage(
+            prompt_tokens=sum(report.prompt_tokens for report in reports),
+            read=sum(report.read_tokens for report in reports),
+            created_by_ttl=created,
+        )
+
+
+def _usages(data: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the usage objects of a reply or an event: its own, its message's, its response's."""
+    for holder in (data, data.get("message"), data.get("response")):
+        if isinstance(holder, dict) and isinstance(holder.get("usage"), dict):
+            yield holder["usage"]
+
+
+def _as_events(message: dict[str, Any]) -> Iterator[bytes]:
+    """Yield the stream of events that says what a pre-warming's message says."""
+    start = {**message, "stop_reason": None, "stop_sequence": None}
+    delta = {"stop_reason": message["stop_reason"], "stop_sequence": None}
+    for event in (
+        {"type": "message_start", "message": start},
+        {"type": "message_delta", "delta": delta, "usage": message["usage"]},
+        {"type": "message_stop"},
+    ):
+        data = json.dumps(event, ensure_ascii=False, separators=(",", ":"))
+        yield f"event: {event['type']}\ndata: {data}\n\n".encode()
+
+
+def _header(message: Message, name: bytes) -> bytes:
+    return next((bytes(v) for k, v in message["headers"] if k.lower() == name), b"")
+
+
+def _set_header(message: Message, name: bytes, value: bytes) -> None:
+    kept = [(k, v) for k, v in message["headers"] if k.lower() != name]
+    message["headers"] = [*kept, (name, value)]

@@ -1,0 +1,232 @@
+"""The one configuration model, read by the engine, by the API side and by the command line."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
+
+from vllm_cachescope.durations import format_duration, parse_duration
+from vllm_cachescope.prompt import Region
+from vllm_cachescope.scopes import Scope
+
+SECRET_VARIABLE = "CACHESCOPE_SECRET"
+"""Environment variable the secret is taken from where the configuration names none."""
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be used; the message names the key, the value and what is allowed."""
+
+
+def _duration(value: object) -> object:
+    return parse_duration(value) if isinstance(value, str) else value
+
+
+def _scope(value: object) -> object:
+    if isinstance(value, str):
+        try:
+            return Scope.parse(value)
+        except KeyError:
+            names = ", ".join(scope.label for scope in Scope)
+            raise ValueError(f"{value!r} is not a scope; allowed: {names}") from None
+    return value
+
+
+Duration = Annotated[int, BeforeValidator(_duration), Field(strict=True, gt=0)]
+"""Seconds; written as ``"5m"`` or as a whole number of seconds."""
+
+ScopeName = Annotated[Scope, BeforeValidator(_scope)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class RegionDefault(_Model):
+    """What a region of the prompt gets where the client does not say.
+
+    Attributes:
+        scope: how widely it is shared.
+        ttl: its lifetime.
+    """
+
+    scope: ScopeName = Scope.ORG
+    ttl: Duration = 300
+
+
+class Regions(_Model):
+    """The defaults of the three regions."""
+
+    tools: RegionDefault = RegionDefault()
+    system: RegionDefault = RegionDefault()
+    messages: RegionDefault = RegionDefault()
+
+    @model_validator(mode="after")
+    def _narrows(self) -> Self:
+        scopes = [self.tools.scope, self.system.scope, self.messages.scope]
+        if scopes != sorted(scopes):
+            raise ValueError(
+                "default scopes may only narrow from tools to system to messages, not "
+                + ", ".join(scope.label for scope in scopes)
+            )
+        return self
+
+    def of(self, region: Region) -> RegionDefault:
+        """Return the defaults of ``region``."""
+        return (self.tools, self.system, self.messages)[region]
+
+
+class Config(_Model):
+    """How CacheScope runs.
+
+    Attributes:
+        cpu_bytes: size of the CPU tier, over all workers of one engine; ``"4GiB"`` or bytes.
+        chunk_tokens: tokens per chunk of the CPU tier, a multiple of the device's block; None
+            for one block.
+        secret: key of the scope keys and of every hash kept; None for one made up at start,
+            which lasts as long as the server.
+        secret_file: file the secret is read from, instead of `secret`.
+        ttls: the lifetimes clients may ask for. ``5m`` and ``1h`` are always among them.
+        regions: scope and lifetime where the client does not say.
+        tenants: names of organisations by the SHA-256 of their API key, in hex.
+        tenants_file: YAML or JSON file with the same mapping.
+        org_header: header in which a trusted gateway names the organisation; None to trust none.
+        sweep_interval: how often an idle engine drops expired blocks.
+    """
+
+    cpu_bytes: Annotated[ByteSize, Field(gt=0)] = ByteSize(2**30)
+    chunk_tokens: Annotated[int, Field(strict=True, gt=0)] | None = None
+    secret: Annotated[SecretStr, Field(min_length=16)] | None = None
+    secret_file: Path | None = None
+    ttls: tuple[Duration, ...] = (300, 1800, 3600, 43200, 86400)
+    regions: Regions = Regions()
+    tenants: dict[str, str] = {}
+    tenants_file: Path | None = None
+    org_header: Annotated[str, Field(min_length=1)] | None = None
+    sweep_interval: Duration = 5
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.secret is not None and self.secret_file is not None:
+            raise ValueError("set secret or secret_file, not both")
+        for digest in self.tenants:
+            if len(digest) != 64 or set(digest) - set("0123456789abcdef"):
+                raise ValueError(
+                    f"tenants: {digest!r} is not the SHA-256 of an API key: write 64 lower-case "
+                    "hex digits"
+                )
+        for name in ("tools", "system", "messages"):
+            ttl = getattr(self.regions, name).ttl
+            if ttl not in self.allowed_ttls:
+                allowed = ", ".join(map(format_duration, self.allowed_ttls))
+                raise ValueError(
+                    f"regions.{name}.ttl: {format_duration(ttl)} is not among ttls; "
+                    f"allowed: {allowed}"
+                )
+        return self
+
+    @property
+    def allowed_ttls(self) -> tuple[int, ...]:
+        """The lifetimes clients may ask for, in seconds, ascending."""
+        return tuple(sorted({300, 3600, *self.ttls}))
+
+    def secret_bytes(self) -> bytes:
+        """Return the secret from the configuration, its file or the environment.
+
+        Raises:
+            ConfigError: if it is nowhere, or its file cannot be read.
+        """
+        if self.secret is not None:
+            return self.secret.get_secret_value().encode()
+        if self.secret_file is not None:
+            secret = _read(self.secret_file, "secret_file").strip()
+            if len(secret) < 16:
+                raise ConfigError(
+                    f"secret_file: {self.secret_file} holds {len(secret)} characters; allowed: "
+                    "16 or more"
+                )
+            return secret.encode()
+        if secret := os.environ.get(SECRET_VARIABLE):
+            return secret.encode()
+        raise ConfigError(f"secret: there is none; set secret, secret_file or {SECRET_VARIABLE}")
+
+    def tenant_names(self) -> dict[str, str]:
+        """Return the organisations' names by the SHA-256 of their API keys, file included.
+
+        Raises:
+            ConfigError: if the file cannot be read or does not hold such a mapping.
+        """
+        names = dict(self.tenants)
+        if self.tenants_file is not None:
+            loaded = _parse(self.tenants_file, "tenants_file")
+            names |= load({"tenants": loaded}).tenants
+        return names
+
+
+def load(extra_config: Mapping[str, Any]) -> Config:
+    """Read the configuration from vLLM's ``kv_connector_extra_config``.
+
+    Its keys are those of `Config`, or the one key ``config_file`` with a YAML or JSON file that
+    holds them; keys beside ``config_file`` override the file.
+
+    Raises:
+        ConfigError: on an unknown key, a wrong type or an impossible value.
+    """
+    values = dict(extra_config)
+    if (path := values.pop("config_file", None)) is not None:
+        loaded = _parse(Path(str(path)), "config_file")
+        if not isinstance(loaded, dict):
+            raise ConfigError(f"config_file: {path} must hold a mapping of keys to values")
+        values = loaded | values
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from None
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for detail in error.errors():
+        key = ".".join(map(str, detail["loc"])) or "configuration"
+        if detail["type"] == "extra_forbidden":
+            model: Any = Config
+            for name in detail["loc"][:-1]:
+                model = model.model_fields[name].annotation
+            allowed = ", ".join(sorted(model.model_fields))
+            lines.append(f"{key}: there is no such key (value {detail['input']!r}); allowed: {allowed}")
+        else:
+            message = detail["msg"].removeprefix("Value error, ")
+            value = "" if key == "configuration" else f" (value {_shown(key, detail['input'])})"
+            lines.append(f"{key}: {message}{value}")
+    return "CacheScope configuration: " + "; ".join(lines)
+
+
+def _shown(key: str, value: object) -> str:
+    return "not shown" if key == "secret" else repr(value)
+
+
+def _read(path: Path, key: str) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{key}: {path} cannot be read: {error}") from None
+
+
+def _parse(path: Path, key: str) -> Any:
+    text = _read(path, key)
+    try:
+        return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{key}: {path} is not valid: {error}") from None

@@ -1,0 +1,28 @@
+"""Durations as people write them: ``"5m"``, ``"1h"``, ``"90s"``."""
+
+import re
+
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_DURATION = re.compile(r"(\d+)(s|m|h|d)")
+
+
+def parse_duration(text: str) -> int:
+    """Return the seconds in a duration such as ``"5m"``.
+
+    Raises:
+        ValueError: if ``text`` is not a positive whole number followed by s, m, h or d.
+    """
+    match = _DURATION.fullmatch(text)
+    if match is None or int(match[1]) == 0:
+        raise ValueError(
+            f"{text!r} is not a duration: write a positive whole number and s, m, h or d, as in '5m'"
+        )
+    return int(match[1]) * _UNITS[match[2]]
+
+
+def format_duration(seconds: int) -> str:
+    """Return the shortest exact spelling of ``seconds``: 300 is ``"5m"``, 90 is ``"90s"``."""
+    for unit in ("d", "h", "m"):
+        if seconds % _UNITS[unit] == 0 and (unit != "d" or seconds > _UNITS["d"]):
+            return f"{seconds // _UNITS[unit]}{unit}"
+    return f"{seconds}s"

@@ -1,0 +1,614 @@
+"""What is remembered of a request so that the next one can be compared with it: hashes, no text.
+
+Names stay readable, because a report must name them: the model, the tools, the parameters. All
+values, tool schemas and prompt text are kept as keyed 64-bit hashes with their sizes. Without the
+secret, nobody can test a guess at a text against a fingerprint.
+"""
+
+import json
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import IntEnum, IntFlag
+from hashlib import blake2b
+from typing import Any
+
+from vllm_cachescope.prompt import Part, PromptRequest, Protocol, Region
+from vllm_cachescope.scopes import Scope
+from vllm_cachescope.wire.anthropic import is_dropped
+
+HASH_BYTES = 8
+BYTES_PER_TOKEN = 4
+"""Estimate for English text and code under byte-level BPE vocabularies. Only estimates use it:
+counts that reach a bill come from the engine."""
+
+CHUNK_BYTES = 2048
+"""A part longer than this is also hashed in pieces of this size, to find where inside it two
+requests diverge."""
+_PROMPT_CHUNK_BYTES = 512  # of a prompt that is one text: all there is to find the place by
+_MAX_CHUNKS = 1024
+
+_TAIL_BYTES = 128
+_IMAGE_TOKENS = 1600  # about what vision models spend on a large image; its base64 tells nothing
+
+# Parts of a region beyond these counts are hashed as one, so that a body of a hundred thousand
+# tools costs no more to keep than one of a few hundred.
+_MAX_PARTS = {Region.TOOLS: 512, Region.SYSTEM: 256, Region.MESSAGES: 4096}
+_MAX_PARAMS = 64
+_MAX_MARKS = 16
+_MAX_NAME = 100
+_MAX_FIELDS = 16
+
+_ORDERED = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+_SORTED = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), sort_keys=True)
+
+_TEXT_TYPES = ("text", "input_text", "output_text")
+_IMAGE_TYPES = ("image", "image_url", "input_image")
+_COMPACTION_TYPES = ("compaction", "compaction_summary", "context_compaction")
+_SUMMARY_WORDS = (
+    "summary",
+    "summarized",
+    "summarised",
+    "compacted",
+    "compaction",
+    "continued from a previous",
+    "previous conversation",
+    "conversation so far",
+)
+_SUMMARY_HEAD = 400  # characters in which a summary says that it is one
+_BILLING = "x-anthropic-billing-header"
+
+
+class Role(IntEnum):
+    """Whose a part is. Roles a client invents are all `OTHER`."""
+
+    NONE = 0
+    SYSTEM = 1
+    USER = 2
+    ASSISTANT = 3
+    TOOL = 4
+    DEVELOPER = 5
+    OTHER = 6
+
+
+class Trait(IntFlag):
+    """What else is known of a part, in the bits above its role.
+
+    STARTS: it is the first of its message. SUMMARY: its first words say that it summarises
+    earlier turns. COMPACTION: it is a block by which a client declares a compaction.
+    """
+
+    STARTS = 0x10
+    SUMMARY = 0x20
+    COMPACTION = 0x40
+
+
+_ROLE_BITS = 0x0F
+# Plain integers: operators of enum classes cost a microsecond each, some hundred times a request.
+_ROLES = {role.name.lower(): int(role) for role in Role if role is not Role.OTHER}
+_OTHER, _ASSISTANT, _USER = int(Role.OTHER), int(Role.ASSISTANT), int(Role.USER)
+_SYSTEM, _TOOL, _NONE = int(Role.SYSTEM), int(Role.TOOL), int(Role.NONE)
+_STARTS, _SUMMARY, _COMPACTION = int(Trait.STARTS), int(Trait.SUMMARY), int(Trait.COMPACTION)
+
+
+@dataclass(frozen=True, slots=True)
+class ToolPrint:
+    """One tool.
+
+    Attributes:
+        name: what the client calls it; a built-in tool without a name goes by its type.
+        ordered: hash of its JSON as it was sent. The rendered prompt keeps the order of keys.
+        unordered: the same with keys sorted at every depth.
+        fields: names of its fields; those inside OpenAI's ``function`` object count as its own.
+        field_hashes: a hash of each, keys sorted, `HASH_BYTES` long, in the order of ``fields``.
+    """
+
+    name: str
+    ordered: bytes
+    unordered: bytes
+    fields: tuple[str, ...]
+    field_hashes: bytes
+
+    def field_map(self) -> dict[str, bytes]:
+        """Return the hash of each field by its name."""
+        return {name: _at(self.field_hashes, i) for i, name in enumerate(self.fields)}
+
+
+@dataclass(frozen=True, slots=True)
+class MarkPrint:
+    """A breakpoint: the index of the part it ends, its path, and what the client asked for."""
+
+    part: int
+    path: str
+    ttl_s: int | None
+    scope: Scope | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fingerprint:
+    """A request without its text, packed.
+
+    Parts are numbered in prompt order over all regions: tools first, then system, then messages.
+
+    Attributes:
+        protocol: the wire format it came in.
+        model: the model's name, cut to 100 characters.
+        tools: its tools; index i is part i.
+        counts: number of parts in each region.
+        hashes: `HASH_BYTES` for each part: its content, its role, and whether it starts a
+            message; not its breakpoint.
+        kinds: a byte for each part: a `Role` and `Trait` bits.
+        ends: for each part, the estimated tokens of the prompt up to its end.
+        chars: characters in each part.
+        tails: `HASH_BYTES` for each part, of its last bytes; zeros where it is short.
+        chunks: hashes of the leading pieces of long parts, `HASH_BYTES` each.
+        chunk_ends: for each part, the number of hashes in ``chunks`` up to its last.
+        paths: the parts' paths, a line each.
+        marks: its breakpoints.
+        params: hashes of the parameters that can change the prompt, by name.
+        automatic: whether everything is to be cached without being marked.
+        ttl_s: lifetime the request as a whole asks for, in seconds.
+        previous_id: the response it continues by reference instead of repeating it.
+    """
+
+    protocol: Protocol
+    model: str
+    tools: tuple[ToolPrint, ...]
+    counts: tuple[int, int, int]
+    hashes: bytes
+    kinds: bytes
+    ends: "array[int]"
+    chars: "array[int]"
+    tails: bytes
+    chunks: bytes
+    chunk_ends: "array[int]"
+    paths: str
+    marks: tuple[MarkPrint, ...]
+    params: Mapping[str, bytes]
+    automatic: bool
+    ttl_s: int | None
+    previous_id: str | None
+
+    def __len__(self) -> int:
+        return len(self.kinds)
+
+    @property
+    def tokens(self) -> int:
+        """Estimated tokens of the whole prompt."""
+        return self.ends[-1] if self.ends else 0
+
+    @property
+    def static_parts(self) -> int:
+        """Number of parts before the messages."""
+        return self.counts[Region.TOOLS] + self.counts[Region.SYSTEM]
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Estimated tokens in one of ``chunks``."""
+        size = _PROMPT_CHUNK_BYTES if self.protocol is Protocol.COMPLETIONS else CHUNK_BYTES
+        return size // BYTES_PER_TOKEN
+
+    def region(self, part: int) -> Region:
+        """Return the region of ``part``; past the end is the messages' region."""
+        if part < self.counts[Region.TOOLS]:
+            return Region.TOOLS
+        return Region.SYSTEM if part < self.static_parts else Region.MESSAGES
+
+    def hash(self, part: int) -> bytes:
+        """Return the hash of ``part``."""
+        return _at(self.hashes, part)
+
+    def tail(self, part: int) -> bytes:
+        """Return the hash of the end of ``part``, zeros if it is short."""
+        return _at(self.tails, part)
+
+    def start(self, part: int) -> int:
+        """Return the estimated tokens before ``part``."""
+        return self.ends[part - 1] if part else 0
+
+    def size(self, part: int) -> int:
+        """Return the estimated tokens in ``part``."""
+        return self.ends[part] - self.start(part)
+
+    def role(self, part: int) -> Role:
+        """Return whose ``part`` is."""
+        return Role(self.kinds[part] & _ROLE_BITS)
+
+    def has(self, part: int, trait: Trait) -> bool:
+        """Whether ``part`` has ``trait``."""
+        return bool(self.kinds[part] & int(trait))
+
+    def chunks_of(self, part: int) -> bytes:
+        """Return the hashes of the leading pieces of ``part``."""
+        first = self.chunk_ends[part - 1] if part else 0
+        return self.chunks[first * HASH_BYTES : self.chunk_ends[part] * HASH_BYTES]
+
+    def path(self, part: int) -> str:
+        """Return the path of ``part`` in the client's body."""
+        return self.paths.split("\n", part + 1)[part]
+
+    @property
+    def nbytes(self) -> int:
+        """About how much memory it takes, in bytes, shared tool prints counted in full."""
+        packed = len(self.hashes) + len(self.kinds) + len(self.tails) + len(self.chunks)
+        arrays = 4 * (len(self.ends) + len(self.chars) + len(self.chunk_ends))
+        tools = sum(320 + len(tool.name) + len(tool.field_hashes) for tool in self.tools)
+        return packed + arrays + len(self.paths) + tools + 160 * len(self.params) + 1500
+
+    def after(self, parent: "Fingerprint", response: bytes) -> "Fingerprint":
+        """Return this request with the messages of ``parent`` before its own.
+
+        For a request that names the response it continues instead of repeating the conversation.
+
+        Args:
+            parent: the request that was answered.
+            response: a hash that stands for the answer, which the server adds itself.
+        """
+        own, old = self.static_parts, parent.static_parts
+        shift = self.start(own) - parent.start(old)
+        middle = parent.tokens + shift
+        # Its first own message part is the reference; the answer takes that part's place.
+        rest = own + 1
+        extra = middle - self.ends[own]
+        answered = parent.chunk_ends[-1] - (parent.chunk_ends[old - 1] if old else 0)
+        before = self.chunk_ends[own - 1] if own else 0
+        first = parent.chunk_ends[old - 1] if old else 0
+        skipped = self.chunk_ends[own]
+        own_paths, old_paths = self.paths.split("\n"), parent.paths.split("\n")
+        return replace(
+            self,
+            counts=(*self.counts[:2], self.counts[2] + parent.counts[2]),
+            hashes=self.hashes[: own * HASH_BYTES]
+            + parent.hashes[old * HASH_BYTES :]
+            + response
+            + self.hashes[rest * HASH_BYTES :],
+            kinds=self.kinds[:own]
+            + parent.kinds[old:]
+            + bytes((_ASSISTANT | _STARTS,))
+            + self.kinds[rest:],
+            ends=array(
+                "I",
+                [
+                    *self.ends[:own],
+                    *(end + shift for end in parent.ends[old:]),
+                    middle,
+                    *(end + extra for end in self.ends[rest:]),
+                ],
+            ),
+            chars=self.chars[:own] + parent.chars[old:] + array("I", [0]) + self.chars[rest:],
+            tails=self.tails[: own * HASH_BYTES]
+            + parent.tails[old * HASH_BYTES :]
+            + bytes(HASH_BYTES)
+            + self.tails[rest * HASH_BYTES :],
+            chunks=self.chunks[: before * HASH_BYTES]
+            + parent.chunks[first * HASH_BYTES :]
+            + self.chunks[skipped * HASH_BYTES :],
+            chunk_ends=array(
+                "I",
+                [
+                    *self.chunk_ends[:own],
+                    *(end - first + before for end in parent.chunk_ends[old:]),
+                    before + answered,
+                    *(end - skipped + before + answered for end in self.chunk_ends[rest:]),
+                ],
+            ),
+            paths="\n".join((*own_paths[:own], *old_paths[old:], *own_paths[own:])),
+            marks=tuple(
+                replace(mark, part=mark.part + (parent.counts[2] if mark.part >= own else 0))
+                for mark in self.marks
+            ),
+        )
+
+
+class Fingerprinter:
+    """Makes fingerprints under one secret.
+
+    Args:
+        secret: key of the hashes. Fingerprints made under different secrets are never equal.
+        memo_tools: how many tools' prints to keep, so that a tool that comes with every request
+            is analysed once. Looked up by the keyed hash of its full JSON.
+    """
+
+    def __init__(self, secret: bytes, memo_tools: int = 4096) -> None:
+        key = blake2b(secret, person=b"fingerprint").digest()
+        self._base = blake2b(key=key, digest_size=HASH_BYTES)
+        self._memo: OrderedDict[bytes, ToolPrint] = OrderedDict()
+        self._memo_tools = memo_tools
+
+    def __call__(
+        self, request: PromptRequest, extra: Mapping[str, Any] | None = None
+    ) -> Fingerprint:
+        """Return the fingerprint of ``request``.
+
+        Args:
+            request: the request.
+            extra: fields to compare that `PromptRequest.params` leaves out, such as beta headers
+                or the service tier, by name.
+        """
+        prompt = request.protocol is Protocol.COMPLETIONS
+        packer = _Packer(self, _PROMPT_CHUNK_BYTES if prompt else CHUNK_BYTES)
+        by_region: dict[Region, list[Part]] = {region: [] for region in Region}
+        for part in request.parts:
+            by_region[part.region].append(part)
+        for region, parts in by_region.items():
+            for part in _folded(region, parts):
+                if (rendered := _rendered(request.protocol, part)) is not None:
+                    packer.add(rendered)
+        first = by_region[Region.MESSAGES][:1]
+        referred = bool(first) and first[0].path == "previous_response_id"
+        return Fingerprint(
+            protocol=request.protocol,
+            model=self._name(request.model),
+            tools=tuple(packer.tools),
+            counts=(packer.counts[0], packer.counts[1], packer.counts[2]),
+            hashes=b"".join(packer.hashes),
+            kinds=bytes(packer.kinds),
+            ends=packer.ends,
+            chars=packer.chars,
+            tails=b"".join(packer.tails),
+            chunks=b"".join(packer.chunks),
+            chunk_ends=packer.chunk_ends,
+            paths="\n".join(packer.paths),
+            marks=tuple(packer.marks[:_MAX_MARKS]),
+            params=self._params({**request.params, **(extra or {})}),
+            automatic=request.automatic,
+            ttl_s=request.ttl_s,
+            previous_id=self._name(str(first[0].content)) if referred else None,
+        )
+
+    def hash(self, data: bytes | memoryview) -> bytes:
+        """Return the keyed hash of ``data``."""
+        state = self._base.copy()
+        state.update(data)
+        return state.digest()
+
+    def tool(self, content: Any, ordered: bytes) -> ToolPrint:
+        """Return the print of the tool ``content``; ``ordered`` is the hash of its JSON as sent."""
+        known = self._memo.get(ordered)
+        if known is not None:
+            self._memo.move_to_end(ordered)
+            return known
+        print_ = self._analyse(content, ordered)
+        self._memo[ordered] = print_
+        if len(self._memo) > self._memo_tools:
+            self._memo.popitem(last=False)
+        return print_
+
+    def _analyse(self, content: Any, ordered: bytes) -> ToolPrint:
+        fields: dict[str, Any] = {}
+        if isinstance(content, dict):
+            fields = {str(key): value for key, value in content.items()}
+            if isinstance(function := fields.get("function"), Mapping):
+                del fields["function"]
+                fields |= {str(key): value for key, value in function.items()}
+        name = next(
+            (
+                value
+                for key in ("name", "server_label", "type")
+                if isinstance(value := fields.get(key), str) and value
+            ),
+            "?",
+        )
+        kept = dict(list(fields.items())[:_MAX_FIELDS])
+        hashes = {key: self.hash(_json(value, sort_keys=True)) for key, value in kept.items()}
+        return ToolPrint(
+            name=self._name(name),
+            ordered=ordered,
+            unordered=self.hash(_json(content, sort_keys=True)),
+            fields=tuple(self._name(key) for key in hashes),
+            field_hashes=b"".join(hashes.values()),
+        )
+
+    def _params(self, params: Mapping[str, Any]) -> dict[str, bytes]:
+        flat: dict[str, Any] = {}
+        for name, value in params.items():
+            # One level down, so that a report says output_config.effort and not output_config.
+            if isinstance(value, Mapping) and value:
+                flat |= {f"{name}.{key}": inner for key, inner in value.items()}
+            else:
+                flat[name] = value
+        names = sorted(flat)
+        kept = {
+            self._name(n): self.hash(_json(flat[n], sort_keys=True)) for n in names[:_MAX_PARAMS]
+        }
+        if rest := names[_MAX_PARAMS:]:
+            kept["(others)"] = self.hash(_json({n: flat[n] for n in rest}, sort_keys=True))
+        return kept
+
+    def _name(self, name: str) -> str:
+        """Cut a name to a bounded length; two long names stay different."""
+        if len(name) <= _MAX_NAME:
+            return name
+        digest = self.hash(name.encode("utf-8", "surrogatepass")).hex()
+        return f"{name[: _MAX_NAME - 17]}~{digest}"
+
+
+class _Packer:
+    """Collects the packed fields of one fingerprint, part by part."""
+
+    def __init__(self, owner: Fingerprinter, chunk_bytes: int) -> None:
+        self._owner = owner
+        self._chunk_bytes = chunk_bytes
+        self._message = ""
+        self._tokens = 0
+        self._n_chunks = 0
+        self.tools: list[ToolPrint] = []
+        self.counts = [0, 0, 0]
+        self.hashes: list[bytes] = []
+        self.kinds = bytearray()
+        self.ends = array("I")
+        self.chars = array("I")
+        self.tails: list[bytes] = []
+        self.chunks: list[bytes] = []
+        self.chunk_ends = array("I")
+        self.paths: list[str] = []
+        self.marks: list[MarkPrint] = []
+
+    def add(self, part: Part) -> None:
+        text = _text(part.content)
+        if text is not None:
+            data, form = text.encode("utf-8", "surrogatepass"), b"t"
+        elif (strings := _strings(part.content)) is not None:
+            data, form = strings, b"s"
+        else:
+            data, form = _json(part.content), b"j"
+        kind = _kind(part, text)
+        if part.region is not Region.TOOLS:
+            message = _message_of(part)
+            if message != self._message:
+                self._message = message
+                kind |= _STARTS
+        hash_ = self._digest(form + bytes((kind & (_ROLE_BITS | _STARTS),)), data)
+        if part.region is Region.TOOLS:
+            self.tools.append(self._owner.tool(part.content, hash_))
+        self._tokens += _estimate(part.content, data)
+        if part.mark is not None:
+            mark = part.mark
+            self.marks.append(MarkPrint(len(self.hashes), mark.path, mark.ttl_s, mark.scope))
+        self.counts[part.region] += 1
+        self.hashes.append(hash_)
+        self.kinds.append(kind)
+        self.ends.append(min(self._tokens, 0xFFFFFFFF))
+        self.chars.append(min(len(data) if text is None else len(text), 0xFFFFFFFF))
+        long = len(data) >= 2 * _TAIL_BYTES
+        self.tails.append(self._owner.hash(data[-_TAIL_BYTES:]) if long else bytes(HASH_BYTES))
+        self.chunk_ends.append(self._n_chunks)
+        self.paths.append(part.path)
+
+    def _digest(self, header: bytes, data: bytes) -> bytes:
+        """Hash a part in one pass: pieces first, then their hashes and what is left over."""
+        whole = min(len(data) // self._chunk_bytes, _MAX_CHUNKS)
+        if whole == 0:
+            return self._owner.hash(header + data)
+        size = self._chunk_bytes
+        view = memoryview(data)
+        hash_ = self._owner.hash
+        pieces = [hash_(view[at : at + size]) for at in range(0, whole * size, size)]
+        self.chunks += pieces
+        self._n_chunks += whole
+        return hash_(b"".join((b"c", header, *pieces, view[whole * size :])))
+
+
+def _at(packed: bytes, index: int) -> bytes:
+    return packed[index * HASH_BYTES : (index + 1) * HASH_BYTES]
+
+
+def _folded(region: Region, parts: Sequence[Part]) -> Iterable[Part]:
+    limit = _MAX_PARTS[region]
+    yield from parts[:limit]
+    if rest := parts[limit:]:
+        path = f"{rest[0].path}…"
+        yield Part(region, path, [part.content for part in rest], rest[0].role, rest[-1].mark)
+
+
+def _rendered(protocol: Protocol, part: Part) -> Part | None:
+    """Return ``part`` as it reaches the prompt; None if vLLM leaves it out.
+
+    Claude Code's billing header holds a nonce that changes with each request.
+    """
+    if protocol is not Protocol.MESSAGES or part.region is Region.TOOLS:
+        return part
+    text = _text(part.content)
+    if text is None or not text.startswith(_BILLING):
+        return part
+    if is_dropped(part):
+        return None
+    if part.path == "system" or part.role == "system":
+        return replace(part, content=text.partition("\n")[2])
+    return part
+
+
+def _text(content: Any) -> str | None:
+    """Return the text of a string or of a bare text block: both render to the same prompt."""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, dict) and content.get("type") in _TEXT_TYPES and len(content) == 2:
+        text = content.get("text")
+        return text if isinstance(text, str) else None
+    return None
+
+
+def _kind(part: Part, text: str | None) -> int:
+    if part.region is Region.TOOLS:
+        return _NONE
+    type_ = part.content.get("type") if isinstance(part.content, dict) else None
+    type_ = type_ if isinstance(type_, str) else ""
+    if part.role is not None:
+        kind = _ROLES.get(part.role, _OTHER)
+    elif type_.endswith("_output"):
+        kind = _TOOL
+    elif type_.endswith("_call") or type_ in ("reasoning", *_COMPACTION_TYPES):
+        kind = _ASSISTANT
+    elif part.region is Region.SYSTEM:
+        kind = _SYSTEM
+    else:
+        kind = _USER
+    if type_ in _COMPACTION_TYPES:
+        kind |= _COMPACTION
+    if part.region is Region.MESSAGES and text is not None and kind != _ASSISTANT:
+        head = text[:_SUMMARY_HEAD].lower()
+        if any(word in head for word in _SUMMARY_WORDS):
+            kind |= _SUMMARY
+    return kind
+
+
+def _message_of(part: Part) -> str:
+    """Return what is equal for two parts of one message: ``messages[4`` or ``system``."""
+    if part.region is Region.SYSTEM and part.path.startswith("system"):
+        return "system"
+    return part.path.partition("]")[0].removesuffix(".content")
+
+
+def _estimate(content: Any, data: bytes) -> int:
+    tokens = -(-len(data) // BYTES_PER_TOKEN)
+    if isinstance(content, dict) and content.get("type") in _IMAGE_TYPES:
+        return min(tokens, _IMAGE_TOKENS)
+    return tokens
+
+
+def _strings(content: Any) -> bytes | None:
+    """Return bytes that stand for an object of strings only, such as most tool results.
+
+    None for anything else. Each string follows its length, so nothing has to be escaped: several
+    times faster than JSON, and tool results are most of a long conversation.
+    """
+    if type(content) is not dict:
+        return None
+    strings: list[str] = []
+    for key, value in content.items():
+        if type(value) is not str:
+            return None
+        strings += (f"{len(key)}:{len(value)}:", key, value)
+    return "".join(strings).encode("utf-8", "surrogatepass")
+
+
+def _json(value: Any, *, sort_keys: bool = False) -> bytes:
+    """Return ``value`` as JSON bytes, whatever it holds: half a surrogate pair, any depth."""
+    try:
+        text = _SORTED.encode(value) if sort_keys else _ORDERED.encode(value)
+        return text.encode("utf-8", "surrogatepass")
+    except (RecursionError, TypeError, ValueError):
+        return _flat(value, sort_keys)
+
+
+def _flat(value: Any, sort_keys: bool) -> bytes:
+    """Return bytes that differ for different values, without recursion."""
+    out: list[bytes] = []
+    stack: list[Any] = [value]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, Mapping):
+            items = list(item.items())
+            if sort_keys:
+                items.sort(key=lambda pair: str(pair[0]))
+            out.append(b"{%d " % len(items))
+            for key, inner in reversed(items):
+                stack += (inner, str(key))
+        elif isinstance(item, list | tuple):
+            out.append(b"[%d " % len(item))
+            stack += reversed(item)
+        else:
+            raw = repr(item).encode("utf-8", "surrogatepass")
+            out.append(b"%d:" % len(raw) + raw)
+    return b"".join(out)

@@ -1,0 +1,111 @@
+"""The cache plan of one prompt: which tokens are shared how widely, and for how long."""
+
+import hashlib
+import hmac
+import json
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_cachescope.scopes import Scope
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A run of tokens with one scope and one lifetime.
+
+    Attributes:
+        end: position just past its last token, in tokens from the start of the prompt.
+        scope: how widely its blocks are shared.
+        key: the scope key that enters its block hashes.
+        ttl_s: lifetime of its blocks, in seconds.
+        covered: whether a breakpoint lies at or after its end. Uncovered tokens stay in the
+            device cache while there is room and are stored nowhere else.
+    """
+
+    end: int
+    scope: Scope
+    key: str
+    ttl_s: int
+    covered: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The spans of one prompt, in order, only ever narrowing.
+
+    Attributes:
+        spans: at least one; the last one ends where the prompt ends.
+        nonce: unique to the prompt; the engine's report is found under it.
+    """
+
+    spans: tuple[Span, ...]
+    nonce: str
+
+    def span_of(self, block_end: int) -> Span:
+        """Return the span a block belongs to: the narrowest one that any of its tokens is in.
+
+        Spans only narrow, so that is the span of the block's last token. Generated tokens, past
+        the end of the prompt, are as narrow as the prompt's end and not covered.
+
+        Args:
+            block_end: position just past the block's last token.
+        """
+        index = bisect_left(self.spans, block_end, key=lambda span: span.end)
+        if index < len(self.spans):
+            return self.spans[index]
+        last = self.spans[-1]
+        return Span(block_end, last.scope, last.key, last.ttl_s, covered=False)
+
+    @property
+    def covered_tokens(self) -> int:
+        """How many leading tokens a breakpoint covers."""
+        return max((span.end for span in self.spans if span.covered), default=0)
+
+    def ranges(self, block_size: int) -> Iterator[tuple[int, int, Span]]:
+        """Yield ``(start, end, span)`` in tokens, cut where blocks are: a block that straddles
+        two spans belongs to the later one. The last range ends where the prompt ends."""
+        start = 0
+        for span in self.spans[:-1]:
+            end = span.end // block_size * block_size
+            if end > start:
+                yield start, end, span
+                start = end
+        last = self.spans[-1]
+        if last.end > start:
+            yield start, last.end, last
+
+
+def seal(plan: Plan, secret: bytes) -> dict[str, Any]:
+    """Return ``plan`` as JSON-able data with a MAC, for the way from the API to the engine.
+
+    Clients may send `kv_transfer_params` of their own; the MAC is what keeps them from sending
+    a plan.
+    """
+    spans = [[s.end, int(s.scope), s.key, s.ttl_s, s.covered] for s in plan.spans]
+    return {"spans": spans, "nonce": plan.nonce, "mac": _mac(spans, plan.nonce, secret)}
+
+
+def unseal(data: Any, secret: bytes) -> Plan | None:
+    """Return the plan `seal` made, or None if ``data`` was not made with ``secret``."""
+    if not isinstance(data, Mapping):
+        return None
+    spans, nonce, mac = data.get("spans"), data.get("nonce"), data.get("mac")
+    if not (isinstance(spans, list) and isinstance(nonce, str) and isinstance(mac, str)):
+        return None
+    try:
+        expected = _mac(spans, nonce, secret)
+    except (TypeError, ValueError):
+        return None
+    if not hmac.compare_digest(expected.encode(), mac.encode()):
+        return None
+    return Plan(
+        tuple(Span(end, Scope(scope), key, ttl, covered) for end, scope, key, ttl, covered in spans),
+        nonce,
+    )
+
+
+def _mac(spans: list[Any], nonce: str, secret: bytes) -> str:
+    message = json.dumps(["plan", spans, nonce], separators=(",", ":")).encode()
+    return hmac.new(secret, message, hashlib.sha256).hexdigest()[:32]

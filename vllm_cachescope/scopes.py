@@ -1,0 +1,81 @@
+"""Who may reuse a cached block, and the keyed hashes that keep everyone else out."""
+
+import hashlib
+import hmac
+from dataclasses import dataclass
+from enum import IntEnum
+
+
+class Scope(IntEnum):
+    """How widely a cached block is shared. A larger value is narrower."""
+
+    GLOBAL = 0
+    ORG = 1
+    SESSION = 2
+
+    @classmethod
+    def parse(cls, name: str) -> "Scope":
+        """Return the scope called ``name``: ``"global"``, ``"org"`` or ``"session"``.
+
+        Raises:
+            KeyError: if there is no such scope.
+        """
+        return _BY_NAME[name]
+
+    @property
+    def label(self) -> str:
+        """The name used in requests, configuration and metric labels."""
+        return self.name.lower()
+
+
+_BY_NAME = {scope.label: scope for scope in Scope}
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """On whose behalf a request runs.
+
+    Attributes:
+        org: the tenant, from something the client cannot forge.
+        session: the conversation inside the tenant; None when the client named none.
+    """
+
+    org: str
+    session: str | None = None
+
+
+class ScopeKeys:
+    """Derives the key that enters a block's hash from the scope the block is shared at.
+
+    Two blocks of equal tokens have equal hashes only if their scope keys are equal, so a scope
+    is isolated wherever blocks are found by hash. Keys are HMAC-SHA256 under the operator's
+    secret: without the secret, nobody can name another tenant's blocks.
+    """
+
+    def __init__(self, secret: bytes) -> None:
+        self._secret = secret
+
+    def key(self, scope: Scope, caller: Caller, request_nonce: str) -> str:
+        """Return the hex key of ``scope`` for ``caller``.
+
+        A session-scoped key of a caller without a session is derived from ``request_nonce``,
+        which must be unique to the request: such a block is never found again.
+        """
+        if scope is Scope.GLOBAL:
+            return self._digest("global")
+        if scope is Scope.ORG:
+            return self._digest("org", caller.org)
+        if caller.session is None:
+            return self.private_key(request_nonce)
+        return self._digest("session", caller.org, caller.session)
+
+    def private_key(self, request_nonce: str) -> str:
+        """Return the hex key of a block that nobody, the same caller included, may reuse."""
+        return self._digest("private", request_nonce)
+
+    def _digest(self, *fields: str) -> str:
+        # Each field is preceded by its length: ("a", "bc") and ("ab", "c") must differ.
+        message = b"".join(
+            len(raw).to_bytes(4, "big") + raw for raw in (f.encode() for f in fields)
+        )
+        return hmac.new(self._secret, message, hashlib.sha256).hexdigest()[:32]

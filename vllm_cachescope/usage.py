@@ -1,0 +1,90 @@
+"""What a request read from the cache and wrote to it, in each protocol's own words."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+_SHORT_S = 300
+_HALF_HOUR_S = 1800
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """How the tokens of one prompt were come by. All counts are tokens.
+
+    Attributes:
+        prompt_tokens: the whole prompt.
+        read: taken from the cache, whatever the tier.
+        created_by_ttl: computed and put into the cache, by lifetime in seconds.
+
+    Raises:
+        ValueError: if a count is negative, or they exceed the prompt together.
+    """
+
+    prompt_tokens: int
+    read: int
+    created_by_ttl: Mapping[int, int]
+
+    def __post_init__(self) -> None:
+        if min(self.read, self.uncached, *self.created_by_ttl.values()) < 0:
+            raise ValueError(f"the counts do not add up to the prompt: {self}")
+
+    @property
+    def created(self) -> int:
+        """Tokens computed and put into the cache."""
+        return sum(self.created_by_ttl.values())
+
+    @property
+    def uncached(self) -> int:
+        """Tokens neither read from the cache nor put into it."""
+        return self.prompt_tokens - self.read - self.created
+
+    def created_within(self, ttl_s: int) -> int:
+        """Tokens put into the cache for at most ``ttl_s`` seconds."""
+        return sum(tokens for ttl, tokens in self.created_by_ttl.items() if ttl <= ttl_s)
+
+
+def write_messages(usage: dict[str, Any], counts: Usage) -> None:
+    """Write ``counts`` into the ``usage`` of a Messages response.
+
+    Its ``input_tokens`` are those neither read nor created; the three counts add up to the
+    prompt. Anthropic has two lifetimes: what is kept for 5 minutes or less is reported as 5m,
+    what is kept longer as 1h.
+    """
+    short = counts.created_within(_SHORT_S)
+    usage["input_tokens"] = counts.uncached
+    usage["cache_read_input_tokens"] = counts.read
+    usage["cache_creation_input_tokens"] = counts.created
+    usage["cache_creation"] = {
+        "ephemeral_5m_input_tokens": short,
+        "ephemeral_1h_input_tokens": counts.created - short,
+    }
+
+
+def write_chat(usage: dict[str, Any], counts: Usage) -> None:
+    """Write ``counts`` into the ``usage`` of a Chat Completions or Completions response."""
+    details = usage.get("prompt_tokens_details")
+    usage["prompt_tokens_details"] = {
+        **(details if isinstance(details, dict) else {}),
+        "cached_tokens": counts.read,
+        "cache_write_tokens": counts.created,
+    }
+
+
+def write_responses(usage: dict[str, Any], counts: Usage) -> None:
+    """Write ``counts`` into the ``usage`` of a Responses response.
+
+    OpenAI has two lifetimes: what is kept for 30 minutes or less is reported as 30m, what is
+    kept longer as 12h.
+    """
+    short = counts.created_within(_HALF_HOUR_S)
+    details = usage.get("input_tokens_details")
+    usage["input_tokens_details"] = {
+        **(details if isinstance(details, dict) else {}),
+        "cached_tokens": counts.read,
+        "cache_write_tokens": counts.created,
+        "cache_write_tokens_details": {
+            "ttl_30m_tokens": short,
+            "ttl_12h_tokens": counts.created - short,
+        },
+    }

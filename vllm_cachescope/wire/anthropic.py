@@ -1,0 +1,130 @@
+"""Reads the body of ``POST /v1/messages`` (Anthropic's Messages).
+
+The rules are those of the `anthropic` package's types and of Anthropic's prompt caching guide;
+``cache_control.scope`` is the extension Claude Code uses with its own service, plus ``session``.
+"""
+
+import json
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from vllm_cachescope.prompt import Part, PromptRequest, Protocol, Region
+from vllm_cachescope.wire.fields import is_text, read_object, read_text
+from vllm_cachescope.wire.parts import DEFAULT_TTL_S, PartCollector
+
+_PARAMS = (
+    "tool_choice",
+    "thinking",
+    "output_config",
+    "chat_template_kwargs",
+)
+
+# Objects of the body on which a client may put a marker by mistake.
+_UNMARKABLE = ("metadata", "tool_choice", "thinking", "output_config")
+
+_BILLING = "x-anthropic-billing-header"
+
+# Claude Code wrote user_<hash>_account_<uuid>_session_<uuid> before it wrote JSON.
+_SESSION = re.compile(r"_session_([0-9a-fA-F-]{36})\Z")
+_MAX_USER_ID = 4096
+
+
+def read(
+    body: Mapping[str, Any], ttls: Collection[int], default_ttl_s: int = DEFAULT_TTL_S
+) -> PromptRequest:
+    """Read a Messages request.
+
+    Args:
+        body: the request's JSON object.
+        ttls: the lifetimes a client may ask for, in seconds.
+        default_ttl_s: the lifetime in seconds of a breakpoint that names none.
+
+    Raises:
+        BadRequest: for anything wrong with the cache's own fields. Whatever else is malformed
+            is left to the server to refuse.
+    """
+    parts = PartCollector(ttls, breakpoints=False)
+    parts.tools(body.get("tools"))
+    _read_content(parts, Region.SYSTEM, "system", body.get("system"), None)
+    messages = body.get("messages")
+    for i, message in enumerate(messages if isinstance(messages, list) else ()):
+        path = f"messages[{i}]"
+        if not isinstance(message, Mapping):
+            parts.add(Region.MESSAGES, path, message)
+            continue
+        parts.refuse(message, path)
+        role = message.get("role")
+        _read_content(
+            parts,
+            Region.MESSAGES,
+            f"{path}.content",
+            message.get("content"),
+            role if isinstance(role, str) else None,
+        )
+    for name in _UNMARKABLE:
+        parts.refuse(body.get(name), name)
+    settled, controlled = parts.settle(body.get("cache_control"), default_ttl_s)
+
+    diagnostics, max_tokens, model = (
+        body.get(name) for name in ("diagnostics", "max_tokens", "model")
+    )
+    previous_id = None
+    if diagnostics is not None:
+        fields = read_object(diagnostics, "diagnostics", ("previous_message_id",))
+        previous_id = read_text(
+            fields.get("previous_message_id"), "diagnostics.previous_message_id"
+        )
+    return PromptRequest(
+        protocol=Protocol.MESSAGES,
+        model=model if isinstance(model, str) else "",
+        parts=settled,
+        automatic=not controlled,
+        session=_session(body.get("metadata")),
+        prewarm=type(max_tokens) is int and max_tokens == 0,
+        params={name: body[name] for name in _PARAMS if body.get(name) is not None},
+        diagnose=diagnostics is not None,
+        previous_id=previous_id,
+    )
+
+
+def is_dropped(part: Part) -> bool:
+    """Tell whether vLLM leaves ``part`` out of the prompt.
+
+    A breakpoint on such a part is legal all the same. What it leaves out is Claude Code's billing
+    header: a block of ``system`` that starts with it, and its line at the start of a text of the
+    role ``system`` (`AnthropicServingMessages` and the chat renderer of vLLM 0.32). A part of
+    which other lines remain is not dropped.
+    """
+    text = part.content
+    if isinstance(text, Mapping):
+        text = text.get("text") if text.get("type") == "text" else None
+    if not isinstance(text, str) or not text.startswith(_BILLING):
+        return False
+    if part.path.startswith("system["):
+        return True
+    return (part.path == "system" or part.role == "system") and not text.partition("\n")[2]
+
+
+def _read_content(
+    parts: PartCollector, region: Region, path: str, content: object, role: str | None
+) -> None:
+    if isinstance(content, list) and content:
+        for i, block in enumerate(content):
+            parts.block(region, f"{path}[{i}]", block, role)
+    elif content or region is Region.MESSAGES:
+        parts.add(region, path, content, role)
+
+
+def _session(metadata: object) -> str | None:
+    user_id = metadata.get("user_id") if isinstance(metadata, Mapping) else None
+    if not isinstance(user_id, str) or len(user_id) > _MAX_USER_ID:
+        return None
+    if match := _SESSION.search(user_id):
+        return match[1]
+    try:
+        fields = json.loads(user_id)
+    except (ValueError, RecursionError):
+        return None
+    session = fields.get("session_id") if isinstance(fields, Mapping) else None
+    return session if isinstance(session, str) and is_text(session) else None
