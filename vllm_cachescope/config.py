@@ -27,7 +27,7 @@ SECRET_VARIABLE = "CACHESCOPE_SECRET"
 
 
 class ConfigError(ValueError):
-    """The configuration cannot be used; the message names the key, the value and what is allowed."""
+    """The configuration is no good; the message names the key, the value and what is allowed."""
 
 
 def _duration(value: object) -> object:
@@ -158,8 +158,8 @@ class Config(_Model):
                     "16 or more"
                 )
             return secret.encode()
-        if secret := os.environ.get(SECRET_VARIABLE):
-            return secret.encode()
+        if from_environment := os.environ.get(SECRET_VARIABLE):
+            return from_environment.encode()
         raise ConfigError(f"secret: there is none; set secret, secret_file or {SECRET_VARIABLE}")
 
     def tenant_names(self) -> dict[str, str]:
@@ -189,11 +189,22 @@ def load(extra_config: Mapping[str, Any]) -> Config:
         loaded = _parse(Path(str(path)), "config_file")
         if not isinstance(loaded, dict):
             raise ConfigError(f"config_file: {path} must hold a mapping of keys to values")
-        values = loaded | values
+        values = _merged(loaded, values)
     try:
         return Config.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_explain(error)) from None
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``base`` with the keys of ``over`` in place of its own, at every depth."""
+    merged = dict(base)
+    for key, value in over.items():
+        inner = merged.get(key)
+        if isinstance(inner, dict) and isinstance(value, Mapping):
+            value = _merged(inner, value)
+        merged[key] = value
+    return merged
 
 
 def _explain(error: ValidationError) -> str:
@@ -205,7 +216,8 @@ def _explain(error: ValidationError) -> str:
             for name in detail["loc"][:-1]:
                 model = model.model_fields[name].annotation
             allowed = ", ".join(sorted(model.model_fields))
-            lines.append(f"{key}: there is no such key (value {detail['input']!r}); allowed: {allowed}")
+            value = detail["input"]
+            lines.append(f"{key}: there is no such key (value {value!r}); allowed: {allowed}")
         else:
             message = detail["msg"].removeprefix("Value error, ")
             value = "" if key == "configuration" else f" (value {_shown(key, detail['input'])})"

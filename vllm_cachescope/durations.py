@@ -15,7 +15,7 @@ def parse_duration(text: str) -> int:
     match = _DURATION.fullmatch(text)
     if match is None or int(match[1]) == 0:
         raise ValueError(
-            f"{text!r} is not a duration: write a positive whole number and s, m, h or d, as in '5m'"
+            f"{text!r} is not a duration: write a positive whole number and s, m, h or d, as in 5m"
         )
     return int(match[1]) * _UNITS[match[2]]
 

@@ -29,7 +29,7 @@ requests diverge."""
 _PROMPT_CHUNK_BYTES = 512  # of a prompt that is one text: all there is to find the place by
 _MAX_CHUNKS = 1024
 
-_TAIL_BYTES = 128
+_EDGE_BYTES = 128  # hashed at both ends of a part, to know an edited part from another one
 _IMAGE_TOKENS = 1600  # about what vision models spend on a large image; its base64 tells nothing
 
 # Parts of a region beyond these counts are hashed as one, so that a body of a hundred thousand
@@ -136,12 +136,12 @@ class Fingerprint:
         model: the model's name, cut to 100 characters.
         tools: its tools; index i is part i.
         counts: number of parts in each region.
-        hashes: `HASH_BYTES` for each part: its content, its role, and whether it starts a
-            message; not its breakpoint.
+        hashes: `HASH_BYTES` for each part: its content and its role; not its breakpoint.
         kinds: a byte for each part: a `Role` and `Trait` bits.
         ends: for each part, the estimated tokens of the prompt up to its end.
         chars: characters in each part.
-        tails: `HASH_BYTES` for each part, of its last bytes; zeros where it is short.
+        edges: twice `HASH_BYTES` for each part, of its first and its last bytes; zeros where it
+            is short.
         chunks: hashes of the leading pieces of long parts, `HASH_BYTES` each.
         chunk_ends: for each part, the number of hashes in ``chunks`` up to its last.
         paths: the parts' paths, a line each.
@@ -160,7 +160,7 @@ class Fingerprint:
     kinds: bytes
     ends: "array[int]"
     chars: "array[int]"
-    tails: bytes
+    edges: bytes
     chunks: bytes
     chunk_ends: "array[int]"
     paths: str
@@ -199,9 +199,9 @@ class Fingerprint:
         """Return the hash of ``part``."""
         return _at(self.hashes, part)
 
-    def tail(self, part: int) -> bytes:
-        """Return the hash of the end of ``part``, zeros if it is short."""
-        return _at(self.tails, part)
+    def edges_of(self, part: int) -> tuple[bytes, bytes]:
+        """Return the hashes of the beginning and the end of ``part``, zeros if it is short."""
+        return _at(self.edges, 2 * part), _at(self.edges, 2 * part + 1)
 
     def start(self, part: int) -> int:
         """Return the estimated tokens before ``part``."""
@@ -231,7 +231,7 @@ class Fingerprint:
     @property
     def nbytes(self) -> int:
         """About how much memory it takes, in bytes, shared tool prints counted in full."""
-        packed = len(self.hashes) + len(self.kinds) + len(self.tails) + len(self.chunks)
+        packed = len(self.hashes) + len(self.kinds) + len(self.edges) + len(self.chunks)
         arrays = 4 * (len(self.ends) + len(self.chars) + len(self.chunk_ends))
         tools = sum(320 + len(tool.name) + len(tool.field_hashes) for tool in self.tools)
         return packed + arrays + len(self.paths) + tools + 160 * len(self.params) + 1500
@@ -277,10 +277,10 @@ class Fingerprint:
                 ],
             ),
             chars=self.chars[:own] + parent.chars[old:] + array("I", [0]) + self.chars[rest:],
-            tails=self.tails[: own * HASH_BYTES]
-            + parent.tails[old * HASH_BYTES :]
-            + bytes(HASH_BYTES)
-            + self.tails[rest * HASH_BYTES :],
+            edges=self.edges[: 2 * own * HASH_BYTES]
+            + parent.edges[2 * old * HASH_BYTES :]
+            + bytes(2 * HASH_BYTES)
+            + self.edges[2 * rest * HASH_BYTES :],
             chunks=self.chunks[: before * HASH_BYTES]
             + parent.chunks[first * HASH_BYTES :]
             + self.chunks[skipped * HASH_BYTES :],
@@ -346,7 +346,7 @@ class Fingerprinter:
             kinds=bytes(packer.kinds),
             ends=packer.ends,
             chars=packer.chars,
-            tails=b"".join(packer.tails),
+            edges=b"".join(packer.edges),
             chunks=b"".join(packer.chunks),
             chunk_ends=packer.chunk_ends,
             paths="\n".join(packer.paths),
@@ -439,7 +439,7 @@ class _Packer:
         self.kinds = bytearray()
         self.ends = array("I")
         self.chars = array("I")
-        self.tails: list[bytes] = []
+        self.edges: list[bytes] = []
         self.chunks: list[bytes] = []
         self.chunk_ends = array("I")
         self.paths: list[str] = []
@@ -459,7 +459,7 @@ class _Packer:
             if message != self._message:
                 self._message = message
                 kind |= _STARTS
-        hash_ = self._digest(form + bytes((kind & (_ROLE_BITS | _STARTS),)), data)
+        hash_ = self._digest(form + bytes((kind & _ROLE_BITS,)), data)
         if part.region is Region.TOOLS:
             self.tools.append(self._owner.tool(part.content, hash_))
         self._tokens += _estimate(part.content, data)
@@ -471,8 +471,11 @@ class _Packer:
         self.kinds.append(kind)
         self.ends.append(min(self._tokens, 0xFFFFFFFF))
         self.chars.append(min(len(data) if text is None else len(text), 0xFFFFFFFF))
-        long = len(data) >= 2 * _TAIL_BYTES
-        self.tails.append(self._owner.hash(data[-_TAIL_BYTES:]) if long else bytes(HASH_BYTES))
+        if len(data) >= 2 * _EDGE_BYTES:
+            self.edges.append(self._owner.hash(data[:_EDGE_BYTES]))
+            self.edges.append(self._owner.hash(data[-_EDGE_BYTES:]))
+        else:
+            self.edges.append(bytes(2 * HASH_BYTES))
         self.chunk_ends.append(self._n_chunks)
         self.paths.append(part.path)
 

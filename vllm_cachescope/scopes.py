@@ -74,8 +74,10 @@ class ScopeKeys:
         return self._digest("private", request_nonce)
 
     def _digest(self, *fields: str) -> str:
-        # Each field is preceded by its length: ("a", "bc") and ("ab", "c") must differ.
+        # Each field is preceded by its length: ("a", "bc") and ("ab", "c") must differ. JSON lets
+        # clients send lone surrogates.
         message = b"".join(
-            len(raw).to_bytes(4, "big") + raw for raw in (f.encode() for f in fields)
+            len(raw).to_bytes(4, "big") + raw
+            for raw in (field.encode("utf-8", "surrogatepass") for field in fields)
         )
         return hmac.new(self._secret, message, hashlib.sha256).hexdigest()[:32]

@@ -55,8 +55,7 @@ class Admission:
         plan = None
         if exchange is not None:
             plan = await self._plan(exchange, prompt, options.get("session_id"))
-        if plan is not None:
-            sampling_params = self._with_plan(sampling_params, plan)
+        sampling_params = self._with_plan(sampling_params, plan)
         reported = False
         outputs = self._generate(prompt, sampling_params, request_id, **options)
         try:
@@ -76,9 +75,7 @@ class Admission:
         finally:
             await outputs.aclose()
 
-    async def _plan(
-        self, exchange: Exchange, prompt: Any, session_id: str | None
-    ) -> Plan | None:
+    async def _plan(self, exchange: Exchange, prompt: Any, session_id: str | None) -> Plan | None:
         tokens = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
         if not tokens:
             return None
@@ -115,16 +112,19 @@ class Admission:
             )
         return Plan(tuple(span for span in spans if span.end > 0), nonce)
 
-    def _with_plan(self, sampling_params: Any, plan: Plan) -> Any:
+    def _with_plan(self, sampling_params: Any, plan: Plan | None) -> Any:
+        """Return a copy with ``plan`` in it; with None, without what a client may have put there."""
         planned = copy.copy(sampling_params)
         extra = dict(planned.extra_args or {})
         params = dict(extra.get("kv_transfer_params") or {})
-        params[PLAN_KEY] = seal(plan, self._secret)
-        offload = params.get("max_offload_tokens")
-        covered = plan.covered_tokens
-        params["max_offload_tokens"] = (
-            min(offload, covered) if type(offload) is int and offload >= 0 else covered
-        )
+        if plan is not None:
+            params[PLAN_KEY] = seal(plan, self._secret)
+            offload, covered = params.get("max_offload_tokens"), plan.covered_tokens
+            params["max_offload_tokens"] = (
+                min(offload, covered) if type(offload) is int and offload >= 0 else covered
+            )
+        elif params.pop(PLAN_KEY, None) is None:
+            return sampling_params
         extra["kv_transfer_params"] = params
         planned.extra_args = extra
         return planned

@@ -25,4 +25,8 @@ def _run(core: Any, command: str, *args: Any) -> Any:
 
 async def call(engine: "EngineClient", command: str, *args: Any) -> list[Any]:
     """Run the connector's ``command_<command>`` in every engine; return their answers."""
-    return await engine.engine_core.call_utility_all_async(_METHOD, command, *args)
+    client = engine.engine_core
+    if hasattr(client, "call_utility_all_async"):
+        return list(await client.call_utility_all_async(_METHOD, command, *args))
+    # vLLM 0.31 asks all of its engines too, and returns the first one's answer.
+    return [await client.call_utility_async(_METHOD, command, *args)]

@@ -1,6 +1,7 @@
 """The CPU tier: vLLM's own primary offloading tier, with our eviction policy and expiry."""
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from vllm.v1.kv_offload.base import LookupResult, OffloadingEvent, OffloadKey, ReqContext
@@ -129,6 +130,8 @@ class CpuTier:
         self._primary: CPUPrimaryTierOffloadingManager = manager.primary_tier
         assert isinstance(self._primary._policy, ScopePolicy)
         self.policy = self._primary._policy
+        # From 0.33 on vLLM may serve tiers from a thread of its own.
+        self._lock = getattr(manager, "lock", None) or nullcontext()
         lookup = manager.lookup
 
         # On the manager, so that no tier behind the primary one serves an expired key either.
@@ -149,6 +152,10 @@ class CpuTier:
         Returns:
             The keys whose chunks are in the middle of a transfer and must be discarded later.
         """
+        with self._lock:
+            return self._discard(keys)
+
+    def _discard(self, keys: Iterable[bytes]) -> set[bytes]:
         busy: set[bytes] = set()
         freed: list[OffloadKey] = []
         for raw in keys:

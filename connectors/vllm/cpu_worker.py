@@ -52,7 +52,13 @@ class CpuCopyWorker(OffloadingWorker):
         assert isinstance(dst_spec, CPULoadStoreSpec)
         return self._copy(job_id, src_spec, dst_spec, store=True)
 
-    def submit_load(self, job_id: int, src_spec: LoadStoreSpec, dst_spec: GPULoadStoreSpec) -> bool:
+    def submit_load(
+        self,
+        job_id: int,
+        src_spec: LoadStoreSpec,
+        dst_spec: GPULoadStoreSpec,
+        expedited: bool = False,
+    ) -> bool:
         assert isinstance(src_spec, CPULoadStoreSpec)
         return self._copy(job_id, dst_spec, src_spec, store=False)
 
@@ -84,7 +90,10 @@ class CpuCopyWorker(OffloadingWorker):
             slots = torch.arange(skip, skip + size)
             blocks = torch.from_numpy(device.block_ids[block_at : block_at + size]).long()
             chunk_ids = torch.from_numpy(cpu.chunk_ids[chunk_at : chunk_at + chunks]).long()
-            rows, columns = chunk_ids[slots // self._blocks_per_chunk], slots % self._blocks_per_chunk
+            rows, columns = (
+                chunk_ids[slots // self._blocks_per_chunk],
+                slots % self._blocks_per_chunk,
+            )
             for tensor in {ref.tensor_idx for ref in refs}:
                 on_device, in_memory = self._device[tensor], self._cpu[tensor]
                 if store:
@@ -94,7 +103,5 @@ class CpuCopyWorker(OffloadingWorker):
                 copied += size * on_device.shape[1]
             block_at += size
             chunk_at += chunks
-        self._finished.append(
-            TransferResult(job_id, True, copied, time.perf_counter() - start)
-        )
+        self._finished.append(TransferResult(job_id, True, copied, time.perf_counter() - start))
         return True

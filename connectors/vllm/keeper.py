@@ -110,7 +110,10 @@ class Keeper:
         if hashing.is_private(plan):
             self.refused_plans += 1
             # Nobody can ever read its blocks again: they are not worth a copy.
-            request.kv_transfer_params = {**(request.kv_transfer_params or {}), "max_offload_tokens": 0}
+            request.kv_transfer_params = {
+                **(request.kv_transfer_params or {}),
+                "max_offload_tokens": 0,
+            }
         else:
             # Further samples of a prompt (n > 1) read what the first one computed; the prompt
             # counts once, as the first one found it.

@@ -84,7 +84,7 @@ class ScopeOffloadingSpec(TieringOffloadingSpec):
         region = SharedOffloadRegion(
             engine_id=self._engine_id,
             num_chunks=self.num_chunks,
-            rank=self.config.parallel.rank,
+            rank=0 if self.replicated_layout else self.config.parallel.rank,
             kv_bytes_per_chunk=self.kv_bytes_per_chunk,
             cpu_page_size=self.cpu_page_size_per_worker,
         )

@@ -7,7 +7,6 @@ however the engine ends, and in whatever container.
 
 import fcntl
 import logging
-import os
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
@@ -39,9 +38,10 @@ def remove_stale(directory: Path = Path("/dev/shm")) -> list[Path]:
         with suppress(OSError), open(lock_path, "rb") as lock:
             # Fails while the engine lives.
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.exists(region):
-                region.unlink()
-                removed.append(region)
-                logger.info("Removed %s, which a killed engine had left", region)
+            # From 0.33 on vLLM may spread a region over several files.
+            for left_over in directory.glob(f"{region.name}*"):
+                left_over.unlink()
+                removed.append(left_over)
+                logger.info("Removed %s, which a killed engine had left", left_over)
             lock_path.unlink()
     return removed

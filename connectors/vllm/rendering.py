@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections import OrderedDict
 from collections.abc import Mapping
 from contextvars import ContextVar
@@ -16,6 +17,8 @@ from vllm_cachescope.breakpoints import Segment
 from vllm_cachescope.prompt import Part, PromptRequest, Protocol, Region
 from vllm_cachescope.wire.anthropic import is_dropped
 from vllm_cachescope.wire.truncate import truncate
+
+logger = logging.getLogger(__name__)
 
 REMEMBERED_TOKENS = 4_000_000
 """How many tokens of rendered tools and system prompts are kept, some 32 MB."""
@@ -93,7 +96,12 @@ class Boundaries:
                 continue
             try:
                 end = await self._end(request, body, segment.after, tokens, text)
-            except CannotRender:
+            except CannotRender as error:
+                logger.debug("No boundary after %s: %s", segment.after.path, error)
+                end = 0
+            except Exception:
+                # A mistake of ours costs hits, never the request.
+                logger.exception("No boundary after %s", segment.after.path)
                 end = 0
             ends.append(max(end, ends[-1] if ends else 0))
         return ends

@@ -1,6 +1,7 @@
-"""The middleware for vLLM's API server: ``--middleware vllm_cachescope.connectors.vllm.server.Middleware``."""
+"""The middleware that ``--middleware`` of vLLM's API server names."""
 
 import asyncio
+import atexit
 import logging
 from collections.abc import Iterable
 from typing import Any
@@ -9,7 +10,7 @@ from vllm import envs
 
 from vllm_cachescope.api.middleware import CacheScopeMiddleware
 from vllm_cachescope.config import Config
-from vllm_cachescope.connectors.vllm import commands
+from vllm_cachescope.connectors.vllm import commands, regions
 from vllm_cachescope.connectors.vllm.admission import Admission
 from vllm_cachescope.connectors.vllm.offloading import read_config
 
@@ -22,6 +23,9 @@ class Middleware(CacheScopeMiddleware):
     def attach(self, state: Any) -> Config:
         config = read_config(state.engine_client.vllm_config)
         Admission(state, config, config.secret_bytes())
+        # vLLM kills its engine without letting it clean up; by the end of this process, which
+        # does the killing, the engine is gone.
+        atexit.register(regions.remove_stale)
         self._sweeper = asyncio.get_running_loop().create_task(
             _sweep(state.engine_client, config.sweep_interval)
         )

@@ -113,7 +113,8 @@ def test_the_client_package_allows_marks_where_we_read_them() -> None:
     parsed: Any = adapter.validate_python(plain)
     assert list(parsed["tools"])[1]["cache_control"] == HOUR
     last = list(parsed["messages"])[3]
-    nested = list(list(last["content"])[0]["content"])[0]
+    result = next(iter(last["content"]))
+    nested = next(iter(result["content"]))
     assert nested["cache_control"] == EPHEMERAL
 
 
@@ -223,6 +224,11 @@ LAST = "messages[0].content[0].cache_control"
         (user(text("x", scoped("planet"))), f"{LAST}.scope", "one of global, org, session"),
         (user(text("x", {**EPHEMERAL, "scope": {}})), f"{LAST}.scope", "one of global"),
         (user(text("x", {**EPHEMERAL, "tll": "5m"})), f"{LAST}.tll", "one of type, ttl, scope"),
+        (
+            user(text("x", {**EPHEMERAL, "\ud800!" * 99: 1})),
+            f"{LAST}.'" + r"\ud800!" * 20 + "'",
+            "one of type, ttl, scope",
+        ),
         (user(text("", EPHEMERAL)), LAST, "only on a text block with text"),
         (user({"type": "text", "cache_control": EPHEMERAL}), LAST, "only on a text block"),
         (
@@ -289,7 +295,7 @@ def test_refused(wrong: dict[str, Any], path: str, allowed: str) -> None:
 )
 def test_longer_lifetimes_come_first(first: Any, second: Any, default_ttl_s: int, ok: bool) -> None:
     """In prompt order, whatever the order of the body's fields."""
-    given = {"messages": [{"role": "user", "content": [text("x", second)]}]}
+    given: dict[str, Any] = {"messages": [{"role": "user", "content": [text("x", second)]}]}
     given |= {"model": "m", "tools": [tool("a", first)]}
     if ok:
         assert len(marks(read(given, TTLS, default_ttl_s))) == 2

@@ -161,6 +161,17 @@ def test_truncate_responses_at_the_system_region_forgets_earlier_turns() -> None
     assert cut == {"instructions": "i", "input": []}
 
 
+def test_truncate_chat_at_the_system_region_leaves_out_documents() -> None:
+    system = {"role": "system", "content": "s"}
+    body = {"documents": [{}], "messages": [system, {"role": "user", "content": "u"}]}
+
+    def left(region: Region, path: str) -> Any:
+        return truncate(body, Protocol.CHAT, Part(region, path, None))
+
+    assert left(Region.SYSTEM, "messages[0].content") == {"messages": [system]}
+    assert left(Region.MESSAGES, "documents") == {"documents": [{}], "messages": [system]}
+
+
 def test_truncate_completions_has_nothing_to_cut() -> None:
     body = {"prompt": "x"}
     assert truncate(body, Protocol.COMPLETIONS, Part(Region.MESSAGES, "prompt", "x")) == body

@@ -1,3 +1,6 @@
+from typing import Any
+
+import httpx
 from anthropic.types import ErrorResponse
 from openai import BadRequestError
 
@@ -31,9 +34,8 @@ def test_openai() -> None:
 
 
 def test_the_openai_client_finds_the_field() -> None:
-    import httpx
-
-    response = httpx.Response(400, request=httpx.Request("POST", "http://localhost/v1/responses"))
+    request = httpx.Request("POST", "http://localhost/v1/chat/completions")
+    response: Any = httpx.Response(400, request=request)
     raised = BadRequestError(
         MESSAGE, response=response, body=error_body(Protocol.CHAT, ERROR)["error"]
     )

@@ -159,7 +159,9 @@ class TestChat:
             prompt_cache_key="k",
             prompt_cache_retention="24h",
         )
-        parsed: Any = TypeAdapter(CompletionCreateParamsNonStreaming).validate_python(given)
+        # Kept in a variable: what it leaves to be validated lazily needs it alive.
+        adapter = TypeAdapter(CompletionCreateParamsNonStreaming)
+        parsed: Any = adapter.validate_python(given)
         blocks = list(next(iter(parsed["messages"]))["content"])
         assert all(block["prompt_cache_breakpoint"]["mode"] == "explicit" for block in blocks)
         request = read_chat(given, TTLS)
@@ -225,7 +227,7 @@ class TestBreakpoints:
 
 
 def minimal(protocol: Protocol, **fields: Any) -> dict[str, Any]:
-    prompt = {
+    prompt: dict[Protocol, dict[str, Any]] = {
         Protocol.CHAT: {"messages": [{"role": "user", "content": "x"}]},
         Protocol.RESPONSES: {"input": "x"},
         Protocol.COMPLETIONS: {"prompt": "x"},

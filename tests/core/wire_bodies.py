@@ -18,74 +18,19 @@ PATHS = {
 EPHEMERAL: dict[str, Any] = {"type": "ephemeral"}
 
 # Every word that some reader looks for, so that random JSON gets past the first check.
-_KEYS = st.sampled_from(
-    [
-        "type",
-        "text",
-        "content",
-        "source",
-        "output",
-        "input",
-        "role",
-        "name",
-        "tools",
-        "system",
-        "messages",
-        "instructions",
-        "prompt",
-        "documents",
-        "function",
-        "tool_calls",
-        "tool_choice",
-        "thinking",
-        "metadata",
-        "user_id",
-        "session_id",
-        "cache_control",
-        "prompt_cache_breakpoint",
-        "prompt_cache_key",
-        "prompt_cache_options",
-        "prompt_cache_retention",
-        "mode",
-        "ttl",
-        "scope",
-        "diagnostics",
-        "previous_message_id",
-        "comparison_response_id",
-        "previous_response_id",
-        "model",
-        "max_tokens",
-    ]
-) | st.text(max_size=3)
+_KEY_WORDS = """
+type text content source output input role name tools system messages instructions prompt
+documents function tool_calls tool_choice thinking metadata user_id session_id cache_control
+prompt_cache_breakpoint prompt_cache_key prompt_cache_options prompt_cache_retention mode ttl
+scope diagnostics previous_message_id comparison_response_id previous_response_id model max_tokens
+"""
+_VALUE_WORDS = """
+ephemeral 5m 1h 30m 0m 1h5m global org session explicit implicit 24h in_memory text thinking
+tool_result input_text reasoning message user assistant system developer tool
+"""
 
-_VALUES = st.sampled_from(
-    [
-        "ephemeral",
-        "5m",
-        "1h",
-        "30m",
-        "0m",
-        "1h5m",
-        "global",
-        "org",
-        "session",
-        "explicit",
-        "implicit",
-        "24h",
-        "in_memory",
-        "text",
-        "thinking",
-        "tool_result",
-        "input_text",
-        "reasoning",
-        "message",
-        "user",
-        "assistant",
-        "system",
-        "developer",
-        "tool",
-    ]
-)
+_KEYS = st.sampled_from(_KEY_WORDS.split()) | st.text(max_size=3)
+_VALUES = st.sampled_from(_VALUE_WORDS.split())
 
 _LEAVES = (
     st.none()
@@ -201,7 +146,7 @@ responses_bodies = st.fixed_dictionaries(
     },
 )
 
-bodies = {
+bodies: dict[Protocol, st.SearchStrategy[dict[str, Any]]] = {
     Protocol.MESSAGES: messages_bodies,
     Protocol.CHAT: chat_bodies,
     Protocol.RESPONSES: responses_bodies,

@@ -90,9 +90,7 @@ class CacheScopeMiddleware(ABC):
         reply = Reply(exchange, send, stream_prewarm)
         await self._run(exchange, scope, receive, reply.send)
 
-    async def _run(
-        self, exchange: Exchange, scope: Scope, receive: Receive, send: Send
-    ) -> None:
+    async def _run(self, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
         token = current_exchange.set(exchange)
         try:
             await self._app(scope, receive, send)

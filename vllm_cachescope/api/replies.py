@@ -1,7 +1,7 @@
 """Writes what the cache did into a reply's usage, and leaves every other byte alone."""
 
 import json
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from starlette.types import Message, Send
@@ -10,7 +10,7 @@ from vllm_cachescope.api.exchange import Exchange
 from vllm_cachescope.prompt import Protocol
 from vllm_cachescope.usage import Usage, write_chat, write_messages, write_responses
 
-_WRITERS: dict[Protocol, Callable[[MutableMapping[str, Any], Usage], None]] = {
+_WRITERS: dict[Protocol, Callable[[dict[str, Any], Usage], None]] = {
     Protocol.MESSAGES: write_messages,
     Protocol.CHAT: write_chat,
     Protocol.COMPLETIONS: write_chat,

@@ -1,0 +1,151 @@
+"""A vLLM server in a process group of its own, which leaves nothing behind when it is stopped."""
+
+import os
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import httpx
+
+from vllm_cachescope.connectors.vllm import regions
+
+START_TIMEOUT_S = 300.0
+STOP_TIMEOUT_S = 20.0
+
+
+class ServerFailed(RuntimeError):
+    """The server did not come up, or went down."""
+
+
+def free_port() -> int:
+    """Return a TCP port that nothing on this machine listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Server:
+    """A running server. As a context manager it starts on entry and is gone after exit.
+
+    Everything vLLM writes (sockets, caches, compiled code, the log) goes into one scratch
+    directory, removed at the end.
+
+    Args:
+        command: the server's command line, without host and port.
+        environment: variables to set beside the ones set here.
+        on_wait: called a few times per second while the server starts, with the seconds since.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str] | None = None,
+        on_wait: Callable[[float], None] = lambda seconds: None,
+    ) -> None:
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        self._command = [*command, "--host", "127.0.0.1", "--port", str(port)]
+        self._environment = dict(environment or {})
+        self._on_wait = on_wait
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        """Process id of the API server."""
+        assert self._process is not None
+        return self._process.pid
+
+    def __enter__(self) -> Self:
+        self._scratch = tempfile.TemporaryDirectory(
+            prefix="cachescope-", ignore_cleanup_errors=True
+        )
+        try:
+            self._start(Path(self._scratch.name))
+            self._wait_until_ready()
+        except BaseException as error:
+            self._stop()
+            if isinstance(error, ServerFailed):
+                error.add_note(self.log_tail())
+            self._scratch.cleanup()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stop()
+        if isinstance(error, Exception):
+            error.add_note(self.log_tail())
+        self._scratch.cleanup()
+
+    def log_tail(self, lines: int = 25) -> str:
+        """Return the last lines the server has logged."""
+        log = (Path(self._scratch.name) / "log").read_text(errors="replace")
+        return "The server's last words:\n" + "\n".join(log.splitlines()[-lines:])
+
+    def _start(self, scratch: Path) -> None:
+        own = {
+            "TMPDIR": str(scratch),
+            "HF_HOME": str(scratch / "hf"),
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_CACHE_ROOT": str(scratch / "vllm"),
+            "VLLM_CONFIG_ROOT": str(scratch / "vllm-config"),
+            "VLLM_NO_USAGE_STATS": "1",
+        }
+        with open(scratch / "log", "wb") as log:
+            self._process = subprocess.Popen(
+                self._command,
+                env=os.environ | own | self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                # A Ctrl-C is for us; we tell the server.
+                start_new_session=True,
+            )
+
+    def _wait_until_ready(self) -> None:
+        assert self._process is not None
+        start = time.monotonic()
+        while (waited := time.monotonic() - start) < START_TIMEOUT_S:
+            if self._process.poll() is not None:
+                raise ServerFailed(f"the server ended with status {self._process.returncode}")
+            with suppress(httpx.TransportError):
+                if httpx.get(f"{self.url}/health", timeout=5).status_code == 200:
+                    return
+            self._on_wait(waited)
+            time.sleep(0.25)
+        raise ServerFailed(f"the server was not ready after {START_TIMEOUT_S:.0f} s")
+
+    def _stop(self) -> None:
+        process = self._process
+        if process is None:
+            return
+        # A second Ctrl-C must not leave half of it running.
+        previous = {s: signal.signal(s, signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(STOP_TIMEOUT_S)
+            # The engine's processes are in the same group; whatever is left of it goes now.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            deadline = time.monotonic() + STOP_TIMEOUT_S
+            with suppress(ProcessLookupError):
+                while time.monotonic() < deadline:
+                    os.killpg(process.pid, 0)
+                    time.sleep(0.05)
+            regions.remove_stale()
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)

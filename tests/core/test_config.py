@@ -1,0 +1,128 @@
+"""Configuration: one model, and mistakes that say what to do."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from vllm_cachescope.cli import main
+from vllm_cachescope.config import SECRET_VARIABLE, Config, ConfigError, load
+from vllm_cachescope.prompt import Region
+from vllm_cachescope.scopes import Scope
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def test_nothing_set_is_a_configuration() -> None:
+    config = load({})
+    assert config.allowed_ttls == (300, 1800, 3600, 43200, 86400)
+    assert config.regions.of(Region.SYSTEM).scope is Scope.ORG
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"cpu_byte": 1}, ["cpu_byte", "no such key", "cpu_bytes"]),
+        ({"regions": {"tool": {}}}, ["regions.tool", "no such key", "messages, system, tools"]),
+        ({"regions": {"tools": {"scop": "org"}}}, ["regions.tools.scop", "scope, ttl"]),
+        ({"cpu_bytes": "lots"}, ["cpu_bytes", "lots"]),
+        ({"cpu_bytes": 0}, ["cpu_bytes", "greater than 0"]),
+        ({"chunk_tokens": "128"}, ["chunk_tokens", "'128'", "integer"]),
+        ({"ttls": ["5x"]}, ["ttls.0", "'5x'", "5m"]),
+        ({"regions": {"tools": {"scope": "team"}}}, ["regions.tools.scope", "global, org, session"]),
+        (
+            {"regions": {"tools": {"scope": "session"}}},
+            ["regions", "only narrow", "session, org, org"],
+        ),
+        ({"regions": {"messages": {"ttl": "7m"}}}, ["regions.messages.ttl", "7m", "5m, 30m, 1h"]),
+        ({"secret": "short"}, ["secret", "16"]),
+        ({"secret": "x" * 16, "secret_file": "f"}, ["secret or secret_file, not both"]),
+        ({"tenants": {"abc": "acme"}}, ["tenants", "'abc'", "SHA-256"]),
+        ({"org_header": ""}, ["org_header"]),
+        ({"sweep_interval": "0s"}, ["sweep_interval", "'0s'"]),
+        ({"config_file": "does-not-exist.yaml"}, ["config_file", "does-not-exist.yaml"]),
+    ],
+)
+def test_a_mistake_names_the_key_the_value_and_what_is_allowed(
+    wrong: dict[str, object], says: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(wrong)
+    for words in says:
+        assert words in str(caught.value)
+
+
+def test_a_secret_is_never_shown() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load({"secret": "tooshort"})
+    assert "tooshort" not in str(caught.value)
+    assert "sesame" not in repr(load({"secret": "open sesame please"}))
+
+
+def test_keys_beside_the_file_override_it_at_every_depth(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("cpu_bytes: 2GiB\nregions: {tools: {scope: global, ttl: 1h}}\n")
+    config = load({"config_file": str(path), "regions": {"tools": {"ttl": "5m"}}})
+    assert config.cpu_bytes == 2 << 30
+    assert (config.regions.tools.scope, config.regions.tools.ttl) == (Scope.GLOBAL, 300)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_the_files_operators_copy_are_valid(path: Path) -> None:
+    load(yaml.safe_load(path.read_text()))
+
+
+def test_the_reference_file_shows_every_key_at_its_default() -> None:
+    shown = yaml.safe_load((CONFIGS / "cachescope.yaml").read_text())
+    assert set(shown) == set(Config.model_fields)
+    assert load(shown) == Config()
+
+
+def test_the_secret_comes_from_the_configuration_its_file_or_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(SECRET_VARIABLE, "from the environment")
+    assert load({}).secret_bytes() == b"from the environment"
+    assert load({"secret": "from the configuration"}).secret_bytes() == b"from the configuration"
+    path = tmp_path / "secret"
+    path.write_text("from the secret file\n")
+    assert load({"secret_file": str(path)}).secret_bytes() == b"from the secret file"
+    path.write_text("short")
+    with pytest.raises(ConfigError, match="secret_file"):
+        load({"secret_file": str(path)}).secret_bytes()
+    monkeypatch.delenv(SECRET_VARIABLE)
+    with pytest.raises(ConfigError, match=SECRET_VARIABLE):
+        load({}).secret_bytes()
+
+
+def test_tenants_may_stand_in_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "tenants.json"
+    path.write_text('{"%s": "acme"}' % ("0" * 64))
+    assert load({"tenants_file": str(path)}).tenant_names() == {"0" * 64: "acme"}
+    path.write_text('{"0": "acme"}')
+    with pytest.raises(ConfigError, match="SHA-256"):
+        load({"tenants_file": str(path)}).tenant_names()
+
+
+def test_serve_prints_the_command_it_would_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "m", "--set", "cpu_bytes=2GiB", "--dry-run", "--port", "9"]) == 0
+    printed = capsys.readouterr().out
+    assert "CacheScopeConnector" in printed and '"cpu_bytes":"2GiB"' in printed
+    assert printed.rstrip().endswith("--port 9")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--set", "cpu_bites=1"], "cpu_bites"),
+        (["--set", "cpu_bytes"], "KEY=VALUE"),
+        (["--kv-transfer-config", "{}"], "--kv-transfer-config"),
+        (["--set", "secret_file=nowhere"], "nowhere"),
+    ],
+)
+def test_serve_refuses_a_mistake_before_it_starts_anything(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", "m", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert says in captured.err and captured.out == ""

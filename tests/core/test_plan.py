@@ -1,0 +1,97 @@
+"""The plan: which span a block belongs to, and that nobody but the API can make one."""
+
+import copy
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_cachescope.plan import Plan, Span, seal, unseal
+from vllm_cachescope.scopes import Scope
+
+SECRET = b"a secret of sixteen bytes or more"
+
+PLAN = Plan(
+    (
+        Span(100, Scope.GLOBAL, "g", 3600),
+        Span(300, Scope.ORG, "o", 300),
+        Span(350, Scope.SESSION, "s", 300, covered=False),
+    ),
+    "nonce",
+)
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> Plan:
+    ends = sorted(draw(st.sets(st.integers(1, 2000), min_size=1, max_size=6)))
+    scopes = sorted(draw(st.lists(st.sampled_from(Scope), min_size=len(ends), max_size=len(ends))))
+    spans = [
+        Span(end, scope, f"{scope.label}-{i}", draw(st.integers(1, 9999)), draw(st.booleans()))
+        for i, (end, scope) in enumerate(zip(ends, scopes, strict=True))
+    ]
+    return Plan(tuple(spans), draw(st.text(min_size=1, max_size=8)))
+
+
+@pytest.mark.parametrize(
+    ("block_end", "key"),
+    [(16, "g"), (100, "g"), (101, "o"), (112, "o"), (300, "o"), (304, "s"), (350, "s")],
+)
+def test_a_block_belongs_to_the_narrowest_span_it_touches(block_end: int, key: str) -> None:
+    assert PLAN.span_of(block_end).key == key
+
+
+def test_generated_tokens_are_as_narrow_as_the_end_and_not_covered() -> None:
+    span = PLAN.span_of(351)
+    assert (span.key, span.scope, span.covered) == ("s", Scope.SESSION, False)
+
+
+def test_covered_tokens_end_at_the_last_covered_span() -> None:
+    assert PLAN.covered_tokens == 300
+
+
+@given(plans(), st.integers(1, 128))
+def test_ranges_are_the_blocks_spans(plan: Plan, block_size: int) -> None:
+    ranges = list(plan.ranges(block_size))
+    position = 0
+    for start, end, span in ranges:
+        assert start == position < end
+        for block_end in range((start // block_size + 1) * block_size, end + 1, block_size):
+            assert plan.span_of(block_end) == span
+        position = end
+    assert position == plan.spans[-1].end
+
+
+@given(plans())
+def test_a_sealed_plan_comes_back_from_json(plan: Plan) -> None:
+    assert unseal(json.loads(json.dumps(seal(plan, SECRET))), SECRET) == plan
+
+
+@given(plans(), st.data())
+def test_no_change_to_a_sealed_plan_is_accepted(plan: Plan, data: st.DataObject) -> None:
+    forged = copy.deepcopy(seal(plan, SECRET))
+    span = data.draw(st.integers(0, len(plan.spans) - 1))
+    field = data.draw(st.integers(0, 4))
+    value = forged["spans"][span][field]
+    forged["spans"][span][field] = f"{value}x" if isinstance(value, str) else value + 1
+    assert unseal(forged, SECRET) is None
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        None,
+        7,
+        {},
+        {"spans": [], "nonce": "n"},
+        {"spans": "x", "nonce": "n", "mac": "m"},
+        {"spans": [[float("nan")]], "nonce": "n", "mac": "\udc80"},
+        {"spans": [[object()]], "nonce": "n", "mac": "m"},
+    ],
+)
+def test_what_is_no_plan_is_refused(data: object) -> None:
+    assert unseal(data, SECRET) is None
+
+
+def test_another_secret_is_refused() -> None:
+    assert unseal(seal(PLAN, b"another secret, as long"), SECRET) is None

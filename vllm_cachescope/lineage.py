@@ -1,0 +1,428 @@
+"""Which earlier request a request goes on from, among the interleaved prompts of a session.
+
+A session is a forest: the main agent's conversation, subagents with prompts of their own, titles,
+forks that share a prefix. A request is compared with its nearest ancestor in that forest.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from vllm_cachescope.changes import Change, ChangeKind, compare
+from vllm_cachescope.fingerprint import Fingerprint
+from vllm_cachescope.latches import Latch, Latches
+from vllm_cachescope.overlap import (
+    Overlap,
+    compaction,
+    is_opening,
+    overlap,
+    parent_parts,
+    reusable,
+    same_static,
+    similar_system,
+)
+from vllm_cachescope.prompt import Region
+from vllm_cachescope.scopes import Caller
+
+DEFAULT_TTL_S = 6 * 3600.0
+DEFAULT_REQUESTS = 64
+DEFAULT_ORG_BYTES = 16 * 2**20
+DEFAULT_BYTES = 256 * 2**20
+
+
+class Relation(StrEnum):
+    """How a request stands to its nearest ancestor."""
+
+    FIRST = "first_request"
+    NEW_LINEAGE = "new_lineage"
+    CONTINUATION = "continuation"
+    RETRY = "retry"
+    FORK = "fork"
+    COMPACTION = "compaction"
+    BREAK = "break"
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """A request that is kept.
+
+    Attributes:
+        fingerprint: what is kept of it.
+        lineage: number of its lineage, from 1 in each session.
+        at: when it came, on the store's clock, in seconds.
+        superseded: whether a later request goes on from it. It stays a place to fork from, but
+            no longer the end of its conversation.
+        response_id: the id its response got, once known.
+        prompt_tokens: its length in tokens as the engine counted it, once known.
+    """
+
+    fingerprint: Fingerprint
+    lineage: int
+    at: float
+    superseded: bool = False
+    response_id: str | None = None
+    prompt_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a request belongs.
+
+    Attributes:
+        relation: how it stands to ``ancestor``.
+        entry: the request, as it is kept from now on.
+        ancestor: the nearest earlier request; None for the first of a session.
+        parent_lineage: the lineage it branched off from, if it began one.
+        shared_tokens: estimated leading tokens that some earlier request of the session has too.
+        missed_tokens: estimated tokens after those that would have been shared but for a change.
+        changes: what differs from ``ancestor``, earliest first; nothing for a fork, whose messages
+            are meant to differ.
+        latch: set if the earliest change keeps changing.
+        idle_s: seconds since ``ancestor`` came; None without one.
+    """
+
+    relation: Relation
+    entry: Entry
+    ancestor: Entry | None
+    parent_lineage: int | None
+    shared_tokens: int
+    missed_tokens: int
+    changes: tuple[Change, ...]
+    latch: Latch | None
+    idle_s: float | None
+
+
+@dataclass(slots=True)
+class _Session:
+    entries: list[Entry] = field(default_factory=list)
+    latches: Latches = field(default_factory=Latches)
+    lineages: int = 0
+    nbytes: int = 0
+
+
+class LineageStore:
+    """Keeps the recent requests of every session, within bounds.
+
+    Not safe for concurrent use: call it from one thread, such as the event loop's.
+
+    Args:
+        clock: returns seconds; must not run backwards.
+        ttl_s: how long after its last request a session is kept, in seconds.
+        requests: how many requests are kept of a session. Those that a later one goes on from are
+            the first to be dropped.
+        org_bytes: memory for one organisation's sessions, in bytes; the least recently used
+            session is dropped first.
+        max_bytes: memory for all organisations together, in bytes.
+    """
+
+    def __init__(
+        self,
+        clock: Callable[[], float],
+        *,
+        ttl_s: float = DEFAULT_TTL_S,
+        requests: int = DEFAULT_REQUESTS,
+        org_bytes: int = DEFAULT_ORG_BYTES,
+        max_bytes: int = DEFAULT_BYTES,
+    ) -> None:
+        self._clock = clock
+        self._ttl_s = ttl_s
+        self._requests = requests
+        self._org_bytes = org_bytes
+        self._max_bytes = max_bytes
+        self._orgs: dict[str, OrderedDict[str | None, _Session]] = {}
+        # All sessions, least recently used first, with when they were last used.
+        self._used: OrderedDict[tuple[str, str | None], float] = OrderedDict()
+        self._by_response: dict[tuple[str, str], tuple[str | None, Entry]] = {}
+        self._bytes_of: dict[str, int] = {}
+        self.nbytes = 0
+
+    def __len__(self) -> int:
+        """Return the number of requests kept."""
+        return sum(len(session.entries) for org in self._orgs.values() for session in org.values())
+
+    def observe(self, caller: Caller, fingerprint: Fingerprint) -> Placement:
+        """Place a request in its session's forest and keep it.
+
+        Requests of an organisation that name no session share one forest.
+        """
+        now = self._clock()
+        self._expire(now)
+        session = self._session(caller, now)
+        chained = self._chained(caller.org, fingerprint)
+        placement = _place(session, chained, now)
+        self._keep(caller, session, placement.entry)
+        return placement
+
+    def answered(
+        self,
+        caller: Caller,
+        entry: Entry,
+        response_id: str | None = None,
+        prompt_tokens: int | None = None,
+    ) -> None:
+        """Note the id of the response to ``entry`` and the prompt's length in tokens.
+
+        Args:
+            caller: whose request it was.
+            entry: the request, from its `Placement`.
+            response_id: the id a client may name it by.
+            prompt_tokens: the prompt's length as the engine counted it.
+        """
+        if prompt_tokens is not None:
+            entry.prompt_tokens = prompt_tokens
+        session = self._orgs.get(caller.org, {}).get(caller.session)
+        if response_id is not None and session is not None and entry in session.entries:
+            entry.response_id = response_id
+            self._by_response[caller.org, response_id] = (caller.session, entry)
+
+    def find(self, org: str, response_id: str) -> Entry | None:
+        """Return the request of ``org`` that was answered with ``response_id``, if still kept.
+
+        Another organisation's response is not found.
+        """
+        self._expire(self._clock())
+        found = self._by_response.get((org, response_id))
+        return found[1] if found else None
+
+    def _chained(self, org: str, fingerprint: Fingerprint) -> Fingerprint:
+        """Complete a request that names the response it goes on from instead of repeating it."""
+        if fingerprint.previous_id is None:
+            return fingerprint
+        found = self._by_response.get((org, fingerprint.previous_id))
+        return fingerprint.after(found[1].fingerprint) if found else fingerprint
+
+    def _session(self, caller: Caller, now: float) -> _Session:
+        org = self._orgs.setdefault(caller.org, OrderedDict())
+        session = org.setdefault(caller.session, _Session())
+        org.move_to_end(caller.session)
+        self._used[caller.org, caller.session] = now
+        self._used.move_to_end((caller.org, caller.session))
+        return session
+
+    def _keep(self, caller: Caller, session: _Session, entry: Entry) -> None:
+        session.entries.append(entry)
+        self._grow(caller.org, session, entry.fingerprint.nbytes)
+        if len(session.entries) > self._requests:
+            oldest = next((e for e in session.entries if e.superseded), session.entries[0])
+            self._drop(caller.org, session, oldest)
+        org = self._orgs[caller.org]
+        while self._bytes_of[caller.org] > self._org_bytes and len(org) > 1:
+            self._forget(caller.org, next(iter(org)))
+        while self.nbytes > self._max_bytes and len(self._used) > 1:
+            self._forget(*next(iter(self._used)))
+        # A single session may be too large by itself; the newest request always stays.
+        while self._bytes_of[caller.org] > self._org_bytes and len(session.entries) > 1:
+            self._drop(caller.org, session, session.entries[0])
+
+    def _expire(self, now: float) -> None:
+        while self._used:
+            (org, name), used = next(iter(self._used.items()))
+            if used + self._ttl_s > now:
+                break
+            self._forget(org, name)
+
+    def _forget(self, org: str, name: str | None) -> None:
+        session = self._orgs[org].pop(name)
+        del self._used[org, name]
+        for entry in session.entries:
+            self._unname(org, entry)
+        self._grow(org, session, -session.nbytes)
+        if not self._orgs[org]:
+            del self._orgs[org]
+            del self._bytes_of[org]
+
+    def _drop(self, org: str, session: _Session, entry: Entry) -> None:
+        session.entries.remove(entry)
+        self._unname(org, entry)
+        self._grow(org, session, -entry.fingerprint.nbytes)
+
+    def _unname(self, org: str, entry: Entry) -> None:
+        if entry.response_id is not None:
+            found = self._by_response.get((org, entry.response_id))
+            if found is not None and found[1] is entry:
+                del self._by_response[org, entry.response_id]
+
+    def _grow(self, org: str, session: _Session, nbytes: int) -> None:
+        session.nbytes += nbytes
+        self._bytes_of[org] = self._bytes_of.get(org, 0) + nbytes
+        self.nbytes += nbytes
+
+
+def _place(session: _Session, new: Fingerprint, now: float) -> Placement:
+    """Find the nearest ancestor of ``new`` and how it stands to it. Does not keep it yet."""
+    nearest: Entry | None = None
+    shared = Overlap(0, 0, False)
+    overlaps: list[tuple[Entry, Overlap]] = []
+    for entry in reversed(session.entries):
+        found = overlap(entry.fingerprint, new)
+        overlaps.append((entry, found))
+        if nearest is None or (found.tokens, found.whole) > (shared.tokens, shared.whole):
+            nearest, shared = entry, found
+    if nearest is None:
+        return _begin(session, Relation.FIRST, new, now)
+    # A request that an earlier one repeats in full misses nothing.
+    if shared.parts < len(new):
+        parent_known = shared.whole and shared.parts >= parent_parts(new)
+        if (broken := _broken(overlaps, new, shared, parent_known)) is not None:
+            changes = compare(broken.fingerprint, new)
+            expected = changes[0].kind is ChangeKind.HISTORY_COMPACTED
+            relation = Relation.COMPACTION if expected else Relation.BREAK
+            return _go_on(session, relation, broken, new, shared.tokens, changes, now)
+        if (old := _compacted(session, new)) is not None:
+            changes = compare(old.fingerprint, new)
+            return _go_on(session, Relation.COMPACTION, old, new, shared.tokens, changes, now)
+    return _relate(session, nearest, new, shared, now)
+
+
+def _broken(
+    overlaps: list[tuple[Entry, Overlap]], new: Fingerprint, shared: Overlap, parent_known: bool
+) -> Entry | None:
+    """Return the conversation that ``new`` would have shared more with, had it not changed."""
+    best: Entry | None = None
+    most = shared.tokens
+    for entry, found in overlaps:
+        if not entry.superseded:
+            could = reusable(entry.fingerprint, new, found, parent_known)
+            if could > most:
+                best, most = entry, could
+    return best
+
+
+def _compacted(session: _Session, new: Fingerprint) -> Entry | None:
+    """Return the conversation that ``new`` begins anew from a summary."""
+    if is_opening(new):
+        for entry in reversed(session.entries):
+            if not entry.superseded and compaction(entry.fingerprint, new) is not None:
+                return entry
+    return None
+
+
+def _relate(
+    session: _Session, nearest: Entry, new: Fingerprint, shared: Overlap, now: float
+) -> Placement:
+    """Place a request that misses nothing an earlier one could have left it."""
+    old, static = nearest.fingerprint, new.static_parts
+    if shared.whole and shared.tokens:
+        changes = compare(old, new)
+        if (kept := _still_cached(old, new, shared.tokens, changes)) < shared.tokens:
+            return _go_on(session, Relation.BREAK, nearest, new, kept, changes, now)
+        if len(new) == shared.parts:
+            return _go_on(session, Relation.RETRY, nearest, new, shared.tokens, changes, now)
+        if not nearest.superseded:
+            relation = Relation.CONTINUATION
+            return _go_on(session, relation, nearest, new, shared.tokens, changes, now)
+    beyond = shared.tokens > new.start(static) or shared.parts == len(new) > 0
+    if same_static(old, new, shared) and beyond:
+        return _begin(session, Relation.FORK, new, now, nearest, shared.tokens)
+    twin = _twin(session, new)
+    if twin is None:
+        return _begin(session, Relation.NEW_LINEAGE, new, now, nearest, shared.tokens)
+    changes = tuple(
+        change
+        for change in compare(twin.fingerprint, new)
+        if change.area not in ("messages", "markers") and change.diverges
+    )
+    could = min(new.start(static), twin.fingerprint.start(twin.fingerprint.static_parts))
+    missed = max(0, could - shared.tokens) if changes else 0
+    return _begin(
+        session,
+        Relation.NEW_LINEAGE,
+        new,
+        now,
+        twin if missed else nearest,
+        shared.tokens,
+        changes if missed else (),
+        missed,
+    )
+
+
+def _still_cached(
+    old: Fingerprint, new: Fingerprint, shared: int, changes: tuple[Change, ...]
+) -> int:
+    """Return how many of the shared tokens the breakpoints let ``new`` find and keep."""
+    kept = shared
+    for change in changes:
+        if change.kind is ChangeKind.SCOPE_CHANGED:
+            kept = min(kept, change.token)
+        elif change.kind is ChangeKind.MARK_REMOVED and _covered(old) > _covered(new):
+            kept = min(kept, _covered(new))
+    return kept
+
+
+def _covered(print_: Fingerprint) -> int:
+    """Return up to which token a breakpoint covers the prompt."""
+    if print_.automatic:
+        return print_.tokens
+    return max((print_.ends[mark.part] for mark in print_.marks), default=0)
+
+
+def _twin(session: _Session, new: Fingerprint) -> Entry | None:
+    """Return a request of another conversation whose tools and system are nearly the same."""
+    names = {tool.name for tool in new.tools}
+    for entry in reversed(session.entries):
+        old = entry.fingerprint
+        if (
+            old.model == new.model
+            and old.counts[Region.SYSTEM] == new.counts[Region.SYSTEM]
+            and {tool.name for tool in old.tools} == names
+            and new.static_parts
+            and similar_system(old, new)
+        ):
+            return entry
+    return None
+
+
+def _go_on(
+    session: _Session,
+    relation: Relation,
+    ancestor: Entry,
+    new: Fingerprint,
+    shared_tokens: int,
+    changes: tuple[Change, ...],
+    now: float,
+) -> Placement:
+    """Place ``new`` in the lineage of ``ancestor``."""
+    ancestor.superseded = True
+    missed, latch = 0, None
+    if relation in (Relation.BREAK, Relation.COMPACTION):
+        missed = max(0, min(ancestor.fingerprint.tokens, new.tokens) - shared_tokens)
+    if relation is Relation.BREAK and changes:
+        latch = session.latches.note(ancestor.lineage, changes[0], missed)
+    return Placement(
+        relation,
+        Entry(new, ancestor.lineage, now),
+        ancestor,
+        None,
+        shared_tokens,
+        missed,
+        changes,
+        latch,
+        now - ancestor.at,
+    )
+
+
+def _begin(
+    session: _Session,
+    relation: Relation,
+    new: Fingerprint,
+    now: float,
+    ancestor: Entry | None = None,
+    shared_tokens: int = 0,
+    changes: tuple[Change, ...] = (),
+    missed_tokens: int = 0,
+) -> Placement:
+    """Place ``new`` at the start of a lineage of its own."""
+    session.lineages += 1
+    forked = relation is Relation.FORK and ancestor is not None
+    return Placement(
+        relation,
+        Entry(new, session.lineages, now),
+        ancestor,
+        ancestor.lineage if forked and ancestor is not None else None,
+        shared_tokens,
+        missed_tokens,
+        changes,
+        None,
+        None if ancestor is None else now - ancestor.at,
+    )

@@ -1,0 +1,371 @@
+"""How far a request agrees with an earlier one, and how far it would have but for one change."""
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from vllm_cachescope.fingerprint import HASH_BYTES, Fingerprint, Role, Trait
+from vllm_cachescope.prompt import Protocol
+
+ROUTING_PARAMS = frozenset({"prompt_cache_key", "service_tier", "speed"})
+"""Parameters that say where or how fast to run, and never reach the prompt."""
+
+# Parameters that a chat template renders at the start of the prompt, or that replace the template.
+# All others are taken to change the prompt from the messages on, as Anthropic's table of what
+# invalidates the cache has it for thinking and tool_choice.
+_FRONT_PARAMS = (
+    "add_special_tokens",
+    "chat_template",
+    "chat_template_kwargs",
+    "media_io_kwargs",
+    "mm_processor_kwargs",
+    "reasoning",
+    "reasoning_effort",
+    "truncate_prompt_tokens",
+    "truncation_side",
+    "truncation",
+)
+
+_PLACE = 0x1F  # of a part's kind: its role, and whether it starts a message
+
+_SIMILAR_CHARS = 32
+_SUMMARY_MIN_TOKENS = 100
+_SUMMARY_SURE_TOKENS = 512
+_COMPACTED_MIN_TURNS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Overlap:
+    """How far a request agrees with an earlier one, from the first token on.
+
+    Attributes:
+        parts: parts they share.
+        tokens: estimated tokens they share, into the first part that differs.
+        whole: whether all of the earlier request is shared.
+    """
+
+    parts: int
+    tokens: int
+    whole: bool
+
+
+def overlap(old: Fingerprint, new: Fingerprint) -> Overlap:
+    """Return how much of ``old`` is a prefix of ``new``, parameters and model counted in."""
+    limit = _agreement(old, new)
+    # Kinds say where messages start: two blocks of one message are not two messages.
+    parts = min(common_items(old.hashes, new.hashes), common_items(old.kinds, new.kinds, 1), limit)
+    if parts == len(old):
+        return Overlap(parts, old.tokens, True)
+    tokens = new.start(parts)
+    if parts < limit:
+        inside = common_pieces(old, parts, new, parts)
+        last = parts == len(old) - 1
+        if last and inside and _grew(old, new, parts, inside):
+            return Overlap(parts, old.tokens, True)
+        # An answer that the client began and the server went on with.
+        if last and old.role(parts) is Role.ASSISTANT and new.role(parts) is Role.ASSISTANT:
+            return Overlap(parts, tokens + inside * new.chunk_tokens, True)
+        tokens += inside * new.chunk_tokens
+    return Overlap(parts, min(tokens, old.tokens, new.tokens), False)
+
+
+def _grew(old: Fingerprint, new: Fingerprint, part: int, inside: int) -> bool:
+    """Whether a prompt that is one text went on where it ended, as far as its pieces show."""
+    return (
+        old.protocol is Protocol.COMPLETIONS
+        and inside * HASH_BYTES == len(old.chunks_of(part))
+        and old.chars[part] <= new.chars[part]
+    )
+
+
+def same_static(old: Fingerprint, new: Fingerprint, shared: Overlap) -> bool:
+    """Whether model, parameters, tools and system are the same."""
+    static = new.static_parts
+    return old.counts[:2] == new.counts[:2] and shared.parts >= static and same_params(old, new)
+
+
+def same_params(old: Fingerprint, new: Fingerprint) -> bool:
+    """Whether model and prompt-affecting parameters are the same."""
+    return _agreement(old, new) == len(new)
+
+
+def reusable(old: Fingerprint, new: Fingerprint, shared: Overlap, parent_known: bool) -> int:
+    """Return up to which token ``new`` would have agreed with ``old`` but for the divergence.
+
+    0 if nothing shows that ``new`` goes on with the conversation of ``old``. What shows it is an
+    answer of the model that stands in both, next to the same neighbour; the whole conversation of
+    ``old`` under another model, tools or system; or a last message that was edited after it had
+    been answered.
+
+    Args:
+        old: the earlier request.
+        new: the request.
+        shared: their overlap.
+        parent_known: whether the request that ``new`` repeats and goes on from has been seen.
+    """
+    if shared.whole or shared.parts == len(new):
+        return 0
+    if same_static(old, new, shared):
+        at = shared.parts
+        end = _last_common_turn(old, new, range(at, len(old)), range(at, len(new)))
+        if end is None and not parent_known:
+            end = _edited_last_turn(old, new, at)
+        return 0 if end is None else new.start(end)
+    at, static = old.static_parts, new.static_parts
+    tools, system = _similar_tools(old, new), similar_system(old, new)
+    if not tools and not system:
+        return 0
+    end = _last_common_turn(old, new, range(at, len(old)), range(static, len(new)))
+    if end is not None:
+        return new.start(end)
+    theirs, ours = old.hashes[at * HASH_BYTES :], new.hashes[static * HASH_BYTES :]
+    if not theirs or not ours.startswith(theirs):
+        return 0
+    end = static + len(old) - at
+    answered = end < len(new) and new.role(end) is Role.ASSISTANT
+    # The same question in both, nothing more: a retry with a change, or a side call about it.
+    if answered or (len(ours) == len(theirs) and tools and system):
+        return new.start(end)
+    return 0
+
+
+def similar_system(old: Fingerprint, new: Fingerprint) -> bool:
+    """Whether the two system prompts are versions of one, rather than two different ones."""
+    ours, theirs = range(new.counts[0], new.static_parts), range(old.counts[0], old.static_parts)
+    if not ours or not theirs:
+        return not ours and not theirs
+    known = Counter(old.hash(i) for i in theirs)
+    same = sum(new.size(i) for i in ours if known[new.hash(i)])
+    if same * 4 >= max(_total(new, ours), _total(old, theirs)):
+        return True
+    return any(similar(old, i, new, j) for i, j in zip(theirs, ours, strict=False))
+
+
+def similar(old: Fingerprint, i: int, new: Fingerprint, j: int) -> bool:
+    """Whether part ``j`` of ``new`` looks like an edited version of part ``i`` of ``old``."""
+    if old.role(i) is not new.role(j):
+        return False
+    small, large = sorted((old.chars[i], new.chars[j]))
+    (head, tail), (new_head, new_tail) = old.edges_of(i), new.edges_of(j)
+    if any(head) and any(new_head):
+        return (head == new_head or tail == new_tail) and 2 * small >= large
+    # Too short to tell its ends apart; its size is all there is to go by.
+    return large - small <= _SIMILAR_CHARS
+
+
+def compaction(old: Fingerprint, new: Fingerprint) -> tuple[range, range] | None:
+    """Return which parts of ``old`` gave way to which of ``new``, if that is a compaction.
+
+    Model, tools and system are the same. Either the client declares it with a block of its own; or
+    a run of turns gave way to something much shorter while later turns stayed; or no answer of
+    the model is left, and what stands there instead says that it is a summary or, being long
+    itself, is at most an eighth of what it replaced.
+    """
+    static = new.static_parts
+    if old.counts[:2] != new.counts[:2] or old.model != new.model:
+        return None
+    if common_items(old.hashes, new.hashes) < static:
+        return None
+    for gone, came, tail in gaps(old, new, range(static, len(old)), range(static, len(new))):
+        if gone and came and _is_compaction(old, gone, new, came, tail):
+            return gone, came
+    return None
+
+
+def _is_compaction(
+    old: Fingerprint, gone: range, new: Fingerprint, came: range, tail: bool
+) -> bool:
+    if any(new.has(j, Trait.COMPACTION) for j in came):
+        return True
+    before, after = _total(old, gone), _total(new, came)
+    turns = sum(old.role(i) is Role.ASSISTANT for i in gone)
+    if not tail:
+        return turns >= 2 and 2 * after <= before and len(gone) >= 2 * len(came)
+    if turns < _COMPACTED_MIN_TURNS or not is_opening(new):
+        return False
+    if any(new.has(j, Trait.SUMMARY) for j in came):
+        return after >= _SUMMARY_MIN_TOKENS and 2 * after <= before
+    return len(came) == 1 and after >= _SUMMARY_SURE_TOKENS and 8 * after <= before
+
+
+def parent_parts(new: Fingerprint) -> int:
+    """Return how many parts the request that ``new`` goes on from must have had.
+
+    Those before the model's last answer, with which a client repeats a conversation; 0 if there
+    is no answer in it.
+    """
+    last = _last_turn(new)
+    if last is None:
+        return 0
+    while last > new.static_parts and new.role(last - 1) is Role.ASSISTANT:
+        last -= 1
+    return last
+
+
+def is_opening(new: Fingerprint) -> bool:
+    """Whether no answer of the model is in the messages: nothing precedes this request."""
+    return _last_turn(new) is None
+
+
+def _last_turn(new: Fingerprint) -> int | None:
+    for i in reversed(range(new.static_parts, len(new))):
+        if new.role(i) is Role.ASSISTANT:
+            return i
+    return None
+
+
+def _agreement(old: Fingerprint, new: Fingerprint) -> int:
+    """How many parts model and parameters let the two share."""
+    if old.model != new.model:
+        return 0
+    if old.params == new.params:
+        return len(new)
+    names = {
+        name
+        for name in old.params.keys() | new.params.keys()
+        if old.params.get(name) != new.params.get(name) and name not in ROUTING_PARAMS
+    }
+    if not names:
+        return len(new)
+    return 0 if any(is_front(name) for name in names) else new.static_parts
+
+
+def is_front(name: str) -> bool:
+    """Whether the parameter ``name`` changes the prompt from its first token on."""
+    return name.partition(".")[0] in _FRONT_PARAMS
+
+
+def common_items(old: bytes, new: bytes, width: int = HASH_BYTES) -> int:
+    """Number of leading items of ``width`` bytes that two packed lists share.
+
+    One exclusive-or over the whole lists: this runs for every request kept, so no loop.
+    """
+    size = min(len(old), len(new))
+    differ = int.from_bytes(old[:size], "big") ^ int.from_bytes(new[:size], "big")
+    return (size - (differ.bit_length() + 7) // 8) // width
+
+
+def common_pieces(old: Fingerprint, i: int, new: Fingerprint, j: int) -> int:
+    """How many leading pieces part ``i`` of ``old`` and part ``j`` of ``new`` share."""
+    if old.kinds[i] & _PLACE != new.kinds[j] & _PLACE:
+        return 0
+    return common_items(old.chunks_of(i), new.chunks_of(j))
+
+
+def _total(print_: Fingerprint, parts: range) -> int:
+    return print_.start(parts.stop) - print_.start(parts.start) if parts else 0
+
+
+def split(print_: Fingerprint, parts: range) -> list[bytes]:
+    """Return the hash of each of ``parts``."""
+    hashes = print_.hashes
+    return [hashes[k * HASH_BYTES : (k + 1) * HASH_BYTES] for k in parts]
+
+
+def _last_common_turn(
+    old: Fingerprint, new: Fingerprint, of_old: range, of_new: range
+) -> int | None:
+    """Return the end in ``new`` of the last answer that stands in both beside one neighbour."""
+    theirs, ours = split(old, of_old), split(new, of_new)
+    if set(theirs).isdisjoint(ours):
+        return None
+    pairs = set(pairwise(theirs))
+    for k in reversed(range(len(ours) - 1)):
+        at = of_new.start + k
+        if (ours[k], ours[k + 1]) in pairs and Role.ASSISTANT in (new.role(at), new.role(at + 1)):
+            return at + 2
+    return None
+
+
+def _edited_last_turn(old: Fingerprint, new: Fingerprint, at: int) -> int | None:
+    """Return the end of the message at ``at`` if ``old`` ends with an earlier version of it.
+
+    The version in ``new`` has been answered, so a request with ``old``'s version must have been.
+    """
+    if any(old.role(i) is Role.ASSISTANT for i in range(at, len(old))):
+        return None
+    end = next((j for j in range(at, len(new)) if new.role(j) is Role.ASSISTANT), None)
+    if end is None or end == at:
+        return None
+    of_one = any(new.role(j) is Role.ASSISTANT for j in range(new.static_parts, at))
+    again = not set(split(old, range(at, len(old)))).isdisjoint(split(new, range(at, end)))
+    edited = at < len(old) and similar(old, at, new, at)
+    return end if of_one or again or edited else None
+
+
+def _similar_tools(old: Fingerprint, new: Fingerprint) -> bool:
+    ours, theirs = {tool.name for tool in new.tools}, {tool.name for tool in old.tools}
+    if not ours or not theirs:
+        return not ours and not theirs
+    return 2 * len(ours & theirs) >= len(ours | theirs)
+
+
+def ascending(order: Sequence[int]) -> list[int]:
+    """Return the positions of a longest ascending subsequence, in O(n log n)."""
+    tails: list[int] = []
+    at: list[int] = []
+    before: list[int] = []
+    for k, value in enumerate(order):
+        length = bisect_left(tails, value)
+        before.append(at[length - 1] if length else -1)
+        if length == len(tails):
+            tails.append(value)
+            at.append(k)
+        else:
+            tails[length] = value
+            at[length] = k
+    chain: list[int] = []
+    k = at[-1] if at else -1
+    while k >= 0:
+        chain.append(k)
+        k = before[k]
+    return chain[::-1]
+
+
+def gaps(
+    old: Fingerprint, new: Fingerprint, of_old: range, of_new: range
+) -> Iterator[tuple[range, range, bool]]:
+    """Yield ``(gone, came, tail)``: the parts ``gone`` of ``old`` gave way to ``came`` of ``new``.
+
+    Between gaps the parts are equal. Equal parts are found by those that occur once on each side
+    (as in patience diff) and their neighbours, so that repeated short messages do not mislead.
+    ``tail`` is true for a gap that reaches the end of either side.
+
+    Args:
+        old: the earlier request.
+        new: the request.
+        of_old: the parts of ``old`` to look at.
+        of_new: the parts of ``new`` to look at.
+    """
+    theirs, ours = split(old, of_old), split(new, of_new)
+    head = next(
+        (k for k, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b),
+        min(len(theirs), len(ours)),
+    )
+    here, there = Counter(ours[head:]), Counter(theirs[head:])
+    where = {item: k for k, item in enumerate(theirs[head:], head) if there[item] == 1}
+    anchors = [
+        (where[item], k)
+        for k, item in enumerate(ours[head:], head)
+        if here[item] == 1 and item in where
+    ]
+    low_a, low_b = head, head
+    for n in ascending([a for a, _ in anchors]):
+        a, b = anchors[n]
+        if a < low_a or b < low_b:
+            continue  # swallowed by the run before it
+        while a > low_a and b > low_b and theirs[a - 1] == ours[b - 1]:
+            a, b = a - 1, b - 1
+        if (a, b) != (low_a, low_b):
+            yield _slice(of_old, low_a, a), _slice(of_new, low_b, b), False
+        while a < len(theirs) and b < len(ours) and theirs[a] == ours[b]:
+            a, b = a + 1, b + 1
+        low_a, low_b = a, b
+    if low_a < len(theirs) or low_b < len(ours):
+        yield _slice(of_old, low_a, len(theirs)), _slice(of_new, low_b, len(ours)), True
+
+
+def _slice(parts: range, start: int, stop: int) -> range:
+    return range(parts.start + start, parts.start + stop)
