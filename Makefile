@@ -12,7 +12,7 @@ setup: ## make .venv with vLLM for CPUs and this package
 	@scripts/setup.sh
 
 demo: setup ## serve a small model with the plugin and drive it with real clients
-	@$(BIN)/python -m demo
+	@$(BIN)/python -m demo.run
 
 test: setup lint ## the checks and the suite, on a real engine
 	$(BIN)/pytest --ignore=tests/compat

@@ -113,7 +113,7 @@ class Admission:
         return Plan(tuple(span for span in spans if span.end > 0), nonce)
 
     def _with_plan(self, sampling_params: Any, plan: Plan | None) -> Any:
-        """Return a copy with ``plan`` in it; with None, without what a client may have put there."""
+        """Return a copy with ``plan`` in it, or, without one, with nothing a client put there."""
         planned = copy.copy(sampling_params)
         extra = dict(planned.extra_args or {})
         params = dict(extra.get("kv_transfer_params") or {})
