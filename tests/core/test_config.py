@@ -29,7 +29,10 @@ def test_nothing_set_is_a_configuration() -> None:
         ({"cpu_bytes": 0}, ["cpu_bytes", "greater than 0"]),
         ({"chunk_tokens": "128"}, ["chunk_tokens", "'128'", "integer"]),
         ({"ttls": ["5x"]}, ["ttls.0", "'5x'", "5m"]),
-        ({"regions": {"tools": {"scope": "team"}}}, ["regions.tools.scope", "global, org, session"]),
+        (
+            {"regions": {"tools": {"scope": "team"}}},
+            ["regions.tools.scope", "'team'", "global, org, session"],
+        ),
         (
             {"regions": {"tools": {"scope": "session"}}},
             ["regions", "only narrow", "session, org, org"],

@@ -34,7 +34,8 @@ def test_unlisted_keys_are_organisations_of_their_own_and_not_shown() -> None:
     two = DIRECTORY.caller({"x-api-key": "key-4"}, None).org
     assert len({one, two, "name:acme", ANONYMOUS}) == 4
     assert "key-3" not in one
-    assert one != Directory(b"another secret here", {}, None).caller({"x-api-key": "key-3"}, None).org
+    elsewhere = Directory(b"another secret here", {}, None)
+    assert one != elsewhere.caller({"x-api-key": "key-3"}, None).org
 
 
 def test_without_a_key_everyone_is_the_same_stranger() -> None:

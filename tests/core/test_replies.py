@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -89,7 +90,7 @@ STREAM = b"".join(
 @given(st.sets(st.integers(1, len(STREAM) - 1), max_size=8))
 def test_a_stream_may_be_cut_anywhere(cuts: set[int]) -> None:
     edges = [0, *sorted(cuts), len(STREAM)]
-    chunks = [STREAM[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    chunks = [STREAM[a:b] for a, b in pairwise(edges)]
     _, out = run(Protocol.MESSAGES, chunks, "text/event-stream; charset=utf-8")
     events = out.split(b"\n\n")
     originals = STREAM.split(b"\n\n")
