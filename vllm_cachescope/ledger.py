@@ -1,7 +1,7 @@
 """Which blocks are cached, on which tiers, and until when."""
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -118,22 +118,18 @@ class Ledger:
                 expired.append((key, entry))
         return expired
 
-    def clear_tier(self, tier: str) -> int:
-        """Note that ``tier`` was emptied; return how many keys it held."""
-        held = [key for key, entry in self._entries.items() if tier in entry.tiers]
-        for key in held:
+    def clear_tier(self, tier: str) -> list[tuple[bytes, int]]:
+        """Note that ``tier`` was emptied; return the keys it held and their TTLs in seconds."""
+        held = [(key, entry.ttl_s) for key, entry in self._entries.items() if tier in entry.tiers]
+        for key, _ in held:
             self.displace(key, tier)
-        return len(held)
+        return held
 
     def resident(self) -> Iterator[tuple[str, int, int]]:
         """Yield ``(tier, ttl_s, blocks)`` for every tier and TTL class ever seen, zeros included:
         a gauge that is not written keeps its last value."""
         for (tier, ttl_s), blocks in self._resident.items():
             yield tier, ttl_s, blocks
-
-    def live(self, keys: Iterable[bytes]) -> Iterator[bytes]:
-        """Yield those of ``keys`` that are known."""
-        return (key for key in keys if key in self._entries)
 
     def _class(self, ttl_s: int) -> OrderedDict[bytes, Entry]:
         return self._by_ttl.setdefault(ttl_s, OrderedDict())

@@ -37,10 +37,33 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
+class Loss:
+    """Tokens that were cached once and were not there when the prompt came.
+
+    Attributes:
+        reason: how the first of them left; a `ledger.Reason`.
+        tokens: how many. What follows a missing block counts, since no prefix reaches it.
+        ttl_s: the lifetime the first of them had, in seconds.
+        age_s: how long ago it left, in seconds.
+    """
+
+    reason: str
+    tokens: int
+    ttl_s: int
+    age_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
-    """The rows of one prompt; their tokens add up to the prompt."""
+    """What became of one prompt.
+
+    Attributes:
+        rows: its tokens by outcome, scope and TTL class; they add up to the prompt.
+        loss: what it might have read in addition if the cache had kept it; None if nothing.
+    """
 
     rows: tuple[Row, ...]
+    loss: Loss | None = None
 
     def tokens(self, outcome: str) -> int:
         """Return the tokens with ``outcome``."""
@@ -67,12 +90,19 @@ class Report:
 
     def to_wire(self) -> dict[str, Any]:
         """Return the report as plain data, for the way from the engine to the API."""
-        return {"rows": [[r.outcome, int(r.scope), r.ttl_s, r.tokens] for r in self.rows]}
+        loss = self.loss
+        return {
+            "rows": [[r.outcome, int(r.scope), r.ttl_s, r.tokens] for r in self.rows],
+            "loss": loss and [str(loss.reason), loss.tokens, loss.ttl_s, loss.age_s],
+        }
 
     @classmethod
     def from_wire(cls, data: Mapping[str, Any]) -> "Report":
         """Return the report `to_wire` made."""
-        return cls(tuple(Row(o, Scope(s), ttl, n) for o, s, ttl, n in data["rows"]))
+        return cls(
+            tuple(Row(o, Scope(s), ttl, n) for o, s, ttl, n in data["rows"]),
+            Loss(*data["loss"]) if data["loss"] else None,
+        )
 
 
 def account(
@@ -80,6 +110,7 @@ def account(
     block_size: int,
     read: Iterable[tuple[str, int]],
     created_blocks: Iterable[int],
+    loss: Loss | None = None,
 ) -> Report:
     """Divide a prompt's tokens by outcome, scope and TTL class.
 
@@ -88,6 +119,7 @@ def account(
         block_size: tokens per block.
         read: ``(outcome, tokens)`` of what was read, in prompt order from the first token.
         created_blocks: indices of the blocks that this prompt newly cached under a breakpoint.
+        loss: what the cache had lost.
     """
     prompt_tokens = plan.spans[-1].end
     ranges: list[tuple[int, int, str]] = []
@@ -112,4 +144,4 @@ def account(
             overlap = min(end, span_end) - max(start, span_start)
             if overlap > 0:
                 rows[outcome, span.scope, ttl_s] += overlap
-    return Report(tuple(Row(*key, tokens) for key, tokens in rows.items()))
+    return Report(tuple(Row(*key, tokens) for key, tokens in rows.items()), loss)

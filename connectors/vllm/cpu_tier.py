@@ -31,7 +31,7 @@ class ScopePolicy(CachePolicy):
         self._ledger = Ledger()
         self._clock: Callable[[], float] = lambda: 0.0
         self._ttl_of: Callable[[OffloadKey, ReqContext], int] = lambda key, context: 0
-        self._on_evicted: Callable[[bytes, Reason], None] = lambda key, reason: None
+        self._on_evicted: Callable[[bytes, int, Reason], None] = lambda key, ttl_s, reason: None
         self._missed_ttls: dict[OffloadKey, int] = {}
 
     def bind(
@@ -39,7 +39,7 @@ class ScopePolicy(CachePolicy):
         ledger: Ledger,
         clock: Callable[[], float],
         ttl_of: Callable[[OffloadKey, ReqContext], int],
-        on_evicted: Callable[[bytes, Reason], None],
+        on_evicted: Callable[[bytes, int, Reason], None],
     ) -> None:
         """Connect the policy to the engine's lifetimes.
 
@@ -47,7 +47,7 @@ class ScopePolicy(CachePolicy):
             ledger: where the chunks' lifetimes are kept.
             clock: the ledger's clock, in seconds.
             ttl_of: lifetime in seconds that a request's plan gives to a key.
-            on_evicted: called with each key that leaves the tier, and why.
+            on_evicted: called with each key that has left the tier, its TTL in seconds, and why.
         """
         self._ledger, self._clock = ledger, clock
         self._ttl_of, self._on_evicted = ttl_of, on_evicted
@@ -99,16 +99,17 @@ class ScopePolicy(CachePolicy):
             return None
         evicted = [(OffloadKey(key), self._chunks[OffloadKey(key)]) for key in keys]
         for key, _ in evicted:
-            self.remove(key)
-            self._on_evicted(key, Reason.CAPACITY)
+            self._drop(key, Reason.CAPACITY)
         return evicted
 
     def clear(self) -> None:
-        for key in self._chunks:
-            self._on_evicted(key, Reason.RESET)
-            self._ledger.displace(key, CPU)
-        self._chunks.clear()
-        self._order.clear()
+        for key in list(self._chunks):
+            self._drop(key, Reason.RESET)
+
+    def _drop(self, key: OffloadKey, reason: Reason) -> None:
+        entry = self._ledger.get(key)
+        self.remove(key)
+        self._on_evicted(key, entry.ttl_s if entry else 0, reason)
 
     def _use(self, key: OffloadKey, now: float) -> None:
         entry = self._ledger.get(key)

@@ -14,9 +14,10 @@ from vllm.v1.request import Request
 from vllm_cachescope.connectors.vllm import hashing
 from vllm_cachescope.connectors.vllm.cpu_tier import CPU, CpuTier
 from vllm_cachescope.connectors.vllm.device_tier import DEVICE, DeviceTier
+from vllm_cachescope.departures import Departure, Departures
 from vllm_cachescope.ledger import Ledger, Reason
 from vllm_cachescope.plan import Plan
-from vllm_cachescope.report import Outcome, Report, account
+from vllm_cachescope.report import Loss, Outcome, Report, account
 
 REMEMBERED_PROMPTS = 4096
 """How many finished prompts' reports can still be asked for."""
@@ -46,6 +47,7 @@ class Prompt:
         block_size: tokens per block, for accounting.
         request: the engine's request; None once it has finished.
         read: ``(outcome, tokens)`` read when it was first scheduled; None before.
+        loss: what it might have read besides, had the cache kept it.
         created: indices of the blocks it newly cached under a breakpoint.
         registered: tokens whose blocks the ledger has seen.
         counted: whether its tokens are in the metrics.
@@ -56,13 +58,14 @@ class Prompt:
     request: Request | None
     local_tokens: int = 0
     read: list[tuple[str, int]] | None = None
+    loss: Loss | None = None
     created: list[int] = field(default_factory=list)
     registered: int = 0
     counted: bool = False
 
     def report(self) -> Report:
         """Return what has become of the prompt's tokens so far."""
-        return account(self.plan, self.block_size, self.read or (), self.created)
+        return account(self.plan, self.block_size, self.read or (), self.created, self.loss)
 
 
 class Keeper:
@@ -80,9 +83,10 @@ class Keeper:
         self._layout = layout
         self._clock = clock
         self._ledger = Ledger()
+        self._departures = Departures()
         self._device: DeviceTier | None = None
         self._cpu = CpuTier(manager, self._is_expired)
-        self._cpu.policy.bind(self._ledger, clock, self._ttl_of, self._count_eviction)
+        self._cpu.policy.bind(self._ledger, clock, self._ttl_of, self._cpu_evicted)
         self._prompts: dict[str, Prompt] = {}
         self._by_nonce: OrderedDict[str, Prompt] = OrderedDict()
         # Chunks that expired in the middle of a transfer; freed when it is over.
@@ -140,6 +144,7 @@ class Keeper:
         if prompt.read is None:
             prompt.read = [(Outcome.READ_DEVICE, prompt.local_tokens)]
             prompt.read += [(f"read_{tier}", tokens) for tier, tokens in external.items()]
+            prompt.loss = self._lost(request, sum(tokens for _, tokens in prompt.read))
         # Refreshed now and not when the load is done: what is in use must not expire meanwhile.
         self._register(prompt, request, prompt.local_tokens + sum(external.values()))
 
@@ -176,6 +181,8 @@ class Keeper:
         """Drop everything that has expired, on every tier; return how many entries."""
         self._settle_device()
         expired = self._ledger.pop_expired(self._clock())
+        for key, entry in expired:
+            self._departures.record(key, Departure(Reason.TTL, entry.ttl_s, entry.expires_at))
         on_device = [key for key, entry in expired if DEVICE in entry.tiers]
         in_memory = [key for key, entry in expired if CPU in entry.tiers]
         if on_device and self._device is not None:
@@ -217,6 +224,8 @@ class Keeper:
                 if not on_device and key not in self._ledger:
                     continue
                 new = self._ledger.touch(key, span.ttl_s, now)
+                if new:
+                    self._departures.returned(key)
                 if on_device:
                     self._ledger.place(key, DEVICE)
                 if key in self._overdue:
@@ -251,8 +260,33 @@ class Keeper:
             return hashing.UNPLANNED_TTL_S
         return prompt.plan.span_of(position).ttl_s
 
-    def _count_eviction(self, key: bytes, reason: Reason) -> None:
+    def _lost(self, request: Request, read: int) -> Loss | None:
+        """Return what the prompt might have read after its first ``read`` tokens."""
+        group, block_size = self._layout.groups[0]
+        stride = block_size // self._layout.tokens_per_hash
+        suffix = group.to_bytes(4, "big")
+        first: Departure | None = None
+        tokens = 0
+        start = (read // block_size + 1) * stride - 1
+        end = request.num_prompt_tokens // self._layout.tokens_per_hash
+        for block_hash in islice(request.block_hashes, start, end, stride):
+            key = block_hash + suffix
+            departure = self._departures.find(key)
+            if departure is None and (first is None or key not in self._ledger):
+                break
+            first = first or departure
+            tokens += block_size
+        if first is None:
+            return None
+        return Loss(first.reason, tokens, first.ttl_s, self._clock() - first.at)
+
+    def _cpu_evicted(self, key: bytes, ttl_s: int, reason: Reason) -> None:
         self.evictions[CPU, reason] += 1
+        self._departed(key, ttl_s, reason)
+
+    def _departed(self, key: bytes, ttl_s: int, reason: Reason) -> None:
+        if key not in self._ledger:
+            self._departures.record(key, Departure(reason, ttl_s, self._clock()))
 
     def _settle_device(self) -> None:
         if self._device is None:
@@ -262,8 +296,11 @@ class Keeper:
             if entry is not None and DEVICE in entry.tiers and not self._device.holds(key):
                 self._ledger.displace(key, DEVICE)
                 self.evictions[DEVICE, Reason.CAPACITY] += 1
+                self._departed(key, entry.ttl_s, Reason.CAPACITY)
         self._device_evicted.clear()
 
     def _device_reset(self) -> None:
         self._device_evicted.clear()
-        self.evictions[DEVICE, Reason.RESET] += self._ledger.clear_tier(DEVICE)
+        for key, ttl_s in self._ledger.clear_tier(DEVICE):
+            self.evictions[DEVICE, Reason.RESET] += 1
+            self._departed(key, ttl_s, Reason.RESET)

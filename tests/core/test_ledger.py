@@ -59,7 +59,7 @@ def test_emptying_a_tier_leaves_the_others() -> None:
         ledger.touch(key, 300, now=0)
         ledger.place(key, "device")
     ledger.place(b"b", "cpu")
-    assert ledger.clear_tier("device") == 2
+    assert ledger.clear_tier("device") == [(b"a", 300), (b"b", 300)]
     assert b"a" not in ledger
     assert resident(ledger) == {("cpu", 300): 1}
 

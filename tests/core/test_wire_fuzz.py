@@ -109,10 +109,10 @@ def calls(run: Callable[[], object]) -> int:
 
 
 def _chain(protocol: Protocol, size: int) -> dict[str, Any]:
-    block = {"type": "text", "text": "x"}
+    block: dict[str, Any] = {"type": "text", "text": "x"}
     point = {**block, "prompt_cache_breakpoint": {"mode": "explicit"}}
-    result = {"type": "tool_result", "content": [block] * 3}
-    many = [{"role": "system", "content": "s"}] * size
+    result: dict[str, Any] = {"type": "tool_result", "content": [block] * 3}
+    many: list[Any] = [{"role": "system", "content": "s"}] * size
     many += [{"role": "user", "content": [result, point] * 2}] * size
     return {
         "tools": [{"name": "a"}] * size,
