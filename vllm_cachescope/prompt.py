@@ -78,7 +78,8 @@ class PromptRequest:
         model: the model's name as the client wrote it.
         parts: its parts in the order tools, system, messages.
         automatic: whether everything is to be cached without being marked: true for a request
-            that carries no breakpoint at all.
+            that carries no breakpoint at all, and for OpenAI's implicit mode, where breakpoints
+            come on top.
         ttl_s: lifetime the request as a whole asks for (OpenAI's retention and cache options),
             in seconds; None for the default.
         session: the session the body names (``metadata.user_id``, ``prompt_cache_key``), or None.
