@@ -83,7 +83,8 @@ class PromptRequest:
         ttl_s: lifetime the request as a whole asks for (OpenAI's retention and cache options),
             in seconds; None for the default.
         session: the session the body names (``metadata.user_id``, ``prompt_cache_key``), or None.
-        prewarm: whether to fill the cache and generate nothing (``max_tokens: 0``).
+        prewarm: whether to fill the cache and generate nothing (``max_tokens: 0``, or
+            ``prompt_cache_options.prewarm`` on Responses).
         params: what else in the body can change the rendered prompt (``tool_choice``,
             ``thinking``, ``output_config``, ``response_format``, ``reasoning``,
             ``chat_template_kwargs`` and the like), by field name.

@@ -77,10 +77,7 @@ class CacheScopeMiddleware(ABC):
 
         forwarded = strip(body)
         if request.prewarm:
-            # vLLM must make one token to fill the cache; the reply leaves it out.
-            forwarded = {**forwarded, "max_tokens": 1, "stream": False}
-            if isinstance(body.get("thinking"), dict) and body["thinking"].get("type") == "enabled":
-                del forwarded["thinking"]
+            forwarded = _filling_only(forwarded)
         if forwarded is not body:
             raw = json.dumps(forwarded).encode()
             scope = {**scope, "headers": _with_length(scope["headers"], len(raw))}
@@ -115,6 +112,18 @@ class CacheScopeMiddleware(ABC):
             return message
 
         return attaching
+
+
+def _filling_only(body: dict[str, Any]) -> dict[str, Any]:
+    """Return the body of a request that makes one token, which is what it takes to fill the cache;
+    the reply leaves it out."""
+    limit = "max_output_tokens" if "input" in body else "max_tokens"
+    filling = {**body, limit: 1, "stream": False}
+    thinking = body.get("thinking")
+    if isinstance(thinking, dict) and thinking.get("type") == "enabled":
+        # It has a budget of more than one token, and no part in the prompt.
+        del filling["thinking"]
+    return filling
 
 
 async def _read_body(receive: Receive) -> tuple[bytes, Receive]:

@@ -103,10 +103,8 @@ class Reply:
             for target in _usages(data):
                 _WRITERS[self._request.protocol](target, usage)
                 changed = True
-        if self._request.prewarm and isinstance(data, dict) and data.get("type") == "message":
-            data["content"] = []
-            data["stop_reason"], data["stop_sequence"] = "max_tokens", None
-            data.setdefault("usage", {})["output_tokens"] = 0
+        if self._request.prewarm and isinstance(data, dict) and "usage" in data:
+            _empty(data)
             changed = True
         if not changed:
             return raw
@@ -134,15 +132,36 @@ def _usages(data: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield holder["usage"]
 
 
-def _as_events(message: dict[str, Any]) -> Iterator[bytes]:
-    """Yield the stream of events that says what a pre-warming's message says."""
-    start = {**message, "stop_reason": None, "stop_sequence": None}
-    delta = {"stop_reason": message["stop_reason"], "stop_sequence": None}
-    for event in (
-        {"type": "message_start", "message": start},
-        {"type": "message_delta", "delta": delta, "usage": message["usage"]},
-        {"type": "message_stop"},
-    ):
+def _empty(reply: dict[str, Any]) -> None:
+    """Take out of a pre-warming's reply the one token that was made."""
+    if reply.get("object") == "response":
+        reply["output"] = []
+        reply["status"], reply["incomplete_details"] = "completed", None
+        reply["usage"]["total_tokens"] = reply["usage"].get("input_tokens", 0)
+    else:
+        reply["content"] = []
+        reply["stop_reason"], reply["stop_sequence"] = "max_tokens", None
+    reply["usage"]["output_tokens"] = 0
+
+
+def _as_events(reply: dict[str, Any]) -> Iterator[bytes]:
+    """Yield the stream of events that says what a pre-warming's reply says."""
+    events: tuple[dict[str, Any], ...]
+    if reply.get("object") == "response":
+        started = {**reply, "status": "in_progress", "usage": None}
+        events = (
+            {"type": "response.created", "sequence_number": 0, "response": started},
+            {"type": "response.completed", "sequence_number": 1, "response": reply},
+        )
+    else:
+        started = {**reply, "stop_reason": None, "stop_sequence": None}
+        delta = {"stop_reason": reply["stop_reason"], "stop_sequence": None}
+        events = (
+            {"type": "message_start", "message": started},
+            {"type": "message_delta", "delta": delta, "usage": reply["usage"]},
+            {"type": "message_stop"},
+        )
+    for event in events:
         data = json.dumps(event, ensure_ascii=False, separators=(",", ":"))
         yield f"event: {event['type']}\ndata: {data}\n\n".encode()
 

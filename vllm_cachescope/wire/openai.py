@@ -16,6 +16,7 @@ _OPTIONS = ("mode", "ttl", "comparison_response_id")
 class _Options:
     mode: str | None
     ttl_s: int | None
+    prewarm: bool
     previous_id: str | None
 
 
@@ -34,7 +35,7 @@ def finish(
     Raises:
         BadRequest: for anything wrong with a cache field or a marker.
     """
-    options = _read_options(body.get("prompt_cache_options"), ttls)
+    options = _read_options(protocol, body.get("prompt_cache_options"), ttls)
     ttl_s = options.ttl_s or _read_retention(body.get("prompt_cache_retention"), ttls)
     key = read_text(body.get("prompt_cache_key"), "prompt_cache_key")
     session, model = body.get("session_id"), body.get("model")
@@ -53,6 +54,7 @@ def finish(
         automatic=not explicit and (options.mode == "implicit" or not controlled),
         ttl_s=ttl_s,
         session=session if isinstance(session, str) and is_text(session) else key,
+        prewarm=options.prewarm,
         params={name: body[name] for name in params if body.get(name) is not None},
         diagnose=options.previous_id is not None,
         previous_id=options.previous_id,
@@ -69,17 +71,22 @@ def count_leading_system(messages: object) -> int:
     return count
 
 
-def _read_options(value: object, ttls: Collection[int]) -> _Options:
+def _read_options(protocol: Protocol, value: object, ttls: Collection[int]) -> _Options:
     if value is None:
-        return _Options(None, None, None)
+        return _Options(None, None, False, None)
     path = "prompt_cache_options"
-    fields = read_object(value, path, _OPTIONS)
-    mode = fields.get("mode")
+    # Only Responses can fill the cache without generating (`openai` package, 3.52).
+    keys = (*_OPTIONS, "prewarm") if protocol is Protocol.RESPONSES else _OPTIONS
+    fields = read_object(value, path, keys)
+    mode, prewarm = fields.get("mode"), fields.get("prewarm")
     if mode is not None:
         mode = read_choice(mode, f"{path}.mode", ("implicit", "explicit"))
+    if prewarm is not None and not isinstance(prewarm, bool):
+        raise BadRequest(f"{path}.prewarm", prewarm, ("true", "false"))
     return _Options(
         mode,
         read_ttl(fields.get("ttl"), f"{path}.ttl", ttls),
+        bool(prewarm),
         read_text(fields.get("comparison_response_id"), f"{path}.comparison_response_id"),
     )
 
