@@ -31,6 +31,9 @@ class Middleware(CacheScopeMiddleware):
         )
         return config
 
+    def block_tokens(self, state: Any) -> int:
+        return int(state.engine_client.vllm_config.cache_config.block_size)
+
     def server_keys(self, state: Any) -> Iterable[str]:
         return [key for key in (state.args.api_key or [envs.VLLM_API_KEY]) if key]
 

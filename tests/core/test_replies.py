@@ -44,7 +44,7 @@ def run(
         got.append(message)
 
     async def serve() -> None:
-        reply = Reply(exchange, send, stream_prewarm)
+        reply = Reply(exchange, send, stream_prewarm=stream_prewarm)
         headers = [(b"content-type", content_type.encode()), (b"content-length", b"1")]
         await reply.send({"type": "http.response.start", "status": status, "headers": headers})
         for i, chunk in enumerate(chunks):

@@ -1,5 +1,6 @@
 """The HTTP side: reads what clients ask of the cache, and tells them what they got."""
 
+import hmac
 import json
 import logging
 from abc import ABC, abstractmethod
@@ -9,15 +10,20 @@ from typing import Any
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from vllm_cachescope.api.breaks import Breaks, Case
 from vllm_cachescope.api.exchange import Exchange, current_exchange
 from vllm_cachescope.api.replies import Reply
 from vllm_cachescope.config import Config
 from vllm_cachescope.errors import BadRequest
 from vllm_cachescope.identity import Directory, api_key
+from vllm_cachescope.prompt import PromptRequest
+from vllm_cachescope.scopes import Caller
 from vllm_cachescope.wire import READERS, protocol_of, strip
 from vllm_cachescope.wire.errors import error_body
 
 logger = logging.getLogger(__name__)
+
+BREAKS_PATH = "/cachescope/breaks"
 
 
 class CacheScopeMiddleware(ABC):
@@ -31,11 +37,16 @@ class CacheScopeMiddleware(ABC):
         self._app = app
         self._config: Config | None = None
         self._directory: Directory | None = None
+        self._breaks: Breaks | None = None
 
     @abstractmethod
     def attach(self, state: Any) -> Config:
         """Connect to the server behind ``state`` (of the ASGI application) and return the
         configuration. Called once, before the first request."""
+
+    @abstractmethod
+    def block_tokens(self, state: Any) -> int:
+        """Return the number of tokens in one of the server's cache blocks."""
 
     @abstractmethod
     def server_keys(self, state: Any) -> Iterable[str]:
@@ -45,14 +56,19 @@ class CacheScopeMiddleware(ABC):
         if scope["type"] == "lifespan":
             await self._app(scope, self._attaching(scope, receive), send)
             return
-        if scope["type"] != "http" or scope["method"] != "POST":
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        if scope["method"] == "GET" and scope["path"].endswith(BREAKS_PATH):
+            await self._list_breaks(scope)(scope, receive, send)
+            return
+        if scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
         config = self._attached(scope)
         assert self._directory is not None
-        headers = {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in scope["headers"]}
-        keys = list(self.server_keys(scope["app"].state))
-        if keys and api_key(headers) not in keys:
+        headers = _headers(scope)
+        if not self._is_known(scope, headers):
             # The server will refuse it; nothing is done for a client it does not know.
             await self._app(scope, receive, send)
             return
@@ -83,9 +99,14 @@ class CacheScopeMiddleware(ABC):
             scope = {**scope, "headers": _with_length(scope["headers"], len(raw))}
             receive = _replaying(raw, receive)
         exchange = Exchange(self._directory.caller(headers, request.session), request, forwarded)
+        case = self._open_case(exchange.caller, request, body, headers)
         stream_prewarm = request.prewarm and body.get("stream") is True
-        reply = Reply(exchange, send, stream_prewarm)
-        await self._run(exchange, scope, receive, reply.send)
+        reply = Reply(exchange, send, case, stream_prewarm)
+        try:
+            await self._run(exchange, scope, receive, reply.send)
+        finally:
+            if case is not None:
+                self._close_case(case, exchange, reply)
 
     async def _run(self, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
         token = current_exchange.set(exchange)
@@ -94,12 +115,53 @@ class CacheScopeMiddleware(ABC):
         finally:
             current_exchange.reset(token)
 
+    def _open_case(
+        self,
+        caller: Caller,
+        request: PromptRequest,
+        body: dict[str, Any],
+        headers: dict[str, str],
+    ) -> Case | None:
+        assert self._breaks is not None
+        try:
+            return self._breaks.open(caller, request, body, headers)
+        except Exception:
+            # A request is worth more than its diagnosis.
+            logger.exception("The request could not be diagnosed")
+            return None
+
+    def _close_case(self, case: Case, exchange: Exchange, reply: Reply) -> None:
+        assert self._breaks is not None
+        try:
+            self._breaks.close(case, exchange.reports.values(), reply.id)
+        except Exception:
+            logger.exception("The request could not be diagnosed")
+
+    def _list_breaks(self, scope: Scope) -> JSONResponse:
+        """Answer ``GET /cachescope/breaks``: the caller's organisation's, or everyone's."""
+        config = self._attached(scope)
+        assert self._directory is not None and self._breaks is not None
+        headers = _headers(scope)
+        org = None
+        if not _is_operator(config, headers):
+            if not self._is_known(scope, headers):
+                error = {"type": "authentication_error", "message": "unknown API key"}
+                return JSONResponse({"type": "error", "error": error}, 401)
+            org = self._directory.caller(headers, None).org
+        return JSONResponse({"breaks": [seen.to_dict() for seen in self._breaks.recent(org)]})
+
+    def _is_known(self, scope: Scope, headers: dict[str, str]) -> bool:
+        keys = list(self.server_keys(scope["app"].state))
+        return not keys or api_key(headers) in keys
+
     def _attached(self, scope: Scope) -> Config:
         if self._config is None:
             self._config = self.attach(scope["app"].state)
+            secret = self._config.secret_bytes()
             self._directory = Directory(
-                self._config.secret_bytes(), self._config.tenant_names(), self._config.org_header
+                secret, self._config.tenant_names(), self._config.org_header
             )
+            self._breaks = Breaks(secret, self.block_tokens(scope["app"].state))
         return self._config
 
     def _attaching(self, scope: Scope, receive: Receive) -> Receive:
@@ -112,6 +174,18 @@ class CacheScopeMiddleware(ABC):
             return message
 
         return attaching
+
+
+def _headers(scope: Scope) -> dict[str, str]:
+    """Return the request's headers, names in lower case."""
+    return {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in scope["headers"]}
+
+
+def _is_operator(config: Config, headers: dict[str, str]) -> bool:
+    token, presented = config.operator_token, api_key(headers)
+    if token is None or presented is None:
+        return False
+    return hmac.compare_digest(token.get_secret_value().encode(), presented.encode())
 
 
 def _filling_only(body: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from starlette.types import Message, Send
 
+from vllm_cachescope.api.breaks import Case
 from vllm_cachescope.api.exchange import Exchange
 from vllm_cachescope.prompt import Protocol
 from vllm_cachescope.usage import Usage, write_chat, write_messages, write_responses
@@ -24,15 +25,27 @@ class Reply:
     Args:
         exchange: the exchange the reply belongs to; its reports fill in while the reply runs.
         send: the client's side.
+        case: the request's diagnosis, if it has one.
         stream_prewarm: whether the client asked for a pre-warming to be streamed, which the
             server was asked to answer in one piece.
+
+    Attributes:
+        id: the response's id, once seen.
     """
 
-    def __init__(self, exchange: Exchange, send: Send, stream_prewarm: bool = False) -> None:
+    def __init__(
+        self,
+        exchange: Exchange,
+        send: Send,
+        case: Case | None = None,
+        stream_prewarm: bool = False,
+    ) -> None:
         assert exchange.request is not None
         self._exchange = exchange
         self._request = exchange.request
         self._send = send
+        self._case = case
+        self.id: str | None = None
         self._stream_prewarm = stream_prewarm
         self._start: Message | None = None
         self._streaming = False
@@ -84,7 +97,7 @@ class Reply:
             await self._send({**message, "body": out})
 
     def _rewritten_event(self, event: bytes) -> bytes:
-        if b'"usage"' not in event:
+        if b'"usage"' not in event and self.id is not None:
             return event
         lines = event.split(b"\n")
         for i, line in enumerate(lines):
@@ -97,18 +110,36 @@ class Reply:
             data = json.loads(raw)
         except ValueError:
             return raw
+        if not isinstance(data, dict):
+            return raw
         usage = self._usage()
         changed = False
-        if usage is not None and isinstance(data, dict):
-            for target in _usages(data):
-                _WRITERS[self._request.protocol](target, usage)
+        for holder in _replies(data):
+            if isinstance(holder.get("id"), str):
+                self.id = holder["id"]
+            if not isinstance(holder.get("usage"), dict):
+                continue
+            if usage is not None:
+                _WRITERS[self._request.protocol](holder["usage"], usage)
                 changed = True
-        if self._request.prewarm and isinstance(data, dict) and "usage" in data:
+            if "id" in holder:
+                changed |= self._diagnose(holder, usage)
+        if self._request.prewarm and "usage" in data:
             _empty(data)
             changed = True
         if not changed:
             return raw
         return json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode()
+
+    def _diagnose(self, reply: dict[str, Any], usage: Usage | None) -> bool:
+        """Write the diagnostics that the client asked for; return whether it asked for any."""
+        if self._case is None or not self._request.diagnose:
+            return False
+        name = "prompt_cache_diagnostics"
+        if self._request.protocol is Protocol.MESSAGES:
+            name = "diagnostics"
+        reply[name] = self._case.answer(usage.read if usage else None)
+        return True
 
     def _usage(self) -> Usage | None:
         reports = self._exchange.reports.values()
@@ -125,11 +156,12 @@ class Reply:
         )
 
 
-def _usages(data: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield the usage objects of a reply or an event: its own, its message's, its response's."""
-    for holder in (data, data.get("message"), data.get("response")):
-        if isinstance(holder, dict) and isinstance(holder.get("usage"), dict):
-            yield holder["usage"]
+def _replies(data: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield what carries usage and an id: a reply, or an event and the reply inside it."""
+    yield data
+    for name in ("message", "response"):
+        if isinstance(data.get(name), dict):
+            yield data[name]
 
 
 def _empty(reply: dict[str, Any]) -> None:
