@@ -124,6 +124,19 @@ class Change:
         """What is changed, as in `ChangeKind.area`."""
         return self.kind.area
 
+    def __str__(self) -> str:
+        """Say it in a line: ``tool_changed at tools[7]: Bash (description), 9 → 12 characters``."""
+        about = ", ".join(self.names)
+        if self.fields:
+            about += f" ({', '.join(self.fields)})"
+        details = [about] if about and about != self.path else []
+        if self.before is not None or self.after is not None:
+            details.append(f"{self.before or 'none'} → {self.after or 'none'}")
+        if self.chars_before is not None or self.chars_after is not None:
+            details.append(f"{self.chars_before or 0:,} → {self.chars_after or 0:,} characters")
+        line = f"{self.kind} at {self.path}"
+        return f"{line}: {', '.join(details)}" if details else line
+
     @property
     def diverges(self) -> bool:
         """Whether the prompts, or the identities of their blocks, part ways here.

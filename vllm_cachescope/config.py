@@ -2,9 +2,9 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
@@ -18,12 +18,16 @@ from pydantic import (
     model_validator,
 )
 
-from vllm_cachescope.durations import format_duration, parse_duration
+from vllm_cachescope.durations import format_duration, parse_duration, parse_wait
 from vllm_cachescope.prompt import Region
 from vllm_cachescope.scopes import Scope
 
 SECRET_VARIABLE = "CACHESCOPE_SECRET"
 """Environment variable the secret is taken from where the configuration names none."""
+
+
+MADE_UP = "made-up-"
+"""Starts a secret that no operator chose; it differs from server to server."""
 
 
 class ConfigError(ValueError):
@@ -32,6 +36,10 @@ class ConfigError(ValueError):
 
 def _duration(value: object) -> object:
     return parse_duration(value) if isinstance(value, str) else value
+
+
+def _wait(value: object) -> object:
+    return parse_wait(value) if isinstance(value, str) else value
 
 
 def _scope(value: object) -> object:
@@ -46,6 +54,9 @@ def _scope(value: object) -> object:
 
 Duration = Annotated[int, BeforeValidator(_duration), Field(strict=True, gt=0)]
 """Seconds; written as ``"5m"`` or as a whole number of seconds."""
+
+Wait = Annotated[float, BeforeValidator(_wait), Field(gt=0, allow_inf_nan=False)]
+"""Seconds, also parts of one; written as ``"250ms"``, ``"5s"`` or as a number of seconds."""
 
 ScopeName = Annotated[Scope, BeforeValidator(_scope)]
 
@@ -88,6 +99,47 @@ class Regions(_Model):
         return (self.tools, self.system, self.messages)[region]
 
 
+class _Tier(_Model):
+    """A tier behind the CPU tier, shared by all engines that name the same store.
+
+    Attributes:
+        name: what reports and metrics call it.
+        load_deadline: how long one request may wait for it before it computes what has not come.
+        timeout: how long anything else may take: connecting, storing, a health check.
+        max_inflight_bytes: blocks queued or under way, in each direction; further ones are
+            dropped. Blocks that wait to be stored cannot leave the CPU tier.
+        connections: how many it reads with.
+        failures: failures in a row after which it is left alone.
+        first_probe: time until it is asked again then; doubled for each further time.
+        longest_probe: longest time between two times.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
+    load_deadline: Wait = 0.25
+    timeout: Wait = 1.0
+    max_inflight_bytes: Annotated[ByteSize, Field(gt=0)] = ByteSize(2**28)
+    connections: Annotated[int, Field(strict=True, ge=1, le=16)] = 2
+    failures: Annotated[int, Field(strict=True, ge=1)] = 2
+    first_probe: Wait = 0.5
+    longest_probe: Wait = 15.0
+
+
+class RedisTier(_Tier):
+    """A tier in Redis or Valkey.
+
+    Attributes:
+        url: where it is; ``redis://``, ``rediss://``, ``unix://``, ``redis+sentinel://``,
+            ``redis+cluster://`` and the last two with ``rediss``.
+    """
+
+    type: Literal["redis"]
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")] = "redis"
+    url: Annotated[SecretStr, Field(min_length=1)]
+
+
+Tier = RedisTier
+
+
 class Config(_Model):
     """How CacheScope runs.
 
@@ -103,7 +155,10 @@ class Config(_Model):
         tenants: names of organisations by the SHA-256 of their API key, in hex.
         tenants_file: YAML or JSON file with the same mapping.
         org_header: header in which a trusted gateway names the organisation; None to trust none.
+        operator_token: bearer token that lets its holder see and manage every organisation's
+            entries at the server's ``/cachescope`` paths; None for nobody.
         sweep_interval: how often an idle engine drops expired blocks.
+        tiers: stores behind the CPU tier, asked in this order.
     """
 
     cpu_bytes: Annotated[ByteSize, Field(gt=0)] = ByteSize(2**30)
@@ -115,12 +170,17 @@ class Config(_Model):
     tenants: dict[str, str] = {}
     tenants_file: Path | None = None
     org_header: Annotated[str, Field(min_length=1)] | None = None
+    operator_token: Annotated[SecretStr, Field(min_length=16)] | None = None
     sweep_interval: Duration = 5
+    tiers: tuple[Tier, ...] = ()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.secret is not None and self.secret_file is not None:
             raise ValueError("set secret or secret_file, not both")
+        names = ["device", "cpu", *(tier.name for tier in self.tiers)]
+        if len(set(names)) < len(names):
+            raise ValueError(f"tiers: two tiers have one name: {', '.join(names)}")
         for digest in self.tenants:
             if len(digest) != 64 or set(digest) - set("0123456789abcdef"):
                 raise ValueError(
@@ -212,12 +272,10 @@ def _explain(error: ValidationError) -> str:
     for detail in error.errors():
         key = ".".join(map(str, detail["loc"])) or "configuration"
         if detail["type"] == "extra_forbidden":
-            model: Any = Config
-            for name in detail["loc"][:-1]:
-                model = model.model_fields[name].annotation
-            allowed = ", ".join(sorted(model.model_fields))
-            value = detail["input"]
-            lines.append(f"{key}: there is no such key (value {value!r}); allowed: {allowed}")
+            allowed = ", ".join(sorted(_keys_beside(detail["loc"])))
+            lines.append(
+                f"{key}: there is no such key (value {detail['input']!r}); allowed: {allowed}"
+            )
         else:
             message = detail["msg"].removeprefix("Value error, ")
             value = "" if key == "configuration" else f" (value {_shown(key, detail['input'])})"
@@ -225,8 +283,21 @@ def _explain(error: ValidationError) -> str:
     return "CacheScope configuration: " + "; ".join(lines)
 
 
+def _keys_beside(location: tuple[int | str, ...]) -> Iterable[str]:
+    """Return the keys that may stand where the last one of ``location`` does."""
+    model: type[BaseModel] = Config
+    for name in location[:-1]:
+        if isinstance(name, str):
+            model = RedisTier if name == "tiers" else model.model_fields[name].annotation  # type: ignore[assignment]
+    return model.model_fields
+
+
 def _shown(key: str, value: object) -> str:
-    return "not shown" if key == "secret" else repr(value)
+    return (
+        "not shown"
+        if key in ("secret", "operator_token") or key.startswith("tiers.")
+        else repr(value)
+    )
 
 
 def _read(path: Path, key: str) -> str:

@@ -1,4 +1,4 @@
-"""Durations as people write them: ``"5m"``, ``"1h"``, ``"90s"``."""
+"""Durations as people write them: ``"5m"``, ``"1h"``, ``"90s"``, ``"250ms"``."""
 
 import re
 
@@ -18,6 +18,23 @@ def parse_duration(text: str) -> int:
             f"{text!r} is not a duration: write a positive whole number and s, m, h or d, as in 5m"
         )
     return int(match[1]) * _UNITS[match[2]]
+
+
+def parse_wait(text: str) -> float:
+    """Return the seconds in a duration that may be shorter than one, such as ``"250ms"``.
+
+    Raises:
+        ValueError: if ``text`` is not a positive whole number followed by ms, s, m, h or d.
+    """
+    if text.endswith("ms") and text[:-2].isascii() and text[:-2].isdigit() and int(text[:-2]):
+        return int(text[:-2]) / 1000
+    try:
+        return float(parse_duration(text))
+    except ValueError:
+        raise ValueError(
+            f"{text!r} is not a duration: write a positive whole number and ms, s, m, h or d, as "
+            "in '250ms'"
+        ) from None
 
 
 def format_duration(seconds: int) -> str:

@@ -179,6 +179,13 @@ class Fingerprint:
         return self.ends[-1] if self.ends else 0
 
     @property
+    def covered_tokens(self) -> int:
+        """Estimated tokens up to the last breakpoint; all of them where caching is automatic."""
+        if self.automatic:
+            return self.tokens
+        return max((self.ends[mark.part] for mark in self.marks), default=0)
+
+    @property
     def static_parts(self) -> int:
         """Number of parts before the messages."""
         return self.counts[Region.TOOLS] + self.counts[Region.SYSTEM]
@@ -236,14 +243,11 @@ class Fingerprint:
         tools = sum(320 + len(tool.name) + len(tool.field_hashes) for tool in self.tools)
         return packed + arrays + len(self.paths) + tools + 160 * len(self.params) + 1500
 
-    def after(self, parent: "Fingerprint", response: bytes) -> "Fingerprint":
+    def after(self, parent: "Fingerprint") -> "Fingerprint":
         """Return this request with the messages of ``parent`` before its own.
 
         For a request that names the response it continues instead of repeating the conversation.
-
-        Args:
-            parent: the request that was answered.
-            response: a hash that stands for the answer, which the server adds itself.
+        The answer itself, which the server puts between the two, is stood for by its id.
         """
         own, old = self.static_parts, parent.static_parts
         shift = self.start(own) - parent.start(old)
@@ -261,7 +265,7 @@ class Fingerprint:
             counts=(*self.counts[:2], self.counts[2] + parent.counts[2]),
             hashes=self.hashes[: own * HASH_BYTES]
             + parent.hashes[old * HASH_BYTES :]
-            + response
+            + self.hash(own)
             + self.hashes[rest * HASH_BYTES :],
             kinds=self.kinds[:own]
             + parent.kinds[old:]

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from vllm_cachescope.changes import Change, ChangeKind, compare
-from vllm_cachescope.fingerprint import Fingerprint
+from vllm_cachescope.fingerprint import Fingerprint, Trait
 from vllm_cachescope.latches import Latch, Latches
 from vllm_cachescope.overlap import (
     Overlap,
     compaction,
+    is_answer_to_less,
     is_opening,
     overlap,
     parent_parts,
@@ -171,7 +172,8 @@ class LineageStore:
         """
         if prompt_tokens is not None:
             entry.prompt_tokens = prompt_tokens
-        session = self._orgs.get(caller.org, {}).get(caller.session)
+        org = self._orgs.get(caller.org)
+        session = org.get(caller.session) if org else None
         if response_id is not None and session is not None and entry in session.entries:
             entry.response_id = response_id
             self._by_response[caller.org, response_id] = (caller.session, entry)
@@ -266,10 +268,10 @@ def _place(session: _Session, new: Fingerprint, now: float) -> Placement:
         parent_known = shared.whole and shared.parts >= parent_parts(new)
         if (broken := _broken(overlaps, new, shared, parent_known)) is not None:
             changes = compare(broken.fingerprint, new)
-            expected = changes[0].kind is ChangeKind.HISTORY_COMPACTED
-            relation = Relation.COMPACTION if expected else Relation.BREAK
+            compacted = changes[:1] and changes[0].kind is ChangeKind.HISTORY_COMPACTED
+            relation = Relation.COMPACTION if compacted else Relation.BREAK
             return _go_on(session, relation, broken, new, shared.tokens, changes, now)
-        if (old := _compacted(session, new)) is not None:
+        if (old := _compacted(session, new, shared)) is not None:
             changes = compare(old.fingerprint, new)
             return _go_on(session, Relation.COMPACTION, old, new, shared.tokens, changes, now)
     return _relate(session, nearest, new, shared, now)
@@ -289,9 +291,10 @@ def _broken(
     return best
 
 
-def _compacted(session: _Session, new: Fingerprint) -> Entry | None:
+def _compacted(session: _Session, new: Fingerprint, shared: Overlap) -> Entry | None:
     """Return the conversation that ``new`` begins anew from a summary."""
-    if is_opening(new):
+    beyond = range(shared.parts, len(new))
+    if is_opening(new) or any(new.has(part, Trait.COMPACTION) for part in beyond):
         for entry in reversed(session.entries):
             if not entry.superseded and compaction(entry.fingerprint, new) is not None:
                 return entry
@@ -307,11 +310,12 @@ def _relate(
         changes = compare(old, new)
         if (kept := _still_cached(old, new, shared.tokens, changes)) < shared.tokens:
             return _go_on(session, Relation.BREAK, nearest, new, kept, changes, now)
-        if len(new) == shared.parts:
-            return _go_on(session, Relation.RETRY, nearest, new, shared.tokens, changes, now)
         if not nearest.superseded:
-            relation = Relation.CONTINUATION
+            same = len(new) == shared.parts
+            relation = Relation.RETRY if same else Relation.CONTINUATION
             return _go_on(session, relation, nearest, new, shared.tokens, changes, now)
+    elif same_static(old, new, shared) and is_answer_to_less(old, new, shared):
+        return _go_on(session, Relation.CONTINUATION, nearest, new, shared.tokens, (), now)
     beyond = shared.tokens > new.start(static) or shared.parts == len(new) > 0
     if same_static(old, new, shared) and beyond:
         return _begin(session, Relation.FORK, new, now, nearest, shared.tokens)
@@ -345,16 +349,9 @@ def _still_cached(
     for change in changes:
         if change.kind is ChangeKind.SCOPE_CHANGED:
             kept = min(kept, change.token)
-        elif change.kind is ChangeKind.MARK_REMOVED and _covered(old) > _covered(new):
-            kept = min(kept, _covered(new))
+        elif change.kind is ChangeKind.MARK_REMOVED and old.covered_tokens > new.covered_tokens:
+            kept = min(kept, new.covered_tokens)
     return kept
-
-
-def _covered(print_: Fingerprint) -> int:
-    """Return up to which token a breakpoint covers the prompt."""
-    if print_.automatic:
-        return print_.tokens
-    return max((print_.ends[mark.part] for mark in print_.marks), default=0)
 
 
 def _twin(session: _Session, new: Fingerprint) -> Entry | None:

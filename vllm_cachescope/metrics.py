@@ -17,7 +17,7 @@ class Metric:
 PROMPT_TOKENS = Metric(
     "cachescope_prompt_tokens",
     "counter",
-    "Prompt tokens by what became of them (read_device, read_cpu, created, uncached), by scope "
+    "Prompt tokens by what became of them (read_device, read_cpu, read_<tier>, created, uncached), by scope "
     "(global, org, session) and by TTL class ('none' where no breakpoint covers them).",
     ("outcome", "scope", "ttl"),
 )
@@ -45,5 +45,35 @@ REFUSED_PLANS = Metric(
     "Prompts that reached the engine without a plan made with its secret; they share nothing.",
     (),
 )
+TIER_UP = Metric(
+    "cachescope_tier_up",
+    "gauge",
+    "1 while a remote tier answers and may be used, else 0.",
+    ("tier",),
+)
+TIER_KEYS = Metric(
+    "cachescope_tier_keys",
+    "counter",
+    "Chunks that a remote tier was asked for, by operation (lookup, load, store) and outcome "
+    "(hit, miss, stored, present, expired; gone: evicted since the lookup; late: not within the "
+    "deadline; dropped: the queue was full or the tier down; failed; refused; damaged: bad "
+    "header or checksum, deleted).",
+    ("tier", "operation", "outcome"),
+)
+TIER_INFLIGHT_BYTES = Metric(
+    "cachescope_tier_inflight_bytes",
+    "gauge",
+    "Bytes queued or under way to and from a remote tier, by direction (loading, storing).",
+    ("tier", "direction"),
+)
 
-METRICS = (PROMPT_TOKENS, RESIDENT_BYTES, RESIDENT_ENTRIES, EVICTIONS, REFUSED_PLANS)
+METRICS = (
+    PROMPT_TOKENS,
+    RESIDENT_BYTES,
+    RESIDENT_ENTRIES,
+    EVICTIONS,
+    REFUSED_PLANS,
+    TIER_UP,
+    TIER_KEYS,
+    TIER_INFLIGHT_BYTES,
+)

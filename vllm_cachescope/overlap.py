@@ -209,6 +209,21 @@ def is_opening(new: Fingerprint) -> bool:
     return _last_turn(new) is None
 
 
+def is_answer_to_less(old: Fingerprint, new: Fingerprint, shared: Overlap) -> bool:
+    """Whether ``new`` goes on from ``old`` without the last blocks of its last message.
+
+    A client may end its latest message with a reminder and leave it out once it was answered.
+    Nothing is lost by that: what it leaves out stood at the end.
+    """
+    at = shared.parts
+    return (
+        at > new.static_parts
+        and at < len(new)
+        and new.role(at) is Role.ASSISTANT
+        and not any(old.role(i) is Role.ASSISTANT for i in range(at, len(old)))
+    )
+
+
 def _last_turn(new: Fingerprint) -> int | None:
     for i in reversed(range(new.static_parts, len(new))):
         if new.role(i) is Role.ASSISTANT:
@@ -267,27 +282,46 @@ def split(print_: Fingerprint, parts: range) -> list[bytes]:
 def _last_common_turn(
     old: Fingerprint, new: Fingerprint, of_old: range, of_new: range
 ) -> int | None:
-    """Return the end in ``new`` of the last answer that stands in both beside one neighbour."""
+    """Return the end in ``new`` of the last answer that stands in both beside one neighbour.
+
+    The neighbour is of another message: an answer quoted elsewhere brings only itself along.
+    """
     theirs, ours = split(old, of_old), split(new, of_new)
     if set(theirs).isdisjoint(ours):
         return None
-    pairs = set(pairwise(theirs))
+    pairs = {
+        pair
+        for k, pair in enumerate(pairwise(theirs), of_old.start + 1)
+        if old.has(k, Trait.STARTS)
+    }
     for k in reversed(range(len(ours) - 1)):
         at = of_new.start + k
-        if (ours[k], ours[k + 1]) in pairs and Role.ASSISTANT in (new.role(at), new.role(at + 1)):
+        meets = (ours[k], ours[k + 1]) in pairs and new.has(at + 1, Trait.STARTS)
+        if meets and Role.ASSISTANT in (new.role(at), new.role(at + 1)):
             return at + 2
     return None
 
 
 def _edited_last_turn(old: Fingerprint, new: Fingerprint, at: int) -> int | None:
-    """Return the end of the message at ``at`` if ``old`` ends with an earlier version of it.
+    """Return where in ``new`` the last message of ``old`` ends, if it was edited from ``at`` on.
 
-    The version in ``new`` has been answered, so a request with ``old``'s version must have been.
+    That message has been answered in ``new``, so an edited ``old`` must have been a request, if
+    one that was not seen.
     """
-    if any(old.role(i) is Role.ASSISTANT for i in range(at, len(old))):
+    last = len(old)
+    while last > at and old.role(last - 1) is not Role.ASSISTANT:
+        last -= 1
+    if last > at:
+        # The edit is further up: the message itself must be there, and answered.
+        message = split(old, range(last, len(old)))
+        ours = split(new, range(at, len(new)))
+        for k in range(len(ours) - len(message)):
+            end = at + k + len(message)
+            if message and ours[k : k + len(message)] == message:
+                return end if new.role(end) is Role.ASSISTANT else None
         return None
-    end = next((j for j in range(at, len(new)) if new.role(j) is Role.ASSISTANT), None)
-    if end is None or end == at:
+    end = next((j for j in range(at, len(new)) if new.role(j) is Role.ASSISTANT), at)
+    if end == at:
         return None
     of_one = any(new.role(j) is Role.ASSISTANT for j in range(new.static_parts, at))
     again = not set(split(old, range(at, len(old)))).isdisjoint(split(new, range(at, end)))
@@ -302,22 +336,31 @@ def _similar_tools(old: Fingerprint, new: Fingerprint) -> bool:
     return 2 * len(ours & theirs) >= len(ours | theirs)
 
 
-def ascending(order: Sequence[int]) -> list[int]:
-    """Return the positions of a longest ascending subsequence, in O(n log n)."""
-    tails: list[int] = []
-    at: list[int] = []
+def ascending(order: Sequence[int], weights: Sequence[int] | None = None) -> list[int]:
+    """Return the positions of the heaviest ascending subsequence, in O(n log n) comparisons.
+
+    Args:
+        order: distinct numbers.
+        weights: what each of them weighs; None for the longest subsequence.
+    """
+    # Ends of subsequences worth going on from: as the last number grows, so does the weight.
+    ends: list[int] = []
+    best: list[tuple[int, int]] = []  # (weight, position) of the subsequence with that end
     before: list[int] = []
     for k, value in enumerate(order):
-        length = bisect_left(tails, value)
-        before.append(at[length - 1] if length else -1)
-        if length == len(tails):
-            tails.append(value)
-            at.append(k)
-        else:
-            tails[length] = value
-            at[length] = k
+        at = bisect_left(ends, value)
+        weight, last = best[at - 1] if at else (0, -1)
+        before.append(last)
+        weight += 1 if weights is None else weights[k]
+        if at and best[at - 1][0] >= weight:
+            continue
+        beaten = at
+        while beaten < len(ends) and best[beaten][0] <= weight:
+            beaten += 1
+        ends[at:beaten] = [value]
+        best[at:beaten] = [(weight, k)]
     chain: list[int] = []
-    k = at[-1] if at else -1
+    k = best[-1][1] if best else -1
     while k >= 0:
         chain.append(k)
         k = before[k]
@@ -352,7 +395,9 @@ def gaps(
         if here[item] == 1 and item in where
     ]
     low_a, low_b = head, head
-    for n in ascending([a for a, _ in anchors]):
+    # Where parts changed places, the larger one is taken to have stayed.
+    sizes = [new.size(of_new.start + b) for _, b in anchors]
+    for n in ascending([a for a, _ in anchors], sizes):
         a, b = anchors[n]
         if a < low_a or b < low_b:
             continue  # swallowed by the run before it

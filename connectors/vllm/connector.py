@@ -16,11 +16,12 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.request import Request
 
-from vllm_cachescope.connectors.vllm import commands, hashing
+from vllm_cachescope.connectors.vllm import commands, hashing, regions
 from vllm_cachescope.connectors.vllm.cpu_tier import CPU
 from vllm_cachescope.connectors.vllm.device_tier import DEVICE
 from vllm_cachescope.connectors.vllm.keeper import Keeper, Layout
 from vllm_cachescope.connectors.vllm.offloading import for_offloading, read_config
+from vllm_cachescope.connectors.vllm.remote_tier import remote_tiers
 from vllm_cachescope.durations import format_duration
 from vllm_cachescope.metrics import (
     EVICTIONS,
@@ -28,6 +29,9 @@ from vllm_cachescope.metrics import (
     REFUSED_PLANS,
     RESIDENT_BYTES,
     RESIDENT_ENTRIES,
+    TIER_INFLIGHT_BYTES,
+    TIER_KEYS,
+    TIER_UP,
 )
 
 
@@ -53,13 +57,26 @@ class CacheScopeConnector(OffloadingConnector):
             DEVICE: chunk_bytes // offload.blocks_per_chunk // len(groups),
         }
         self._keeper = Keeper(
-            Layout(offload.tokens_per_hash, groups, self._entry_bytes[DEVICE]), manager, self.clock
+            Layout(
+                offload.tokens_per_hash,
+                groups,
+                offload.blocks_per_chunk,
+                self._entry_bytes[DEVICE],
+            ),
+            manager,
+            self.clock,
         )
+        self._remotes = remote_tiers(manager)
         self._unreported_sweep = False
 
     def clock(self) -> float:
         """Return the time in seconds that lifetimes run on; it never runs backwards."""
         return time.monotonic()
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        if self.connector_scheduler is not None:
+            regions.release(self.connector_scheduler.manager.claimed_region)
 
     def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
         super().bind_kv_cache_manager(kv_cache_manager)
@@ -79,7 +96,9 @@ class CacheScopeConnector(OffloadingConnector):
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
     ) -> None:
         super().update_state_after_alloc(request, blocks, num_external_tokens)
-        self._keeper.admit(request, {CPU: num_external_tokens} if num_external_tokens else {})
+        assert self.connector_scheduler is not None
+        loads = self.connector_scheduler._req_status[request.request_id].load_key_ranges
+        self._keeper.admit(request, num_external_tokens, loads)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         # First, since storing a chunk asks for its lifetime.
@@ -128,6 +147,14 @@ class CacheScopeConnector(OffloadingConnector):
         keeper.tokens.clear()
         keeper.evictions.clear()
         keeper.refused_plans = 0
+        for remote in self._remotes:
+            for (operation, outcome), keys in remote.tier.take_counts().items():
+                stats.increase_counter(TIER_KEYS.name, keys, (remote.name, operation, outcome))
+            health = remote.tier.health()
+            stats.set_gauge(TIER_UP.name, int(health["up"]), (remote.name,))
+            for direction in ("loading", "storing"):
+                queued = health[f"{direction}_bytes"]
+                stats.set_gauge(TIER_INFLIGHT_BYTES.name, queued, (remote.name, direction))
         for tier, ttl_s, entries in keeper.resident():
             labels = (tier, format_duration(ttl_s))
             stats.set_gauge(RESIDENT_ENTRIES.name, entries, labels)
@@ -148,6 +175,10 @@ class CacheScopeConnector(OffloadingConnector):
         )
 
     # Commands from the API process; see `commands`.
+
+    def command_health(self) -> list[dict[str, Any]]:
+        """Return the state of each remote tier."""
+        return [remote.tier.health() for remote in self._remotes]
 
     def command_sweep(self) -> int:
         """Drop everything that has expired; return how many entries."""

@@ -1,9 +1,9 @@
 """Keeps the lifetimes of all blocks true to what the engine does, and accounts for each prompt."""
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import count, islice
 
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -15,6 +15,7 @@ from vllm_cachescope.connectors.vllm import hashing
 from vllm_cachescope.connectors.vllm.cpu_tier import CPU, CpuTier
 from vllm_cachescope.connectors.vllm.device_tier import DEVICE, DeviceTier
 from vllm_cachescope.departures import Departure, Departures
+from vllm_cachescope.connectors.vllm.remote_tier import remote_tiers
 from vllm_cachescope.ledger import Ledger, Reason
 from vllm_cachescope.plan import Plan
 from vllm_cachescope.report import Loss, Outcome, Report, account
@@ -30,11 +31,13 @@ class Layout:
     Attributes:
         tokens_per_hash: tokens per block hash.
         groups: ``(group id, tokens per block)`` of each KV cache group.
+        blocks_per_chunk: blocks that tiers behind the device keep as one.
         bytes_per_key: device bytes behind one key, over all workers.
     """
 
     tokens_per_hash: int
     groups: tuple[tuple[int, int], ...]
+    blocks_per_chunk: int
     bytes_per_key: int
 
 
@@ -50,6 +53,7 @@ class Prompt:
         loss: what it might have read besides, had the cache kept it.
         created: indices of the blocks it newly cached under a breakpoint.
         registered: tokens whose blocks the ledger has seen.
+        promoted: for keys that were loaded into the CPU tier for it, the tier they came from.
         counted: whether its tokens are in the metrics.
     """
 
@@ -61,6 +65,7 @@ class Prompt:
     loss: Loss | None = None
     created: list[int] = field(default_factory=list)
     registered: int = 0
+    promoted: dict[bytes, str] = field(default_factory=dict)
     counted: bool = False
 
     def report(self) -> Report:
@@ -87,6 +92,9 @@ class Keeper:
         self._device: DeviceTier | None = None
         self._cpu = CpuTier(manager, self._is_expired)
         self._cpu.policy.bind(self._ledger, clock, self._ttl_of, self._cpu_evicted)
+        self._remotes = remote_tiers(manager)
+        for remote in self._remotes:
+            remote.bind(self._lifetime_left, self._promoted)
         self._prompts: dict[str, Prompt] = {}
         self._by_nonce: OrderedDict[str, Prompt] = OrderedDict()
         # Chunks that expired in the middle of a transfer; freed when it is over.
@@ -131,22 +139,30 @@ class Keeper:
         if (prompt := self._prompts.get(request.request_id)) is not None:
             prompt.local_tokens = tokens
 
-    def admit(self, request: Request, external: Mapping[str, int]) -> None:
+    def admit(
+        self, request: Request, external_tokens: int, loads: Iterable[tuple[int, int, bytes]]
+    ) -> None:
         """The request is scheduled, reading what was found.
 
         Args:
             request: the request.
-            external: tokens read from further tiers, by the tier's name.
+            external_tokens: tokens read from further tiers, right behind the local ones.
+            loads: ``(start, end, key)`` of what is loaded, in tokens.
         """
         prompt = self._prompts.get(request.request_id)
         if prompt is None:
             return
         if prompt.read is None:
             prompt.read = [(Outcome.READ_DEVICE, prompt.local_tokens)]
-            prompt.read += [(f"read_{tier}", tokens) for tier, tokens in external.items()]
+            prompt.read += _sources(prompt, external_tokens, loads)
             prompt.loss = self._lost(request, sum(tokens for _, tokens in prompt.read))
         # Refreshed now and not when the load is done: what is in use must not expire meanwhile.
-        self._register(prompt, request, prompt.local_tokens + sum(external.values()))
+        prompt.registered = 0
+        self._register(prompt, request, prompt.local_tokens + external_tokens)
+        self._refresh_remotes(prompt, request, prompt.local_tokens + external_tokens)
+        # What is loaded comes to the device only later, and a request that was preempted
+        # computes again what it has lost: `computed` registers both.
+        prompt.registered = prompt.local_tokens
 
     def computed(self, output: SchedulerOutput) -> None:
         """A step was scheduled: the blocks that it fills are in vLLM's prefix cache now."""
@@ -160,8 +176,12 @@ class Keeper:
         prompt = self._prompts.pop(request.request_id, None)
         if prompt is None:
             return None
+        # An aborted request may have had blocks loaded that no step has used.
+        self._register(prompt, request, request.num_computed_tokens)
         self._refresh(prompt, request)
+        self._refresh_remotes(prompt, request, prompt.registered)
         prompt.request = None
+        prompt.promoted.clear()
         first = self._by_nonce.get(prompt.plan.nonce, prompt)
         if first.read is None:
             return None
@@ -185,8 +205,9 @@ class Keeper:
             self._departures.record(key, Departure(Reason.TTL, entry.ttl_s, entry.expires_at))
         on_device = [key for key, entry in expired if DEVICE in entry.tiers]
         in_memory = [key for key, entry in expired if CPU in entry.tiers]
-        if on_device and self._device is not None:
-            self._device.evict(on_device)
+        if expired and self._device is not None:
+            # All of them: a load may have just brought one to the device.
+            self._device.evict(key for key, _ in expired)
             self._device_evicted.clear()
             self.evictions[DEVICE, Reason.TTL] += len(on_device)
         if in_memory:
@@ -250,6 +271,41 @@ class Keeper:
                 if (entry := self._ledger.get(key)) is not None:
                     self._ledger.touch(key, entry.ttl_s, now)
 
+    def _refresh_remotes(self, prompt: Prompt, request: Request, tokens: int) -> None:
+        """The request uses its first ``tokens`` tokens, of which remote tiers may hold copies."""
+        if not self._remotes:
+            return
+        used: list[tuple[bytes, int]] = []
+        tokens = min(tokens, prompt.plan.covered_tokens)
+        for group, block_size in self._layout.groups:
+            chunk = block_size * self._layout.blocks_per_chunk
+            stride = chunk // self._layout.tokens_per_hash
+            suffix = group.to_bytes(4, "big")
+            hashes = islice(request.block_hashes, stride - 1, tokens // chunk * stride, stride)
+            for end, block_hash in zip(count(chunk, chunk), hashes, strict=False):
+                key = block_hash + suffix
+                entry = self._ledger.get(key)
+                ttl_s = prompt.plan.span_of(end).ttl_s
+                used.append((key, max(ttl_s, entry.ttl_s) if entry else ttl_s))
+        for remote in self._remotes:
+            remote.tier.used(used)
+
+    def _promoted(self, tier: str, request_id: str, loaded: Iterable[tuple[bytes, int]]) -> None:
+        prompt = self._prompts.get(request_id)
+        now = self._clock()
+        for key, ttl_s in loaded:
+            if prompt is not None:
+                prompt.promoted[key] = tier
+            # It may have been stored with a longer lifetime than this prompt asks for.
+            if key in self._ledger and not self._ledger.is_expired(key, now):
+                self._ledger.touch(key, ttl_s, now)
+
+    def _lifetime_left(self, key: bytes) -> tuple[int, float] | None:
+        entry = self._ledger.get(key)
+        if entry is None or entry.expires_at <= (now := self._clock()):
+            return None
+        return entry.ttl_s, entry.expires_at - now
+
     def _is_expired(self, key: bytes) -> bool:
         return key in self._overdue or self._ledger.is_expired(key, self._clock())
 
@@ -304,3 +360,27 @@ class Keeper:
         for key, ttl_s in self._ledger.clear_tier(DEVICE):
             self.evictions[DEVICE, Reason.RESET] += 1
             self._departed(key, ttl_s, Reason.RESET)
+
+
+def _sources(
+    prompt: Prompt, tokens: int, loads: Iterable[tuple[int, int, bytes]]
+) -> list[tuple[str, int]]:
+    """Return ``(outcome, tokens)`` of what a prompt reads behind its local tokens, in order."""
+    if not prompt.promoted:
+        return [(Outcome.READ_CPU, tokens)] if tokens else []
+    tiers: dict[tuple[int, int], str] = {}
+    for start, end, key in loads:
+        # Where several groups have blocks, the farthest tier any came from counts.
+        tier = prompt.promoted.get(key)
+        if tier is not None or (start, end) not in tiers:
+            tiers[start, end] = tier or CPU
+    read: list[tuple[str, int]] = []
+    position, last = prompt.local_tokens, prompt.local_tokens + tokens
+    for (start, end), tier in sorted(tiers.items()):
+        start, end = max(start, position), min(end, last)
+        if start < end:
+            read.append((Outcome.READ_CPU, start - position))
+            read.append((f"read_{tier}", end - start))
+            position = end
+    read.append((Outcome.READ_CPU, last - position))
+    return [(outcome, count) for outcome, count in read if count]

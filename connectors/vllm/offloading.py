@@ -20,6 +20,8 @@ from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 from vllm_cachescope.config import Config, load
 from vllm_cachescope.connectors.vllm import regions
 from vllm_cachescope.connectors.vllm.cpu_worker import CpuCopyWorker
+from vllm_cachescope.connectors.vllm.identity import model_identity
+from vllm_cachescope.connectors.vllm.remote_tier import RemoteTierManager
 from vllm_cachescope.metrics import METRICS
 
 
@@ -30,7 +32,10 @@ def read_config(vllm_config: VllmConfig) -> Config:
         ConfigError: if it cannot be used.
     """
     assert vllm_config.kv_transfer_config is not None
-    return load(vllm_config.kv_transfer_config.kv_connector_extra_config)
+    config = load(vllm_config.kv_transfer_config.kv_connector_extra_config)
+    if config.tiers:
+        config.secret_bytes()
+    return config
 
 
 def for_offloading(vllm_config: VllmConfig, config: Config) -> VllmConfig:
@@ -47,9 +52,24 @@ def for_offloading(vllm_config: VllmConfig, config: Config) -> VllmConfig:
         "eviction_policy": "ScopePolicy",
         "cache_policy_module_path": "vllm_cachescope.connectors.vllm.cpu_tier",
         **({"block_size": config.chunk_tokens} if config.chunk_tokens else {}),
+        **({"secondary_tiers": _remote_tiers(vllm_config, config)} if config.tiers else {}),
     }
     translated.kv_transfer_config = transfer
     return translated
+
+
+def _remote_tiers(vllm_config: VllmConfig, config: Config) -> list[dict[str, Any]]:
+    model = model_identity(vllm_config)
+    return [
+        {
+            "type": RemoteTierManager.__name__,
+            "module_path": RemoteTierManager.__module__,
+            "settings": settings,
+            "config": config,
+            "model": model,
+        }
+        for settings in config.tiers
+    ]
 
 
 class ScopeOffloadingSpec(TieringOffloadingSpec):
@@ -73,10 +93,14 @@ class ScopeOffloadingSpec(TieringOffloadingSpec):
             )
 
     def get_manager(self) -> OffloadingManager:
-        if self._manager is None:
-            regions.remove_stale()
-            self._lock = regions.claim(self._engine_id)
-        return super().get_manager()
+        if self._manager is not None:
+            return self._manager
+        regions.remove_stale()
+        claimed = regions.claim(self._engine_id)
+        manager = super().get_manager()
+        # On the manager, since vLLM lets go of this object once the engine has started.
+        manager.claimed_region = claimed  # type: ignore[attr-defined]
+        return manager
 
     def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
         if not current_platform.is_cpu():

@@ -4,7 +4,7 @@ import os
 import secrets
 from contextlib import suppress
 
-from vllm_cachescope.config import SECRET_VARIABLE
+from vllm_cachescope.config import MADE_UP, SECRET_VARIABLE
 
 CONNECTOR = "CacheScopeConnector"
 
@@ -23,7 +23,7 @@ def register() -> None:
             CONNECTOR, "vllm_cachescope.connectors.vllm.connector", CONNECTOR
         )
     # vLLM loads plugins before it starts processes, so that all of them inherit one secret.
-    os.environ.setdefault(SECRET_VARIABLE, secrets.token_hex(32))
+    os.environ.setdefault(SECRET_VARIABLE, MADE_UP + secrets.token_hex(32))
     # The connector refuses to run without the hook; a vLLM that runs without it is left alone.
     with suppress(hashing.HookNotInForce):
         hashing.install()

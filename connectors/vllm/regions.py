@@ -30,6 +30,15 @@ def claim(engine_id: str, directory: Path = Path("/dev/shm")) -> IO[bytes]:
     return lock
 
 
+def release(claimed: IO[bytes]) -> None:
+    """Give up what `claim` returned. Where the region is not yet gone, the lock's file stays, for
+    `remove_stale` to find."""
+    lock_path = Path(claimed.name)
+    if not any(lock_path.parent.glob(f"{lock_path.with_suffix('.mmap').name}*")):
+        lock_path.unlink(missing_ok=True)
+    claimed.close()
+
+
 def remove_stale(directory: Path = Path("/dev/shm")) -> list[Path]:
     """Remove our regions whose engines are gone; return their paths."""
     removed = []

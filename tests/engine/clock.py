@@ -12,10 +12,10 @@ VARIABLE = "CACHESCOPE_TEST_CLOCK"
 
 
 class Clock:
-    """Seconds in a file that processes share.
+    """Seconds in a file that processes share; they pass only when they are told to.
 
     Args:
-        path: the file.
+        path: the file; made if it is not there.
     """
 
     def __init__(self, path: Path) -> None:

@@ -1,0 +1,20 @@
+"""A tier in Redis, or anything that speaks its protocol and has its commands, as Valkey does."""
+
+from collections.abc import Callable
+
+from vllm_cachescope.connectors.redis.address import parse
+from vllm_cachescope.connectors.redis.store import RedisStore, Topology
+from vllm_cachescope.tiers.keyspace import Keyspace
+
+
+def stores(
+    url: str, timeout_s: float, keyspace: Keyspace, mark: bytes, clock: Callable[[], float]
+) -> Callable[[], RedisStore]:
+    """Return what makes a store for each thread of a tier; see `RedisStore`.
+
+    Raises:
+        ValueError: if ``url`` is none.
+    """
+    address = parse(url)
+    topology = Topology(address)
+    return lambda: RedisStore(address, topology, keyspace, mark, timeout_s, clock)

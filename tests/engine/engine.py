@@ -1,0 +1,228 @@
+"""A real vLLM engine in the tests' own process, stepped by hand."""
+
+import itertools
+import os
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.engine.clock import VARIABLE, Clock
+from vllm_cachescope.connectors.vllm.hashing import PLAN_KEY
+from vllm_cachescope.metrics import METRICS
+from vllm_cachescope.plan import Plan, Span, seal
+from vllm_cachescope.report import Report
+from vllm_cachescope.scopes import Caller, Scope, ScopeKeys
+
+SECRET = "the secret of the tests"
+BLOCK = 128
+"""Tokens per block, on the device and in the CPU tier."""
+
+DEVICE_BLOCKS = 63
+CPU_CHUNKS = 128
+MAX_TOKENS_PER_STEP = 256
+MAX_REQUESTS = 8
+VOCABULARY = range(300, 2048)
+
+Cut = tuple[int, Scope, int] | tuple[int, Scope, int, bool]
+"""End in tokens, scope, lifetime in seconds, and whether a breakpoint covers it (default: yes)."""
+
+_nonces = itertools.count()
+KEYS = ScopeKeys(SECRET.encode())
+
+
+def plan(caller: Caller, *cuts: Cut) -> Plan:
+    """Return the plan that the API side would make for ``caller``."""
+    nonce = f"nonce {next(_nonces)}"
+    spans = []
+    for end, scope, ttl_s, *covered in cuts:
+        readable = scope is not Scope.SESSION or caller.session is not None
+        key = KEYS.key(scope, caller, nonce)
+        spans.append(Span(end, scope, key, ttl_s, readable and (not covered or covered[0])))
+    return Plan(tuple(spans), nonce)
+
+
+def org_plan(org: str, tokens: Sequence[int], ttl_s: int = 300) -> Plan:
+    """Return a plan that shares all of ``tokens`` inside ``org``."""
+    return plan(Caller(org), (len(tokens), Scope.ORG, ttl_s))
+
+
+def sealed(plan: Plan) -> dict[str, Any]:
+    """Return the `kv_transfer_params` that carry ``plan`` to the engine."""
+    return {PLAN_KEY: seal(plan, SECRET.encode()), "max_offload_tokens": plan.covered_tokens}
+
+
+def draw_tokens(chance: random.Random, count: int) -> list[int]:
+    """Return ``count`` random token ids."""
+    return chance.choices(VOCABULARY, k=count)
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One prompt to put to the engine.
+
+    Attributes:
+        tokens: the prompt.
+        params: its `kv_transfer_params`; None for none.
+        max_tokens: tokens to generate.
+    """
+
+    tokens: list[int]
+    params: dict[str, Any] | None
+    max_tokens: int = 8
+
+
+@dataclass(slots=True)
+class Answer:
+    """What the engine did with an `Ask`.
+
+    Attributes:
+        tokens: what it generated, greedily.
+        read: prompt tokens that came from the cache, as vLLM counts them.
+        report: the connector's report; None where there is none.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    read: int = 0
+    report: Report | None = None
+
+    def outcome(self, name: str) -> int:
+        """Return the prompt tokens with the outcome ``name``."""
+        assert self.report is not None
+        return self.report.tokens(name)
+
+
+class Engine:
+    """A vLLM engine with the tests' connector. Greedy, in float32: with the exact model of the
+    tests no rounding decides between two tokens, however requests are batched.
+
+    Args:
+        model: the model's directory.
+        scratch: where the clock's file goes.
+        cpu_chunks: chunks that the CPU tier holds.
+        options: further engine arguments.
+    """
+
+    def __init__(
+        self, model: Path, scratch: Path, cpu_chunks: int = CPU_CHUNKS, **options: Any
+    ) -> None:
+        os.environ[VARIABLE] = str(scratch / "clock")
+        self.clock = Clock(scratch / "clock")
+        os.environ |= {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",
+        }
+        from vllm import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        bytes_per_chunk = 2 * 2 * 2 * 32 * 4 * BLOCK  # k and v, layers, heads, width, float32
+        self.args = EngineArgs(
+            model=str(model),
+            dtype="float32",
+            enforce_eager=True,
+            max_model_len=4096,
+            num_gpu_blocks_override=DEVICE_BLOCKS + 1,
+            max_num_batched_tokens=MAX_TOKENS_PER_STEP,
+            max_num_seqs=MAX_REQUESTS,
+            disable_log_stats=False,
+            kv_transfer_config={
+                "kv_connector": "DrivenConnector",
+                "kv_connector_module_path": "tests.engine.clock",
+                "kv_role": "kv_both",
+                "kv_connector_extra_config": {
+                    "cpu_bytes": cpu_chunks * bytes_per_chunk,
+                    "secret": SECRET,
+                },
+            },
+            **options,
+        )
+        self._engine = LLMEngine.from_engine_args(self.args)
+        self.scheduler = self._engine.engine_core.engine_core.scheduler
+        self.connector = self.scheduler.connector
+        self._ids = itertools.count()
+        self._answers: dict[str, Answer] = {}
+
+    def stop(self) -> None:
+        """Shut the engine down."""
+        self._engine.engine_core.shutdown()
+
+    def run(self, *asks: Ask) -> list[Answer]:
+        """Put all ``asks`` to the engine at once; return its answers in their order."""
+        ids = [self.add(ask) for ask in asks]
+        while self.step():
+            pass
+        return [self._answers.pop(request_id) for request_id in ids]
+
+    def ask(self, tokens: list[int], plan: Plan, max_tokens: int = 8) -> Answer:
+        """Put one prompt to the engine."""
+        (answer,) = self.run(Ask(tokens, sealed(plan), max_tokens))
+        return answer
+
+    def uncached(self, tokens: list[int], max_tokens: int = 8) -> list[int]:
+        """Return what the engine generates for ``tokens`` when nothing is cached."""
+        (answer,) = self.run(Ask(tokens, None, max_tokens))
+        assert answer.read == 0
+        return answer.tokens
+
+    def add(self, ask: Ask) -> str:
+        """Queue a request; return its id. Nothing runs before `step`."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        request_id = str(next(self._ids))
+        extra = {} if ask.params is None else {"kv_transfer_params": ask.params}
+        self._answers[request_id] = Answer()
+        self._engine.add_request(
+            request_id,
+            {"prompt_token_ids": ask.tokens},
+            SamplingParams(
+                temperature=0.0,
+                max_tokens=ask.max_tokens,
+                ignore_eos=True,
+                extra_args=extra,
+                output_kind=RequestOutputKind.CUMULATIVE,
+            ),
+        )
+        return request_id
+
+    def step(self) -> bool:
+        """Run one step of the engine; return whether there is more to do."""
+        for output in self._engine.step():
+            answer = self._answers[output.request_id]
+            answer.tokens = list(output.outputs[0].token_ids)
+            answer.read = output.num_cached_tokens or 0
+            if output.kv_transfer_params:
+                answer.report = Report.from_wire(output.kv_transfer_params[PLAN_KEY])
+        return self._engine.has_unfinished_requests()
+
+    def answer(self, request_id: str) -> Answer:
+        """Return the answer to a finished request that was queued with `add`."""
+        return self._answers.pop(request_id)
+
+    def empty_device(self) -> None:
+        """Empty vLLM's prefix cache, and no tier behind it."""
+        assert self._engine.reset_prefix_cache(reset_connector=False)
+
+    def empty(self) -> None:
+        """Empty every tier."""
+        assert self._engine.reset_prefix_cache(reset_connector=True)
+
+    def resident(self) -> dict[tuple[str, int], int]:
+        """Return how many entries each tier holds of each lifetime; zeros left out."""
+        return {
+            (tier, ttl_s): entries
+            for tier, ttl_s, entries in self.connector._keeper.resident()
+            if entries
+        }
+
+    def counter(self, name: str) -> float:
+        """Return the sum over all labels of the engine's metric ``name``."""
+        from vllm.v1.metrics.reader import get_metrics_snapshot
+
+        return sum(m.value for m in get_metrics_snapshot() if m.name == name)
+
+
+METRIC_NAMES = [metric.name for metric in METRICS]

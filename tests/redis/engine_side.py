@@ -1,0 +1,146 @@
+"""Drives a remote tier as an engine's scheduler does, step by step."""
+
+import os
+import random
+import time
+from dataclasses import dataclass, replace
+
+from vllm_cachescope.connectors import redis
+from vllm_cachescope.tiers.keyspace import Keyspace, secret_mark
+from vllm_cachescope.tiers.remote import Finished, Found, Limits, Outgoing, RemoteTier
+
+SLOT = 256 << 10
+LIMITS = Limits(
+    load_deadline_s=0.5,
+    timeout_s=0.5,
+    inflight_bytes=64 * SLOT,
+    connections=2,
+    failures=2,
+    first_probe_s=0.05,
+    longest_probe_s=0.2,
+)
+SECRET = b"a secret of the tests"
+
+
+def keys(count: int, seed: str = "k") -> list[bytes]:
+    """Return keys as vLLM makes them: a block hash of 32 bytes and a group of four."""
+    rng = random.Random(seed)
+    return [rng.randbytes(32) + bytes(4) for _ in range(count)]
+
+
+def content(key: bytes, slot_bytes: int = SLOT) -> bytes:
+    """Return the bytes that a test stores under ``key``."""
+    return random.Random(key).randbytes(slot_bytes)
+
+
+@dataclass
+class Loaded:
+    """What one request got.
+
+    Attributes:
+        keys: the keys that were loaded, with their lifetime classes.
+        seconds: how long the request waited in all.
+        slots: the content of the memory it gave, by key, as it was when the load was over.
+    """
+
+    keys: dict[bytes, int]
+    seconds: float
+    slots: dict[bytes, bytes]
+
+
+class EngineSide:
+    """A tier with memory in front of it, as one engine has them."""
+
+    def __init__(
+        self, url: str, identity: str = "model", secret: bytes = SECRET, **limits: object
+    ) -> None:
+        self.keyspace = Keyspace({"model": identity})
+        self.limits = replace(LIMITS, **limits)
+        self.memory = memoryview(bytearray(self.limits.inflight_bytes * 2))
+        self.tier = RemoteTier(
+            "redis",
+            redis.stores(url, self.limits.timeout_s, self.keyspace, secret_mark(secret), time.monotonic),
+            SLOT,
+            self.limits,
+            time.monotonic,
+            random.random,
+        )
+        self.tier.start()
+        self._requests = 0
+        self._jobs = 0
+        self.finished: dict[int, Finished] = {}
+
+    def slot(self, index: int) -> memoryview:
+        """Return the memory of a block."""
+        return self.memory[index * SLOT : (index + 1) * SLOT]
+
+    def name(self, key: bytes) -> bytes:
+        """Return the name of a key in the store."""
+        return self.keyspace.name(key)
+
+    def put(self, keys: list[bytes], ttl_s: int = 300, wait: bool = True) -> int:
+        """Store `content` under each key; return the job's number."""
+        blocks = []
+        for i, key in enumerate(keys):
+            self.slot(i)[:] = content(key)
+            blocks.append(Outgoing(key, self.slot(i), ttl_s, time.monotonic() + ttl_s))
+        self._jobs += 1
+        self.tier.store(self._jobs, blocks)
+        if wait:
+            self.step_until(self._jobs)
+        return self._jobs
+
+    def find(self, keys: list[bytes]) -> tuple[str, list[bytes], float]:
+        """Ask for keys as the scheduler does; return the request, the hits and the seconds."""
+        self._requests += 1
+        request = f"r{self._requests}"
+        started = time.monotonic()
+        while True:
+            found = [self.tier.seek(request, key) for key in keys]
+            if Found.RETRY not in found:
+                break
+            self.tier.flush()
+            time.sleep(0.001)
+        hits = [key for key, f in zip(keys, found, strict=True) if f is Found.HIT]
+        return request, hits, time.monotonic() - started
+
+    def get(self, keys: list[bytes]) -> Loaded:
+        """Look keys up and load those that are there, as one request does."""
+        started = time.monotonic()
+        request, hits, _ = self.find(keys)
+        for i in range(len(hits)):
+            self.slot(i)[:] = b"\xee" * SLOT
+        loaded: dict[bytes, int] = {}
+        if hits:
+            self._jobs += 1
+            self.tier.load(self._jobs, request, hits, [self.slot(i) for i in range(len(hits))])
+            loaded = dict(self.step_until(self._jobs).loaded)
+        seconds = time.monotonic() - started
+        self.tier.forget(request)
+        slots = {key: bytes(self.slot(i)) for i, key in enumerate(hits)}
+        return Loaded(loaded, seconds, slots)
+
+    def get_exact(self, keys: list[bytes]) -> Loaded:
+        """Do `get`, and make sure that whatever is said to be loaded is what was stored."""
+        loaded = self.get(keys)
+        for key in loaded.keys:
+            assert loaded.slots[key] == content(key)
+        return loaded
+
+    def step_until(self, job: int) -> Finished:
+        """Step until a job is over."""
+        end = time.monotonic() + 10
+        while job not in self.finished:
+            assert time.monotonic() < end, "the job does not end"
+            self.finished.update({f.job_id: f for f in self.tier.finished()})
+            time.sleep(0.001)
+        return self.finished[job]
+
+    def close(self) -> None:
+        """End the tier."""
+        self.tier.close()
+
+
+def random_bytes(count: int) -> bytes:
+    """Return bytes that nothing expects."""
+    return os.urandom(count)

@@ -1,0 +1,177 @@
+"""Real Redis servers for tests, and a proxy that mistreats what passes through it."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import redis
+
+REDIS_SERVER = shutil.which("redis-server")
+
+
+def free_port() -> int:
+    """Return a TCP port on the loopback that nobody listens on."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def wait_until(condition: Callable[[], object], timeout_s: float = 10.0) -> None:
+    """Return once ``condition`` holds.
+
+    Raises:
+        TimeoutError: if it does not in ``timeout_s`` seconds.
+    """
+    end = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > end:
+            raise TimeoutError("it does not come true")
+        time.sleep(0.005)
+
+
+class RedisServer:
+    """A redis-server of our own, without persistence.
+
+    Args:
+        directory: where it may write.
+        options: further command-line arguments.
+        port: the port to listen on; a free one if not given.
+    """
+
+    def __init__(self, directory: Path, *options: str, port: int | None = None) -> None:
+        self.port = port or free_port()
+        self.socket = directory / f"{self.port}.sock"
+        self._arguments = [
+            str(REDIS_SERVER),
+            *("--port", str(self.port), "--bind", "127.0.0.1"),
+            *("--unixsocket", str(self.socket)),
+            *("--save", "", "--appendonly", "no", "--dir", str(directory)),
+            *options,
+        ]
+        self._process: subprocess.Popen[bytes] | None = None
+        self.start()
+
+    @property
+    def url(self) -> str:
+        """Its address."""
+        return f"redis://127.0.0.1:{self.port}"
+
+    @property
+    def client(self) -> "redis.Redis":
+        """A client of its own for the test."""
+        return redis.Redis(port=self.port, protocol=2)
+
+    def start(self) -> None:
+        """Start the server, empty."""
+        self._process = subprocess.Popen(
+            self._arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        wait_until(self._answers)
+
+    def kill(self) -> None:
+        """Kill it as a crash does."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+
+    def stop(self) -> None:
+        """Make it hang."""
+        assert self._process is not None
+        os.kill(self._process.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let it go on."""
+        assert self._process is not None
+        os.kill(self._process.pid, signal.SIGCONT)
+
+    def close(self) -> None:
+        """Get rid of it, whatever state it is in."""
+        assert self._process is not None
+        if self._process.poll() is None:
+            self.resume()
+            self.kill()
+
+    def _answers(self) -> bool:
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), 1) as sock:
+                sock.sendall(b"PING\r\n")
+                # Any answer: a server that asks for a password is up as well.
+                return sock.recv(1) in (b"+", b"-")
+        except OSError:
+            return False
+
+
+class Proxy:
+    """Stands between a client and a server, byte by byte.
+
+    Attributes:
+        chunk: most bytes it passes on at once from the server; None for all there are.
+        pause_s: how long it waits after each chunk, in seconds.
+        cut_after: closes a connection after so many bytes from the server; None for never.
+    """
+
+    def __init__(self, port: int) -> None:
+        self._target = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._listener.getsockname()[1])
+        self.chunk: int | None = None
+        self.pause_s = 0.0
+        self.cut_after: int | None = None
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        """Its address."""
+        return f"redis://127.0.0.1:{self.port}"
+
+    def close(self) -> None:
+        """Take no further connections."""
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            server = socket.create_connection(("127.0.0.1", self._target))
+            threading.Thread(target=self._up, args=(client, server), daemon=True).start()
+            threading.Thread(target=self._down, args=(server, client), daemon=True).start()
+
+    def _up(self, client: socket.socket, server: socket.socket) -> None:
+        try:
+            while data := client.recv(1 << 16):
+                server.sendall(data)
+        except OSError:
+            pass
+        _close(client, server)
+
+    def _down(self, server: socket.socket, client: socket.socket) -> None:
+        passed = 0
+        try:
+            while data := server.recv(self.chunk or 1 << 16):
+                if self.cut_after is not None and passed + len(data) > self.cut_after:
+                    client.sendall(data[: self.cut_after - passed])
+                    break
+                client.sendall(data)
+                passed += len(data)
+                if self.chunk is not None:
+                    time.sleep(self.pause_s)
+        except OSError:
+            pass
+        _close(client, server)
+
+
+def _close(*sockets: socket.socket) -> None:
+    for sock in sockets:
+        try:
+            sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+        sock.close()

@@ -1,0 +1,718 @@
+"""A tier behind a network: who waits for it, for how long, and what is dropped.
+
+The engine's scheduler calls a `RemoteTier` and is never kept waiting: threads of the tier's own
+talk to the store. Three rules keep a broken store from being more than a cache miss:
+
+- Who may write to a slot reports on it. A slot is reported failed by the very thread that was
+  filling it, once it has stopped, or without any thread having begun; so nothing is written to a
+  slot whose failure was reported.
+- Every wait has a deadline. A request waits for `Limits.load_deadline_s` in all, from its first
+  question to its last block, and keeps what has arrived by then.
+- Every queue is bounded in bytes. What does not fit is dropped and counted.
+"""
+
+import logging
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from vllm_cachescope.tiers import envelope
+from vllm_cachescope.tiers.breaker import Breaker
+from vllm_cachescope.tiers.store import Store, StoreFailed, StoreLate, StoreUnfit, Value, Written
+
+logger = logging.getLogger(__name__)
+
+GREET_EVERY_S = 20.0
+"""How often a tier makes sure that it may still run on its store."""
+
+BATCH_BYTES = 4 << 20
+"""What a thread takes on at once: enough to fill a fast network, and soon done with."""
+
+
+class Found(Enum):
+    """The answer to `RemoteTier.seek`."""
+
+    HIT = "hit"
+    MISS = "miss"
+    RETRY = "retry"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a tier may cost.
+
+    Attributes:
+        load_deadline_s: how long one request may wait for the tier, in seconds.
+        timeout_s: how long anything that no request waits for may take, in seconds.
+        inflight_bytes: bytes queued or under way, in each direction.
+        connections: threads that read, each with a connection of its own.
+        failures: failures in a row after which the store is left alone.
+        first_probe_s: time to the first probe after that, in seconds.
+        longest_probe_s: longest time between probes, in seconds.
+    """
+
+    load_deadline_s: float
+    timeout_s: float
+    inflight_bytes: int
+    connections: int
+    failures: int
+    first_probe_s: float
+    longest_probe_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A load or a store that is over.
+
+    Attributes:
+        job_id: the job's number.
+        complete: whether all of its keys were loaded or stored.
+        loaded: the keys that were loaded and the lifetime class of each, in seconds; none for a
+            store.
+        request_id: for whom it was loaded; None for a store.
+        nbytes: bytes of payload moved.
+        seconds: from its submission to its end.
+    """
+
+    job_id: int
+    complete: bool
+    loaded: tuple[tuple[bytes, int], ...]
+    request_id: str | None
+    nbytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """A block to be stored.
+
+    Attributes:
+        key: block hash and group.
+        slot: its bytes, which stay as they are until the store has finished.
+        ttl_s: its lifetime class, in seconds.
+        expires_at: when it expires unless it is used, on the tier's clock, in seconds.
+    """
+
+    key: bytes
+    slot: memoryview
+    ttl_s: int
+    expires_at: float
+
+
+@dataclass(slots=True, eq=False)
+class _Inquiry:
+    """What one request has asked, and been told.
+
+    Attributes:
+        deadline: until when it waits for the tier.
+        answers: by key; None while there is none yet.
+        unsent: keys that were asked for since the last `RemoteTier.flush`.
+        promised: bytes of the hits it was told of.
+        over: whether it may start no further load: each request loads once, in one go, so that
+            blocks that push each other out of memory cannot keep it waiting for ever.
+    """
+
+    deadline: float
+    answers: dict[bytes, bool | None] = field(default_factory=dict)
+    unsent: list[bytes] = field(default_factory=list)
+    promised: int = 0
+    over: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class _Load:
+    """A load under way. Its keys are taken in order by several threads.
+
+    Attributes:
+        taken: how many keys a thread has taken on, or that were given up untaken.
+        open: how many keys nothing is known of yet.
+    """
+
+    job_id: int
+    request_id: str
+    keys: Sequence[bytes]
+    slots: Sequence[memoryview]
+    started: float
+    deadline: float
+    taken: int = 0
+    open: int = 0
+    loaded: list[tuple[bytes, int]] = field(default_factory=list)
+
+
+@dataclass(slots=True, eq=False)
+class _Store:
+    job_id: int
+    blocks: Sequence[Outgoing]
+    started: float
+    complete: bool
+    taken: int = 0
+    open: int = 0
+    nbytes: int = 0
+
+
+class RemoteTier:
+    """Loads blocks from a store and stores blocks in it, on threads of its own.
+
+    Its methods are called from the scheduler's thread and do not block, `start`, `drain` and
+    `close` apart.
+
+    Args:
+        name: the tier's name.
+        new_store: makes a store for one thread; must not connect yet.
+        slot_bytes: bytes per block.
+        limits: what it may cost.
+        clock: seconds, never running backwards; also the clock of all deadlines.
+        random: a number in [0, 1).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        new_store: Callable[[], Store],
+        slot_bytes: int,
+        limits: Limits,
+        clock: Callable[[], float],
+        random: Callable[[], float],
+    ) -> None:
+        self.name = name
+        self._new_store = new_store
+        self._slot_bytes = slot_bytes
+        self._limits = limits
+        self._clock = clock
+        self._breaker = Breaker(
+            limits.failures, limits.first_probe_s, limits.longest_probe_s, clock, random
+        )
+        # A store that is full or read-only refuses writes and still answers reads.
+        self._write_breaker = Breaker(
+            1, limits.first_probe_s, limits.longest_probe_s, clock, random
+        )
+        self._inquiries: dict[str, _Inquiry] = {}
+        self._asked: list[_Inquiry] = []
+        self._answers: SimpleQueue[tuple[_Inquiry, Sequence[bytes], Sequence[bool]]] = SimpleQueue()
+        self._finished: SimpleQueue[Finished] = SimpleQueue()
+
+        # What the threads share, under one lock.
+        self._lock = threading.Lock()
+        self._to_ask = threading.Condition(self._lock)
+        self._to_load = threading.Condition(self._lock)
+        self._to_store = threading.Condition(self._lock)
+        self._idle = threading.Condition(self._lock)
+        self._questions: list[tuple[_Inquiry, list[bytes]]] = []
+        self._uses: dict[bytes, float] = {}
+        self._loads: deque[_Load] = deque()
+        self._stores: deque[_Store] = deque()
+        self._batches = 0
+        self._stopping = False
+        self._loading_bytes = 0
+        self._storing_bytes = 0
+        self._counts: Counter[tuple[str, str]] = Counter()
+
+        self._greeted = False
+        self._greeted_once = threading.Event()
+        self._known: dict[str, int] = {}
+        self.address = new_store().address
+        self._threads = [
+            threading.Thread(target=target, name=f"cachescope-{name}-{role}", daemon=True)
+            for target, role in (
+                (self._ask, "ask"),
+                (self._write, "write"),
+                *((self._read, f"read{i}") for i in range(limits.connections)),
+            )
+        ]
+
+    def start(self) -> None:
+        """Start the threads, and wait a moment for the store's first answer, so that what is
+        wrong with it is said at start-up. A store that is down does not keep the tier from
+        starting; it is asked again."""
+        for thread in self._threads:
+            thread.start()
+        self._greeted_once.wait(self._limits.timeout_s)
+
+    @property
+    def usable(self) -> bool:
+        """Whether the store answers and the tier may run on it."""
+        return self._greeted and self._breaker.closed
+
+    # Questions.
+
+    def seek(self, request_id: str, key: bytes) -> Found:
+        """Ask whether the store holds ``key``. `flush` sends the question."""
+        inquiry = self._inquiries.get(request_id)
+        if inquiry is None:
+            if not self.usable:
+                return Found.MISS
+            inquiry = _Inquiry(self._clock() + self._limits.load_deadline_s)
+            self._inquiries[request_id] = inquiry
+        if inquiry.over:
+            return Found.MISS
+        self._take_answers()
+        if key not in inquiry.answers:
+            inquiry.answers[key] = None
+            if not inquiry.unsent:
+                self._asked.append(inquiry)
+            inquiry.unsent.append(key)
+        answer = inquiry.answers[key]
+        if answer is None:
+            if self.usable and self._clock() < inquiry.deadline:
+                return Found.RETRY
+            inquiry.over = True
+            self._count("lookup", "late", sum(a is None for a in inquiry.answers.values()))
+            return Found.MISS
+        if not answer:
+            return Found.MISS
+        if self._loading_bytes + inquiry.promised + self._slot_bytes > self._limits.inflight_bytes:
+            self._count("load", "dropped")
+            return Found.MISS
+        inquiry.promised += self._slot_bytes
+        return Found.HIT
+
+    def flush(self) -> None:
+        """Send what was asked since the last time, as one batch."""
+        if not self._asked:
+            return
+        with self._lock:
+            for inquiry in self._asked:
+                self._questions.append((inquiry, inquiry.unsent))
+                inquiry.unsent = []
+            self._to_ask.notify()
+        self._asked.clear()
+
+    def forget(self, request_id: str) -> None:
+        """The request is over, or starts anew."""
+        self._inquiries.pop(request_id, None)
+
+    def used(self, keys: Iterable[tuple[bytes, int]]) -> None:
+        """Each key was used just now and lives on for its lifetime (seconds), where the store
+        holds it."""
+        if not self.usable:
+            return
+        now = self._clock()
+        with self._lock:
+            for key, ttl_s in keys:
+                self._uses[key] = max(now + ttl_s, self._uses.get(key, 0.0))
+            self._to_ask.notify()
+
+    # Transfers.
+
+    def load(
+        self, job_id: int, request_id: str, keys: Sequence[bytes], slots: Sequence[memoryview]
+    ) -> None:
+        """Load each key into its slot; `finished` tells which ones were."""
+        now = self._clock()
+        inquiry = self._inquiries.get(request_id)
+        deadline = now + self._limits.load_deadline_s
+        if inquiry is not None:
+            inquiry.over = True
+            inquiry.promised = 0
+            deadline = inquiry.deadline
+        load = _Load(job_id, request_id, keys, slots, now, deadline, open=len(keys))
+        with self._lock:
+            self._loading_bytes += len(keys) * self._slot_bytes
+            self._loads.append(load)
+            self._to_load.notify_all()
+
+    def store(self, job_id: int, blocks: Sequence[Outgoing], complete: bool = True) -> None:
+        """Store blocks that the store does not hold yet.
+
+        Args:
+            job_id: the job's number; `finished` tells when the slots are no longer needed.
+            blocks: the blocks, of which those at the end are dropped if there are too many.
+            complete: whether these are all blocks of the job.
+        """
+        with self._lock:
+            room = max(0, self._limits.inflight_bytes - self._storing_bytes) // self._slot_bytes
+            if not self.usable or self._write_breaker.probe_in() > 0:
+                room = 0
+            taken = blocks[:room]
+            if len(taken) < len(blocks):
+                self._counts["store", "dropped"] += len(blocks) - len(taken)
+            store = _Store(
+                job_id,
+                taken,
+                self._clock(),
+                complete and len(taken) == len(blocks),
+                open=len(taken),
+            )
+            if not taken:
+                self._end_store(store)
+                return
+            self._storing_bytes += len(taken) * self._slot_bytes
+            self._stores.append(store)
+            self._to_store.notify()
+
+    def finished(self) -> list[Finished]:
+        """Return the loads and stores that are over since the last time."""
+        if self._loads or self._stores:
+            self._give_up_overdue()
+        over: list[Finished] = []
+        while True:
+            try:
+                over.append(self._finished.get_nowait())
+            except Empty:
+                return over
+
+    def drain(self) -> None:
+        """Give up what no thread has begun, and wait until the threads are done with the rest.
+        What they have begun is over by its deadline."""
+        with self._lock:
+            self._give_up(list(self._loads), list(self._stores), "dropped")
+            self._idle.wait_for(lambda: self._batches == 0)
+
+    def close(self) -> None:
+        """End the threads and their connections.
+
+        Raises:
+            RuntimeError: if a thread still uses a slot.
+        """
+        with self._lock:
+            self._stopping = True
+            self._give_up(list(self._loads), list(self._stores), "dropped")
+            for condition in (self._to_ask, self._to_load, self._to_store):
+                condition.notify_all()
+        patience = self._clock() + 2 * max(self._limits.timeout_s, self._limits.load_deadline_s)
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join(max(0.1, patience - self._clock()))
+        if self._batches:
+            raise RuntimeError(f"tier {self.name}: a transfer does not end")
+
+    # What others may know.
+
+    def take_counts(self) -> dict[tuple[str, str], int]:
+        """Return how many keys had which ``(operation, outcome)`` since the last time."""
+        with self._lock:
+            counts, self._counts = self._counts, Counter()
+        return counts
+
+    def health(self) -> dict[str, Any]:
+        """Return the tier's state in plain data."""
+        return {
+            "name": self.name,
+            "address": self.address,
+            "up": self.usable,
+            "writable": self.usable and self._write_breaker.closed,
+            "reason": self._breaker.reason or self._write_breaker.reason,
+            "loading_bytes": self._loading_bytes,
+            "storing_bytes": self._storing_bytes,
+            **self._known,
+        }
+
+    # The thread that asks.
+
+    def _ask(self) -> None:
+        store = self._new_store()
+        greet_at = 0.0
+        while True:
+            with self._lock:
+                pause = greet_at - self._clock() if self.usable else self._breaker.probe_in()
+                if not (self._stopping or self._questions or self._uses) and pause > 0:
+                    self._to_ask.wait(pause)
+                if self._stopping:
+                    break
+                questions, self._questions = self._questions, []
+                uses, self._uses = self._uses, {}
+            try:
+                if not self.usable or self._clock() >= greet_at:
+                    if self._breaker.probe_in() > 0:
+                        continue
+                    self._known = store.greet(self._clock() + self._limits.timeout_s)
+                    greet_at = self._clock() + GREET_EVERY_S
+                    self._now_usable()
+                if questions:
+                    self._answer(store, questions)
+                if uses:
+                    store.refresh(list(uses.items()), self._clock() + self._limits.timeout_s)
+            except StoreUnfit as error:
+                self._failed(str(error), at_once=True)
+            except StoreFailed as error:
+                # Without the handshake nothing may be asked, so one failure is enough there.
+                self._failed(str(error), at_once=not self._greeted)
+            except Exception as error:
+                logger.exception("Tier %s: a question failed", self.name)
+                store.close()
+                self._failed(str(error), at_once=True)
+            self._greeted_once.set()
+        store.close()
+
+    def _answer(self, store: Store, questions: list[tuple[_Inquiry, list[bytes]]]) -> None:
+        now = self._clock()
+        live = [(inquiry, keys) for inquiry, keys in questions if inquiry.deadline > now]
+        if not live:
+            return
+        flat = [key for _, keys in live for key in keys]
+        found = [False] * len(flat)
+        try:
+            if not store.alive():
+                store.connect(self._clock() + self._limits.timeout_s)
+            found = store.find(flat, min(inquiry.deadline for inquiry, _ in live))
+            self._breaker.succeeded()
+        except StoreFailed as error:
+            self._failed(str(error))
+        start = 0
+        for inquiry, keys in live:
+            self._answers.put((inquiry, keys, found[start : start + len(keys)]))
+            start += len(keys)
+        self._count("lookup", "hit", sum(found))
+        self._count("lookup", "miss", len(found) - sum(found))
+
+    def _take_answers(self) -> None:
+        while True:
+            try:
+                inquiry, keys, found = self._answers.get_nowait()
+            except Empty:
+                return
+            inquiry.answers.update(zip(keys, found, strict=True))
+
+    # The threads that read.
+
+    def _read(self) -> None:
+        store = self._new_store()
+        while self._ready(store, self._to_load, self._loads):
+            with self._lock:
+                if not self._loads:
+                    continue
+                load, first, last = self._take_load()
+            try:
+                self._fill(store, load, first, last)
+            finally:
+                self._batch_over()
+        store.close()
+
+    def _take_load(self) -> tuple[_Load, int, int]:
+        load = self._loads[0]
+        first = load.taken
+        last = min(len(load.keys), first + max(1, BATCH_BYTES // self._slot_bytes))
+        load.taken = last
+        if last == len(load.keys):
+            self._loads.popleft()
+        self._batches += 1
+        return load, first, last
+
+    def _fill(self, store: Store, load: _Load, first: int, last: int) -> None:
+        keys, slots = load.keys[first:last], load.slots[first:last]
+        loaded: list[tuple[bytes, int]] = []
+        damaged: list[bytes] = []
+        outcomes: Counter[tuple[str, str]] = Counter()
+        reached, begun = 0, self._clock()
+        try:
+            for key, slot, head in zip(
+                keys, slots, store.read(keys, slots, load.deadline), strict=True
+            ):
+                reached += 1
+                if head is None:
+                    outcomes["load", "gone"] += 1
+                    continue
+                try:
+                    loaded.append((key, envelope.check(key, head, slot).ttl_s))
+                except envelope.BadEnvelope as error:
+                    logger.warning("Tier %s: a value is unusable: %s", self.name, error)
+                    damaged.append(key)
+            if reached:
+                self._breaker.succeeded()
+            if damaged:
+                store.delete(damaged, self._clock() + self._limits.timeout_s)
+        except StoreFailed as error:
+            late = isinstance(error, StoreLate)
+            outcomes["load", "late" if late else "failed"] += len(keys) - reached
+            # A store that had little time, or used it, is slow and not dead.
+            tried = load.deadline - begun >= self._limits.load_deadline_s / 2
+            if not late or (tried and reached == 0):
+                self._failed(str(error))
+        except Exception:
+            # A mistake of ours must not keep a request waiting.
+            logger.exception("Tier %s: a load failed", self.name)
+            store.close()
+            outcomes["load", "failed"] += len(keys) - reached
+        outcomes["load", "hit"] += len(loaded)
+        outcomes["load", "damaged"] += len(damaged)
+        with self._lock:
+            self._counts.update(outcomes)
+            load.loaded += loaded
+            self._resolve_load(load, len(keys))
+
+    def _resolve_load(self, load: _Load, keys: int) -> None:
+        self._loading_bytes -= keys * self._slot_bytes
+        load.open -= keys
+        if load.open == 0:
+            self._finished.put(
+                Finished(
+                    load.job_id,
+                    len(load.loaded) == len(load.keys),
+                    tuple(load.loaded),
+                    load.request_id,
+                    len(load.loaded) * self._slot_bytes,
+                    self._clock() - load.started,
+                )
+            )
+
+    # The thread that writes.
+
+    def _write(self) -> None:
+        store = self._new_store()
+        while self._ready(store, self._to_store, self._stores):
+            with self._lock:
+                if not self._stores:
+                    continue
+                job, blocks = self._take_store()
+            try:
+                self._put(store, job, blocks)
+            finally:
+                self._batch_over()
+        store.close()
+
+    def _take_store(self) -> tuple[_Store, Sequence[Outgoing]]:
+        job = self._stores[0]
+        first = job.taken
+        job.taken = min(len(job.blocks), first + max(1, BATCH_BYTES // self._slot_bytes))
+        if job.taken == len(job.blocks):
+            self._stores.popleft()
+        self._batches += 1
+        return job, job.blocks[first : job.taken]
+
+    def _put(self, store: Store, job: _Store, blocks: Sequence[Outgoing]) -> None:
+        outcomes: Counter[tuple[str, str]] = Counter()
+        written: list[Written] = []
+        try:
+            values = [
+                Value(
+                    block.key,
+                    envelope.header(block.key, block.slot, envelope.Lifetime(block.ttl_s)),
+                    block.slot,
+                    block.expires_at,
+                )
+                for block in blocks
+            ]
+            written = store.write(values, self._clock() + self._limits.timeout_s)
+            self._breaker.succeeded()
+            if Written.REFUSED not in written:
+                self._write_breaker.succeeded()
+            elif self._write_breaker.failed(f"it refuses writes: {store.refusal}"):
+                logger.warning(
+                    "Tier %s at %s refuses writes: %s", self.name, self.address, store.refusal
+                )
+        except StoreFailed as error:
+            outcomes["store", "failed"] = len(blocks)
+            self._failed(str(error))
+        except Exception:
+            logger.exception("Tier %s: a store failed", self.name)
+            store.close()
+            outcomes["store", "failed"] = len(blocks)
+        for result in written:
+            outcomes["store", result.value] += 1
+        stored = written.count(Written.STORED)
+        with self._lock:
+            self._counts.update(outcomes)
+            job.nbytes += stored * self._slot_bytes
+            job.complete &= stored + written.count(Written.PRESENT) == len(blocks)
+            self._storing_bytes -= len(blocks) * self._slot_bytes
+            job.open -= len(blocks)
+            if job.open == 0:
+                self._end_store(job)
+
+    def _end_store(self, job: _Store) -> None:
+        self._finished.put(
+            Finished(job.job_id, job.complete, (), None, job.nbytes, self._clock() - job.started)
+        )
+
+    # Whether the store is alive.
+
+    def _ready(
+        self, store: Store, work: threading.Condition, queue: deque[_Load] | deque[_Store]
+    ) -> bool:
+        """Wait until there is something in ``queue`` and a connection to do it with.
+
+        Connecting may hang where no deadline reaches, as in a name server. Therefore a thread
+        takes on nothing before it has a connection.
+
+        Returns:
+            False if the thread is to end.
+        """
+        while not self._stopping:
+            if not store.alive():
+                with self._lock:
+                    work.wait_for(lambda: self._stopping or self.usable)
+                if not self._stopping:
+                    try:
+                        store.connect(self._clock() + self._limits.timeout_s)
+                    except StoreFailed as error:
+                        self._failed(str(error))
+                continue
+            with self._lock:
+                work.wait_for(lambda: self._stopping or bool(queue))
+            # Servers close connections that idle.
+            if store.alive():
+                return not self._stopping
+        return False
+
+    def _batch_over(self) -> None:
+        with self._lock:
+            self._batches -= 1
+            self._idle.notify_all()
+
+    def _now_usable(self) -> None:
+        came_back = self._breaker.succeeded() or not self._greeted
+        self._greeted = True
+        if not came_back:
+            return
+        used, capacity = self._known["used_bytes"], self._known["capacity_bytes"]
+        logger.info(
+            "Tier %s at %s is up: %.1f MiB used of %s",
+            self.name,
+            self.address,
+            used / 2**20,
+            f"{capacity / 2**20:.1f} MiB" if capacity else "no set limit",
+        )
+        with self._lock:
+            self._to_load.notify_all()
+            self._to_store.notify_all()
+
+    def _failed(self, reason: str, at_once: bool = False) -> None:
+        known = self._breaker.reason
+        opened = self._breaker.trip(reason) if at_once else self._breaker.failed(reason)
+        if opened or (not self._breaker.closed and self._breaker.reason != known):
+            logger.warning(
+                "Tier %s at %s is left alone, every request runs as if it held nothing: %s",
+                self.name,
+                self.address,
+                reason,
+            )
+        if not self._breaker.closed:
+            self._greeted = False
+            with self._lock:
+                self._to_ask.notify()
+
+    def _give_up_overdue(self) -> None:
+        now = self._clock()
+        with self._lock:
+            if self.usable:
+                self._give_up([load for load in self._loads if load.deadline <= now], [], "late")
+            else:
+                self._give_up(list(self._loads), list(self._stores), "dropped")
+
+    def _give_up(self, loads: list[_Load], stores: list[_Store], outcome: str) -> None:
+        """Take back what no thread has begun. Needs the lock."""
+        for load in loads:
+            self._loads.remove(load)
+            untaken = len(load.keys) - load.taken
+            load.taken = len(load.keys)
+            self._counts["load", outcome] += untaken
+            self._resolve_load(load, untaken)
+        for store in stores:
+            self._stores.remove(store)
+            untaken = len(store.blocks) - store.taken
+            store.taken = len(store.blocks)
+            self._counts["store", outcome] += untaken
+            self._storing_bytes -= untaken * self._slot_bytes
+            store.complete = False
+            store.open -= untaken
+            if store.open == 0:
+                self._end_store(store)
+
+    def _count(self, operation: str, outcome: str, keys: int = 1) -> None:
+        if keys:
+            with self._lock:
+                self._counts[operation, outcome] += keys

@@ -1,0 +1,136 @@
+"""What a remote tier asks of a store."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+
+class StoreFailed(Exception):
+    """The store did not answer, or not in time, or with nonsense. Its connection is gone."""
+
+
+class StoreLate(StoreFailed):
+    """The store did not answer in time; that may be its fault or that of the time it had."""
+
+
+class StoreUnfit(Exception):
+    """The store answers, but the tier must not run on it; the message says what to do."""
+
+
+class Written(Enum):
+    """What became of a value that was to be written."""
+
+    STORED = "stored"
+    PRESENT = "present"
+    REFUSED = "refused"
+    EXPIRED = "expired"
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """A value to be written.
+
+    Attributes:
+        key: block hash and group.
+        head: the header; see `envelope`.
+        payload: the block's bytes, in the memory they are in.
+        expires_at: when it expires, on the tier's clock, in seconds.
+    """
+
+    key: bytes
+    head: bytes
+    payload: memoryview
+    expires_at: float
+
+
+class Store(ABC):
+    """One thread's way to a store; connects anew when it must.
+
+    No method is called from two threads at once. Deadlines are on the tier's clock, in seconds:
+    a method returns or raises before its deadline, give or take one read of what has arrived.
+    After `StoreFailed` the next call connects anew.
+    """
+
+    address: str
+    """Where the store is, without its password."""
+
+    refusal: str = ""
+    """What the store said when it last refused a write."""
+
+    @abstractmethod
+    def alive(self) -> bool:
+        """Whether there is a connection, as far as can be told without asking the store."""
+
+    @abstractmethod
+    def connect(self, deadline: float) -> None:
+        """Have a connection that answers.
+
+        Raises:
+            StoreFailed: if there is none to be had.
+        """
+
+    @abstractmethod
+    def greet(self, deadline: float) -> dict[str, int]:
+        """Find out whether the tier may run on this store, and leave the mark of our secret.
+
+        Returns:
+            What is known of the store: ``used_bytes``, ``capacity_bytes`` (0: no limit).
+
+        Raises:
+            StoreFailed: if it does not answer.
+            StoreUnfit: if it may not, as where another replica uses another secret.
+        """
+
+    @abstractmethod
+    def find(self, keys: Sequence[bytes], deadline: float) -> list[bool]:
+        """Return which of ``keys`` the store holds.
+
+        Raises:
+            StoreFailed: if it cannot be told.
+        """
+
+    @abstractmethod
+    def read(
+        self, keys: Sequence[bytes], slots: Sequence[memoryview], deadline: float
+    ) -> Iterator[bytes | None]:
+        """Read values, each payload straight into its slot; yield their headers in order.
+
+        A slot may be written to until the iterator moves on from it, and never afterwards: what
+        it holds is valid only once its header was yielded and checked.
+
+        Yields:
+            The header; None where there is no such value (any more); ``b""`` where what is there
+            cannot be one, as it has another length or no expiry.
+
+        Raises:
+            StoreFailed: if it stops answering; the slots not reached are then not touched again.
+        """
+
+    @abstractmethod
+    def write(self, values: Sequence[Value], deadline: float) -> list[Written]:
+        """Write those of ``values`` that are not there already, and refresh the others.
+
+        Raises:
+            StoreFailed: if it stops answering; none of the payloads is read any more.
+        """
+
+    @abstractmethod
+    def refresh(self, keys: Sequence[tuple[bytes, float]], deadline: float) -> None:
+        """Let each key live until its time (on the tier's clock) at least, if it is there.
+
+        Raises:
+            StoreFailed: if it does not answer.
+        """
+
+    @abstractmethod
+    def delete(self, keys: Sequence[bytes], deadline: float) -> int:
+        """Remove ``keys``; return how many were there.
+
+        Raises:
+            StoreFailed: if it does not answer.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give up the connection."""

@@ -1,0 +1,258 @@
+"""Reads recorded traffic: request bodies, plain-text traces, traces of block hashes.
+
+A file holds one JSON object a line, gzipped if its name ends in ``.gz``. Which of these a line
+is shows in its keys:
+
+- the body of a Messages, Chat, Responses or Completions request;
+- an envelope around one: ``body`` or ``request``, with ``timestamp``, ``session_id``, ``headers``,
+  ``path`` and ``response_id`` as far as they are known;
+- a call of a text trace: ``input`` (the whole prompt as text), ``timestamp``, ``session_id``;
+- a call of a block trace, as Mooncake publishes them: ``hash_ids`` (one per 512 tokens, equal for
+  equal prefixes), ``input_length`` and ``timestamp`` in milliseconds.
+"""
+
+import gzip
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from vllm_cachescope.errors import BadRequest
+from vllm_cachescope.identity import SESSION_HEADERS
+from vllm_cachescope.prompt import Part, PromptRequest, Protocol, Region
+from vllm_cachescope.wire import anthropic, openai_chat, openai_completions, openai_responses
+from vllm_cachescope.wire.diagnostics import extra_fields
+
+BLOCK_TOKENS = 512
+"""Tokens per hash id in Mooncake's traces."""
+
+_TTLS = (300, 1800, 3600, 43200, 86400)
+_READERS = {
+    Protocol.MESSAGES: anthropic.read,
+    Protocol.CHAT: openai_chat.read,
+    Protocol.RESPONSES: openai_responses.read,
+    Protocol.COMPLETIONS: openai_completions.read,
+}
+_PATHS = {
+    "/messages": Protocol.MESSAGES,
+    "/chat/completions": Protocol.CHAT,
+    "/responses": Protocol.RESPONSES,
+    "/completions": Protocol.COMPLETIONS,
+}
+_ROLE = re.compile(r"(system|developer|user|assistant|tool): ")
+
+
+class TrafficError(ValueError):
+    """A line that is none of the known formats, or a request the server would have refused."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A recorded request.
+
+    Attributes:
+        source: file and line, as in ``traffic.jsonl:12``.
+        at: when it was made, in seconds; None if not recorded.
+        session: the session it belongs to; None if it names none.
+        request: what it asked.
+        extra: what else to compare, as `wire.diagnostics.extra_fields` has it.
+        text: the whole prompt, of a text trace.
+        response_id: the id of its response, if recorded.
+    """
+
+    source: str
+    at: float | None
+    session: str | None
+    request: PromptRequest
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    text: str | None = None
+    response_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCall:
+    """A call of a block trace.
+
+    Attributes:
+        source: file and line.
+        at: when it was made, in seconds.
+        tokens: length of the prompt.
+        blocks: an id for each block of `BLOCK_TOKENS`, the last one perhaps not full.
+    """
+
+    source: str
+    at: float
+    tokens: int
+    blocks: tuple[int, ...]
+
+
+def read_traffic(path: Path) -> list[Call] | list[BlockCall]:
+    """Return the calls in a file, in the order in which they were made.
+
+    Raises:
+        OSError: if the file cannot be read.
+        TrafficError: on a line that cannot be understood, with its number.
+    """
+    calls: list[Call] = []
+    block_calls: list[BlockCall] = []
+    for source, record in _records(path):
+        if isinstance(record.get("hash_ids"), list):
+            block_calls.append(_block_call(source, record))
+        else:
+            calls.append(_call(source, record))
+    if calls and block_calls:
+        raise TrafficError(f"{path.name}: holds both requests and block hashes; use two files")
+    if block_calls:
+        return sorted(block_calls, key=lambda call: call.at)
+    # Recorders write a call when it ends; what it could reuse depends on when it began.
+    if all(call.at is not None for call in calls):
+        calls.sort(key=lambda call: call.at or 0.0)
+    return calls
+
+
+def text_request(text: str) -> PromptRequest:
+    """Return the prompt ``text`` as a request whose parts are its paragraphs.
+
+    A paragraph that begins with a role and a colon begins a turn of that role; leading turns of
+    ``system`` are the system prompt. A path is the turn's number and the paragraph's offset in
+    characters: ``input[2]@1834``.
+    """
+    parts: list[Part] = []
+    offset, turn, role, leading = 0, 0, None, True
+    for paragraph in text.split("\n\n") if text else ():
+        if begins := _ROLE.match(paragraph):
+            role = begins[1]
+            turn += offset > 0
+        leading = leading and role == "system"
+        region = Region.SYSTEM if leading else Region.MESSAGES
+        parts.append(Part(region, f"input[{turn}]@{offset}", paragraph, role))
+        offset += len(paragraph) + 2
+    return PromptRequest(Protocol.COMPLETIONS, "", tuple(parts))
+
+
+def protocol_of(body: Mapping[str, Any], path: str | None = None) -> Protocol:
+    """Return the wire format of a request body.
+
+    Args:
+        body: the body.
+        path: the path it was sent to, if known. Without it the fields decide; a body that is
+            legal in both Messages and Chat means the same in both.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    if path is not None:
+        for ending, protocol in _PATHS.items():
+            if path.partition("?")[0].endswith(ending):
+                return protocol
+    messages = body.get("messages")
+    if isinstance(messages, list):
+        return Protocol.CHAT if _is_chat(body, messages) else Protocol.MESSAGES
+    if "input" in body:
+        return Protocol.RESPONSES
+    if "prompt" in body:
+        return Protocol.COMPLETIONS
+    raise ValueError("no messages, input or prompt")
+
+
+def _is_chat(body: Mapping[str, Any], messages: list[Any]) -> bool:
+    tools = body.get("tools")
+    tools = tools if isinstance(tools, list) else []
+    if "system" in body or any(isinstance(t, Mapping) and "input_schema" in t for t in tools):
+        return False
+    if any(isinstance(tool, Mapping) and "function" in tool for tool in tools):
+        return True
+    return any(
+        isinstance(message, Mapping)
+        and (message.get("role") in ("system", "developer", "tool") or "tool_calls" in message)
+        for message in messages
+    )
+
+
+def _records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
+        for number, raw in enumerate(_lines(lines, path), 1):
+            source = f"{path.name}:{number}"
+            if not raw.strip():
+                continue
+            try:
+                record = json.loads(raw.decode("utf-8", "surrogateescape"))
+            except (ValueError, RecursionError) as error:
+                raise TrafficError(f"{source}: not JSON: {error}") from None
+            if not isinstance(record, Mapping):
+                raise TrafficError(f"{source}: not an object")
+            yield source, record
+
+
+def _lines(lines: Iterable[bytes], path: Path) -> Iterator[bytes]:
+    try:
+        yield from lines
+    except EOFError as error:
+        raise TrafficError(f"{path.name}: {error}") from None
+
+
+def _call(source: str, record: Mapping[str, Any]) -> Call:
+    at, session = _seconds(record.get("timestamp")), _text(record.get("session_id"))
+    text = record.get("input")
+    if isinstance(text, str) and "model" not in record:
+        return Call(source, at, session, text_request(text), text=text)
+    body = next(
+        (v for key in ("body", "request") if isinstance(v := record.get(key), Mapping)), None
+    )
+    envelope: Mapping[str, Any] = record if body is not None else {}
+    headers = envelope.get("headers")
+    headers = headers if isinstance(headers, Mapping) else {}
+    headers = {str(name).lower(): str(value) for name, value in headers.items()}
+    body = record if body is None else body
+    try:
+        protocol = protocol_of(body, _text(envelope.get("path")))
+        request = _READERS[protocol](body, _TTLS)
+    except BadRequest as error:
+        raise TrafficError(f"{source}: {error}") from None
+    except ValueError as error:
+        raise TrafficError(f"{source}: not a request: {error}") from None
+    named = next((value for name in SESSION_HEADERS if (value := headers.get(name))), None)
+    return Call(
+        source,
+        at,
+        session or named or request.session,
+        request,
+        extra_fields(body, headers),
+        response_id=_text(envelope.get("response_id")),
+    )
+
+
+def _block_call(source: str, record: Mapping[str, Any]) -> BlockCall:
+    at, tokens, blocks = (record.get(key) for key in ("timestamp", "input_length", "hash_ids"))
+    if not (
+        isinstance(at, int | float)
+        and isinstance(tokens, int)
+        and isinstance(blocks, list)
+        and all(isinstance(block, int) for block in blocks)
+    ):
+        raise TrafficError(
+            f"{source}: timestamp, input_length or hash_ids is missing or not a number"
+        )
+    return BlockCall(source, at / 1000, tokens, tuple(blocks))
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) and value else None
+
+
+def _seconds(value: object) -> float | None:
+    """Return a timestamp in seconds, whichever unit its size shows it to be in."""
+    if isinstance(value, str):
+        try:
+            return datetime.fromisoformat(value).timestamp()
+        except ValueError:
+            return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    for unit in (1e9, 1e6, 1e3):
+        if value > 1e8 * unit:
+            return value / unit
+    return float(value)
