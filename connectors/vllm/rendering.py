@@ -156,10 +156,10 @@ class Boundaries:
         return None
 
     async def _render(self, cut: dict[str, Any], protocol: Protocol) -> list[int]:
-        """Return the tokens of a cut request; those of an added empty user message, which some
-        templates insist on, derive from nothing the client sent."""
+        """Return the tokens of a cut request. Where a template insists on a user message, an
+        empty one is added: its tokens derive from nothing the client sent."""
         key = "input" if protocol is Protocol.RESPONSES else "messages"
-        attempts = [cut] if cut.get(key) else []
+        attempts = [cut]
         if isinstance(cut.get(key, []), list):
             attempts.append({**cut, key: [*cut.get(key, []), {"role": "user", "content": ""}]})
         problem: Exception | None = None
@@ -181,6 +181,8 @@ class Boundaries:
                 chat = await self._as_chat(AnthropicMessagesRequest.model_validate(body))
             else:
                 chat = ChatCompletionRequest.model_validate(body)
+            # What opens the answer is not part of the cut, nor is it what comes next in the prompt.
+            chat.add_generation_prompt = False
             result = await renderer.render_chat(chat)
             prompt = result[1][0] if isinstance(result, tuple) else None
         if prompt is None:
