@@ -35,6 +35,11 @@ _WORDS = tuple(
 )
 
 
+def parsed_anew(value: Any) -> Any:
+    """Return the JSON value made of new objects, as every request's body is."""
+    return json.loads(json.dumps(value))
+
+
 def words(rng: random.Random, characters: int) -> str:
     """Return text of about so many characters."""
     out: list[str] = []
@@ -141,12 +146,12 @@ class Agent:
         other = copy.copy(self)
         other.rng = random.Random(f"{seed} of {self.rng.random()}")
         for name in ("tools", "system", "messages", "params"):
-            setattr(other, name, copy.deepcopy(getattr(self, name)))
+            setattr(other, name, parsed_anew(getattr(self, name)))
         return other
 
     def body(self) -> Body:
         """Return the request, with breakpoints where Claude Code sets them."""
-        body = copy.deepcopy(
+        body = parsed_anew(
             {
                 "model": self.model,
                 "max_tokens": 4096,
@@ -157,7 +162,7 @@ class Agent:
             }
         )
         marker = {"type": "ephemeral"}
-        for block in body["system"][1:]:
+        for block in body["system"][1:][-2:]:
             block["cache_control"] = dict(marker)
         body["messages"][-1]["content"][-1]["cache_control"] = dict(marker)
         return body
@@ -179,7 +184,7 @@ class Client:
         protocol: Protocol = Protocol.MESSAGES,
         headers: dict[str, str] | None = None,
     ) -> Fingerprint:
-        parsed = json.loads(json.dumps(body))
+        parsed = parsed_anew(body)
         request = READERS[protocol](parsed, TTLS)
         return self.fingerprinter(request, extra_fields(parsed, headers or {}))
 

@@ -99,7 +99,7 @@ def test_tokens_far_back_change_the_answer(generate):
 
 def test_sizes_are_what_the_documentation_says(tmp_path):
     config = json.loads((build(tmp_path / "m", SMALL) / "config.json").read_text())
-    per_token = 2 * 2 * SMALL.layers * config["num_key_value_heads"] * config["head_dim"]
+    per_token = 4 * 2 * SMALL.layers * config["num_key_value_heads"] * config["head_dim"]
     assert per_token == 8 * 1024
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
-    assert round(model.num_parameters() / 1e6) == 29
+    assert round(model.num_parameters() / 1e6) == 18

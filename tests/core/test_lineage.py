@@ -39,7 +39,7 @@ def title(agent: Agent) -> Body:
 
 def compact(agent: Agent, keep: int = 0, summary: str = SUMMARY) -> Agent:
     """Replace the history by a summary; keep the last ``keep`` messages."""
-    text = summary + words(agent.rng, 500)
+    text = summary + words(agent.rng, 400)
     kept = agent.messages[-keep:] if keep else []
     agent.messages = [{"role": "user", "content": [{"type": "text", "text": text}]}, *kept]
     return agent
@@ -109,8 +109,9 @@ def test_a_fork_from_an_earlier_point() -> None:
         client.send(agent.turn().body())
     back = agent.copy("back")
     back.messages = back.messages[:5]
-    assert client.send(back.body()).kind is Kind.FORK
-    assert client.send(back.body()).kind is Kind.RETRY
+    for lineage in (2, 2):
+        diagnosis = client.send(back.body())
+        assert (diagnosis.kind, diagnosis.lineage) == (Kind.RETRY, lineage)
     for _ in range(3):
         assert client.send(back.turn().body()).kind is Kind.CONTINUATION
     edited = agent.copy("edited")
@@ -574,7 +575,7 @@ def step(session: Session, client: Client) -> tuple[str, Diagnosis, tuple[Kind, 
 def play(seed: int, steps: int) -> tuple[int, int]:
     """Play a session; return how many requests it made and how many breaks it planted."""
     rng = random.Random(seed)
-    main = Agent(f"session {seed}", tools=rng.sample(TOOL_NAMES, 5), scale=0.2)
+    main = Agent(f"session {seed}", tools=rng.sample(TOOL_NAMES, 5), scale=0.1)
     session = Session(rng, main, [Conversation(main)])
     client = Client()
     client.send(main.body())
@@ -596,10 +597,10 @@ def play(seed: int, steps: int) -> tuple[int, int]:
 def test_generated_sessions_have_no_false_break_and_no_missed_one() -> None:
     requests = planted = 0
     for seed in range(2000):
-        played = play(seed, 12)
+        played = play(seed, 10)
         requests, planted = requests + played[0], planted + played[1]
-    assert requests == 24_000
-    assert planted > 2_000
+    assert requests == 20_000
+    assert planted > 1_500
 
 
 def test_the_generator_would_notice_a_diagnosis_that_sees_nothing() -> None:
@@ -608,7 +609,7 @@ def test_the_generator_would_notice_a_diagnosis_that_sees_nothing() -> None:
     for seed in range(20):
         try:
             rng = random.Random(seed)
-            main = Agent(f"session {seed}", tools=rng.sample(TOOL_NAMES, 5), scale=0.2)
+            main = Agent(f"session {seed}", tools=rng.sample(TOOL_NAMES, 5), scale=0.1)
             session = Session(rng, main, [Conversation(main)])
             client = Client(org_bytes=1)
             client.send(main.body())

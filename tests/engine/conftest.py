@@ -4,6 +4,7 @@ import pytest
 
 from demo.model import MODELS, TINY, build
 from tests.engine.engine import Engine
+from tests.engine.server import Api, serve, serve_scoped
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +24,17 @@ def engine(shared_engine) -> Engine:
     """The one engine in this process, with empty caches."""
     shared_engine.empty()
     return shared_engine
+
+
+@pytest.fixture(scope="session")
+def api(tiny_model, tmp_path_factory) -> Iterator[Api]:
+    """The one API server with the plugin. Its caches are as other tests have left them."""
+    with serve_scoped(tiny_model, tmp_path_factory.mktemp("server")) as api:
+        yield api
+
+
+@pytest.fixture(scope="module")
+def plain_url(tiny_model) -> Iterator[str]:
+    """A server of the same model, by a vLLM that has never heard of the plugin."""
+    with serve(tiny_model, [], {"VLLM_PLUGINS": "none"}) as url:
+        yield url

@@ -3,14 +3,13 @@
 import itertools
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tests.engine.clock import VARIABLE, Clock
 from vllm_cachescope.connectors.vllm.hashing import PLAN_KEY
-from vllm_cachescope.metrics import METRICS
 from vllm_cachescope.plan import Plan, Span, seal
 from vllm_cachescope.report import Report
 from vllm_cachescope.scopes import Caller, Scope, ScopeKeys
@@ -58,6 +57,36 @@ def draw_tokens(chance: random.Random, count: int) -> list[int]:
     return chance.choices(VOCABULARY, k=count)
 
 
+def draw_prompt(
+    chance: random.Random, earlier: list[tuple[list[int], list[Cut]]], longest: int
+) -> tuple[list[int], list[Cut]]:
+    """Return a random prompt of up to ``longest`` tokens and cuts for its plan; mostly one that
+    begins as one of ``earlier`` does, or is just that. It is put into ``earlier``."""
+    tokens = draw_tokens(chance, chance.randrange(20, longest))
+    cuts: list[Cut] = []
+    if earlier and chance.random() < 0.8:
+        tokens, cuts = chance.choice(earlier[-12:])
+        if chance.random() < 0.6:
+            end = chance.randrange(1, len(tokens) + 1)
+            tokens = (tokens[:end] + draw_tokens(chance, chance.randrange(1, 300)))[:longest]
+    if not cuts or chance.random() < 0.2:
+        count = chance.randrange(1, 4)
+        ends = [chance.randrange(1, len(tokens) + 1) for _ in range(count)]
+        # On a block's edge and next to it is where mistakes would be.
+        ends = [
+            chance.choice([end, max(end // BLOCK * BLOCK + chance.choice([-1, 0, 1]), 1)])
+            for end in ends
+        ]
+        scopes = sorted(chance.choices(list(Scope), k=count))
+        ttls = sorted(chance.choices([300, 3600], k=count), reverse=True)
+        covered = [True] * (count - 1) + [chance.random() < 0.8]
+        cuts = list(zip(sorted(ends), scopes, ttls, covered, strict=True))
+    inner = {cut[0]: cut for cut in cuts[:-1] if cut[0] < len(tokens)}
+    cuts = [*inner.values(), (len(tokens), *cuts[-1][1:])]
+    earlier.append((tokens, cuts))
+    return tokens, cuts
+
+
 @dataclass(frozen=True, slots=True)
 class Ask:
     """One prompt to put to the engine.
@@ -101,23 +130,33 @@ class Engine:
         model: the model's directory.
         scratch: where the clock's file goes.
         cpu_chunks: chunks that the CPU tier holds.
+        config: further keys of CacheScope's configuration.
         options: further engine arguments.
     """
 
     def __init__(
-        self, model: Path, scratch: Path, cpu_chunks: int = CPU_CHUNKS, **options: Any
+        self,
+        model: Path,
+        scratch: Path,
+        cpu_chunks: int = CPU_CHUNKS,
+        config: Mapping[str, Any] | None = None,
+        **options: Any,
     ) -> None:
         os.environ[VARIABLE] = str(scratch / "clock")
         self.clock = Clock(scratch / "clock")
         os.environ |= {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",
         }
+        import torch
         from vllm import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
+        # The model is so small that threads would mostly wait for each other.
+        torch.set_num_threads(1)
         bytes_per_chunk = 2 * 2 * 2 * 32 * 4 * BLOCK  # k and v, layers, heads, width, float32
         self.args = EngineArgs(
             model=str(model),
@@ -135,6 +174,7 @@ class Engine:
                 "kv_connector_extra_config": {
                     "cpu_bytes": cpu_chunks * bytes_per_chunk,
                     "secret": SECRET,
+                    **(config or {}),
                 },
             },
             **options,
@@ -223,6 +263,3 @@ class Engine:
         from vllm.v1.metrics.reader import get_metrics_snapshot
 
         return sum(m.value for m in get_metrics_snapshot() if m.name == name)
-
-
-METRIC_NAMES = [metric.name for metric in METRICS]

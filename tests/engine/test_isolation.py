@@ -5,6 +5,7 @@ says for each request how much it may read at most, and, where nothing is under 
 it must read.
 """
 
+import gc
 import itertools
 import random
 from dataclasses import dataclass, field, replace
@@ -21,18 +22,19 @@ from tests.engine.engine import (
     SECRET,
     Answer,
     Ask,
+    draw_prompt,
     draw_tokens,
     org_plan,
     plan,
     sealed,
 )
-from vllm_cachescope.connectors.vllm import hashing
+from vllm_cachescope.connectors.vllm import hashing, regions
 from vllm_cachescope.plan import Plan, seal
 from vllm_cachescope.scopes import Caller, Scope
 
 pytestmark = pytest.mark.engine
 
-CALLERS = [Caller(org, session) for org in ("acme", "zeta", "mu") for session in ("s1", "s2", None)]
+CALLERS = [Caller(org, session) for org in ("acme", "zeta") for session in ("s1", "s2", None)]
 
 
 @dataclass
@@ -81,23 +83,20 @@ class Model:
             names.append(parent)
         return names
 
-    def readable(self, prompt: Prompt) -> list[int]:
-        """Return the identities of the blocks that may be read, if they are cached; a prompt's
-        last token is always computed."""
-        return self.identities(prompt, prompt.tokens[:-1])
-
     def expire(self, now: float) -> None:
         self.kept = {name: kept for name, kept in self.kept.items() if kept.expires_at > now}
 
     def expect(self, prompt: Prompt) -> tuple[int, int]:
         """Return how many blocks must come from the device, and how many from the CPU tier."""
-        names = self.readable(prompt)
+        names = self.identities(prompt, prompt.tokens)
 
         def run(names, tier):
             held = (name in self.kept and tier in self.kept[name].tiers for name in names)
             return sum(1 for _ in itertools.takewhile(bool, held))
 
-        device = run(names, "device")
+        # vLLM finds a prompt whole in a further tier (and computes its last token again), but
+        # never on the device.
+        device = run(names[: (len(prompt.tokens) - 1) // BLOCK], "device")
         return device, run(names[device:], "cpu")
 
     def note(self, prompt: Prompt, answer: Answer, now: float) -> None:
@@ -121,50 +120,38 @@ class Model:
                 del self.kept[name]
 
 
-def draw(chance, beginnings, longest, number):
-    """Return a random prompt of a random caller, on one of the shared ``beginnings``."""
+def draw(chance, earlier, longest, number):
+    """Return a random prompt of a random caller."""
+    tokens, cuts = draw_prompt(chance, earlier, longest)
     caller = chance.choice(CALLERS)
-    base = chance.choice(beginnings)
-    tokens = base[: chance.randrange(1, len(base) + 1)]
-    tokens = tokens + draw_tokens(chance, chance.randrange(1, 150))
-    tokens = tokens[:longest]
-    beginnings.append(tokens)
-    blocks = len(tokens) // BLOCK
-    ends = [chance.randrange(1, blocks + 2) * BLOCK + chance.choice([0, 0, -1, 37, 100])]
-    ends = [end for end in sorted({*ends, chance.randrange(1, len(tokens) + 1)}) if end < len(tokens)]
-    ends.append(len(tokens))
-    scopes = sorted(chance.choices(list(Scope), k=len(ends)))
-    ttls = sorted(chance.choices([300, 3600], k=len(ends)), reverse=True)
-    made = plan(caller, *zip(ends, scopes, ttls, strict=True))
-    owners: list[tuple] = []
-    for span in made.spans:
-        if span.scope is Scope.GLOBAL:
-            owners.append(("everyone",))
-        elif span.scope is Scope.ORG:
-            owners.append((caller.org,))
-        elif caller.session is None:
-            owners.append(("nobody", number))
-        else:
-            owners.append((caller.org, caller.session))
-    return Prompt(tokens, made, owners)
+    owners = {
+        Scope.GLOBAL: ("everyone",),
+        Scope.ORG: (caller.org,),
+        Scope.SESSION: (caller.org, caller.session) if caller.session else ("nobody", number),
+    }
+    made = plan(caller, *cuts)
+    return Prompt(tokens, made, [owners[span.scope] for span in made.spans])
 
 
-def run_exactly(engine, seed, requests=40):
+def run_exactly(engine, seed, requests=200):
     """Run a random schedule that fits into every tier; each request must read just what the model
     says. Returns the tokens read, by tier."""
     chance = random.Random(seed)
     model = Model()
-    beginnings = [draw_tokens(chance, 700) for _ in range(2)]
+    earlier = []
     read = {"device": 0, "cpu": 0}
     for number in range(requests):
-        prompt = draw(chance, beginnings, 6 * BLOCK, number)
+        prompt = draw(chance, earlier, 6 * BLOCK, number)
         # Before vLLM has to take a block back, and now and then: what is in memory is needed.
         if model.allocated + len(prompt.tokens) // BLOCK + 2 > DEVICE_BLOCKS or (
             chance.random() < 0.1
         ):
             engine.empty_device()
             model.empty_device()
-        engine.clock.advance(chance.choice([0, 0, 10, 150, 290, 1000]))
+        if sum("cpu" in kept.tiers for kept in model.kept.values()) > CPU_CHUNKS - 8:
+            engine.empty()
+            model = Model()
+        engine.clock.advance(chance.choice([0] * 9 + [1] * 9 + [100, 299]))
         model.expire(engine.clock())
         device, cpu = model.expect(prompt)
         (answer,) = engine.run(prompt.ask())
@@ -176,32 +163,32 @@ def run_exactly(engine, seed, requests=40):
         read["device"] += got[0]
         read["cpu"] += got[1]
         model.note(prompt, answer, engine.clock())
-        in_memory = sum("cpu" in kept.tiers for kept in model.kept.values())
-        assert in_memory <= CPU_CHUNKS, "the schedule is too long to stay without evictions"
     return read
 
 
-def run_under_pressure(engine, seed, rounds=10):
+def run_under_pressure(engine, seed, rounds=15):
     """Run a random schedule, several requests at once, that overflows every tier. No request may
     read more than what the model says somebody has written for it. Returns the tokens read."""
     chance = random.Random(seed)
     model = Model()
-    beginnings = [draw_tokens(chance, 2500) for _ in range(3)]
+    earlier = []
     read = 0
     for number in range(rounds):
         prompts = [
-            draw(chance, beginnings, 2600, (number, i)) for i in range(chance.randrange(1, 9))
+            draw(chance, earlier, 2600, (number, i)) for i in range(chance.randrange(1, 9))
         ]
         if chance.random() < 0.2:
             engine.empty_device()
-        engine.clock.advance(chance.choice([0, 0, 100, 299]))
+        engine.clock.advance(chance.choice([0, 0, 0, 0, 100, 299]))
         model.expire(engine.clock())
         answers = engine.run(*[prompt.ask() for prompt in prompts])
         written = [set(model.identities(p, p.tokens)) for p in prompts]
         for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
             # The others of the batch may have written it just before.
             there = set(model.kept).union(*written[:i], *written[i + 1 :])
-            allowed = itertools.takewhile(there.__contains__, model.readable(prompt))
+            allowed = itertools.takewhile(
+                there.__contains__, model.identities(prompt, prompt.tokens)
+            )
             allowed = sum(1 for _ in allowed) * BLOCK
             assert answer.read <= allowed, (
                 f"request {i} of round {number} read {answer.read} tokens and may read {allowed}"
@@ -215,14 +202,13 @@ def run_under_pressure(engine, seed, rounds=10):
 @pytest.mark.parametrize("seed", range(4))
 def test_each_request_reads_just_what_it_may(engine, seed):
     read = run_exactly(engine, seed)
-    assert read["device"] > 10 * BLOCK
-    assert read["cpu"] > 10 * BLOCK
+    assert read["device"] > 10 * BLOCK, "not much of a test"
+    assert read["cpu"] > 5 * BLOCK, "not much of a test"
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_no_request_reads_more_than_it_may(engine, seed):
     assert run_under_pressure(engine, seed) > 20 * BLOCK
-    assert engine.counter("vllm:num_preemptions") >= 0
 
 
 @pytest.mark.parametrize("schedule", [run_exactly, run_under_pressure])
@@ -287,15 +273,13 @@ def test_the_connector_refuses_to_run_without_its_hook(engine, monkeypatch, repl
     replacement.is_scoped = True  # as a plugin that wraps the wrapper would look
     monkeypatch.setattr(kv_cache_utils, "generate_block_hash_extra_keys", replacement)
     config = engine.args.create_engine_config()
-    config.kv_transfer_config.engine_id = "unhooked"
-    before = hashing._secret
-    try:
-        with pytest.raises(hashing.HookNotInForce, match="Refusing to start"):
-            KVConnectorFactory.create_connector(
-                config, KVConnectorRole.SCHEDULER, engine.scheduler.kv_cache_config
-            )
-    finally:
-        hashing._secret = before
+    config.kv_transfer_config.engine_id = f"without a hook {replacement.__name__}"
+    with pytest.raises(hashing.HookNotInForce, match="Refusing to start"):
+        KVConnectorFactory.create_connector(
+            config, KVConnectorRole.SCHEDULER, engine.scheduler.kv_cache_config
+        )
+    gc.collect()
+    assert regions.remove_stale()
 
 
 def test_the_connector_refuses_a_vllm_without_the_function(engine, monkeypatch):

@@ -59,7 +59,9 @@ class EngineSide:
         self.memory = memoryview(bytearray(self.limits.inflight_bytes * 2))
         self.tier = RemoteTier(
             "redis",
-            redis.stores(url, self.limits.timeout_s, self.keyspace, secret_mark(secret), time.monotonic),
+            redis.stores(
+                url, self.limits.timeout_s, self.keyspace, secret_mark(secret), time.monotonic
+            ),
             SLOT,
             self.limits,
             time.monotonic,

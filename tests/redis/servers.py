@@ -1,5 +1,6 @@
 """Real Redis servers for tests, and a proxy that mistreats what passes through it."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -170,8 +171,6 @@ class Proxy:
 
 def _close(*sockets: socket.socket) -> None:
     for sock in sockets:
-        try:
+        with contextlib.suppress(OSError):
             sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass
         sock.close()

@@ -1,0 +1,374 @@
+import argparse
+import gzip
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.core.agent_session import Agent, Body, words
+from vllm_cachescope import explain as command
+from vllm_cachescope.diagnosis import NEW_CONTENT, EngineCause, Kind
+from vllm_cachescope.explain import Explanation, explain_blocks, explain_file
+from vllm_cachescope.prompt import Protocol, Region
+from vllm_cachescope.traffic import (
+    BLOCK_TOKENS,
+    BlockCall,
+    Call,
+    TrafficError,
+    protocol_of,
+    read_traffic,
+    text_request,
+)
+
+
+def write(path: Path, lines: list[Any]) -> Path:
+    raw = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
+    return path
+
+
+def explained(path: Path, ttl_s: float | None = None) -> Explanation:
+    return Explanation(list(explain_file(path, ttl_s)))
+
+
+def run(*args: str) -> int:
+    parser = argparse.ArgumentParser()
+    command.add_command(parser.add_subparsers())
+    parsed = parser.parse_args(["explain", *args])
+    return parsed.run(parsed)
+
+
+def session(breaks: int, turns: int = 6) -> list[Body]:
+    """Bodies of a conversation whose tool changes ``breaks`` times."""
+    agent = Agent("recorded", scale=0.3)
+    bodies = []
+    for turn in range(turns):
+        if 0 < turn <= breaks:
+            agent.tools[4]["description"] += f" Revision {turn}."
+        bodies.append(agent.turn().body())
+    return bodies
+
+
+def check_complete(explanation: Explanation) -> None:
+    """Every uncached token of every call has a cause, and none is unknown."""
+    for call in explanation.calls:
+        diagnosis = call.diagnosis
+        uncached = sum(tokens for _, tokens in diagnosis.uncached)
+        lost = sum(m.tokens for m in diagnosis.engine if m.cause is EngineCause.EXPIRED)
+        assert uncached == diagnosis.prompt_tokens - diagnosis.shared_tokens + lost
+        assert diagnosis.unknown_tokens == 0
+        assert diagnosis.cause
+
+
+def test_bodies_by_themselves(tmp_path: Path) -> None:
+    explanation = explained(write(tmp_path / "bodies.jsonl", session(2)))
+    assert [call.diagnosis.kind for call in explanation.calls] == [
+        Kind.FIRST_REQUEST,
+        Kind.TOOLS_CHANGED,
+        Kind.TOOLS_CHANGED,
+        *[Kind.CONTINUATION] * 3,
+    ]
+    assert len(explanation.breaks) == len(explanation.unexpected) == 2
+    first = explanation.breaks[0]
+    assert first.source == "bodies.jsonl:2"
+    assert first.diagnosis.changes[0].path == "tools[4]"
+    assert first.diagnosis.changes[0].fields == ("description",)
+    totals = explanation.totals()
+    assert totals["tools_changed"].calls == 2 and totals["continuation"].calls == 3
+    assert totals["tools_changed"].tokens > 5000
+    check_complete(explanation)
+
+
+def test_envelopes(tmp_path: Path) -> None:
+    one, other = session(0, 3), Agent("another", scale=0.3)
+    lines = [
+        {"timestamp": 1763700300.5, "session_id": "b", "body": other.body()},
+        {"timestamp": "2026-11-21T10:00:00+00:00", "session_id": "a", "request": one[0]},
+        {
+            "timestamp": "2026-11-21T10:05:00+00:00",
+            "headers": {"X-Claude-Code-Session-Id": "a", "Anthropic-Beta": "x,y"},
+            "path": "/v1/messages?beta=true",
+            "body": one[1],
+        },
+        {"timestamp": 1795255560000, "session_id": "a", "body": one[2]},
+    ]
+    calls = read_traffic(write(tmp_path / "calls.jsonl.gz", lines))
+    assert [call.session for call in calls if isinstance(call, Call)] == ["b", "a", "a", "a"]
+    assert calls[2].extra["anthropic-beta"] == ["x", "y"]
+    kinds = [call.diagnosis.kind for call in explained(tmp_path / "calls.jsonl.gz").calls]
+    assert kinds[:2] == [Kind.FIRST_REQUEST] * 2
+    assert kinds[2:] == [Kind.PARAMS_CHANGED, Kind.PARAMS_CHANGED]
+
+
+def test_calls_are_put_in_the_order_in_which_they_were_made(tmp_path: Path) -> None:
+    bodies = session(0)
+    lines = [{"timestamp": 100 + i, "session_id": "s", "body": b} for i, b in enumerate(bodies)]
+    random.Random(4).shuffle(lines)
+    explanation = explained(write(tmp_path / "shuffled.jsonl", lines))
+    assert not explanation.breaks
+    assert [call.at for call in explanation.calls] == [100.0 + i for i in range(6)]
+
+
+def test_a_lifetime_explains_what_expired(tmp_path: Path) -> None:
+    bodies = session(0, 3)
+    lines = [
+        {"timestamp": at, "session_id": "s", "body": body}
+        for at, body in zip((0, 200, 700), bodies, strict=True)
+    ]
+    path = write(tmp_path / "idle.jsonl", lines)
+    assert [c.diagnosis.cause for c in explained(path).calls][1:] == [Kind.CONTINUATION] * 2
+    explanation = explained(path, 300)
+    last = explanation.calls[-1].diagnosis
+    assert last.cause == EngineCause.EXPIRED and not last.expected
+    assert last.engine[0].ttl_s == 300 and last.engine[0].age_s == 200
+    assert "1h" in last.suggestion
+    check_complete(explanation)
+
+
+@pytest.mark.parametrize("protocol", [Protocol.CHAT, Protocol.RESPONSES, Protocol.COMPLETIONS])
+def test_other_formats(protocol: Protocol, tmp_path: Path) -> None:
+    rng = random.Random(8)
+    system, question, answer = words(rng, 3000), words(rng, 500), words(rng, 300)
+
+    def body(system: str, *more: str) -> Body:
+        roles = ("user", "assistant") * 3
+        turns = [{"role": r, "content": t} for r, t in zip(roles, (question, *more), strict=False)]
+        if protocol is Protocol.CHAT:
+            return {"model": "m", "messages": [{"role": "system", "content": system}, *turns]}
+        if protocol is Protocol.RESPONSES:
+            return {"model": "m", "instructions": system, "input": turns}
+        return {"model": "m", "prompt": system + question + "".join(more)}
+
+    lines = [body(system), body(system, answer, "go on"), body(system, answer, "go on", "ok", "x")]
+    assert protocol_of(lines[0]) is protocol
+    explanation = explained(write(tmp_path / "calls.jsonl", lines))
+    assert not explanation.breaks
+    assert explanation.calls[-1].diagnosis.shared_tokens > 800
+    lines.append(body(system + "!", answer, "go on", "ok", "x", "yes", "y"))
+    broken = explained(write(tmp_path / "calls.jsonl", lines)).calls[-1].diagnosis
+    if protocol is Protocol.COMPLETIONS:
+        # One text: all that can be said is where it parts from the text before it.
+        assert broken.kind is Kind.FORK and 640 <= broken.shared_tokens <= 752
+    else:
+        assert broken.kind is Kind.SYSTEM_CHANGED
+
+
+# Text traces
+
+
+def transcript(rng: random.Random, turns: int) -> list[str]:
+    return [
+        f"{('user', 'assistant')[i % 2]}: {words(rng, 400)}\n\n{words(rng, 200)}"
+        for i in range(turns)
+    ]
+
+
+def text_lines(texts: list[str]) -> list[Body]:
+    return [
+        {"timestamp": 1_760_000_000_000_000 + i * 10**6, "input": text, "session_id": "s"}
+        for i, text in enumerate(texts)
+    ]
+
+
+def test_text_traces(tmp_path: Path) -> None:
+    turns = transcript(random.Random(1), 11)
+    texts = ["\n\n".join(turns[:n]) for n in (1, 3, 5, 7)]
+    edited = [*turns]
+    edited[2] = edited[2].replace(" ", "  ", 1)
+    texts.append("\n\n".join(edited[:9]))
+    texts += ["", texts[3]]
+    explanation = explained(write(tmp_path / "trace.jsonl.gz", text_lines(texts)))
+    assert [call.diagnosis.kind for call in explanation.calls] == [
+        Kind.FIRST_REQUEST,
+        *[Kind.CONTINUATION] * 3,
+        Kind.MESSAGES_CHANGED,
+        Kind.NEW_LINEAGE,
+        Kind.RETRY,
+    ]
+    broken = explanation.calls[4]
+    at = next(i for i, (a, b) in enumerate(zip(texts[3], texts[4], strict=False)) if a != b)
+    assert broken.char == at
+    assert broken.diagnosis.where is not None
+    turn, _, offset = broken.diagnosis.where.path.partition("@")
+    assert turn == "input[2]" and int(offset) <= at < int(offset) + 500
+    assert [call.char for call in explanation.calls[1:4]] == [len(text) for text in texts[:3]]
+    check_complete(explanation)
+
+
+def test_an_answer_quoted_by_another_agent_is_no_break(tmp_path: Path) -> None:
+    rng = random.Random(2)
+    facts, plan = words(rng, 900), words(rng, 700)
+    planner = f"user: Make a plan.\n\nassistant: {facts}\n\n{plan}\n\nuser: Now shorten it."
+    leader = f"assistant: We follow this plan:\n\n{facts}\n\n{plan}\n\nuser: Who is next?"
+    explanation = explained(write(tmp_path / "quote.jsonl", text_lines([planner, leader])))
+    assert explanation.calls[1].diagnosis.kind is Kind.NEW_LINEAGE
+
+
+def test_text_requests() -> None:
+    text = "system: Be brief.\n\nAlways.\n\nuser: Hi\n\nassistant: Hello\n\nmore: of it"
+    parts = text_request(text).parts
+    assert [(p.region, p.role, p.path) for p in parts] == [
+        (Region.SYSTEM, "system", "input[0]@0"),
+        (Region.SYSTEM, "system", "input[0]@19"),
+        (Region.MESSAGES, "user", "input[1]@28"),
+        (Region.MESSAGES, "assistant", "input[2]@38"),
+        (Region.MESSAGES, "assistant", "input[2]@56"),
+    ]
+    assert "\n\n".join(part.content for part in parts) == text
+    for part in parts:
+        assert text[int(part.path.partition("@")[2]) :].startswith(part.content)
+
+
+# Block traces
+
+
+def block_calls(rows: list[tuple[float, int, tuple[int, ...]]]) -> list[BlockCall]:
+    return [BlockCall(f"t:{i}", at, n, blocks) for i, (at, n, blocks) in enumerate(rows, 1)]
+
+
+ROWS = [
+    (0.0, 1300, (1, 2, 3)),
+    (10.0, 1700, (1, 2, 4, 5)),  # goes on from a last block of 276 tokens
+    (20.0, 1700, (1, 2, 4, 5)),
+    (30.0, 1536, (1, 2, 6)),
+    (40.0, 2048, (1, 2, 6, 7)),  # its ancestor's last block was full
+    (900.0, 100, (8,)),
+    (910.0, 2048, (1, 2, 6, 7)),
+]
+
+
+def test_block_traces() -> None:
+    explanation = Explanation(list(explain_blocks(block_calls(ROWS))))
+    assert [call.diagnosis.kind for call in explanation.calls] == [
+        Kind.FIRST_REQUEST,
+        Kind.CONTINUATION,
+        Kind.RETRY,
+        Kind.FORK,
+        Kind.CONTINUATION,
+        Kind.NEW_LINEAGE,
+        Kind.RETRY,
+    ]
+    assert [dict(call.diagnosis.uncached) for call in explanation.calls] == [
+        {Kind.FIRST_REQUEST: 1300},
+        {EngineCause.PARTIAL_BLOCK: 276, NEW_CONTENT: 400},
+        {},
+        {NEW_CONTENT: 512},
+        {NEW_CONTENT: 512},
+        {Kind.NEW_LINEAGE: 100},
+        {},
+    ]
+    check_complete(explanation)
+
+
+def test_block_traces_with_a_lifetime() -> None:
+    last = list(explain_blocks(block_calls(ROWS), 300))[-1].diagnosis
+    assert last.cause == EngineCause.EXPIRED and dict(last.uncached) == {EngineCause.EXPIRED: 2048}
+
+
+def test_block_traces_agree_with_a_count_of_blocks() -> None:
+    """The reusable tokens are those of leading blocks that some earlier call had."""
+    rng = random.Random(6)
+    rows: list[tuple[float, int, tuple[int, ...]]] = []
+    fresh = iter(range(10**6))
+    for i in range(400):
+        head = rng.choice(rows)[2] if rows and rng.random() < 0.7 else ()
+        blocks = (*head[: rng.randrange(len(head) + 1)], *(next(fresh) for _ in range(3)))
+        rows.append((float(i), len(blocks) * BLOCK_TOKENS, blocks))
+    seen: set[int] = set()
+    expected = 0
+    for _, _, blocks in rows:
+        for block in blocks:
+            if block not in seen:
+                break
+            expected += BLOCK_TOKENS
+        seen |= set(blocks)
+    explanation = Explanation(list(explain_blocks(block_calls(rows))))
+    assert explanation.reusable_tokens == expected
+    check_complete(explanation)
+
+
+# The command
+
+
+def test_max_breaks_guards_a_prompt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(write(tmp_path / "bodies.jsonl", session(2)))
+    assert run(path) == 0
+    assert run(path, "--max-breaks", "2") == 0
+    assert run(path, "--max-breaks", "1") == 1
+    clean = str(write(tmp_path / "clean.jsonl", session(0)))
+    assert run(clean, "--max-breaks", "0") == 0
+    assert run(clean, path, "--max-breaks", "1") == 1
+
+
+def test_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(str(write(tmp_path / "bodies.jsonl", session(1))))
+    printed = " ".join(capsys.readouterr().out.split())
+    for part in (
+        "lineage 1",
+        "bodies.jsonl:2 tools_changed at tools[4]",
+        "tool_changed at tools[4]: Fetch (description)",
+        "Keep description of Fetch fixed",
+        "6 calls",
+        "1 breaks, 1 of them unexpected",
+    ):
+        assert part in printed
+
+
+def test_json_for_machines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(str(write(tmp_path / "bodies.jsonl", session(1))), "--json")
+    data = json.loads(capsys.readouterr().out)
+    assert len(data["calls"]) == 6 and data["unexpected_breaks"] == 1
+    broken = data["calls"][1]
+    assert broken["kind"] == broken["cause"] == "tools_changed"
+    assert broken["where"]["path"] == "tools[4]" and broken["changes"][0]["names"] == ["Fetch"]
+    assert sum(t["tokens"] for t in data["totals"].values()) == (
+        data["prompt_tokens"] - data["reusable_tokens"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{not json", "calls.jsonl:1: not JSON"),
+        (b"[1]", "calls.jsonl:1: not an object"),
+        (b'\n{"a": 1}', "calls.jsonl:2: not a request"),
+        (b'{"hash_ids": [1], "timestamp": "x"}', "calls.jsonl:1: timestamp"),
+        (b'{"prompt": "x"}\n{"hash_ids": [1], "timestamp": 1, "input_length": 5}', "holds both"),
+        (b'{"messages": [], "cache_control": {"type": "x"}}', "cache_control.type"),
+        (b"[" * 100_000, "not JSON"),
+    ],
+)
+def test_files_that_cannot_be_read(
+    content: bytes, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "calls.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(TrafficError, match=message.replace("[", r"\[")):
+        read_traffic(path)
+    assert run(str(path)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_missing_or_truncated_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(str(tmp_path / "nowhere.jsonl")) == 2
+    cut = tmp_path / "cut.jsonl.gz"
+    cut.write_bytes(gzip.compress(json.dumps(session(0)[0]).encode())[:-40])
+    assert run(str(cut)) == 2
+    cut.write_bytes(b"not gzip")
+    assert run(str(cut)) == 2
+
+
+def test_bytes_that_are_not_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "calls.jsonl"
+    path.write_bytes(b'{"prompt": "a\xff\xfe b"}\n{"prompt": "a\xff\xfe b"}\n')
+    assert [call.diagnosis.kind for call in explained(path).calls] == [
+        Kind.FIRST_REQUEST,
+        Kind.RETRY,
+    ]
+
+
+def test_an_empty_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(str(write(tmp_path / "empty.jsonl", []))) == 0
+    assert "0 calls" in capsys.readouterr().out

@@ -1,0 +1,190 @@
+import argparse
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.core.agent_session import TTLS, Agent, Body
+from vllm_cachescope import lint as command
+from vllm_cachescope.lint import Severity, lint
+from vllm_cachescope.traffic import Call
+from vllm_cachescope.wire import anthropic, openai_chat
+
+WARNING, INFO = Severity.WARNING, Severity.INFO
+
+
+def call(body: Body, line: int = 1) -> Call:
+    return Call(f"calls.jsonl:{line}", None, "s", anthropic.read(body, TTLS))
+
+
+def found(*bodies: Body) -> list[tuple[str, str, Severity]]:
+    calls = [call(body, line) for line, body in enumerate(bodies, 1)]
+    return [(f.rule, f.path, f.severity) for f in lint(calls)]
+
+
+def warnings(*bodies: Body) -> set[tuple[str, str]]:
+    return {(rule, path) for rule, path, severity in found(*bodies) if severity is WARNING}
+
+
+def agent(text: str = "") -> Agent:
+    """An agent whose tools have sorted keys and whose second system block ends with ``text``."""
+    made = Agent("lint", scale=0.2)
+    made.tools = json.loads(json.dumps(made.tools[:4], sort_keys=True))
+    made.system[1]["text"] += " " + text
+    return made
+
+
+def unmarked(body: Body) -> Body:
+    for block in body["system"]:
+        block.pop("cache_control", None)
+    body["messages"][-1]["content"][-1].pop("cache_control", None)
+    return body
+
+
+def test_a_clean_request() -> None:
+    assert found(agent().body(), agent().turn().body()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("It is 2026-11-21T10:15:30Z.", "timestamp"),
+        ("It is 2026-11-21 10:15.", "timestamp"),
+        ("Started at 10:15:30.", "timestamp"),
+        ("epoch=1795255530", "timestamp"),
+        ("epoch_ms=1795255530123", "timestamp"),
+        ("Today is 2026-11-21.", "date"),
+        ("Today is November 21, 2026.", "date"),
+        ("Today is 21 Nov 2026.", "date"),
+        ("Today is 11/21/2026.", "date"),
+        ("Today is 21.11.2026.", "date"),
+        ("Session 6fa459ea-ee8a-3ca4-894e-db77e160355e.", "uuid"),
+        ("nonce=ab12cd", "nonce"),
+        ("Request-Id: 7f3k-22", "nonce"),
+        ("trace_id: 0af7651916cd43dd", "nonce"),
+        ("commit 4b825dc642cb6eb9a060e54bf8d69288fbee4904", "nonce"),
+    ],
+)
+def test_volatile_text_in_the_system_prompt(text: str, rule: str) -> None:
+    assert warnings(unmarked(agent(text).body())) == {(rule, "system[1]")}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Answer within 2 to 10 seconds, version 2.1.0 or 3.14.",
+        "Use port 8080, at most 1000000 rows, RFC 2119, ISO 8601.",
+        "Call deadbeef or 0123456789012345 if a facade decade is feed.",
+        "Ratios such as 10:1 and 16:9; a request identifier is optional.",
+        "In 2026 we moved from 5-6 people to 20.",
+    ],
+)
+def test_plain_text_is_not_volatile(text: str) -> None:
+    assert found(unmarked(agent(text).body())) == []
+
+
+def test_only_what_is_shared_is_looked_at() -> None:
+    made = agent()
+    made.ask("It is 2026-11-21T10:15:30Z, nonce=abc123def.")
+    assert found(made.body()) == []
+
+
+def test_tools_may_give_examples() -> None:
+    made = agent()
+    made.tools[2]["input_schema"]["properties"]["path"]["description"] = "such as 2026-01-31"
+    assert found(made.body()) == [
+        ("date", "tools[2].input_schema.properties.path.description", INFO)
+    ]
+
+
+def test_the_billing_header_is_left_out_of_the_prompt_for_messages_only() -> None:
+    assert found(agent().body()) == []
+    header = agent().system[0]["text"]
+    chat = {"model": "m", "messages": [{"role": "system", "content": header + "\nBe brief."}]}
+    calls = [Call("calls.jsonl:1", None, None, openai_chat.read(chat, TTLS))]
+    assert [(f.rule, f.path) for f in lint(calls)] == [("nonce", "messages[0].content")]
+
+
+def test_breakpoints_after_volatile_blocks() -> None:
+    late = ("breakpoint_after_volatile", "system[1].cache_control")
+    assert warnings(agent("Today is 2026-11-21.").body()) == {("date", "system[1]"), late}
+    body = agent("Today is 2026-11-21.").body()
+    del body["system"][1]["cache_control"], body["system"][2]["cache_control"]
+    last = ("breakpoint_after_volatile", "messages[0].content[1].cache_control")
+    assert warnings(body) == {("date", "system[1]"), last}
+
+
+def test_a_breakpoint_before_the_volatile_block_is_fine() -> None:
+    made = agent()
+    made.system.append({"type": "text", "text": "Today is 2026-11-21."})
+    body = unmarked(made.body())
+    body["system"][2]["cache_control"] = {"type": "ephemeral"}
+    assert warnings(body) == {("date", "system[3]")}
+
+
+def test_unsorted_json() -> None:
+    made = agent()
+    first = made.body()
+    turned = made.copy("turned")
+    turned.tools[1] = dict(reversed(turned.tools[1].items()))
+    second = turned.body()
+    assert warnings(first, second) == {("unsorted_json", "tools[1]")}
+    assert ("unsorted_json", "tools", INFO) in found(second)
+    assert warnings(second) == set()
+
+
+def test_tool_order_that_changes() -> None:
+    made = agent()
+    first = made.body()
+    made.tools.reverse()
+    assert warnings(first, made.body()) == {("tool_order", "tools[0]")}
+    made.tools.pop()
+    assert warnings(first, made.body()) == set()
+
+
+def test_findings_are_counted_and_the_worst_come_first() -> None:
+    made = agent("Today is 2026-11-21.")
+    made.tools[0]["description"] += " such as 2026-01-31"
+    findings = lint([call(made.turn().body(), line) for line in range(1, 6)])
+    assert [f.severity for f in findings] == [WARNING, WARNING, INFO]
+    assert {f.requests for f in findings} == {5}
+    assert findings[0].source == "calls.jsonl:1" and "2026-11-21" in findings[0].message
+
+
+def test_hostile_requests_take_bounded_time() -> None:
+    texts = ["a" * 10_000_000, "0" * 10_000_000, "2026-" * 2_000_000, "nonce" * 2_000_000]
+    start = time.thread_time()
+    for text in texts:
+        lint([call({"model": "m", "system": text, "messages": []})])
+    wide: Body = {"model": "m", "messages": [], "tools": [{"x": ["y"] * 500_000}]}
+    lint([call(wide)])
+    many = [{"name": f"t{i}", "input_schema": {}} for i in range(50_000)]
+    lint([call({"model": "m", "messages": [], "tools": many})])
+    assert time.thread_time() - start < 20
+
+
+def run(*args: str) -> int:
+    parser = argparse.ArgumentParser()
+    command.add_command(parser.add_subparsers())
+    parsed = parser.parse_args(["lint", *args])
+    return parsed.run(parsed)
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "calls.jsonl"
+    path.write_text(json.dumps(agent("Today is 2026-11-21.").body()) + "\n")
+    assert run(str(path)) == 1
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "calls.jsonl:1 date at system[1]: an absolute date: '2026-11-21'" in printed
+    assert "1 requests, 2 warnings, 0 notes." in printed
+    assert run(str(path), "--json") == 1
+    data = json.loads(capsys.readouterr().out)
+    assert data["requests"] == 1
+    assert {f["rule"] for f in data["findings"]} == {"date", "breakpoint_after_volatile"}
+    assert {f["severity"] for f in data["findings"]} == {"warning"}
+    path.write_text(json.dumps(agent().body()) + "\n")
+    assert run(str(path)) == 0
+    path.write_text("{")
+    assert run(str(path)) == 2
+    assert "calls.jsonl:1: not JSON" in capsys.readouterr().err

@@ -1,0 +1,126 @@
+"""Real API servers, with and without the plugin, and how to talk to them."""
+
+import json
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import anthropic
+import httpx
+import openai
+from prometheus_client.parser import text_string_to_metric_families
+
+from demo.server import Server
+from tests.engine.clock import VARIABLE, Clock
+from tests.engine.engine import SECRET
+from vllm_cachescope.cli import MIDDLEWARE
+
+ROOT = Path(__file__).parents[2]
+MODEL = "toy"
+
+PLUGIN = [
+    "--kv-transfer-config",
+    json.dumps(
+        {
+            "kv_connector": "DrivenConnector",
+            "kv_connector_module_path": "tests.engine.clock",
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": {
+                "cpu_bytes": "128MiB",
+                "secret": SECRET,
+                "sweep_interval": "1s",
+            },
+        }
+    ),
+    "--middleware",
+    MIDDLEWARE,
+]
+
+
+@contextmanager
+def serve(model: Path, arguments: list[str], environment: dict[str, str]) -> Iterator[str]:
+    """Serve ``model`` under the name `MODEL`; yield the server's URL."""
+    command = [
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", str(model), "--served-model-name", MODEL),
+        *("--dtype", "float32", "--enforce-eager", "--max-model-len", "8192"),
+        *("--num-gpu-blocks-override", "400", "--max-num-seqs", "8"),
+        *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
+        *arguments,
+    ]
+    own = {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_SERVER_DEV_MODE": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+    }
+    with Server(command, own | environment) as server:
+        yield server.url
+
+
+@dataclass(frozen=True, slots=True)
+class Api:
+    """A server with the plugin, and its clock.
+
+    Attributes:
+        url: where it is.
+        clock: the time its caches live on.
+    """
+
+    url: str
+    clock: Clock
+
+    def anthropic(self, key: str = "key of acme") -> anthropic.Anthropic:
+        """Return a client of the organisation known by ``key``."""
+        return anthropic.Anthropic(base_url=self.url, api_key=key, max_retries=0)
+
+    def openai(self, key: str = "key of acme") -> openai.OpenAI:
+        """Return a client of the organisation known by ``key``."""
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0)
+
+    def post(self, path: str, body: Any, key: str | None = "key of acme", **headers: str):
+        """Post ``body`` as JSON, without a client's own ideas of what may be sent."""
+        if key is not None:
+            headers["x-api-key"] = key
+        return httpx.post(f"{self.url}{path}", json=body, headers=headers, timeout=60)
+
+    def empty_device(self) -> None:
+        """Empty vLLM's prefix cache, and no tier behind it."""
+        httpx.post(f"{self.url}/reset_prefix_cache", timeout=60).raise_for_status()
+
+    def metrics(self, name: str, *labels: str) -> Counter[tuple[str, ...]]:
+        """Return the samples called ``name``, summed by the values of ``labels``."""
+        samples: Counter[tuple[str, ...]] = Counter()
+        text = httpx.get(f"{self.url}/metrics", timeout=60).text
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                if sample.name == name:
+                    samples[tuple(sample.labels[label] for label in labels)] += int(sample.value)
+        return samples
+
+    def await_metrics(
+        self, name: str, labels: tuple[str, ...], expected: Counter[tuple[str, ...]]
+    ) -> Counter[tuple[str, ...]]:
+        """Return `metrics` once they are as ``expected``, or as they are after some seconds: the
+        engine tells the API process of them a step later."""
+        deadline = time.monotonic() + 15
+        while (found := +self.metrics(name, *labels)) != expected and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return found
+
+
+@contextmanager
+def serve_scoped(model: Path, scratch: Path) -> Iterator[Api]:
+    """Serve ``model`` with the plugin, on a clock of its own."""
+    path = scratch / "server clock"
+    clock = Clock(path)
+    with serve(model, PLUGIN, {VARIABLE: str(path)}) as url:
+        yield Api(url, clock)

@@ -1,0 +1,274 @@
+"""Engines that share a Redis: what one has computed the other need not, and nothing else."""
+
+import random
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+
+from demo.model import MODELS, TINY, build
+from tests.engine.engine import BLOCK, Ask, draw_tokens, org_plan, plan, sealed
+from tests.redis.replica import Replica
+from tests.redis.servers import Proxy, RedisServer, wait_until
+from vllm_cachescope.scopes import Caller, Scope
+
+pytestmark = pytest.mark.engine
+
+DEADLINE = "2s"
+
+
+@dataclass
+class Pair:
+    """Two engines and what is between them.
+
+    Attributes:
+        server: the Redis they share.
+        proxy: stands between the second engine and the server.
+        a, b: the engines.
+    """
+
+    server: RedisServer
+    proxy: Proxy
+    a: Replica
+    b: Replica
+    start: object
+
+    def fresh(self) -> None:
+        """Empty everything, and wait until both engines use the server."""
+        self.proxy.chunk = self.proxy.cut_after = None
+        self.server.client.config_set("maxmemory", 0)
+        self.server.client.execute_command("ACL SETUSER default on nopass ~* +@all")
+        self.server.client.flushall()
+        for engine in (self.a, self.b):
+            engine.call("empty")
+            wait_until(lambda engine=engine: up(engine))
+
+
+def up(engine: Replica) -> bool:
+    """Whether the engine's tier may be read and written. Asking also makes the engine step."""
+    (health,) = engine.call("command_health")
+    return all(health[state] for state in ("up", "readable", "writable"))
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory) -> Iterator[Pair]:
+    model = build(MODELS / "tiny", TINY)
+    scratch = tmp_path_factory.mktemp("redis")
+    server = RedisServer(scratch)
+    proxy = Proxy(server.port)
+
+    def start(url: str) -> Replica:
+        tier = {
+            "type": "redis",
+            "url": url,
+            "load_deadline": DEADLINE,
+            "timeout": "2s",
+            "first_probe": "50ms",
+            "longest_probe": "200ms",
+        }
+        return Replica(model, tmp_path_factory.mktemp("replica"), {"tiers": [tier]})
+
+    pair = Pair(server, proxy, start(server.url), start(proxy.url), start)
+    pair.a.ready()
+    pair.b.ready()
+    yield pair
+    pair.a.stop()
+    pair.b.stop()
+    server.close()
+    proxy.close()
+
+
+@pytest.fixture
+def pair(engines: Pair) -> Pair:
+    engines.fresh()
+    return engines
+
+
+def ask(tokens: list[int], org: str = "acme", ttl_s: int = 300) -> Ask:
+    return Ask(tokens, sealed(org_plan(org, tokens, ttl_s)))
+
+
+def reference(engine: Replica, tokens: list[int]) -> list[int]:
+    """Return what the model says to ``tokens`` without any cache."""
+    return engine.call("uncached", tokens)
+
+
+def stored(pair: Pair, blocks: int) -> None:
+    """Wait until the server holds so many blocks."""
+    # One key more is the mark of the secret.
+    wait_until(lambda: pair.server.client.dbsize() >= blocks + 1)
+
+
+def computed_by_a(pair: Pair, seed: int, blocks: int = 12) -> tuple[list[int], list[int]]:
+    """Have the first engine compute a prompt; return it, and the model's answer."""
+    tokens = draw_tokens(random.Random(seed), blocks * BLOCK + 7)
+    (answer,) = pair.a.run(ask(tokens))
+    stored(pair, blocks)
+    return tokens, answer.tokens
+
+
+def test_the_second_engine_reads_what_the_first_one_computed(pair):
+    tokens, expected = computed_by_a(pair, 1)
+    (answer,) = pair.b.run(ask(tokens))
+    assert answer.outcome("read_redis") == 12 * BLOCK
+    assert answer.outcome("uncached") == 7
+    assert answer.tokens == expected == reference(pair.b, tokens)
+    # It is in its own memory now.
+    (again,) = pair.b.run(ask(tokens))
+    assert again.outcome("read_device") == 12 * BLOCK
+    pair.b.call("empty_device")
+    (again,) = pair.b.run(ask(tokens))
+    assert again.outcome("read_cpu") == 12 * BLOCK
+    assert again.tokens == expected
+
+
+def test_several_tiers_in_one_prompt(pair):
+    tokens, _ = computed_by_a(pair, 2)
+    longer = tokens + draw_tokens(random.Random(3), 4 * BLOCK)
+    pair.b.run(ask(tokens[: 4 * BLOCK + 1]))
+    (answer,) = pair.b.run(ask(longer))
+    assert answer.outcome("read_device") == 4 * BLOCK
+    assert answer.outcome("read_redis") == 8 * BLOCK
+    assert answer.outcome("created") == 4 * BLOCK
+    assert answer.tokens == reference(pair.a, longer)
+
+
+def test_another_organisation_reads_nothing(pair):
+    tokens, _ = computed_by_a(pair, 4)
+    (answer,) = pair.b.run(ask(tokens, org="other"))
+    assert answer.read == 0
+    assert answer.outcome("created") == 12 * BLOCK
+
+
+def test_what_no_breakpoint_covers_is_not_shared(pair):
+    tokens = draw_tokens(random.Random(5), 8 * BLOCK)
+    params = sealed(
+        plan(Caller("acme"), (4 * BLOCK, Scope.ORG, 300), (len(tokens), Scope.ORG, 300, False))
+    )
+    pair.a.run(Ask(tokens, params))
+    stored(pair, 4)
+    time.sleep(0.1)
+    assert pair.server.client.dbsize() == 4 + 1
+
+
+def test_a_new_process_finds_what_the_old_one_left(pair):
+    tokens, expected = computed_by_a(pair, 6)
+    pair.b.stop()
+    pair.b = pair.start(pair.proxy.url)
+    (answer,) = pair.b.run(ask(tokens))
+    assert answer.outcome("read_redis") == 12 * BLOCK
+    assert answer.tokens == expected
+
+
+def test_isolation_by_random_schedules(pair):
+    """3 organisations with 4 sessions each ask the same on both engines. Nobody reads a block
+    that nobody who shares its scope has computed before, and every answer is exact."""
+    chance = random.Random(8)
+    prompts = [draw_tokens(chance, 6 * BLOCK + 1) for _ in range(2)]
+    expected = [reference(pair.a, tokens) for tokens in prompts]
+    known: set[tuple[int, int, tuple[str, ...]]] = set()
+    across = 0
+    last_engine: dict[tuple[int, int, tuple[str, ...]], int] = {}
+    for step in range(72):
+        org, session = f"org{chance.randrange(3)}", f"session{chance.randrange(4)}"
+        which, engine = chance.randrange(2), chance.randrange(2)
+        caller = Caller(org, session)
+        cuts = (
+            (2 * BLOCK, Scope.GLOBAL, 3600),
+            (4 * BLOCK, Scope.ORG, 300),
+            (6 * BLOCK + 1, Scope.SESSION, 300),
+        )
+        holders: list[tuple[str, ...]] = [(), (), (org,), (org,), (org, session), (org, session)]
+        blocks = [(which, i, holder) for i, holder in enumerate(holders)]
+        (answer,) = (pair.a, pair.b)[engine].run(Ask(prompts[which], sealed(plan(caller, *cuts))))
+        allowed = next((i for i, block in enumerate(blocks) if block not in known), 6)
+        assert answer.read <= allowed * BLOCK, (step, org, session)
+        assert answer.tokens == expected[which]
+        read = answer.read // BLOCK
+        across += any(last_engine[block] != engine for block in blocks[:read])
+        known.update(blocks)
+        last_engine |= dict.fromkeys(blocks, engine)
+        if step % 9 == 0:
+            (pair.a, pair.b)[1 - engine].call("empty_device")
+    assert across > 10
+
+
+def test_a_use_on_one_engine_lets_an_entry_live_on_for_the_other(pair):
+    tokens, _ = computed_by_a(pair, 9)
+    client = pair.server.client
+    names = client.keys("*00000000")
+    for name in names:
+        client.pexpire(name, 30_000)
+    # Read from the first engine's own device: Redis hears of it all the same.
+    (answer,) = pair.a.run(ask(tokens))
+    assert answer.outcome("read_device") == 12 * BLOCK
+    wait_until(lambda: all(client.pttl(name) > 290_000 for name in names))
+
+
+def test_an_expired_entry_is_a_miss_for_both(pair):
+    tokens, expected = computed_by_a(pair, 10)
+    client = pair.server.client
+    assert all(0 < client.pttl(name) <= 300_000 for name in client.keys("*00000000"))
+    for name in client.keys("*00000000"):
+        client.pexpire(name, 1)
+    wait_until(lambda: not client.exists(*(client.keys("*00000000") or ["none"])))
+    pair.a.call("advance", 301.0)
+    for engine in (pair.a, pair.b):
+        (answer,) = engine.run(ask(tokens))
+        assert answer.tokens == expected
+        if engine is pair.a:
+            assert answer.read == 0
+            client.flushall()
+        else:
+            assert answer.outcome("read_redis") == 0
+
+
+def test_entries_of_an_hour_stay_entries_of_an_hour(pair):
+    """A prompt that asks for five minutes reads them, and takes nothing away."""
+    tokens = draw_tokens(random.Random(11), 6 * BLOCK)
+    pair.a.run(ask(tokens, ttl_s=3600))
+    stored(pair, 6)
+    (answer,) = pair.b.run(ask(tokens, ttl_s=300))
+    # The last token is always computed, and its block with it.
+    assert answer.outcome("read_redis") == 5 * BLOCK
+    assert ("cpu", 3600) in pair.b.call("resident")
+    client = pair.server.client
+    assert all(client.pttl(name) > 3_500_000 for name in client.keys("*00000000"))
+
+
+@pytest.mark.parametrize(
+    "fault", ["killed", "hangs", "restarted", "flushed", "full", "denied", "drips", "cut"]
+)
+def test_faults_while_requests_run(pair, fault):
+    """Whatever happens to the server, every answer is exact and comes."""
+    chance = random.Random(fault)
+    texts = [computed_by_a(pair, chance.randrange(10**6)) for _ in range(4)]
+    pair.server.client.script_flush()
+    mean = {
+        "killed": pair.server.kill,
+        "hangs": pair.server.stop,
+        "restarted": lambda: (pair.server.kill(), pair.server.start()),
+        "flushed": pair.server.client.flushall,
+        "full": lambda: pair.server.client.config_set("maxmemory", 1),
+        "denied": lambda: pair.server.client.execute_command("ACL SETUSER default resetkeys"),
+        "drips": lambda: vars(pair.proxy).update(chunk=3000, pause_s=0.01),
+        "cut": lambda: vars(pair.proxy).update(cut_after=100_000),
+    }[fault]
+    trouble = threading.Timer(chance.uniform(0, 0.02), mean)
+    trouble.start()
+    for tokens, expected in texts:
+        fresh = draw_tokens(chance, 3 * BLOCK)
+        known, new = pair.b.run(ask(tokens), ask(fresh))
+        assert known.tokens == expected
+        assert new.tokens == reference(pair.a, fresh)
+    trouble.join()
+    if fault == "killed":
+        pair.server.start()
+    pair.server.resume()
+    pair.fresh()
+    tokens, expected = computed_by_a(pair, 12)
+    (answer,) = pair.b.run(ask(tokens))
+    assert answer.outcome("read_redis") == 12 * BLOCK
+    assert answer.tokens == expected
