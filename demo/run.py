@@ -9,10 +9,12 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -27,16 +29,18 @@ from demo.client import (
     read_metrics,
 )
 from demo.server import Server
-from demo.session import AgentSession, agent_session
+from demo.session import AgentSession, agent_session, marked
 from vllm_cachescope.cli import serve_command
+from vllm_cachescope.durations import parse_duration
 
 BLOCK = 128
 """Tokens per block on the CPU platform."""
 
 TURNS = 20
 SHORT_TURNS = 4
+PROBED_TURN = 5
 REPEATS = 3
-TTL_S = 5
+TTL_S = 10
 
 CONFIG: dict[str, Any] = {
     "cpu_bytes": "1GiB",
@@ -90,11 +94,13 @@ class Screen:
         """Start a chapter."""
         self.console.print(f"\n[bold]{text}[/bold]")
 
+    def line(self, text: str) -> None:
+        """Say what is done."""
+        self.console.print(f"  {text}", markup=False)
+
     def doing(self, text: str) -> None:
-        """Say what is going on now."""
+        """Show what is going on now beside the bar."""
         self.progress.update(self._task, description=text)
-        if not self.console.is_terminal:
-            self.console.print(text)
 
     def within(self, seconds: float, of: float) -> None:
         """A step of ``of`` seconds has been going on for ``seconds``."""
@@ -178,7 +184,7 @@ class Run:
 
     def warm_up(self) -> None:
         """Load what the server loads on its first request."""
-        self.screen.doing("First request, so that none of the others pays for it")
+        self.screen.doing("first requests, so that no other pays for them")
         body = {"messages": [{"role": "user", "content": "Is the office open? " * 100}]}
         self.answers.append(self._clients["anthropic", "north"].ask(body, "warm-up"))
         self.answers.append(self._clients["openai", "north"].ask(body, "warm-up"))
@@ -198,17 +204,17 @@ class Run:
             answers.append(self.ask("anthropic", "north", "north-1", f"turn {turn + 1}", body)[0])
         whole = sum(
             later.read == earlier.prompt_tokens // BLOCK * BLOCK
-            for earlier, later in zip(answers, answers[1:], strict=False)
+            for earlier, later in pairwise(answers)
         )
         prompts = sum(answer.prompt_tokens for answer in answers)
         read = sum(answer.read for answer in answers)
         self.claim(
-            "Each turn reads every whole block of the turn before",
-            f"{whole} of {TURNS - 1} turns, {read / prompts:.1%} of {prompts:,} tokens",
+            "Each turn reads all of the turn before",
+            f"{whole} of {TURNS - 1} turns; {read / prompts:.1%} of {prompts:,} tokens",
             whole == TURNS - 1,
         )
         self.claim(
-            "Tools, system and history are 15,000 tokens or more",
+            "The session has 15,000 tokens or more",
             f"{answers[-1].prompt_tokens:,} in the last turn",
             answers[-1].prompt_tokens >= 15_000,
         )
@@ -219,7 +225,7 @@ class Run:
         self.screen.heading("The first prompt again: device cache, then CPU memory alone")
         self.screen.columns()
         body = marked(north.body(0))
-        whole = cold.prompt_tokens // BLOCK * BLOCK
+        whole = readable(cold)
         self.ttft_s["cold"] = cold.ttft_s
         texts = {cold.text}
         for tier, name in (("device", "device cache"), ("cpu", "CPU tier")):
@@ -235,12 +241,12 @@ class Run:
             texts |= {answer.text for answer in answers}
             faster = cold.ttft_s / self.ttft_s[tier]
             self.claim(
-                f"From the {name}: the whole prompt, 10 times sooner",
-                f"{read // REPEATS:,} of {cold.prompt_tokens:,} tokens, {faster:.0f} times",
+                f"A hit in the {name}: 10 times sooner",
+                f"{faster:.0f} times; {read // REPEATS:,} of {cold.prompt_tokens:,} tokens",
                 read == REPEATS * whole and faster >= 10,
             )
         self.claim(
-            "The answer is the same, computed or from either tier",
+            "Computed or from either tier: one answer",
             f"{len(texts)} distinct of {1 + 2 * REPEATS} answers",
             len(texts) == 1,
         )
@@ -262,8 +268,8 @@ class Run:
                 if turn == 0:
                     wide.append(counted)
         for counted, whom, expected in (
-            (wide[0], "Another session of the org reads global and org content", shared),
-            (wide[1], "Another org reads the global prefix", {**shared, "org": 0}),
+            (wide[0], "North-2 reads global and org content", shared),
+            (wide[1], "South reads the global prefix alone", {**shared, "org": 0}),
         ):
             read = {scope: counted.total("read", scope) for scope in shared}
             self.claim(
@@ -273,18 +279,16 @@ class Run:
             )
 
     def isolation(self, north: AgentSession) -> None:
-        """The agent's last prompt, byte for byte, from those it is not meant for."""
-        self.screen.heading("North's last prompt, byte for byte, from others")
+        """One of the agent's prompts, byte for byte, from those it is not meant for."""
+        self.screen.heading("A prompt of north-1's, byte for byte, from others")
         self.screen.columns()
-        body = marked(north.body(TURNS - 1))
+        body = marked(north.body(PROBED_TURN))
         # South goes as far as to claim the session's name.
-        _, south = self.ask("anthropic", "south", "north-1", "north's last prompt", body, _COLD)
-        _, neighbour = self.ask(
-            "anthropic", "north", "north-2", "north-1's last prompt", body, _COLD
-        )
-        owner, own = self.ask("anthropic", "north", "north-1", "its own last prompt", body)
+        _, south = self.ask("anthropic", "south", "north-1", "north-1's turn 6", body, _COLD)
+        _, neighbour = self.ask("anthropic", "north", "north-2", "north-1's turn 6", body, _COLD)
+        owner, own = self.ask("anthropic", "north", "north-1", "its own turn 6", body)
         self.claim(
-            "South reads none of north's org or session content",
+            "South reads nothing that is north's",
             f"{south.total('read', 'org') + south.total('read', 'session')} tokens, of "
             f"{own.total('read', 'org') + own.total('read', 'session'):,} that north reads",
             south.total("read", "org") == south.total("read", "session") == 0
@@ -293,9 +297,9 @@ class Run:
             and owner.read == own.total("read"),
         )
         self.claim(
-            "North's other session reads none of its messages",
+            "North-2 reads none of north-1's messages",
             f"{neighbour.total('read', 'session')} tokens, of {own.total('read', 'session'):,} "
-            "that the session itself reads",
+            "that north-1 reads",
             neighbour.total("read", "session") == 0
             and neighbour.total("read", "org") == own.total("read", "org"),
         )
@@ -306,7 +310,7 @@ class Run:
         self.screen.heading(f"A lifetime of {TTL_S} seconds, behind an hour's")
         self.screen.columns()
         agent = agent_session(4, TURNS, org="north", **SIZES)
-        body = marked(agent.body(SHORT_TURNS), ttl)
+        body = marked(agent.body(1), ttl)
         before = read_metrics(self.server.url)
 
         def ask(what: str) -> tuple[Answer, Metrics]:
@@ -314,31 +318,29 @@ class Run:
 
         first, _ = ask(f"messages for {ttl}")
         within, _ = ask("right away")
-        self.screen.doing(f"Waiting for {TTL_S + 1} seconds")
+        self.screen.doing(f"waiting for {TTL_S + 1} seconds")
         self.screen.wait(TTL_S + 1)
         after, counted = ask(f"{TTL_S + 1} s later")
         evictions = read_metrics(self.server.url).since(before).evictions
         short_blocks = first.created // BLOCK
         self.claim(
-            f"Within {ttl} the messages are read; after {ttl}, on no tier",
-            f"{within.read - first.read:,} tokens, then {counted.total('read', 'session')}",
+            f"No tier serves {ttl} content after {ttl}",
+            f"{within.read - first.read:,} tokens before, {counted.total('read', 'session')} after",
             first.created > 0
-            and within.read - first.read == first.created
+            and within.read == readable(first)
             and counted.total("read", "session") == 0
             and after.created == first.created,
         )
         self.claim(
-            "What was marked for an hour has outlived them",
+            "What lives for an hour is still there",
             f"{after.read:,} tokens read",
             after.read == first.read > 0,
         )
         self.claim(
-            "Expired blocks are reclaimed on both tiers",
-            ", ".join(
-                f"{tier} {evictions[tier, 'ttl']} of {short_blocks} blocks"
-                for tier in ("device", "cpu")
-            ),
-            all(evictions[tier, "ttl"] >= short_blocks > 0 for tier in ("device", "cpu")),
+            "Both tiers give expired memory back",
+            ", ".join(f"{tier} {evictions[tier, 'ttl']}" for tier in ("device", "cpu"))
+            + f" of {short_blocks} blocks",
+            all(evictions[tier, "ttl"] == short_blocks > 0 for tier in ("device", "cpu")),
         )
 
     def accounts(self) -> Metrics:
@@ -347,12 +349,12 @@ class Run:
         totals = {
             "read": (sum(a.read for a in self.answers), metrics.total("read")),
             "created": (sum(a.created for a in self.answers), metrics.total("created")),
-            "uncached": (sum(a.uncached for a in self.answers), metrics.total("uncached")),
+            "rest": (sum(a.uncached for a in self.answers), metrics.total("uncached")),
         }
         self.claim(
-            "Usage in the responses agrees with /metrics to the token",
+            "Usages add up to /metrics, to the token",
             ", ".join(
-                f"{name} {usage:,}" + ("" if usage == counted else f" against {counted:,}")
+                f"{usage:,}" + ("" if usage == counted else f" against {counted:,}") + f" {name}"
                 for name, (usage, counted) in totals.items()
             ),
             all(usage == counted for usage, counted in totals.values()),
@@ -364,16 +366,10 @@ SIZES = {"tools": 14, "rules": 80}
 """Of each agent's prompt: a handbook of some 7,000 tokens for all, and as much for the org."""
 
 
-def marked(body: dict[str, Any], ttl: str = "5m") -> dict[str, Any]:
-    """Return ``body`` with three breakpoints: handbook, standing orders, end of the messages.
-
-    The messages carry no scope: the operator's default is ``session``.
-    """
-    handbook, orders = body["system"]
-    handbook["cache_control"] = {"type": "ephemeral", "scope": "global", "ttl": "1h"}
-    orders["cache_control"] = {"type": "ephemeral", "scope": "org", "ttl": "1h"}
-    body["messages"][-1]["content"][-1]["cache_control"] = {"type": "ephemeral", "ttl": ttl}
-    return body
+def readable(answer: Answer) -> int:
+    """Return how much of a prompt can be read when it comes again: every whole block, but never
+    the last token, which the engine needs to compute."""
+    return (answer.prompt_tokens - 1) // BLOCK * BLOCK
 
 
 def drive(server: Server, screen: Screen) -> tuple[Run, Metrics]:
@@ -391,34 +387,38 @@ def drive(server: Server, screen: Screen) -> tuple[Run, Metrics]:
 
 def tables(run: Run, metrics: Metrics) -> list[Table]:
     """Return the closing tables: times, tokens, claims."""
-    times = Table(title="Time to the first token of a prompt", title_justify="left")
+    times = _table("Time to the first token of the first turn's prompt")
     times.add_column("computed", justify="right")
     times.add_column("from the device cache", justify="right")
     times.add_column("from the CPU tier", justify="right")
     times.add_row(*(f"{1000 * run.ttft_s[how]:,.0f} ms" for how in ("cold", "device", "cpu")))
 
     outcomes = ("read_device", "read_cpu", "created", "uncached")
-    tokens = Table(title="Prompt tokens, from /metrics", title_justify="left")
+    tokens = _table("Prompt tokens of the whole run, from /metrics")
     for name in ("scope", "TTL"):
         tokens.add_column(name)
     for name in ("read, device", "read, CPU", "created", "uncached"):
         tokens.add_column(name, justify="right")
     order = ("global", "org", "session")
     classes = sorted(
-        {(scope, ttl) for _, scope, ttl in metrics.tokens}, key=lambda c: (order.index(c[0]), c[1])
+        {(scope, ttl) for _, scope, ttl in metrics.tokens},
+        key=lambda c: (order.index(c[0]), 0 if c[1] == "none" else parse_duration(c[1])),
     )
     for scope, ttl in classes:
         counts = (metrics.tokens[outcome, scope, ttl] for outcome in outcomes)
         tokens.add_row(scope, ttl, *(f"{count:,}" if count else "–" for count in counts))
 
-    claims = Table(title="Claims", title_justify="left")
-    claims.add_column("")
-    claims.add_column("claim")
-    claims.add_column("measured")
+    claims = _table("Claims")
+    for name in ("claim", "measured", "holds"):
+        claims.add_column(name)
     for claim in run.claims:
         sign = "[green]yes[/green]" if claim.holds else "[bold red]NO[/bold red]"
-        claims.add_row(sign, claim.claim, claim.measured)
+        claims.add_row(claim.claim, claim.measured, sign)
     return [times, tokens, claims]
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
 
 
 def main() -> int:
@@ -449,24 +449,30 @@ def main() -> int:
 
 
 def _run(scratch: Path, screen: Screen) -> tuple[Run, Metrics]:
-    screen.doing("Making a model of 29 M parameters with random weights")
+    screen.heading("Setting up")
+    screen.doing("making a model")
+    start = time.monotonic()
     # Takes seconds to import, so that the bar has to be there first.
     from demo.model import SMALL, build
 
     model = build(scratch / "model", SMALL)
     screen.did(_BUILD)
+    screen.line(f"a small model with random weights, made in {time.monotonic() - start:.0f} s")
     command = serve_command(
         str(model),
         CONFIG,
         [
-            *("--served-model-name", MODEL, "--enforce-eager", "--max-model-len", "32768"),
+            *("--served-model-name", MODEL, "--dtype", "float32", "--enforce-eager"),
+            *("--max-model-len", "32768", "--chat-template-content-format", "openai"),
             *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
         ],
     )
-    screen.doing("Starting vLLM with the plugin")
+    screen.doing("starting vLLM with the plugin")
+    start = time.monotonic()
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_SERVER_DEV_MODE": "1"}
     with Server(command, environment, lambda seconds: screen.within(seconds, _START)) as server:
         screen.did(_START)
+        screen.line(f"vLLM with the plugin, up in {time.monotonic() - start:.0f} s")
         return drive(server, screen)
 
 

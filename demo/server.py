@@ -16,7 +16,7 @@ import httpx
 
 from vllm_cachescope.connectors.vllm import regions
 
-START_TIMEOUT_S = 300.0
+START_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 20.0
 
 

@@ -115,6 +115,19 @@ def agent_session(
     )
 
 
+def marked(body: dict[str, Any], ttl: str = "5m") -> dict[str, Any]:
+    """Return ``body`` with three breakpoints: handbook, standing orders, end of the messages.
+
+    The handbook is marked ``global`` and the orders ``org``, both for an hour; the messages, for
+    ``ttl``, carry no scope and get the operator's default.
+    """
+    handbook, orders = body["system"]
+    handbook["cache_control"] = {"type": "ephemeral", "scope": "global", "ttl": "1h"}
+    orders["cache_control"] = {"type": "ephemeral", "scope": "org", "ttl": "1h"}
+    body["messages"][-1]["content"][-1]["cache_control"] = {"type": "ephemeral", "ttl": ttl}
+    return body
+
+
 def to_chat(body: dict[str, Any]) -> dict[str, Any]:
     """Return a Messages API prompt as one for Chat Completions: ``messages`` and ``tools``.
 

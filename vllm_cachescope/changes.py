@@ -166,6 +166,14 @@ def compare(old: Fingerprint, new: Fingerprint) -> tuple[Change, ...]:
     return tuple(changes[:MAX_CHANGES])
 
 
+def compare_whole(old: Fingerprint, new: Fingerprint) -> tuple[Change, ...]:
+    """Return what `compare` does, for a request known to begin with all of ``old``'s prompt.
+
+    Only what stands beside the prompt can differ: breakpoints, and parameters that route.
+    """
+    return (*_params(old, new), *_marks(old, new))
+
+
 def _model(old: Fingerprint, new: Fingerprint) -> Iterator[Change]:
     if old.model != new.model:
         yield Change(

@@ -14,6 +14,8 @@ from enum import IntEnum, IntFlag
 from hashlib import blake2b
 from typing import Any
 
+from pydantic_core import PydanticSerializationError, to_json
+
 from vllm_cachescope.prompt import Part, PromptRequest, Protocol, Region
 from vllm_cachescope.scopes import Scope
 from vllm_cachescope.wire.anthropic import is_dropped
@@ -516,6 +518,8 @@ def _rendered(protocol: Protocol, part: Part) -> Part | None:
     """
     if protocol is not Protocol.MESSAGES or part.region is Region.TOOLS:
         return part
+    if part.region is Region.MESSAGES and part.role != "system":
+        return part
     text = _text(part.content)
     if text is None or not text.startswith(_BILLING):
         return part
@@ -593,8 +597,14 @@ def _strings(content: Any) -> bytes | None:
 def _json(value: Any, *, sort_keys: bool = False) -> bytes:
     """Return ``value`` as JSON bytes, whatever it holds: half a surrogate pair, any depth."""
     try:
-        text = _SORTED.encode(value) if sort_keys else _ORDERED.encode(value)
-        return text.encode("utf-8", "surrogatepass")
+        if not sort_keys:
+            # Four times as fast as the standard library, and as particular as it is fast.
+            return to_json(value)
+    except (PydanticSerializationError, ValueError):
+        pass
+    try:
+        encoder = _SORTED if sort_keys else _ORDERED
+        return encoder.encode(value).encode("utf-8", "surrogatepass")
     except (RecursionError, TypeError, ValueError):
         return _flat(value, sort_keys)
 

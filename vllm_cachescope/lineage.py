@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from vllm_cachescope.changes import Change, ChangeKind, compare
+from vllm_cachescope.changes import Change, ChangeKind, compare, compare_whole
 from vllm_cachescope.fingerprint import Fingerprint, Trait
 from vllm_cachescope.latches import Latch, Latches
 from vllm_cachescope.overlap import (
@@ -17,11 +17,13 @@ from vllm_cachescope.overlap import (
     compaction,
     is_answer_to_less,
     is_opening,
+    may_share,
     overlap,
     parent_parts,
     reusable,
     same_static,
     similar_system,
+    split,
 )
 from vllm_cachescope.prompt import Region
 from vllm_cachescope.scopes import Caller
@@ -282,23 +284,33 @@ def _broken(
 ) -> Entry | None:
     """Return the conversation that ``new`` would have shared more with, had it not changed."""
     best: Entry | None = None
-    most = shared.tokens
+    most = (shared.tokens, 0)
+    beyond = range(shared.parts, len(new))
+    messages = split(new, range(new.static_parts, len(new)))
     for entry, found in overlaps:
-        if not entry.superseded:
-            could = reusable(entry.fingerprint, new, found, parent_known)
-            if could > most:
-                best, most = entry, could
+        # With its parent known, only what came after that can have been in another one as well.
+        if entry.superseded or (parent_known and not may_share(entry.fingerprint, new, beyond)):
+            continue
+        could = reusable(entry.fingerprint, new, found, parent_known, messages)
+        if could > shared.tokens and (could, found.tokens) > most:
+            best, most = entry, (could, found.tokens)
     return best
 
 
 def _compacted(session: _Session, new: Fingerprint, shared: Overlap) -> Entry | None:
-    """Return the conversation that ``new`` begins anew from a summary."""
+    """Return the conversation that ``new`` begins anew from a summary.
+
+    A summary does not say of which conversation; the longest is the likeliest to be compacted.
+    """
     beyond = range(shared.parts, len(new))
-    if is_opening(new) or any(new.has(part, Trait.COMPACTION) for part in beyond):
-        for entry in reversed(session.entries):
-            if not entry.superseded and compaction(entry.fingerprint, new) is not None:
-                return entry
-    return None
+    if not is_opening(new) and not any(new.has(part, Trait.COMPACTION) for part in beyond):
+        return None
+    compacted = [
+        entry
+        for entry in reversed(session.entries)
+        if not entry.superseded and compaction(entry.fingerprint, new) is not None
+    ]
+    return max(compacted, key=lambda entry: entry.fingerprint.tokens, default=None)
 
 
 def _relate(
@@ -307,13 +319,16 @@ def _relate(
     """Place a request that misses nothing an earlier one could have left it."""
     old, static = nearest.fingerprint, new.static_parts
     if shared.whole and shared.tokens:
-        changes = compare(old, new)
+        changes = compare_whole(old, new)
         if (kept := _still_cached(old, new, shared.tokens, changes)) < shared.tokens:
             return _go_on(session, Relation.BREAK, nearest, new, kept, changes, now)
+        same = len(new) == shared.parts
+        relation = Relation.RETRY if same else Relation.CONTINUATION
         if not nearest.superseded:
-            same = len(new) == shared.parts
-            relation = Relation.RETRY if same else Relation.CONTINUATION
             return _go_on(session, relation, nearest, new, shared.tokens, changes, now)
+        # The conversation went on from there; this is another branch of it.
+        branch = Relation.RETRY if same else Relation.FORK
+        return _begin(session, branch, new, now, nearest, shared.tokens)
     elif same_static(old, new, shared) and is_answer_to_less(old, new, shared):
         return _go_on(session, Relation.CONTINUATION, nearest, new, shared.tokens, (), now)
     beyond = shared.tokens > new.start(static) or shared.parts == len(new) > 0
@@ -380,7 +395,8 @@ def _go_on(
     now: float,
 ) -> Placement:
     """Place ``new`` in the lineage of ``ancestor``."""
-    ancestor.superseded = True
+    # A conversation that was compacted by its looks alone may still go on.
+    ancestor.superseded = relation is not Relation.COMPACTION or ancestor.superseded
     missed, latch = 0, None
     if relation in (Relation.BREAK, Relation.COMPACTION):
         missed = max(0, min(ancestor.fingerprint.tokens, new.tokens) - shared_tokens)
@@ -411,12 +427,12 @@ def _begin(
 ) -> Placement:
     """Place ``new`` at the start of a lineage of its own."""
     session.lineages += 1
-    forked = relation is Relation.FORK and ancestor is not None
+    branches = relation in (Relation.FORK, Relation.RETRY)
     return Placement(
         relation,
         Entry(new, session.lineages, now),
         ancestor,
-        ancestor.lineage if forked and ancestor is not None else None,
+        ancestor.lineage if branches and ancestor is not None else None,
         shared_tokens,
         missed_tokens,
         changes,

@@ -17,8 +17,9 @@ class Metric:
 PROMPT_TOKENS = Metric(
     "cachescope_prompt_tokens",
     "counter",
-    "Prompt tokens by what became of them (read_device, read_cpu, read_<tier>, created, uncached), by scope "
-    "(global, org, session) and by TTL class ('none' where no breakpoint covers them).",
+    "Prompt tokens by what became of them (read_device, read_cpu, read_<tier>, created, "
+    "uncached), by scope (global, org, session) and by TTL class ('none' where no breakpoint "
+    "covers them).",
     ("outcome", "scope", "ttl"),
 )
 RESIDENT_BYTES = Metric(

@@ -91,7 +91,22 @@ def same_params(old: Fingerprint, new: Fingerprint) -> bool:
     return _agreement(old, new) == len(new)
 
 
-def reusable(old: Fingerprint, new: Fingerprint, shared: Overlap, parent_known: bool) -> int:
+def may_share(old: Fingerprint, new: Fingerprint, parts: range) -> bool:
+    """Whether any of ``parts`` of ``new`` may stand in ``old``. False means that none does.
+
+    A search for bytes: it may find a hash across two others, and costs next to nothing.
+    """
+    hashes = old.hashes
+    return any(new.hash(part) in hashes for part in parts)
+
+
+def reusable(
+    old: Fingerprint,
+    new: Fingerprint,
+    shared: Overlap,
+    parent_known: bool,
+    messages: Sequence[bytes],
+) -> int:
     """Return up to which token ``new`` would have agreed with ``old`` but for the divergence.
 
     0 if nothing shows that ``new`` goes on with the conversation of ``old``. What shows it is an
@@ -104,31 +119,32 @@ def reusable(old: Fingerprint, new: Fingerprint, shared: Overlap, parent_known: 
         new: the request.
         shared: their overlap.
         parent_known: whether the request that ``new`` repeats and goes on from has been seen.
+        messages: the hashes of ``new``'s messages, split once for all earlier requests.
     """
     if shared.whole or shared.parts == len(new):
         return 0
+    static = new.static_parts
     if same_static(old, new, shared):
         at = shared.parts
-        end = _last_common_turn(old, new, range(at, len(old)), range(at, len(new)))
+        end = _last_common_turn(old, new, split(old, range(at, len(old))), messages[at - static :])
         if end is None and not parent_known:
             end = _edited_last_turn(old, new, at)
         return 0 if end is None else new.start(end)
-    at, static = old.static_parts, new.static_parts
+
+    theirs = split(old, range(old.static_parts, len(old)))
+    if not theirs:
+        return 0
+    end = _last_common_turn(old, new, theirs, messages)
+    again = end is not None
+    if end is None and list(messages[: len(theirs)]) == theirs:
+        end = static + len(theirs)
+    if end is None:
+        return 0
     tools, system = _similar_tools(old, new), similar_system(old, new)
-    if not tools and not system:
-        return 0
-    end = _last_common_turn(old, new, range(at, len(old)), range(static, len(new)))
-    if end is not None:
-        return new.start(end)
-    theirs, ours = old.hashes[at * HASH_BYTES :], new.hashes[static * HASH_BYTES :]
-    if not theirs or not ours.startswith(theirs):
-        return 0
-    end = static + len(old) - at
-    answered = end < len(new) and new.role(end) is Role.ASSISTANT
+    if again or (end < len(new) and new.role(end) is Role.ASSISTANT):
+        return new.start(end) if tools or system else 0
     # The same question in both, nothing more: a retry with a change, or a side call about it.
-    if answered or (len(ours) == len(theirs) and tools and system):
-        return new.start(end)
-    return 0
+    return new.start(end) if end == len(new) and tools and system else 0
 
 
 def similar_system(old: Fingerprint, new: Fingerprint) -> bool:
@@ -280,24 +296,27 @@ def split(print_: Fingerprint, parts: range) -> list[bytes]:
 
 
 def _last_common_turn(
-    old: Fingerprint, new: Fingerprint, of_old: range, of_new: range
+    old: Fingerprint, new: Fingerprint, theirs: Sequence[bytes], ours: Sequence[bytes]
 ) -> int | None:
     """Return the end in ``new`` of the last answer that stands in both beside one neighbour.
 
     The neighbour is of another message: an answer quoted elsewhere brings only itself along.
+
+    Args:
+        old: the earlier request.
+        new: the request.
+        theirs: the hashes of the last parts of ``old``.
+        ours: the hashes of the last parts of ``new``.
     """
-    theirs, ours = split(old, of_old), split(new, of_new)
     if set(theirs).isdisjoint(ours):
         return None
-    pairs = {
-        pair
-        for k, pair in enumerate(pairwise(theirs), of_old.start + 1)
-        if old.has(k, Trait.STARTS)
-    }
+    first = len(old) - len(theirs) + 1
+    pairs = {pair for k, pair in enumerate(pairwise(theirs), first) if old.has(k, Trait.STARTS)}
     for k in reversed(range(len(ours) - 1)):
-        at = of_new.start + k
-        meets = (ours[k], ours[k + 1]) in pairs and new.has(at + 1, Trait.STARTS)
-        if meets and Role.ASSISTANT in (new.role(at), new.role(at + 1)):
+        if (ours[k], ours[k + 1]) not in pairs:
+            continue
+        at = len(new) - len(ours) + k
+        if new.has(at + 1, Trait.STARTS) and Role.ASSISTANT in (new.role(at), new.role(at + 1)):
             return at + 2
     return None
 

@@ -20,28 +20,16 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from vllm_cachescope import wire
 from vllm_cachescope.errors import BadRequest
 from vllm_cachescope.identity import SESSION_HEADERS
 from vllm_cachescope.prompt import Part, PromptRequest, Protocol, Region
-from vllm_cachescope.wire import anthropic, openai_chat, openai_completions, openai_responses
 from vllm_cachescope.wire.diagnostics import extra_fields
 
 BLOCK_TOKENS = 512
 """Tokens per hash id in Mooncake's traces."""
 
 _TTLS = (300, 1800, 3600, 43200, 86400)
-_READERS = {
-    Protocol.MESSAGES: anthropic.read,
-    Protocol.CHAT: openai_chat.read,
-    Protocol.RESPONSES: openai_responses.read,
-    Protocol.COMPLETIONS: openai_completions.read,
-}
-_PATHS = {
-    "/messages": Protocol.MESSAGES,
-    "/chat/completions": Protocol.CHAT,
-    "/responses": Protocol.RESPONSES,
-    "/completions": Protocol.COMPLETIONS,
-}
 _ROLE = re.compile(r"(system|developer|user|assistant|tool): ")
 
 
@@ -144,10 +132,8 @@ def protocol_of(body: Mapping[str, Any], path: str | None = None) -> Protocol:
     Raises:
         ValueError: if it is none.
     """
-    if path is not None:
-        for ending, protocol in _PATHS.items():
-            if path.partition("?")[0].endswith(ending):
-                return protocol
+    if path is not None and (protocol := wire.protocol_of(path.partition("?")[0])):
+        return protocol
     messages = body.get("messages")
     if isinstance(messages, list):
         return Protocol.CHAT if _is_chat(body, messages) else Protocol.MESSAGES
@@ -209,7 +195,7 @@ def _call(source: str, record: Mapping[str, Any]) -> Call:
     body = record if body is None else body
     try:
         protocol = protocol_of(body, _text(envelope.get("path")))
-        request = _READERS[protocol](body, _TTLS)
+        request = wire.READERS[protocol](body, _TTLS)
     except BadRequest as error:
         raise TrafficError(f"{source}: {error}") from None
     except ValueError as error:

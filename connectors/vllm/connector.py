@@ -96,9 +96,7 @@ class CacheScopeConnector(OffloadingConnector):
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
     ) -> None:
         super().update_state_after_alloc(request, blocks, num_external_tokens)
-        assert self.connector_scheduler is not None
-        loads = self.connector_scheduler._req_status[request.request_id].load_key_ranges
-        self._keeper.admit(request, num_external_tokens, loads)
+        self._keeper.admit(request, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         # First, since storing a chunk asks for its lifetime.

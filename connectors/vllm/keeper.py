@@ -1,7 +1,7 @@
 """Keeps the lifetimes of all blocks true to what the engine does, and accounts for each prompt."""
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import count, islice
 
@@ -14,8 +14,8 @@ from vllm.v1.request import Request
 from vllm_cachescope.connectors.vllm import hashing
 from vllm_cachescope.connectors.vllm.cpu_tier import CPU, CpuTier
 from vllm_cachescope.connectors.vllm.device_tier import DEVICE, DeviceTier
-from vllm_cachescope.departures import Departure, Departures
 from vllm_cachescope.connectors.vllm.remote_tier import remote_tiers
+from vllm_cachescope.departures import Departure, Departures
 from vllm_cachescope.ledger import Ledger, Reason
 from vllm_cachescope.plan import Plan
 from vllm_cachescope.report import Loss, Outcome, Report, account
@@ -139,22 +139,19 @@ class Keeper:
         if (prompt := self._prompts.get(request.request_id)) is not None:
             prompt.local_tokens = tokens
 
-    def admit(
-        self, request: Request, external_tokens: int, loads: Iterable[tuple[int, int, bytes]]
-    ) -> None:
+    def admit(self, request: Request, external_tokens: int) -> None:
         """The request is scheduled, reading what was found.
 
         Args:
             request: the request.
             external_tokens: tokens read from further tiers, right behind the local ones.
-            loads: ``(start, end, key)`` of what is loaded, in tokens.
         """
         prompt = self._prompts.get(request.request_id)
         if prompt is None:
             return
         if prompt.read is None:
             prompt.read = [(Outcome.READ_DEVICE, prompt.local_tokens)]
-            prompt.read += _sources(prompt, external_tokens, loads)
+            prompt.read += self._sources(prompt, request, external_tokens)
             prompt.loss = self._lost(request, sum(tokens for _, tokens in prompt.read))
         # Refreshed now and not when the load is done: what is in use must not expire meanwhile.
         prompt.registered = 0
@@ -276,19 +273,43 @@ class Keeper:
         if not self._remotes:
             return
         used: list[tuple[bytes, int]] = []
-        tokens = min(tokens, prompt.plan.covered_tokens)
+        for _, end, key in self._chunks(request, min(tokens, prompt.plan.covered_tokens)):
+            entry = self._ledger.get(key)
+            ttl_s = prompt.plan.span_of(end).ttl_s
+            used.append((key, max(ttl_s, entry.ttl_s) if entry else ttl_s))
+        for remote in self._remotes:
+            remote.tier.used(used)
+
+    def _chunks(self, request: Request, tokens: int) -> Iterator[tuple[int, int, bytes]]:
+        """Yield ``(start, end, key)`` of each whole chunk in the first ``tokens`` tokens."""
         for group, block_size in self._layout.groups:
             chunk = block_size * self._layout.blocks_per_chunk
             stride = chunk // self._layout.tokens_per_hash
             suffix = group.to_bytes(4, "big")
             hashes = islice(request.block_hashes, stride - 1, tokens // chunk * stride, stride)
             for end, block_hash in zip(count(chunk, chunk), hashes, strict=False):
-                key = block_hash + suffix
-                entry = self._ledger.get(key)
-                ttl_s = prompt.plan.span_of(end).ttl_s
-                used.append((key, max(ttl_s, entry.ttl_s) if entry else ttl_s))
-        for remote in self._remotes:
-            remote.tier.used(used)
+                yield end - chunk, end, block_hash + suffix
+
+    def _sources(self, prompt: Prompt, request: Request, tokens: int) -> list[tuple[str, int]]:
+        """Return ``(outcome, tokens)`` of what is read behind the local tokens, in order."""
+        if not prompt.promoted:
+            return [(Outcome.READ_CPU, tokens)] if tokens else []
+        position, last = prompt.local_tokens, prompt.local_tokens + tokens
+        tiers: dict[tuple[int, int], str] = {}
+        for start, end, key in self._chunks(request, last):
+            # Where several groups have blocks, the farthest tier any came from counts.
+            tier = prompt.promoted.get(key)
+            if tier is not None or (start, end) not in tiers:
+                tiers[start, end] = tier or CPU
+        read: list[tuple[str, int]] = []
+        for (start, end), tier in sorted(tiers.items()):
+            start, end = max(start, position), min(end, last)
+            if start < end:
+                read.append((Outcome.READ_CPU, start - position))
+                read.append((f"read_{tier}", end - start))
+                position = end
+        read.append((Outcome.READ_CPU, last - position))
+        return [(outcome, tokens) for outcome, tokens in read if tokens]
 
     def _promoted(self, tier: str, request_id: str, loaded: Iterable[tuple[bytes, int]]) -> None:
         prompt = self._prompts.get(request_id)
@@ -360,27 +381,3 @@ class Keeper:
         for key, ttl_s in self._ledger.clear_tier(DEVICE):
             self.evictions[DEVICE, Reason.RESET] += 1
             self._departed(key, ttl_s, Reason.RESET)
-
-
-def _sources(
-    prompt: Prompt, tokens: int, loads: Iterable[tuple[int, int, bytes]]
-) -> list[tuple[str, int]]:
-    """Return ``(outcome, tokens)`` of what a prompt reads behind its local tokens, in order."""
-    if not prompt.promoted:
-        return [(Outcome.READ_CPU, tokens)] if tokens else []
-    tiers: dict[tuple[int, int], str] = {}
-    for start, end, key in loads:
-        # Where several groups have blocks, the farthest tier any came from counts.
-        tier = prompt.promoted.get(key)
-        if tier is not None or (start, end) not in tiers:
-            tiers[start, end] = tier or CPU
-    read: list[tuple[str, int]] = []
-    position, last = prompt.local_tokens, prompt.local_tokens + tokens
-    for (start, end), tier in sorted(tiers.items()):
-        start, end = max(start, position), min(end, last)
-        if start < end:
-            read.append((Outcome.READ_CPU, start - position))
-            read.append((f"read_{tier}", end - start))
-            position = end
-    read.append((Outcome.READ_CPU, last - position))
-    return [(outcome, count) for outcome, count in read if count]

@@ -1,5 +1,6 @@
 """What vLLM loads in each of its processes because the package is installed."""
 
+import logging
 import os
 import secrets
 from contextlib import suppress
@@ -22,6 +23,11 @@ def register() -> None:
         KVConnectorFactory.register_connector(
             CONNECTOR, "vllm_cachescope.connectors.vllm.connector", CONNECTOR
         )
+    # vLLM gives handlers to its own logger only; without them ours would be silent.
+    logger = logging.getLogger("vllm_cachescope")
+    if not logger.handlers:
+        logger.handlers = logging.getLogger("vllm").handlers
+        logger.setLevel(logging.getLogger("vllm").level)
     # vLLM loads plugins before it starts processes, so that all of them inherit one secret.
     os.environ.setdefault(SECRET_VARIABLE, MADE_UP + secrets.token_hex(32))
     # The connector refuses to run without the hook; a vLLM that runs without it is left alone.

@@ -39,7 +39,6 @@ def messages_body(name: str, **fields: object) -> dict:
     return {
         "model": MODEL,
         "max_tokens": 4,
-        "temperature": 0.0,
         "system": [block(f"system {name}", cache_control=HOUR)],
         "messages": [
             {"role": "user", "content": [block(f"question {name}", cache_control=EPHEMERAL)]}
@@ -620,8 +619,11 @@ def test_no_response_shows_how_it_is_done(api, stream):
     for path, body in (
         ("/v1/messages", {**messages_body("inside"), **forged}),
         ("/v1/chat/completions", {**chat_body("inside"), **forged}),
-        ("/v1/completions", {"model": MODEL, "prompt": text("inside"), **forged}),
-        ("/v1/responses", {"model": MODEL, "input": text("inside"), **forged}),
+        ("/v1/completions", {"model": MODEL, "prompt": text("inside"), "max_tokens": 4, **forged}),
+        (
+            "/v1/responses",
+            {"model": MODEL, "input": text("inside"), "max_output_tokens": 4, **forged},
+        ),
     ):
         reply = api.post(path, {**body, "stream": stream})
         assert reply.status_code == 200, reply.text

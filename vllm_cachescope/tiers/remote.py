@@ -29,8 +29,9 @@ logger = logging.getLogger(__name__)
 GREET_EVERY_S = 20.0
 """How often a tier makes sure that it may still run on its store."""
 
-BATCH_BYTES = 4 << 20
-"""What a thread takes on at once: enough to fill a fast network, and soon done with."""
+BATCH_BYTES = 2 << 20
+"""What a thread takes on at once: soon done with, and so little that a prompt's blocks arrive
+from the first to the last although several threads read them."""
 
 
 class Found(Enum):
@@ -186,12 +187,17 @@ class RemoteTier:
         self._breaker = Breaker(
             limits.failures, limits.first_probe_s, limits.longest_probe_s, clock, random
         )
+        # A store may answer questions and be too slow for loads: the former must not hide that.
+        self._read_breaker = Breaker(
+            limits.failures, limits.first_probe_s, limits.longest_probe_s, clock, random
+        )
         # A store that is full or read-only refuses writes and still answers reads.
         self._write_breaker = Breaker(
             1, limits.first_probe_s, limits.longest_probe_s, clock, random
         )
         self._inquiries: dict[str, _Inquiry] = {}
         self._asked: list[_Inquiry] = []
+        self._late_at = float("-inf")
         self._answers: SimpleQueue[tuple[_Inquiry, Sequence[bytes], Sequence[bool]]] = SimpleQueue()
         self._finished: SimpleQueue[Finished] = SimpleQueue()
 
@@ -243,7 +249,7 @@ class RemoteTier:
         """Ask whether the store holds ``key``. `flush` sends the question."""
         inquiry = self._inquiries.get(request_id)
         if inquiry is None:
-            if not self.usable:
+            if not self.usable or self._read_breaker.probe_in() > 0:
                 return Found.MISS
             inquiry = _Inquiry(self._clock() + self._limits.load_deadline_s)
             self._inquiries[request_id] = inquiry
@@ -259,8 +265,7 @@ class RemoteTier:
         if answer is None:
             if self.usable and self._clock() < inquiry.deadline:
                 return Found.RETRY
-            inquiry.over = True
-            self._count("lookup", "late", sum(a is None for a in inquiry.answers.values()))
+            self._answered_late(inquiry)
             return Found.MISS
         if not answer:
             return Found.MISS
@@ -269,6 +274,16 @@ class RemoteTier:
             return Found.MISS
         inquiry.promised += self._slot_bytes
         return Found.HIT
+
+    def _answered_late(self, inquiry: _Inquiry) -> None:
+        inquiry.over = True
+        self._count("lookup", "late", sum(a is None for a in inquiry.answers.values()))
+        # Counted here and not by the thread that asks: it may be busy with an earlier question.
+        # Requests that wait at the same time count once.
+        now = self._clock()
+        if self.usable and inquiry.deadline - self._limits.load_deadline_s >= self._late_at:
+            self._late_at = now
+            self._failed("no answer in time")
 
     def flush(self) -> None:
         """Send what was asked since the last time, as one batch."""
@@ -394,8 +409,11 @@ class RemoteTier:
             "name": self.name,
             "address": self.address,
             "up": self.usable,
+            "readable": self.usable and self._read_breaker.closed,
             "writable": self.usable and self._write_breaker.closed,
-            "reason": self._breaker.reason or self._write_breaker.reason,
+            "reason": (
+                self._breaker.reason or self._read_breaker.reason or self._write_breaker.reason
+            ),
             "loading_bytes": self._loading_bytes,
             "storing_bytes": self._storing_bytes,
             **self._known,
@@ -450,6 +468,8 @@ class RemoteTier:
                 store.connect(self._clock() + self._limits.timeout_s)
             found = store.find(flat, min(inquiry.deadline for inquiry, _ in live))
             self._breaker.succeeded()
+        except StoreLate:
+            pass
         except StoreFailed as error:
             self._failed(str(error))
         start = 0
@@ -511,8 +531,8 @@ class RemoteTier:
                 except envelope.BadEnvelope as error:
                     logger.warning("Tier %s: a value is unusable: %s", self.name, error)
                     damaged.append(key)
-            if reached:
-                self._breaker.succeeded()
+            self._breaker.succeeded()
+            self._read_breaker.succeeded()
             if damaged:
                 store.delete(damaged, self._clock() + self._limits.timeout_s)
         except StoreFailed as error:
@@ -520,8 +540,12 @@ class RemoteTier:
             outcomes["load", "late" if late else "failed"] += len(keys) - reached
             # A store that had little time, or used it, is slow and not dead.
             tried = load.deadline - begun >= self._limits.load_deadline_s / 2
-            if not late or (tried and reached == 0):
+            if not late:
                 self._failed(str(error))
+            if reached == 0 and (tried or not late) and self._read_breaker.failed(str(error)):
+                logger.warning(
+                    "Tier %s at %s is not read from for a while: %s", self.name, self.address, error
+                )
         except Exception:
             # A mistake of ours must not keep a request waiting.
             logger.exception("Tier %s: a load failed", self.name)

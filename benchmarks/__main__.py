@@ -1,0 +1,25 @@
+"""``python -m benchmarks [--quick] [--pairs N]``: every benchmark, one after the other."""
+
+import os
+import subprocess
+import sys
+
+BENCHMARKS = ("boundaries", "cpu_tier", "overhead", "shared_prefix")
+
+
+def main() -> int:
+    """Run them all with the arguments given; return 1 if any missed a target or failed."""
+    # vLLM's front end, which one of them runs in its own process, is talkative.
+    environment = {"VLLM_LOGGING_LEVEL": "ERROR"} | os.environ
+    failed = []
+    for name in BENCHMARKS:
+        command = [sys.executable, "-m", f"benchmarks.{name}", *sys.argv[1:]]
+        if subprocess.run(command, env=environment).returncode != 0:
+            failed.append(name)
+    if failed:
+        print(f"Missed a target or failed: {', '.join(failed)}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

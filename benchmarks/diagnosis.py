@@ -1,0 +1,200 @@
+"""What it costs to diagnose a large request, next to tokenising it, and to remember it.
+
+The request is an agent's: 400 KB, 24 tools, 60 messages. It is diagnosed in a session that has
+already seen 64 requests of a main agent, three subagents and a title call. No engine is needed.
+"""
+
+import copy
+import gc
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from benchmarks.harness import Result, arguments, finish, pairs
+from demo.model import SMALL, build
+from demo.session import agent_session, marked
+from vllm_cachescope.diagnosis import Kind, diagnose
+from vllm_cachescope.fingerprint import Fingerprint, Fingerprinter
+from vllm_cachescope.lineage import LineageStore
+from vllm_cachescope.prompt import PromptRequest
+from vllm_cachescope.scopes import Caller
+from vllm_cachescope.wire import anthropic
+
+_MESSAGES = 60
+_BYTES = 400_000
+_KEPT = 64
+_ROUNDS = 15
+_TTLS = (300, 3600)
+_CALLER = Caller("org", "session")
+
+
+def conversation(seed: int, tools: int = 24) -> list[dict[str, Any]]:
+    """Return the bodies of an agent's session, the last of `_MESSAGES` messages and `_BYTES`."""
+    session = agent_session(seed, turns=_MESSAGES // 2 + 1, tools=tools)
+    last = session.body(session.turns - 1)
+    messages = last["messages"][:_MESSAGES]
+    # Tool results are what makes a conversation long: each gets its share of what is missing.
+    results = messages[2::2]
+    missing = _BYTES - len(json.dumps({**last, "messages": messages}))
+    vocabulary = last["system"][0]["text"].split()
+    words = random.Random(seed)
+    for message in results:
+        padding = ""
+        while len(padding) < missing / len(results):
+            padding += words.choice(vocabulary) + " "
+        message["content"] = [*_blocks(message["content"]), {"type": "text", "text": padding}]
+    base = {"model": "m", "tools": last["tools"], "system": last["system"]}
+    return [
+        marked(copy.deepcopy({**base, "messages": messages[:end]}))
+        for end in [*range(1, _MESSAGES, 2), _MESSAGES]
+    ]
+
+
+def _blocks(content: Any) -> list[dict[str, Any]]:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def title(number: int) -> dict[str, Any]:
+    """Return the side call that names a conversation."""
+    ask = {"role": "user", "content": f"Name conversation {number}."}
+    return {"model": "m", "system": "You name conversations.", "messages": [ask]}
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A request to diagnose, and what must come out."""
+
+    name: str
+    body: dict[str, Any]
+    kind: Kind
+
+
+def cases(bodies: list[dict[str, Any]]) -> list[Case]:
+    """Return the requests to measure: the conversation goes on, unchanged and changed."""
+    last = bodies[-1]
+    schema, history = copy.deepcopy(last), copy.deepcopy(last)
+    schema["tools"][7]["description"] += " Now with more detail."
+    history["messages"][4]["content"] = "cleared"
+    return [
+        Case("the conversation goes on", last, Kind.CONTINUATION),
+        Case("a tool's description changed", schema, Kind.TOOLS_CHANGED),
+        Case("a message was edited", history, Kind.MESSAGES_CHANGED),
+    ]
+
+
+def background(made: Fingerprinter, bodies: list[dict[str, Any]]) -> list[Fingerprint]:
+    """Return what the session has seen: all but the last turn, among subagents and titles."""
+    others = [*(conversation(seed, tools=17) for seed in (1, 2, 3)), [title(i) for i in range(9)]]
+    queues = [list(body) for body in (bodies[:-1], *others)]
+    seen: list[dict[str, Any]] = []
+    turn = 0
+    while queues[0] or len(seen) < _KEPT:
+        # The main agent makes every other request.
+        queue = queues[0 if turn % 2 == 0 else 1 + turn // 2 % 4]
+        turn += 1
+        if queue:
+            seen.append(queue.pop(0))
+    return [made(parsed(body)) for body in seen]
+
+
+def parsed(body: dict[str, Any]) -> PromptRequest:
+    """Return the request of new objects, as a server gets it."""
+    return anthropic.read(json.loads(json.dumps(body)), _TTLS)
+
+
+def milliseconds(work: Callable[[], object]) -> float:
+    """Return how long ``work`` takes on this thread's core, without what others take of it."""
+    start = time.thread_time()
+    work()
+    return 1000 * (time.thread_time() - start)
+
+
+def diagnosing(case: Case, made: Fingerprinter, seen: list[Fingerprint]) -> float:
+    """Return the median milliseconds of fingerprint, lineage and diagnosis of a request."""
+    times = []
+    for _ in range(_ROUNDS):
+        store = LineageStore(time.monotonic, requests=_KEPT + 1)
+        for fingerprint in seen:
+            store.observe(_CALLER, fingerprint)
+        request = parsed(case.body)
+        gc.collect()
+        start = time.thread_time()
+        found = diagnose(store.observe(_CALLER, made(request)))
+        times.append(1000 * (time.thread_time() - start))
+        assert found.kind is case.kind, found
+    return statistics.median(times)
+
+
+def kept_bytes(bodies: list[dict[str, Any]]) -> float:
+    """Return the bytes per request that a session of large requests takes."""
+    made = Fingerprinter(b"secret of the benchmark")
+    requests = [parsed(body) for body in bodies for _ in range(2)]
+    store = LineageStore(time.monotonic)
+    gc.collect()
+    tracemalloc.start()
+    for request in requests:
+        store.observe(_CALLER, made(request))
+    gc.collect()
+    taken, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return taken / len(store)
+
+
+def main() -> int:
+    """Run the benchmark and return its exit status."""
+    options = arguments(__doc__ or "")
+    result = Result("diagnosis", options.quick)
+    bodies = conversation(0)
+    size = len(json.dumps(bodies[-1])) / 1000
+    assert len(bodies[-1]["tools"]) == 24 and 380 < size < 420
+    assert len(bodies[-1]["messages"]) == _MESSAGES
+    made = Fingerprinter(b"secret of the benchmark")
+    seen = background(made, bodies)
+    with tempfile.TemporaryDirectory(prefix="cachescope-") as scratch:
+        tokenizer = AutoTokenizer.from_pretrained(build(Path(scratch) / "model", SMALL))
+    text = json.dumps(bodies[-1], ensure_ascii=False)
+    measured = cases(bodies)
+
+    def tokenising(_: int) -> float:
+        return milliseconds(lambda: tokenizer(text))
+
+    result.add("request", [size], "KB")
+    for case in measured:
+        found = pairs(options.pairs, lambda _, case=case: diagnosing(case, made, seen), tokenising)
+        result.add(case.name, [one for one, _ in found], "ms", "at most 5 ms", lambda ms: ms <= 5)
+        result.add(
+            f"{case.name}: over tokenising",
+            [100 * one / other for one, other in found],
+            "%",
+            "at most 3 %",
+            lambda share: share <= 3,
+        )
+    result.add("tokenising it", [tokenising(i) for i in range(options.pairs)], "ms")
+    first = parsed(bodies[-1])
+    fresh = [
+        milliseconds(lambda: Fingerprinter(b"another secret")(first)) for _ in range(options.pairs)
+    ]
+    result.add("fingerprint, all tools new", fresh, "ms")
+    long = bodies[-8:]
+    result.add(
+        "memory per request kept",
+        [kept_bytes(long) / 1000 for _ in range(options.pairs)],
+        "KB",
+        "at most 20 KB",
+        lambda kilobytes: kilobytes <= 20,
+    )
+    return finish(result, options.results)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

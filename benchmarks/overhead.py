@@ -1,0 +1,149 @@
+"""What the plugin costs where it has nothing to save: prompts of 8,000 tokens that the device
+cache holds, on plain vLLM and on vLLM with the plugin, side by side."""
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import httpx
+
+from benchmarks.harness import BLOCK, Result, arguments, console, finish, pairs, prompt, server
+from demo.client import MODEL
+
+PROMPTS = 4
+BATCH = 16
+CONCURRENCY = 4
+OUTPUT_TOKENS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """When a request's first token came, and its last; in seconds from its start."""
+
+    first_s: float
+    last_s: float
+
+
+class Client:
+    """Sends ready-made bodies and reads the stream back, with as little work as can be: client
+    and servers share the cores.
+
+    Args:
+        url: the server.
+        bodies: the request bodies.
+    """
+
+    def __init__(self, url: str, bodies: list[bytes]) -> None:
+        headers = {"content-type": "application/json", "x-api-key": "benchmark"}
+        self._http = httpx.Client(base_url=url, timeout=600, headers=headers)
+        self._bodies = bodies
+
+    def fill(self) -> None:
+        """Put every prompt into the cache, and see that it is read from there.
+
+        Raises:
+            RuntimeError: if a prompt is not.
+        """
+        for number in range(len(self._bodies)):
+            self.ask(number)
+            usage = self._events(number)[-1]["usage"]
+            read = usage["cache_read_input_tokens"]
+            prompt_tokens = read + usage["input_tokens"] + usage["cache_creation_input_tokens"]
+            if read != (prompt_tokens - 1) // BLOCK * BLOCK:
+                raise RuntimeError(f"only {read} of {prompt_tokens} tokens came from the cache")
+
+    def ask(self, number: int) -> Timing:
+        """Send body ``number``; return when its tokens came."""
+        first_s = 0.0
+        start = time.perf_counter()
+        for line in self._lines(number):
+            if not first_s and b"content_block_delta" in line:
+                first_s = time.perf_counter() - start
+        return Timing(first_s, time.perf_counter() - start)
+
+    def batch(self) -> float:
+        """Send `BATCH` requests, `CONCURRENCY` at a time; return the requests per second."""
+        start = time.perf_counter()
+        with ThreadPoolExecutor(CONCURRENCY) as pool:
+            list(pool.map(self.ask, (number % len(self._bodies) for number in range(BATCH))))
+        return BATCH / (time.perf_counter() - start)
+
+    def _lines(self, number: int) -> Iterator[bytes]:
+        with self._http.stream("POST", "/v1/messages", content=self._bodies[number]) as response:
+            response.raise_for_status()
+            yield from response.iter_raw()
+
+    def _events(self, number: int) -> list[dict]:
+        lines = b"".join(self._lines(number)).split(b"\n")
+        events = [json.loads(line[6:]) for line in lines if line.startswith(b"data: {")]
+        return [event for event in events if "usage" in event]
+
+
+def bodies() -> list[bytes]:
+    """Return the bodies, the same for both servers; plain vLLM ignores the breakpoints."""
+    fields = {"model": MODEL, "max_tokens": OUTPUT_TOKENS, "stream": True, "temperature": 0}
+    return [
+        json.dumps({**fields, **prompt(f"overhead {number}", number)}).encode()
+        for number in range(PROMPTS)
+    ]
+
+
+def latency(client: Client) -> Callable[[int], Timing]:
+    """Return a measurement: the medians over all prompts, one request at a time."""
+
+    def measure(pair: int) -> Timing:
+        timings = [client.ask(number) for number in range(PROMPTS)]
+        return Timing(
+            statistics.median(timing.first_s for timing in timings),
+            statistics.median(timing.last_s for timing in timings),
+        )
+
+    return measure
+
+
+def main() -> int:
+    """Run the benchmark and return its exit status."""
+    options = arguments(__doc__ or "", pairs=15)
+    result = Result("overhead", options.quick)
+    console.print("overhead: two servers, plain and with the plugin")
+    with server(plugin=False) as without, server(plugin=True) as with_plugin:
+        plain, plugin = Client(without.url, bodies()), Client(with_plugin.url, bodies())
+        plain.fill()
+        plugin.fill()
+        timings = pairs(options.pairs, latency(plain), latency(plugin))
+        rates = pairs(options.pairs, lambda pair: plain.batch(), lambda pair: plugin.batch())
+
+    plain_ms = [1000 * one.first_s for one, _ in timings]
+    allowed_ms = max(2.0, 0.02 * statistics.median(plain_ms))
+    result.add("time to the first token, plain", plain_ms, "ms")
+    result.add("time to the first token, plugin", [1000 * p.first_s for _, p in timings], "ms")
+    result.add(
+        "added to the first token",
+        [1000 * (other.first_s - one.first_s) for one, other in timings],
+        "ms",
+        f"at most {allowed_ms:.1f} ms",
+        lambda added: added <= allowed_ms,
+    )
+    result.add(
+        "added to the last token",
+        [1000 * (other.last_s - one.last_s) for one, other in timings],
+        "ms",
+    )
+    result.add("throughput, plain", [one for one, _ in rates], "requests/s")
+    result.add("throughput, plugin", [other for _, other in rates], "requests/s")
+    result.add(
+        "throughput, plugin over plain",
+        [other / one for one, other in rates],
+        "×",
+        "at least 0.97",
+        lambda ratio: ratio >= 0.97,
+    )
+    return finish(result, options.results)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
