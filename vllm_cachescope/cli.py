@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from vllm_cachescope import explain, lint
 from vllm_cachescope.config import ConfigError, load
 
 CONNECTOR = "CacheScopeConnector"
@@ -46,10 +47,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     serve.add_argument(
         "--dry-run", action="store_true", help="print the command without running it"
     )
+    explain.add_command(commands)
+    lint.add_command(commands)
     arguments, rest = parser.parse_known_args(argv)
-    if rest and arguments.command != "serve":
+    if arguments.command == "serve":
+        return _serve(arguments, rest)
+    if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    return _serve(arguments, rest)
+    status: int = arguments.run(arguments)
+    return status
 
 
 def serve_command(model: str, config: dict[str, Any], vllm_arguments: Sequence[str]) -> list[str]:

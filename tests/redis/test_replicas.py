@@ -3,8 +3,8 @@
 import random
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import pytest
 
@@ -17,6 +17,7 @@ from vllm_cachescope.scopes import Caller, Scope
 pytestmark = pytest.mark.engine
 
 DEADLINE = "2s"
+"""Two engines compute on the same cores as their server: what is late is not what is tested."""
 
 
 @dataclass
@@ -33,7 +34,8 @@ class Pair:
     proxy: Proxy
     a: Replica
     b: Replica
-    start: object
+    start: Callable[[str], Replica]
+    _chance: random.Random = field(default_factory=lambda: random.Random(0))
 
     def names(self) -> list[bytes]:
         """Return the names of the blocks the server holds; they end with a group's number."""
@@ -45,15 +47,18 @@ class Pair:
         self.server.client.config_set("maxmemory", 0)
         self.server.client.execute_command("ACL SETUSER default on nopass ~* +@all")
         self.server.client.flushall()
+        # After a fault an engine tries again by and by; until it does, both ask something new.
+        wait_until(self._shares, 30)
+        self.server.client.flushall()
         for engine in (self.a, self.b):
             engine.call("empty")
-            wait_until(lambda engine=engine: up(engine))
 
-
-def up(engine: Replica) -> bool:
-    """Whether the engine's tier may be read and written. Asking also makes the engine step."""
-    (health,) = engine.call("command_health")
-    return all(health[state] for state in ("up", "readable", "writable"))
+    def _shares(self) -> bool:
+        tokens = draw_tokens(self._chance, BLOCK + 1)
+        self.a.run(ask(tokens))
+        time.sleep(0.05)
+        (answer,) = self.b.run(ask(tokens))
+        return answer.outcome("read_redis") == BLOCK
 
 
 @pytest.fixture(scope="module")
@@ -231,12 +236,11 @@ def test_an_expired_entry_is_a_miss_for_both(pair):
 
 def test_entries_of_an_hour_stay_entries_of_an_hour(pair):
     """A prompt that asks for five minutes reads them, and takes nothing away."""
-    tokens = draw_tokens(random.Random(11), 6 * BLOCK)
+    tokens = draw_tokens(random.Random(11), 6 * BLOCK + 7)
     pair.a.run(ask(tokens, ttl_s=3600))
     stored(pair, 6)
     (answer,) = pair.b.run(ask(tokens, ttl_s=300))
-    # The last token is always computed, and its block with it.
-    assert answer.outcome("read_redis") == 5 * BLOCK
+    assert answer.outcome("read_redis") == 6 * BLOCK
     assert ("cpu", 3600) in pair.b.call("resident")
     client = pair.server.client
     assert all(client.pttl(name) > 3_500_000 for name in pair.names())

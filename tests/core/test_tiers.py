@@ -1,0 +1,110 @@
+"""What remote tiers share, without a store."""
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_cachescope.tiers.breaker import Breaker
+from vllm_cachescope.tiers.envelope import HEADER_BYTES, BadEnvelope, Lifetime, check, header
+from vllm_cachescope.tiers.keyspace import Keyspace, secret_mark
+
+
+@given(
+    key=st.binary(max_size=40),
+    payload=st.binary(max_size=300),
+    ttl_s=st.integers(0, 2**32 - 1),
+    at=st.integers(0, 2**63),
+)
+def test_a_header_says_what_was_put_into_it(key, payload, ttl_s, at):
+    head = header(key, memoryview(payload), Lifetime(ttl_s, at))
+    assert len(head) == HEADER_BYTES
+    assert check(key, head, memoryview(payload)) == Lifetime(ttl_s, at)
+
+
+def test_no_bit_of_a_value_can_flip_unnoticed():
+    payload = random.Random(1).randbytes(50)
+    whole = header(b"key", memoryview(payload), Lifetime(300)) + payload
+    for bit in range(len(whole) * 8):
+        value = bytearray(whole)
+        value[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(BadEnvelope):
+            check(b"key", bytes(value[:HEADER_BYTES]), memoryview(value)[HEADER_BYTES:])
+
+
+def test_a_value_belongs_to_its_key_and_is_of_its_length():
+    payload = memoryview(b"payload")
+    head = header(b"key", payload, Lifetime(300))
+    for key, found, content in (
+        (b"kez", head, payload),
+        (b"key", head, payload[:-1]),
+        (b"key", head[:-1], payload),
+        (b"key", b"", payload),
+    ):
+        with pytest.raises(BadEnvelope):
+            check(key, found, content)
+
+
+def test_names_differ_with_everything_that_makes_blocks_differ():
+    identity = {"model": "m", "kv_dtype": "auto", "parallel": [1, 1]}
+    same = Keyspace(dict(reversed(identity.items())))
+    assert same.name(b"k") == Keyspace(identity).name(b"k")
+    others = [Keyspace(identity | {field: "x"}) for field in identity]
+    names = {k.name(b"k") for k in others} | {same.name(b"k"), same.name(b"l"), same.handshake}
+    assert len(names) == 6
+
+
+def test_the_mark_of_a_secret_does_not_tell_it():
+    assert secret_mark(b"a") != secret_mark(b"b")
+    assert b"open sesame" not in secret_mark(b"open sesame")
+
+
+class Time:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def breaker(time: Time, failures: int = 3) -> Breaker:
+    # A random number of one half makes pauses exactly as long as they are on average.
+    return Breaker(failures, 1.0, 5.0, time, lambda: 0.5)
+
+
+def test_a_breaker_opens_after_failures_in_a_row():
+    tested = breaker(Time())
+    assert not tested.failed("a") and not tested.failed("a")
+    tested.succeeded()
+    assert not tested.failed("a") and not tested.failed("a") and tested.closed
+    assert tested.failed("the reason")
+    assert not tested.closed
+    assert tested.reason == "the reason"
+
+
+def test_an_open_breaker_is_probed_ever_more_rarely_and_closes_at_the_first_success():
+    time = Time()
+    tested = breaker(time, failures=1)
+    tested.failed("x")
+    pauses = []
+    for _ in range(5):
+        pauses.append(tested.probe_in())
+        time.now += tested.probe_in()
+        assert tested.probe_in() == 0
+        assert not tested.failed("x")
+    assert pauses == [1.0, 2.0, 4.0, 5.0, 5.0]
+    assert tested.succeeded()
+    assert tested.closed and tested.probe_in() == 0 and tested.reason is None
+    tested.failed("y")
+    assert tested.probe_in() == 1.0
+
+
+def test_what_fails_late_does_not_put_off_the_probe():
+    time = Time()
+    tested = breaker(time, failures=1)
+    tested.failed("x")
+    time.now += 0.9
+    for _ in range(5):
+        tested.failed("under way when it opened")
+    assert tested.probe_in() == pytest.approx(0.1)

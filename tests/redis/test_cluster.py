@@ -1,0 +1,77 @@
+"""The tier on a Redis Cluster of three nodes."""
+
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+import redis
+
+from tests.redis.engine_side import EngineSide, keys
+from tests.redis.servers import RedisServer, wait_until
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory) -> Iterator[list[RedisServer]]:
+    nodes = []
+    for _ in range(3):
+        directory = tmp_path_factory.mktemp("node")
+        nodes.append(
+            RedisServer(directory, "--cluster-enabled", "yes", "--cluster-node-timeout", "2000")
+        )
+    addresses = [f"127.0.0.1:{node.port}" for node in nodes]
+    subprocess.run(
+        ["redis-cli", "--cluster", "create", *addresses, "--cluster-yes"],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    wait_until(lambda: all(node.client.cluster("info")["cluster_state"] == "ok" for node in nodes))
+    yield nodes
+    for node in nodes:
+        node.close()
+
+
+@pytest.fixture
+def side(nodes, start_engine_side) -> EngineSide:
+    for node in nodes:
+        node.client.flushall()
+    # One node is enough to find the others.
+    return start_engine_side(f"redis+cluster://127.0.0.1:{nodes[1].port}", timeout_s=5.0)
+
+
+def test_blocks_spread_over_the_nodes(nodes, side, start_engine_side):
+    side.put(keys(40))
+    assert all(node.client.dbsize() > 3 for node in nodes)
+    other = start_engine_side(f"redis+cluster://127.0.0.1:{nodes[2].port},127.0.0.1:1")
+    assert len(other.get_exact(keys(40)).keys) == 40
+
+
+def test_lifetimes_and_deletions(nodes, side):
+    side.put(keys(20), ttl_s=300)
+    side.tier.used([(key, 3600) for key in keys(20)])
+    client = redis.RedisCluster(port=nodes[0].port)
+    wait_until(lambda: all(client.pttl(side.name(key)) > 3_500_000 for key in keys(20)))
+    client.set(side.name(keys(20)[3]), b"damaged", ex=100)
+    assert set(side.get_exact(keys(20)).keys) == set(keys(20)) - {keys(20)[3]}
+    wait_until(lambda: not client.exists(side.name(keys(20)[3])))
+    client.close()
+
+
+def test_slots_that_move_while_it_runs(nodes, side):
+    """Move every slot of one node to another, and back: some misses, no wrong block."""
+    side.put(keys(40))
+    ids = [node.client.cluster("myid").decode() for node in nodes]
+    for source, target in ((0, 1), (1, 0)):
+        mover = subprocess.Popen(
+            [
+                *("redis-cli", "--cluster", "reshard", f"127.0.0.1:{nodes[0].port}"),
+                *("--cluster-from", ids[source], "--cluster-to", ids[target]),
+                *("--cluster-slots", "200", "--cluster-yes"),
+            ],
+            stdout=subprocess.DEVNULL,
+        )
+        while mover.poll() is None:
+            side.get_exact(keys(40))
+            side.put(keys(40))
+        assert mover.returncode == 0
+    wait_until(lambda: len(side.get_exact(keys(40)).keys) == 40)
+    assert side.tier.usable
