@@ -597,10 +597,11 @@ def play(seed: int, steps: int) -> tuple[int, int]:
 def test_generated_sessions_have_no_false_break_and_no_missed_one() -> None:
     requests = planted = 0
     for seed in range(2000):
-        played = play(seed, 10)
+        # Most sessions are short; every twentieth is long enough to fork and compact repeatedly.
+        played = play(seed, 40 if seed % 20 == 0 else 6)
         requests, planted = requests + played[0], planted + played[1]
-    assert requests == 20_000
-    assert planted > 1_500
+    assert requests == 15_400
+    assert planted > 1_000
 
 
 def test_the_generator_would_notice_a_diagnosis_that_sees_nothing() -> None:

