@@ -54,8 +54,9 @@ class Entry:
         fingerprint: what is kept of it.
         lineage: number of its lineage, from 1 in each session.
         at: when it came, on the store's clock, in seconds.
-        superseded: whether a later request goes on from it. It stays a place to fork from, but
-            no longer the end of its conversation.
+        superseded: whether a later request goes on from it, changed or not. It stays a place to
+            fork from, but is no longer the end of its conversation.
+        continued: whether a later request goes on from it unchanged.
         response_id: the id its response got, once known.
         prompt_tokens: its length in tokens as the engine counted it, once known.
     """
@@ -64,6 +65,7 @@ class Entry:
     lineage: int
     at: float
     superseded: bool = False
+    continued: bool = False
     response_id: str | None = None
     prompt_tokens: int | None = None
 
@@ -324,7 +326,7 @@ def _relate(
             return _go_on(session, Relation.BREAK, nearest, new, kept, changes, now)
         same = len(new) == shared.parts
         relation = Relation.RETRY if same else Relation.CONTINUATION
-        if not nearest.superseded:
+        if not nearest.continued:
             return _go_on(session, relation, nearest, new, shared.tokens, changes, now)
         # The conversation went on from there; this is another branch of it.
         branch = Relation.RETRY if same else Relation.FORK
@@ -397,6 +399,7 @@ def _go_on(
     """Place ``new`` in the lineage of ``ancestor``."""
     # A conversation that was compacted by its looks alone may still go on.
     ancestor.superseded = relation is not Relation.COMPACTION or ancestor.superseded
+    ancestor.continued |= relation in (Relation.CONTINUATION, Relation.RETRY)
     missed, latch = 0, None
     if relation in (Relation.BREAK, Relation.COMPACTION):
         missed = max(0, min(ancestor.fingerprint.tokens, new.tokens) - shared_tokens)

@@ -94,7 +94,9 @@ def functions(path: Path) -> dict[str, ast.arguments]:
 
 
 @pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES)
-@pytest.mark.parametrize(("where", "wanted"), FUNCTIONS.items(), ids=lambda v: v[1] if len(v) == 2 else "")
+@pytest.mark.parametrize(
+    ("where", "wanted"), FUNCTIONS.items(), ids=[name for _, name in FUNCTIONS]
+)
 def test_a_function_takes_what_we_give_it(
     source: Path, where: tuple[str, str], wanted: str
 ) -> None:
