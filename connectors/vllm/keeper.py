@@ -153,13 +153,14 @@ class Keeper:
             prompt.read = [(Outcome.READ_DEVICE, prompt.local_tokens)]
             prompt.read += self._sources(prompt, request, external_tokens)
             prompt.loss = self._lost(request, sum(tokens for _, tokens in prompt.read))
-        # Refreshed now and not when the load is done: what is in use must not expire meanwhile.
         prompt.registered = 0
-        self._register(prompt, request, prompt.local_tokens + external_tokens)
+        # Refreshed now and not when a load is done: what is in use must not expire meanwhile.
+        self._register(prompt, request, prompt.local_tokens + external_tokens, known_only=True)
         self._refresh_remotes(prompt, request, prompt.local_tokens + external_tokens)
-        # What is loaded comes to the device only later, and a request that was preempted
-        # computes again what it has lost: `computed` registers both.
-        prompt.registered = prompt.local_tokens
+        # `computed` does it all once more. What is loaded comes to the device only later, a
+        # request that was preempted computes again what it has lost, and a block that another
+        # request fills in this very step is that one's to create.
+        prompt.registered = 0
 
     def computed(self, output: SchedulerOutput) -> None:
         """A step was scheduled: the blocks that it fills are in vLLM's prefix cache now."""
@@ -219,8 +220,11 @@ class Keeper:
         self._settle_device()
         return list(self._ledger.resident())
 
-    def _register(self, prompt: Prompt, request: Request, tokens: int) -> None:
-        """Start or refresh the lifetimes of the blocks in the first ``tokens`` tokens."""
+    def _register(
+        self, prompt: Prompt, request: Request, tokens: int, known_only: bool = False
+    ) -> None:
+        """Start or refresh the lifetimes of the blocks in the first ``tokens`` tokens; with
+        ``known_only``, start none."""
         if tokens - prompt.registered < self._layout.tokens_per_hash:
             return
         now = self._clock()
@@ -239,7 +243,7 @@ class Keeper:
             for block, key in reversed(blocks):
                 span = prompt.plan.span_of((block + 1) * block_size)
                 on_device = self._device is not None and self._device.holds(key)
-                if not on_device and key not in self._ledger:
+                if key not in self._ledger and (known_only or not on_device):
                     continue
                 new = self._ledger.touch(key, span.ttl_s, now)
                 if new:

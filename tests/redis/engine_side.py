@@ -99,9 +99,9 @@ class EngineSide:
         started = time.monotonic()
         while True:
             found = [self.tier.seek(request, key) for key in keys]
+            self.tier.flush()
             if Found.RETRY not in found:
                 break
-            self.tier.flush()
             time.sleep(0.001)
         hits = [key for key, f in zip(keys, found, strict=True) if f is Found.HIT]
         return request, hits, time.monotonic() - started

@@ -141,6 +141,20 @@ def test_more_hits_than_may_be_under_way_are_misses(server, start_engine_side):
     assert small.tier.take_counts()["load", "dropped"] == 12
 
 
+def test_answers_that_come_in_the_middle_of_the_questions(server, start_engine_side):
+    """A request learns all answers in one step, so that it loads its prompt from the start."""
+    side = start_engine_side(server.url)
+    side.put(keys(10))
+    for key in keys(10):
+        assert side.tier.seek("r", key).value == "retry"
+    side.tier.flush()
+    assert side.tier.seek("r", keys(10)[0]).value == "retry"
+    wait_until(lambda: side.tier.take_counts().get(("lookup", "hit")))
+    assert {side.tier.seek("r", key).value for key in keys(10)} == {"retry"}
+    side.tier.flush()
+    assert {side.tier.seek("r", key).value for key in keys(10)} == {"hit"}
+
+
 def test_one_request_loads_once(server, start_engine_side):
     side = start_engine_side(server.url)
     side.put(keys(2))

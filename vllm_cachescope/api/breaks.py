@@ -19,7 +19,7 @@ from vllm_cachescope.diagnosis import (
     diagnose,
     diagnose_against,
 )
-from vllm_cachescope.fingerprint import Fingerprint, Fingerprinter
+from vllm_cachescope.fingerprint import Fingerprinter
 from vllm_cachescope.ledger import Reason
 from vllm_cachescope.lineage import LineageStore, Placement
 from vllm_cachescope.prompt import PromptRequest, Protocol
@@ -50,7 +50,6 @@ class Case:
     Attributes:
         caller: whose it is.
         request: the request.
-        fingerprint: what is kept of it.
         placement: where it belongs among its session's requests.
         compared: how it differs from the request that the client named; None if it named none,
             or none of its organisation's.
@@ -59,7 +58,6 @@ class Case:
 
     caller: Caller
     request: PromptRequest
-    fingerprint: Fingerprint
     placement: Placement
     compared: Diagnosis | None
     diagnosis: Diagnosis
@@ -151,14 +149,16 @@ class Breaks:
             headers: its headers, names in lower case.
         """
         fingerprint = self._fingerprint(request, extra_fields(body, headers))
-        compared = None
+        # Found before the request is kept itself, which might push the other one out.
+        previous = None
         if request.previous_id is not None:
-            # Before the request is kept itself, which might push the other one out.
             previous = self._lineages.find(caller.org, request.previous_id)
-            if previous is not None:
-                compared = diagnose_against(previous.fingerprint, fingerprint)
         placement = self._lineages.observe(caller, fingerprint)
-        return Case(caller, request, fingerprint, placement, compared, diagnose(placement))
+        compared = None
+        if previous is not None:
+            # As it is kept: with the turns it goes on from, where it only names them.
+            compared = diagnose_against(previous.fingerprint, placement.entry.fingerprint)
+        return Case(caller, request, placement, compared, diagnose(placement))
 
     def close(self, case: Case, reports: Iterable[Report], response_id: str | None) -> None:
         """Complete a diagnosis with what the engine found, once the request is over.

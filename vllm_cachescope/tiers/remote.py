@@ -198,6 +198,7 @@ class RemoteTier:
         self._inquiries: dict[str, _Inquiry] = {}
         self._asked: list[_Inquiry] = []
         self._late_at = float("-inf")
+        self._step_begins = True
         self._answers: SimpleQueue[tuple[_Inquiry, Sequence[bytes], Sequence[bool]]] = SimpleQueue()
         self._finished: SimpleQueue[Finished] = SimpleQueue()
 
@@ -255,7 +256,11 @@ class RemoteTier:
             self._inquiries[request_id] = inquiry
         if inquiry.over:
             return Found.MISS
-        self._take_answers()
+        if self._step_begins:
+            # Once in a step: an answer in the middle of a prompt's questions would have its end
+            # loaded without its beginning.
+            self._step_begins = False
+            self._take_answers()
         if key not in inquiry.answers:
             inquiry.answers[key] = None
             if not inquiry.unsent:
@@ -286,7 +291,8 @@ class RemoteTier:
             self._failed("no answer in time")
 
     def flush(self) -> None:
-        """Send what was asked since the last time, as one batch."""
+        """Send what was asked in this step, as one batch. To be called at the end of each step."""
+        self._step_begins = True
         if not self._asked:
             return
         with self._lock:
@@ -468,16 +474,18 @@ class RemoteTier:
                 store.connect(self._clock() + self._limits.timeout_s)
             found = store.find(flat, min(inquiry.deadline for inquiry, _ in live))
             self._breaker.succeeded()
+            self._count("lookup", "hit", sum(found))
+            self._count("lookup", "miss", len(found) - sum(found))
         except StoreLate:
-            pass
+            # The requests have noticed by themselves; see `_answered_late`.
+            return
         except StoreFailed as error:
+            self._count("lookup", "failed", len(flat))
             self._failed(str(error))
         start = 0
         for inquiry, keys in live:
             self._answers.put((inquiry, keys, found[start : start + len(keys)]))
             start += len(keys)
-        self._count("lookup", "hit", sum(found))
-        self._count("lookup", "miss", len(found) - sum(found))
 
     def _take_answers(self) -> None:
         while True:

@@ -1,0 +1,124 @@
+"""Breaks on the API's side: what is recorded, for whom, and what clients are answered."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import prometheus_client
+import pytest
+from anthropic.types import Diagnostics
+from pydantic import TypeAdapter
+
+from demo.session import agent_session
+from vllm_cachescope.api.breaks import Breaks, Case
+from vllm_cachescope.prompt import Protocol
+from vllm_cachescope.report import Loss, Report, Row
+from vllm_cachescope.scopes import Caller, Scope
+from vllm_cachescope.wire import READERS
+
+ACME, OTHER = Caller("acme", "s"), Caller("other", "s")
+SESSION = agent_session(1, turns=4, tools=6, rules=4)
+
+
+@pytest.fixture
+def breaks() -> Iterator[Breaks]:
+    made = Breaks(b"sixteen bytes or so", 16, clock=lambda: 0.0, wall_clock=lambda: 5.0)
+    yield made
+    for counter in (made._count, made._unknown):
+        prometheus_client.REGISTRY.unregister(counter)
+
+
+def body(turn: int, **fields: Any) -> dict[str, Any]:
+    return {"model": "m", "max_tokens": 5, **SESSION.body(turn), **fields}
+
+
+def ask(
+    breaks: Breaks,
+    given: dict[str, Any],
+    caller: Caller = ACME,
+    read: int = 0,
+    loss: Loss | None = None,
+    response_id: str | None = None,
+    prompt: int = 6400,
+) -> Case:
+    """Put a request through, of whose ``prompt`` tokens the engine read the first ``read``."""
+    request = READERS[Protocol.MESSAGES](given, (300, 3600))
+    case = breaks.open(caller, request, given, {})
+    rows = (
+        Row("read_device", Scope.ORG, 300, read),
+        Row("created", Scope.ORG, 300, prompt - read),
+    )
+    breaks.close(case, [Report(rows, loss)], response_id)
+    return case
+
+
+def counted(name: str) -> dict[tuple[str, ...], float]:
+    return {
+        tuple(sample.labels.values()): sample.value
+        for metric in prometheus_client.REGISTRY.collect()
+        if metric.name == name
+        for sample in metric.samples
+        if sample.name.endswith("_total")
+    }
+
+
+def test_a_healthy_session_is_quiet(breaks: Breaks) -> None:
+    ask(breaks, body(0), prompt=5600)
+    for turn in (1, 2, 3):
+        ask(breaks, body(turn), prompt=5600 + 400 * turn, read=5600 + 400 * (turn - 1))
+    assert breaks.recent(None) == []
+
+
+def test_a_changed_tool_is_a_break_with_its_name(
+    breaks: Breaks, caplog: pytest.LogCaptureFixture
+) -> None:
+    ask(breaks, body(1))
+    changed = body(2)
+    changed["tools"][3]["description"] += " Updated."
+    ask(breaks, changed, read=640)
+    (seen,) = breaks.recent("acme")
+    assert seen.diagnosis.kind == "tools_changed" and not seen.diagnosis.expected
+    assert seen.diagnosis.where is not None and seen.diagnosis.where.path.startswith("tools[3]")
+    assert changed["tools"][3]["name"] in seen.diagnosis.names
+    assert counted("cachescope_breaks") == {("tools_changed", "tools", "false"): 1}
+    assert "tools_changed" in caplog.text and "Updated" not in caplog.text
+    assert seen.to_dict()["at"] == 5.0
+
+
+def test_breaks_are_listed_for_their_organisation_newest_first(breaks: Breaks) -> None:
+    for caller in (ACME, OTHER):
+        ask(breaks, body(1), caller)
+        for model in ("m2", "m3"):
+            ask(breaks, body(1, model=model), caller)
+    assert [seen.model for seen in breaks.recent("acme")] == ["m3", "m2"]
+    assert {seen.caller.org for seen in breaks.recent("acme")} == {"acme"}
+    assert len(breaks.recent(None)) == 4 and len(breaks.recent(None, limit=3)) == 3
+
+
+@pytest.mark.parametrize(("reason", "cause"), [("ttl", "expired"), ("capacity", "evicted")])
+def test_what_the_cache_did_is_named_when_the_client_changed_nothing(
+    breaks: Breaks, reason: str, cause: str
+) -> None:
+    ask(breaks, body(1))
+    ask(breaks, body(2), loss=Loss(reason, 6000, 300, 12.5))
+    (seen,) = breaks.recent("acme")
+    assert seen.diagnosis.cause == cause
+    (miss, *_) = seen.diagnosis.engine
+    assert (miss.ttl_s, miss.age_s) == (300, 12.5)
+
+
+def test_the_diagnostics_asked_for_are_what_the_client_expects(breaks: Breaks) -> None:
+    ask(breaks, body(1), response_id="msg_1")
+    changed = body(2, diagnostics={"previous_message_id": "msg_1"})
+    changed["system"][0]["text"] += " More."
+    answer = ask(breaks, copy.deepcopy(changed)).answer()
+    parsed = TypeAdapter(Diagnostics).validate_python(answer)
+    assert parsed.cache_miss_reason is not None
+    assert parsed.cache_miss_reason.type == "system_changed"
+
+
+def test_another_organisations_message_is_not_found(breaks: Breaks) -> None:
+    ask(breaks, body(1), response_id="msg_1")
+    asked = body(1, diagnostics={"previous_message_id": "msg_1"})
+    answer = ask(breaks, asked, OTHER).answer()
+    assert answer == {"cache_miss_reason": {"type": "previous_message_not_found"}}
