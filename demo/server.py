@@ -101,6 +101,7 @@ class Server:
             "VLLM_CACHE_ROOT": str(scratch / "vllm"),
             "VLLM_CONFIG_ROOT": str(scratch / "vllm-config"),
             "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_CPU_NUM_OF_RESERVED_CPU": "1",
         }
         with open(scratch / "log", "wb") as log:
             self._process = subprocess.Popen(

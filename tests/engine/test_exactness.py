@@ -46,7 +46,7 @@ def test_random_prompts_and_plans(engine, seed):
             for outcome in read:
                 read[outcome] += answer.outcome(outcome)
             chunked += len(tokens) - answer.read > MAX_TOKENS_PER_STEP
-    assert min(read.values()) > 10 * BLOCK, "nothing to compare with: the caches were not used"
+    assert min(read.values()) > 5 * BLOCK, "nothing to compare with: the caches were not used"
     assert chunked > 5
 
 

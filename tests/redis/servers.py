@@ -73,7 +73,11 @@ class RedisServer:
         self._process = subprocess.Popen(
             self._arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        wait_until(self._answers)
+        try:
+            wait_until(self._answers)
+        except TimeoutError:
+            self.kill()
+            raise
 
     def kill(self) -> None:
         """Kill it as a crash does."""

@@ -12,6 +12,7 @@ from demo.model import MODELS, TINY, build
 from tests.engine.engine import BLOCK, Ask, draw_tokens, org_plan, plan, sealed
 from tests.redis.replica import Replica
 from tests.redis.servers import Proxy, RedisServer, wait_until
+from vllm_cachescope.connectors.vllm import regions
 from vllm_cachescope.scopes import Caller, Scope
 
 pytestmark = pytest.mark.engine
@@ -85,6 +86,7 @@ def engines(tmp_path_factory) -> Iterator[Pair]:
     yield pair
     pair.a.stop()
     pair.b.stop()
+    regions.remove_stale()
     server.close()
     proxy.close()
 

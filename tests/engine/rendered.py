@@ -1,0 +1,92 @@
+"""vLLM's renderer as the API server has it, with no engine behind it."""
+
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+from vllm import EngineArgs
+from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
+from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+from vllm.renderers import renderer_from_config
+from vllm.renderers.online_renderer import OnlineRenderer
+
+from demo.model import TEMPLATES
+from vllm_cachescope.breakpoints import RegionDefault, Segment, segments
+from vllm_cachescope.connectors.vllm.rendering import Boundaries
+from vllm_cachescope.prompt import Protocol, Region
+from vllm_cachescope.scopes import Scope
+from vllm_cachescope.wire import READERS, strip
+
+DEFAULTS = {region: RegionDefault(Scope.ORG, 300) for region in Region}
+TTLS = (300, 3600)
+
+
+class Rendering:
+    """A chat template in vLLM's own hands, and the boundaries that are found with it.
+
+    Args:
+        model: directory of a model, for its tokenizer.
+        template: name of one of the demo's chat templates.
+
+    Attributes:
+        tokenized: the texts that went to the tokenizer, in order.
+    """
+
+    def __init__(self, model: str, template: str) -> None:
+        config = EngineArgs(model=model, enforce_eager=True).create_engine_config()
+        renderer = renderer_from_config(config)
+        self.tokenizer = renderer.get_tokenizer()
+        self.tokenized: list[str] = []
+        tokenize = renderer.tokenize_prompts_async
+
+        async def tokenize_prompts_async(prompts: Any, params: Any) -> Any:
+            self.tokenized += [prompt["prompt"] for prompt in prompts if "prompt" in prompt]
+            return await tokenize(prompts, params)
+
+        renderer.tokenize_prompts_async = tokenize_prompts_async
+        self._online = OnlineRenderer(
+            model_config=config.model_config,
+            renderer=renderer,
+            request_logger=None,
+            chat_template=(TEMPLATES / f"{template}.jinja").read_text(),
+            chat_template_content_format="auto",
+            enable_auto_tools=True,
+            tool_parser="hermes",
+        )
+        serving = SimpleNamespace(
+            to_chat_completion_request=AnthropicServingMessages.to_chat_completion_request,
+            _merge_inline_system=AnthropicServingMessages._should_merge_inline_system(self._online),
+        )
+        self._serving = serving
+        self._boundaries = Boundaries(
+            SimpleNamespace(online_renderer=self._online, anthropic_serving_messages=serving)
+        )
+
+    async def prompt(self, protocol: Protocol, body: Mapping[str, Any]) -> tuple[list[int], str]:
+        """Return the tokens and the text of the prompt that the server makes of ``body``."""
+        body = strip(dict(body))
+        if protocol is Protocol.RESPONSES:
+            result = await self._online.render_responses(ResponsesRequest.model_validate(body))
+            prompt = result.engine_input
+        else:
+            if protocol is Protocol.MESSAGES:
+                chat = self._serving.to_chat_completion_request(
+                    AnthropicMessagesRequest.model_validate(body),
+                    merge_inline_system=self._serving._merge_inline_system,
+                )
+            else:
+                chat = ChatCompletionRequest.model_validate(body)
+            _, (prompt,) = await self._online.render_chat(chat)
+        return list(prompt["prompt_token_ids"]), prompt["prompt"]
+
+    async def cut(
+        self, protocol: Protocol, body: Mapping[str, Any]
+    ) -> tuple[list[int], str, tuple[Segment, ...], list[int]]:
+        """Return the prompt's tokens and text, its segments, and where they end."""
+        tokens, text = await self.prompt(protocol, body)
+        request = READERS[protocol](body, TTLS, 300)
+        cuts = segments(request, DEFAULTS)
+        ends = await self._boundaries.ends(request, strip(dict(body)), cuts, tokens, text)
+        return tokens, text, cuts, ends

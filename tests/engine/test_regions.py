@@ -1,0 +1,118 @@
+"""What a killed engine leaves in shared memory goes at the next start, and nothing else does."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vllm_cachescope.connectors.vllm import regions
+
+ENGINE = """
+import sys, time
+from pathlib import Path
+from vllm_cachescope.connectors.vllm import regions
+claimed = regions.claim(sys.argv[2], Path(sys.argv[1]))
+Path(sys.argv[1], f"vllm_offload_{sys.argv[2]}.mmap").write_bytes(bytes(4096))
+print("up", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start a process that holds a region in ``tmp_path`` as an engine does."""
+    processes = []
+
+    def start(engine_id):
+        process = subprocess.Popen(
+            [sys.executable, "-c", ENGINE, str(tmp_path), engine_id], stdout=subprocess.PIPE
+        )
+        processes.append(process)
+        assert process.stdout.readline() == b"up\n"
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def names(directory):
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_a_killed_engines_region_is_removed_and_a_live_ones_is_not(tmp_path, start):
+    killed, live = start("cachescope-killed"), start("cachescope-live")
+    everything = names(tmp_path)
+    assert len(everything) == 4
+    assert regions.remove_stale(tmp_path) == []
+    assert names(tmp_path) == everything
+
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert regions.remove_stale(tmp_path) == [tmp_path / "vllm_offload_cachescope-killed.mmap"]
+    assert names(tmp_path) == [
+        "vllm_offload_cachescope-live.lock",
+        "vllm_offload_cachescope-live.mmap",
+    ]
+    assert live.poll() is None
+
+
+def test_other_peoples_files_stay(tmp_path):
+    for name in (
+        "vllm_offload_1234.mmap",
+        "vllm_offload_1234.lock",
+        "cachescope-1.mmap",
+        "psm_cachescope",
+    ):
+        (tmp_path / name).write_bytes(b"x")
+    before = names(tmp_path)
+    assert regions.remove_stale(tmp_path) == []
+    assert names(tmp_path) == before
+
+
+def test_every_file_of_a_region_goes(tmp_path):
+    for suffix in ("lock", "mmap", "mmap.0", "mmap.1"):
+        (tmp_path / f"vllm_offload_cachescope-x.{suffix}").write_bytes(b"x")
+    assert len(regions.remove_stale(tmp_path)) == 3
+    assert names(tmp_path) == []
+
+
+def test_an_engine_that_ends_in_order_leaves_nothing(tmp_path):
+    claimed = regions.claim("cachescope-orderly", tmp_path)
+    region = tmp_path / "vllm_offload_cachescope-orderly.mmap"
+    region.write_bytes(b"x")
+    region.unlink()
+    regions.release(claimed)
+    assert names(tmp_path) == []
+
+
+def test_what_an_engine_could_not_remove_is_found_later(tmp_path):
+    claimed = regions.claim("cachescope-late", tmp_path)
+    (tmp_path / "vllm_offload_cachescope-late.mmap").write_bytes(b"x")
+    assert regions.remove_stale(tmp_path) == []
+    regions.release(claimed)
+    assert len(regions.remove_stale(tmp_path)) == 1
+    assert names(tmp_path) == []
+
+
+@pytest.mark.engine
+def test_the_real_engine_holds_its_claim(engine):
+    manager = engine.connector.connector_scheduler.manager
+    region = Path(manager.claimed_region.name).with_suffix(".mmap")
+    assert region.exists()
+    # As an engine that starts beside it would.
+    found = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "from vllm_cachescope.connectors.vllm import regions; regions.remove_stale()",
+        ],
+        check=True,
+    )
+    assert found.returncode == 0
+    assert region.exists()
