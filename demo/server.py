@@ -101,6 +101,8 @@ class Server:
             "VLLM_CACHE_ROOT": str(scratch / "vllm"),
             "VLLM_CONFIG_ROOT": str(scratch / "vllm-config"),
             "VLLM_NO_USAGE_STATS": "1",
+            # With any KV connector vLLM wants one more core for itself; where it has none to
+            # spare, threads then share cores and wait for each other most of the time.
             "VLLM_CPU_NUM_OF_RESERVED_CPU": "1",
         }
         with open(scratch / "log", "wb") as log:

@@ -98,7 +98,7 @@ GOLDEN = [
     ("inst", ("messages", 4, "content", 0), "[/AVAILABLE_TOOLS][INST]Thanks.", "\nWho told you?"),
     ("inst", ("messages", 4, "content", 1), "Who told you?[/INST]", ""),
     # A reminder closes the prompt; what opens it is common to all that may follow.
-    ("headers", ("tools", 0), '"integer"}}}}}', '\n{"type": "function", "function": {"name": "beta"'),
+    ("headers", ("tools", 0), '"integer"}}}}}', '\n{"type": "function"'),
     ("headers", ("tools", 1), '"integer"}}}}}', "\n\nBe brief."),
     ("headers", ("system", 0), "\n\nBe brief.", "Know the tides."),
     ("headers", ("system", 1), "Know the tides.<|eot_id|><|start_header_id|>", "user"),
@@ -109,7 +109,7 @@ GOLDEN = [
     ("headers", ("messages", 2, "content", 0), "6 am<|eot_id|><|start_header_id|>", "assistant"),
     ("headers", ("messages", 3, "content", 0), "At six.<|eot_id|><|start_header_id|>", "user"),
     ("headers", ("messages", 4, "content", 0), "\n\nThanks.", "\nWho told you?"),
-    ("headers", ("messages", 4, "content", 1), "<|start_header_id|>assistant<|end_header_id|>\n\n", ""),
+    ("headers", ("messages", 4, "content", 1), "assistant<|end_header_id|>\n\n", ""),
 ]
 GOLDEN_WITHOUT_TOOLS = [
     ("inst", ("system", 0), "<s>[INST]Be brief.", "Know the tides."),
@@ -139,9 +139,7 @@ async def test_golden_positions(renderings, template, path, before, after, tools
     assert (end == len(tokens)) == (after == "")
 
 
-WORDS = (
-    "tide|quay|42|  spaced  |\nnew line\n|naïve|☂|<|im_end|>|[INST]|</s>|<|eot_id|>|{}|a|the"
-)
+WORDS = "tide|quay|42|  spaced  |\nnew line\n|naïve|☂|<|im_end|>|[INST]|</s>|<|eot_id|>|{}|a|the"
 
 
 def draw_text(chance):

@@ -174,9 +174,7 @@ def run_under_pressure(engine, seed, rounds=15):
     earlier = []
     read = 0
     for number in range(rounds):
-        prompts = [
-            draw(chance, earlier, 2600, (number, i)) for i in range(chance.randrange(1, 9))
-        ]
+        prompts = [draw(chance, earlier, 2600, (number, i)) for i in range(chance.randrange(1, 9))]
         if chance.random() < 0.2:
             engine.empty_device()
         engine.clock.advance(chance.choice([0, 0, 0, 0, 100, 299]))

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.engine
 EPHEMERAL = {"type": "ephemeral"}
 HOUR = {"type": "ephemeral", "ttl": "1h"}
 
-_WORDS = "anchor ballast capstan davit ensign fender gangway hawser keel lantern mast oar".split()
+_WORDS = ("anchor", "ballast", "capstan", "davit", "ensign", "fender", "gangway", "hawser")
 
 
 def text(seed: object, words: int = 400) -> str:
@@ -353,9 +353,7 @@ def test_several_prompts_of_one_request_are_summed(api):
     client = api.openai()
 
     def ask(prompt):
-        return of_chat(
-            client.completions.create(model=MODEL, prompt=prompt, max_tokens=2).usage
-        )
+        return of_chat(client.completions.create(model=MODEL, prompt=prompt, max_tokens=2).usage)
 
     together = ask(prompts)
     assert together.created > 3 * BLOCK
@@ -394,7 +392,10 @@ SESSIONS = {
     "our header": lambda s: ({}, {"X-CacheScope-Session": s}),
     "vLLM's header": lambda s: ({}, {"X-Session-Id": s}),
     "Claude Code's header": lambda s: ({}, {"X-Claude-Code-Session-Id": s}),
-    "Anthropic's metadata": lambda s: ({"metadata": {"user_id": json.dumps({"session_id": s})}}, {}),
+    "Anthropic's metadata": lambda s: (
+        {"metadata": {"user_id": json.dumps({"session_id": s})}},
+        {},
+    ),
 }
 
 
