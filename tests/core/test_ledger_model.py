@@ -14,10 +14,8 @@ from vllm_cachescope.ledger import Ledger
 from vllm_cachescope.plan import Plan, Span
 from vllm_cachescope.scopes import Caller, Scope, ScopeKeys
 
-EXAMPLES = 110
-OPERATIONS = 1000
-BYTES = 4
-"""Hypothesis draws this many bytes for each operation, and makes them smaller where it can."""
+EXAMPLES = 560
+MIN_OPERATIONS, MAX_OPERATIONS = 100, 400
 
 DEVICE_BLOCKS = 14
 CPU_BLOCKS = 10
@@ -39,9 +37,9 @@ class Request:
     owners: tuple[tuple[str, ...], ...]
 
 
-def request_of(drawn: bytes, nonce: str) -> Request:
-    """Interpret bytes as a request; small bytes mean short prompts of the first caller."""
-    who, shape, cut = drawn
+def request_of(drawn: int, nonce: str) -> Request:
+    """Interpret a number as a request; small numbers mean short prompts of the first caller."""
+    shape, cut, who = drawn % 256, drawn // 256 % 256, drawn // 65536
     caller = CALLERS[who % len(CALLERS)]
     length = 1 + shape % 6
     blocks = tuple((shape >> (3 + i % 4) & 1,) * BLOCK for i in range(length))
@@ -114,11 +112,13 @@ class Cache:
             for key in gone:
                 self.policy.remove(key)
                 self.ledger.displace(key, "cpu")
-        for key in reversed(offloaded):
+        for key in offloaded:
+            self.ledger.place(key, "cpu")
+        for key in reversed(keys):
             entry = self.ledger.get(key)
             assert entry is not None
-            self.ledger.place(key, "cpu")
-            self.policy.use(key, entry.ttl_s, now)
+            if "cpu" in entry.tiers:
+                self.policy.use(key, entry.ttl_s, now)
         dropped = []
         while len(self.device) > DEVICE_BLOCKS:
             key, _ = self.device.popitem(last=False)
@@ -127,7 +127,7 @@ class Cache:
         return read, dropped, gone
 
     def empty_device(self) -> None:
-        assert self.ledger.clear_tier("device") == len(self.device)
+        assert {key for key, _ in self.ledger.clear_tier("device")} == self.device.keys()
         self.device.clear()
 
     def _tiers(self, key: bytes) -> set[str]:
@@ -142,10 +142,9 @@ class Held:
     ttl_s: int
     used_at: float
     tiers: set[str] = field(default_factory=set)
-    in_memory_since: float = 0
 
     def share(self, now: float) -> float:
-        return (now - self.in_memory_since) / self.ttl_s
+        return (now - self.used_at) / self.ttl_s
 
 
 class Model:
@@ -201,7 +200,6 @@ class Model:
             held.tiers.add("device")
             if i < covered:
                 held.tiers.add("cpu")
-                held.in_memory_since = now
         for key in dropped:
             self._leave(self.names[key], "device")
 
@@ -228,22 +226,27 @@ done = Counter[str]()
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-@given(st.binary(min_size=OPERATIONS * BYTES, max_size=OPERATIONS * BYTES))
-def check(drawn: bytes) -> None:
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 63), st.integers(0, 2**19 - 1)),
+        min_size=MIN_OPERATIONS,
+        max_size=MAX_OPERATIONS,
+    )
+)
+def check(operations: list[tuple[int, int]]) -> None:
     cache, model, now = Cache(), Model(), 0.0
-    for number in range(OPERATIONS):
-        kind, *rest = drawn[number * BYTES : (number + 1) * BYTES]
-        if kind % 8 == 0:
-            now += PAUSES[rest[0] % len(PAUSES)]
+    for number, (kind, drawn) in enumerate(operations):
+        if kind < 8:
+            now += PAUSES[drawn % len(PAUSES)]
             done["pause"] += 1
-        elif kind % 64 == 1:
+        elif kind == 8:
             cache.empty_device()
             model.empty_device()
             done["reset"] += 1
-        expired = {cache_name(model, key) for key in cache.sweep(now)}
+        expired = {model.names[key] for key in cache.sweep(now)}
         assert expired == model.sweep(now)
-        if kind % 8 > 1:
-            request = request_of(bytes(rest), f"nonce {number}")
+        if kind > 8:
+            request = request_of(drawn, f"nonce {number}")
             keys = cache.keys(request)
             read, dropped, gone = cache.use(request, now)
             model.use(request, keys, now, read, dropped, gone)
@@ -255,11 +258,7 @@ def check(drawn: bytes) -> None:
             model.resident()
         )
         assert len(cache.ledger) == len(model.held)
-    done["operations"] += OPERATIONS
-
-
-def cache_name(model: Model, key: bytes) -> Identity:
-    return model.names[key]
+    done["operations"] += len(operations)
 
 
 def test_a_hundred_thousand_random_operations() -> None:

@@ -99,12 +99,18 @@ class CacheScopeMiddleware(ABC):
             scope = {**scope, "headers": _with_length(scope["headers"], len(raw))}
             receive = _replaying(raw, receive)
         exchange = Exchange(self._directory.caller(headers, request.session), request, forwarded)
-        case = self._open_case(exchange.caller, request, body, headers)
+        # Taking in a long prompt takes some milliseconds, which the first token need not wait for
+        # unless the client wants to hear of it.
+        case = None
+        if request.diagnose:
+            case = self._open_case(exchange.caller, request, body, headers)
         stream_prewarm = request.prewarm and body.get("stream") is True
         reply = Reply(exchange, send, case, stream_prewarm)
         try:
             await self._run(exchange, scope, receive, reply.send)
         finally:
+            if case is None and exchange.reports:
+                case = self._open_case(exchange.caller, request, body, headers)
             if case is not None:
                 self._close_case(case, exchange, reply)
 

@@ -1,0 +1,101 @@
+"""Why a prompt was not read, told by a real server to real clients."""
+
+import httpx
+import pytest
+
+from tests.engine.server import MODEL, Api
+from tests.engine.test_sdk import block
+
+pytestmark = pytest.mark.engine
+
+EPHEMERAL = {"type": "ephemeral"}
+
+
+def body(name: str, tool: str = "Weighs things.", question: str = "first", **fields) -> dict:
+    """Return an agent's request: a tool, a long system prompt and one question."""
+    return {
+        "model": MODEL,
+        "max_tokens": 3,
+        "tools": [{"name": "weigh", "description": tool, "input_schema": {"type": "object"}}],
+        "system": [block(f"diagnosed {name}", 500)],
+        "messages": [
+            {
+                "role": "user",
+                "content": [block(f"{name} {question}", 200, cache_control=EPHEMERAL)],
+            }
+        ],
+        **fields,
+    }
+
+
+def breaks(api: Api, key: str) -> list[dict]:
+    response = httpx.get(f"{api.url}/cachescope/breaks", headers={"x-api-key": key}, timeout=60)
+    return response.raise_for_status().json()["breaks"]
+
+
+def session(name: str) -> dict[str, str]:
+    return {"X-CacheScope-Session": name}
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_the_client_hears_what_it_changed(api: Api, streamed: bool) -> None:
+    client = api.anthropic("key of the diagnosed")
+    name = f"streamed {streamed}"
+    first = client.messages.create(**body(name), extra_headers=session(name))
+    changed = body(name, "Weighs anything.", diagnostics={"previous_message_id": first.id})
+    if streamed:
+        with client.messages.stream(**changed, extra_headers=session(name)) as stream:
+            message = stream.get_final_message()
+    else:
+        message = client.messages.create(**changed, extra_headers=session(name))
+    assert message.diagnostics is not None
+    assert message.diagnostics.cache_miss_reason.type == "tools_changed"
+
+    seen = next(b for b in breaks(api, "key of the diagnosed") if b["session"] == name)
+    assert (seen["cause"], seen["expected"]) == ("tools_changed", False)
+    assert seen["where"]["path"].startswith("tools[0]")
+    assert breaks(api, "key of someone else") == []
+
+
+def test_what_did_not_change_is_not_reported(api: Api) -> None:
+    client = api.anthropic("key of the steady")
+    first = client.messages.create(**body("steady"), extra_headers=session("steady"))
+    asked = body("steady", diagnostics={"previous_message_id": first.id})
+    again = client.messages.create(**asked, extra_headers=session("steady"))
+    assert again.usage.cache_read_input_tokens > 0
+    assert again.diagnostics is None
+    assert breaks(api, "key of the steady") == []
+
+
+def test_another_organisations_message_is_not_found(api: Api) -> None:
+    first = api.anthropic("key of the owner").messages.create(**body("owned"))
+    asked = body("owned", diagnostics={"previous_message_id": first.id})
+    answer = api.anthropic("key of the curious").messages.create(**asked)
+    assert answer.diagnostics.cache_miss_reason.type == "previous_message_not_found"
+
+
+def test_an_expiry_is_named_with_its_lifetime(api: Api) -> None:
+    client = api.anthropic("key of the late")
+    for advance in (0, 400):
+        api.clock.advance(advance)
+        client.messages.create(**body("late"), extra_headers=session("late"))
+    (seen,) = breaks(api, "key of the late")
+    assert seen["cause"] == "expired"
+    assert seen["engine"][0]["ttl_s"] == 300 and seen["engine"][0]["age_s"] == pytest.approx(100)
+    unexplained = api.metrics("cachescope_unexplained_tokens_total")
+    assert sum(unexplained.values()) == 0
+
+
+def test_openais_clients_hear_it_in_their_words(api: Api) -> None:
+    client = api.openai("key of the other format")
+    asked = {"model": MODEL, "max_output_tokens": 3, "input": "tide " * 900}
+    first = client.responses.create(instructions="Be brief. " * 40, **asked)
+    compare = {"prompt_cache_options": {"comparison_response_id": first.id}}
+    changed = client.responses.create(
+        instructions="Be very brief. " * 40, extra_body=compare, **asked
+    )
+    assert changed.prompt_cache_diagnostics.type == "cache_miss"
+    assert changed.prompt_cache_diagnostics.reason == "input_changed"
+    unknown = {"prompt_cache_options": {"comparison_response_id": "resp_unknown"}}
+    missing = client.responses.create(extra_body=unknown, **asked)
+    assert missing.prompt_cache_diagnostics.type == "comparison_response_not_found"
