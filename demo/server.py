@@ -134,21 +134,31 @@ class Server:
         if process is None:
             return
         # A second Ctrl-C must not leave half of it running.
-        previous = {s: signal.signal(s, signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGTERM)}
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        previous = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
         try:
             process.terminate()
             with suppress(subprocess.TimeoutExpired):
                 process.wait(STOP_TIMEOUT_S)
-            # The engine's processes are in the same group; whatever is left of it goes now.
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            deadline = time.monotonic() + STOP_TIMEOUT_S
-            with suppress(ProcessLookupError):
-                while time.monotonic() < deadline:
-                    os.killpg(process.pid, 0)
+            # The engine's processes are in the same group. Python's resource tracker among them,
+            # which takes no notice of SIGTERM, removes their shared memory once they are gone.
+            for number in (signal.SIGTERM, signal.SIGKILL):
+                if not self._signal_group(number):
+                    break
+                deadline = time.monotonic() + STOP_TIMEOUT_S
+                while self._signal_group(0) and time.monotonic() < deadline:
                     time.sleep(0.05)
             regions.remove_stale()
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+    def _signal_group(self, number: int) -> bool:
+        """Send a signal (0 for none) to whatever is left of the server; return if there was any."""
+        assert self._process is not None
+        self._process.poll()  # reaps it: a dead leader would count as left
+        try:
+            os.killpg(self._process.pid, number)
+        except ProcessLookupError:
+            return False
+        return True

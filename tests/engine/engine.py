@@ -238,6 +238,11 @@ class Engine:
                 answer.report = Report.from_wire(output.kv_transfer_params[PLAN_KEY])
         return self._engine.has_unfinished_requests()
 
+    def abort(self, request_id: str) -> None:
+        """Give up a request that was queued with `add`."""
+        self._engine.abort_request([request_id])
+        del self._answers[request_id]
+
     def answer(self, request_id: str) -> Answer:
         """Return the answer to a finished request that was queued with `add`."""
         return self._answers.pop(request_id)

@@ -217,3 +217,20 @@ def test_expiry_under_a_running_request_costs_it_nothing(engine, prompt, tier):
     engine.clock.advance(300)
     engine.connector.command_sweep()
     assert engine.resident() == {}
+
+
+@pytest.mark.parametrize("steps", range(5))
+def test_what_an_aborted_request_has_loaded_is_mortal(engine, prompt, steps):
+    engine.ask(prompt, org_plan("acme", prompt))
+    engine.empty_device()
+    aborted = engine.add(Ask(prompt, sealed(org_plan("acme", prompt)), max_tokens=50))
+    for _ in range(steps):
+        engine.step()
+    engine.abort(aborted)
+    # Its transfers, if any are under way, end in the course of other work.
+    engine.uncached(prompt)
+    engine.clock.advance(300)
+    engine.connector.command_sweep()
+    assert engine.resident() == {}
+    assert len(engine.scheduler.kv_cache_manager.block_pool.cached_block_hash_to_block) == 0
+    assert engine.ask(prompt, org_plan("acme", prompt)).read == 0
