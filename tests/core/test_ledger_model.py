@@ -14,7 +14,7 @@ from vllm_cachescope.ledger import Ledger
 from vllm_cachescope.plan import Plan, Span
 from vllm_cachescope.scopes import Caller, Scope, ScopeKeys
 
-EXAMPLES = 520
+EXAMPLES = 640
 MIN_OPERATIONS, MAX_OPERATIONS = 100, 400
 
 DEVICE_BLOCKS = 14
