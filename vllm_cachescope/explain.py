@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from vllm_cachescope.boundaries import common_prefix
 from vllm_cachescope.diagnosis import (
     NEW_CONTENT,
     Diagnosis,
@@ -164,20 +165,8 @@ def explain(calls: Iterable[Call], ttl_s: float | None = None) -> Iterator[Expla
         if call.text is not None:
             texts[placement.entry] = call.text
             before = texts.get(placement.ancestor, "") if placement.ancestor else ""
-            char = _common_chars(before, call.text)
+            char = common_prefix(before, call.text)
         yield Explained(call.source, call.session, call.at, diagnosis, char)
-
-
-def _common_chars(old: str, new: str) -> int:
-    """Number of leading characters two texts share, by bisection: comparing slices is fast."""
-    low, high = 0, min(len(old), len(new))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if old[low:middle] == new[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
 
 
 def explain_blocks(calls: Iterable[BlockCall], ttl_s: float | None = None) -> Iterator[Explained]:
