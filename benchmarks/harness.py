@@ -230,5 +230,13 @@ def server(plugin: bool, **config: Any) -> Server:
     else:
         module = "vllm.entrypoints.openai.api_server"
         command = [sys.executable, "-m", module, "--model", model, *options]
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_SERVER_DEV_MODE": "1"}
-    return Server(command, environment)
+    environment = {
+        "VLLM_CPU_KVCACHE_SPACE": "2",
+        "VLLM_SERVER_DEV_MODE": "1",
+        # One process for scheduler and model, as on one GPU. With a worker process of its own the
+        # scheduler spins on a queue while it waits for it, and on two cores API and client then
+        # wait for the scheduler.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "OMP_NUM_THREADS": "1",
+    }
+    return Server([*command, "--distributed-executor-backend", "uni"], environment)
