@@ -197,26 +197,37 @@ def finish(result: Result, directory: Path) -> int:
     return 0 if result.met else 1
 
 
-def prompt(label: str, seed: int = 0) -> dict[str, Any]:
-    """Return an agent's request of some 8,000 tokens, with breakpoints.
+PROMPTS = {
+    5_000: {"turns": 3, "tools": 4, "rules": 14},
+    8_000: {"turns": 5, "tools": 8, "rules": 28},
+    20_000: {"turns": 20, "tools": 24, "rules": 36},
+}
+"""Agents' sessions by the approximate length of their last prompt, in tokens."""
+
+
+def prompt(label: str, seed: int = 0, tokens: int = 8_000) -> dict[str, Any]:
+    """Return an agent's request of some ``tokens`` tokens, with breakpoints.
 
     Args:
         label: stands at the very beginning: prompts of two labels have nothing in common.
         seed: picks the messages.
+        tokens: one of `PROMPTS`.
     """
-    body = marked(agent_session(seed, turns=5, tools=8, rules=28).body(4))
+    session = agent_session(seed, **PROMPTS[tokens])
+    body = marked(session.body(session.turns - 1))
     handbook = body["system"][0]
     handbook["text"] = f"Edition {label}.\n{handbook['text']}"
     return body
 
 
-def server(plugin: bool, **config: Any) -> Server:
+def server(plugin: bool, *arguments: str, **config: Any) -> Server:
     """Return a server of the SMALL model, with the plugin or plain; enter it to start it.
 
     Both cache prefixes on the device, and tell how much of a prompt they read.
 
     Args:
         plugin: whether to serve with the plugin.
+        arguments: further ones for vLLM.
         config: the plugin's configuration.
     """
     model = str(build(MODELS / SMALL.name, SMALL))
@@ -224,6 +235,7 @@ def server(plugin: bool, **config: Any) -> Server:
         *("--served-model-name", MODEL, "--dtype", "float32", "--enforce-eager"),
         *("--max-model-len", "32768", "--enable-prompt-tokens-details"),
         *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
+        *arguments,
     ]
     if plugin:
         command = serve_command(model, config, options)

@@ -159,15 +159,23 @@ def read_metrics(url: str) -> Metrics:
     return metrics
 
 
-def empty_device_cache(url: str, timeout_s: float = 10.0) -> None:
-    """Empty the server's prefix cache, and nothing behind it. Takes VLLM_SERVER_DEV_MODE=1.
+def empty_device_cache(url: str, timeout_s: float = 10.0, connector: bool = False) -> None:
+    """Empty the server's prefix cache. Takes VLLM_SERVER_DEV_MODE=1.
+
+    Args:
+        url: the server.
+        timeout_s: how long to try, in seconds.
+        connector: whether to empty the memory of its KV connector, too: with CacheScope the CPU
+            tier, but no remote tier.
 
     Raises:
         TimeoutError: if the engine still uses blocks after ``timeout_s``.
     """
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
-        answer = httpx.post(f"{url}/reset_prefix_cache", timeout=60).raise_for_status()
+        answer = httpx.post(
+            f"{url}/reset_prefix_cache", params={"reset_external": connector}, timeout=60
+        ).raise_for_status()
         if answer.json()["success"]:
             return
         time.sleep(0.05)

@@ -43,6 +43,9 @@ class Server:
         on_wait: called a few times per second while the server starts, with the seconds since.
     """
 
+    health = "/health"
+    """Where it answers once it is ready."""
+
     def __init__(
         self,
         command: Sequence[str],
@@ -123,7 +126,7 @@ class Server:
             if self._process.poll() is not None:
                 raise ServerFailed(f"the server ended with status {self._process.returncode}")
             with suppress(httpx.TransportError):
-                if httpx.get(f"{self.url}/health", timeout=5).status_code == 200:
+                if httpx.get(f"{self.url}{self.health}", timeout=5).status_code == 200:
                     return
             self._on_wait(waited)
             time.sleep(0.25)

@@ -12,10 +12,9 @@ from typing import Any
 
 import yaml
 
-from vllm_cachescope import explain, lint
-from vllm_cachescope.config import ConfigError, load
+from vllm_cachescope import explain, lint, purge
+from vllm_cachescope.config import CONNECTOR, ConfigError, load
 
-CONNECTOR = "CacheScopeConnector"
 MIDDLEWARE = "vllm_cachescope.connectors.vllm.server.Middleware"
 
 
@@ -49,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     explain.add_command(commands)
     lint.add_command(commands)
+    purge.add_command(commands)
     arguments, rest = parser.parse_known_args(argv)
     if arguments.command == "serve":
         return _serve(arguments, rest)
@@ -97,6 +97,8 @@ def _serve(arguments: argparse.Namespace, vllm_arguments: list[str]) -> int:
         config = _settings(arguments.cachescope, arguments.set)
         checked = load(config)
         checked.tenant_names()
+        for tier in checked.quotas:
+            checked.quota_orgs(tier)
         if checked.secret is not None or checked.secret_file is not None:
             checked.secret_bytes()
     except ConfigError as error:

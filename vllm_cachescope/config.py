@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ByteSize,
@@ -15,12 +17,17 @@ from pydantic import (
     Field,
     SecretStr,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
 from vllm_cachescope.durations import format_duration, parse_duration, parse_wait
+from vllm_cachescope.identity import organisations
 from vllm_cachescope.prompt import Region
 from vllm_cachescope.scopes import Scope
+
+CONNECTOR = "CacheScopeConnector"
+"""What vLLM's ``--kv-transfer-config`` calls the connector."""
 
 SECRET_VARIABLE = "CACHESCOPE_SECRET"
 """Environment variable the secret is taken from where the configuration names none."""
@@ -40,6 +47,14 @@ def _duration(value: object) -> object:
 
 def _wait(value: object) -> object:
     return parse_wait(value) if isinstance(value, str) else value
+
+
+def _pattern(value: str) -> str:
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"it is no regular expression: {error}") from None
+    return value
 
 
 def _scope(value: object) -> object:
@@ -99,6 +114,24 @@ class Regions(_Model):
         return (self.tools, self.system, self.messages)[region]
 
 
+class DiffSettings(_Model):
+    """Diffs of the tools and system blocks that broke a prefix.
+
+    Attributes:
+        directory: where they are written, readable to nobody but the server. It is made if it is
+            not there.
+        max_bytes: how much it may hold; the oldest files go first.
+        max_files: how many files it may hold.
+        redact: regular expressions of what is left out of them, besides what looks like a key, a
+            token, a password or an e-mail address.
+    """
+
+    directory: Path
+    max_bytes: Annotated[ByteSize, Field(ge=2**12)] = ByteSize(2**24)
+    max_files: Annotated[int, Field(strict=True, gt=0)] = 1000
+    redact: tuple[Annotated[str, AfterValidator(_pattern)], ...] = ()
+
+
 class _Tier(_Model):
     """A tier behind the CPU tier, shared by all engines that name the same store.
 
@@ -137,7 +170,72 @@ class RedisTier(_Tier):
     url: Annotated[SecretStr, Field(min_length=1)]
 
 
-Tier = RedisTier
+class LMCacheTier(_Tier):
+    """A tier over one of LMCache's L2 adapters.
+
+    Attributes:
+        adapter: the adapter's own configuration: ``type``, and what that type needs.
+    """
+
+    type: Literal["lmcache"]
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")] = "lmcache"
+    adapter: Annotated[dict[str, Any], Field(repr=False)]
+
+    @field_validator("adapter")
+    @classmethod
+    def _has_a_type(cls, adapter: dict[str, Any]) -> dict[str, Any]:
+        if not isinstance(adapter.get("type"), str):
+            raise ValueError(
+                "it needs a type, that of one of LMCache's L2 adapters, such as fs, resp or s3"
+            )
+        return adapter
+
+
+Tier = RedisTier | LMCacheTier
+TIERS: dict[str, type[_Tier]] = {"lmcache": LMCacheTier, "redis": RedisTier}
+"""What a tier is configured with, by its type."""
+
+
+def _tier_type(value: object) -> object:
+    # Said here, since what is said of a wrong discriminator shows the whole tier, passwords too.
+    if isinstance(value, dict) and value.get("type") not in TIERS:
+        allowed = ", ".join(TIERS)
+        raise ValueError(f"type: {value.get('type')!r} is no type of tier; allowed: {allowed}")
+    return value
+
+
+class Share(_Model):
+    """How much of a tier an organisation may have.
+
+    Attributes:
+        quota: bytes it may hold; over that, its own oldest entries go. None for no limit.
+        reserve: bytes that others' entries do not push out.
+    """
+
+    quota: ByteSize | None = None
+    reserve: ByteSize | None = None
+
+
+class TierQuotas(Share):
+    """The shares of a tier: its own attributes are those of every organisation that `orgs` does
+    not name, or gives no other.
+
+    Attributes:
+        orgs: shares of single organisations: by a name in `Config.tenants`, a gateway's name, or
+            an id as ``GET /cachescope/breaks`` shows it; ``global`` for what everyone shares.
+        capacity: bytes of all organisations together, for a tier that does not know its own.
+    """
+
+    orgs: dict[str, Share] = {}
+    capacity: Annotated[ByteSize, Field(gt=0)] | None = None
+
+    def of(self, org: str | None) -> Share:
+        """Return the share of the organisation that `orgs` calls ``org``; None for the others'."""
+        own = self.orgs.get(org, Share()) if org is not None else Share()
+        return Share(
+            quota=self.quota if own.quota is None else own.quota,
+            reserve=self.reserve if own.reserve is None else own.reserve,
+        )
 
 
 class Config(_Model):
@@ -158,7 +256,9 @@ class Config(_Model):
         operator_token: bearer token that lets its holder see and manage every organisation's
             entries at the server's ``/cachescope`` paths; None for nobody.
         sweep_interval: how often an idle engine drops expired blocks.
+        diffs: diffs of what broke a prefix, for the operator; None to keep no prompt text.
         tiers: stores behind the CPU tier, asked in this order.
+        quotas: what organisations may hold, by the name of a tier.
     """
 
     cpu_bytes: Annotated[ByteSize, Field(gt=0)] = ByteSize(2**30)
@@ -172,7 +272,36 @@ class Config(_Model):
     org_header: Annotated[str, Field(min_length=1)] | None = None
     operator_token: Annotated[SecretStr, Field(min_length=16)] | None = None
     sweep_interval: Duration = 5
-    tiers: tuple[Tier, ...] = ()
+    diffs: DiffSettings | None = None
+    tiers: tuple[
+        Annotated[Tier, Field(discriminator="type"), BeforeValidator(_tier_type)], ...
+    ] = ()
+
+    quotas: dict[str, TierQuotas] = {}
+
+    @model_validator(mode="after")
+    def _quotas_can_be_kept(self) -> Self:
+        names = ["device", "cpu", *(tier.name for tier in self.tiers)]
+        for tier, quotas in self.quotas.items():
+            where = f"quotas.{tier}"
+            if tier not in names:
+                raise ValueError(f"{where}: there is no such tier; allowed: {', '.join(names)}")
+            if tier in ("device", "cpu") and quotas.capacity is not None:
+                raise ValueError(f"{where}.capacity: this tier knows its own; leave it out")
+            capacity = self.cpu_bytes if tier == "cpu" else quotas.capacity
+            reserved = 0
+            for org in (None, *quotas.orgs):
+                share, at = quotas.of(org), where if org is None else f"{where}.orgs.{org}"
+                if not share.reserve:
+                    continue
+                reserved += share.reserve * (org is not None)
+                if share.quota is not None and share.reserve > share.quota:
+                    raise ValueError(f"{at}: its reserve is more than its quota")
+                if capacity is None and tier != "device":
+                    raise ValueError(f"{at}: a reserve of this tier needs {where}.capacity")
+                if capacity is not None and max(share.reserve, reserved) > capacity:
+                    raise ValueError(f"{at}: more is reserved than the tier can hold")
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -222,6 +351,38 @@ class Config(_Model):
             return from_environment.encode()
         raise ConfigError(f"secret: there is none; set secret, secret_file or {SECRET_VARIABLE}")
 
+    def check(self) -> None:
+        """Look into what the configuration refers to: files, and the secret where one is needed.
+
+        Raises:
+            ConfigError: if something is missing or wrong there.
+        """
+        self.tenant_names()
+        if self.secret is not None or self.secret_file is not None or self.tiers:
+            secret = self.secret_bytes()
+            if self.tiers and secret.startswith(MADE_UP.encode()):
+                raise ConfigError(
+                    "secret: there is none, and engines that share a tier must have the same; set "
+                    f"secret, secret_file or {SECRET_VARIABLE}"
+                )
+
+    def quota_orgs(self, tier: str) -> dict[str, Share]:
+        """Return the shares of the organisations that `quotas` names for ``tier``, by their ids.
+
+        Raises:
+            ConfigError: if a name is no organisation's.
+        """
+        quotas, names = self.quotas.get(tier, TierQuotas()), self.tenant_names().values()
+        shares: dict[str, Share] = {}
+        for name in quotas.orgs:
+            if not (orgs := organisations(name, names, self.org_header)):
+                raise ConfigError(
+                    f"quotas.{tier}.orgs: {name!r} is no organisation; allowed: a name in tenants, "
+                    "'global', or an id as GET /cachescope/breaks shows it"
+                )
+            shares |= dict.fromkeys(orgs, quotas.of(name))
+        return shares
+
     def tenant_names(self) -> dict[str, str]:
         """Return the organisations' names by the SHA-256 of their API keys, file included.
 
@@ -270,9 +431,13 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 def _explain(error: ValidationError) -> str:
     lines = []
     for detail in error.errors():
-        key = ".".join(map(str, detail["loc"])) or "configuration"
+        location = detail["loc"]
+        allowed = ", ".join(sorted(_keys_beside(location)))
+        if location[:1] == ("tiers",):
+            # pydantic puts a tier's type after its number, as if it were a key.
+            location = location[:2] + location[3:]
+        key = ".".join(map(str, location)) or "configuration"
         if detail["type"] == "extra_forbidden":
-            allowed = ", ".join(sorted(_keys_beside(detail["loc"])))
             lines.append(
                 f"{key}: there is no such key (value {detail['input']!r}); allowed: {allowed}"
             )
@@ -287,8 +452,15 @@ def _keys_beside(location: tuple[int | str, ...]) -> Iterable[str]:
     """Return the keys that may stand where the last one of ``location`` does."""
     model: type[BaseModel] = Config
     for name in location[:-1]:
-        if isinstance(name, str):
-            model = RedisTier if name == "tiers" else model.model_fields[name].annotation  # type: ignore[assignment]
+        if location[0] == "tiers" and name in TIERS:
+            model = TIERS[str(name)]
+        elif name in model.model_fields and name != "tiers":
+            annotation = model.model_fields[str(name)].annotation
+            candidates = (annotation, *get_args(annotation))
+            models = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+            if not models:
+                return ()
+            model = models[0]
     return model.model_fields
 
 

@@ -9,8 +9,10 @@ from vllm_cachescope.changes import Change, ChangeKind, compare
 from vllm_cachescope.durations import format_duration
 from vllm_cachescope.fingerprint import Fingerprint
 from vllm_cachescope.latches import Latch
-from vllm_cachescope.lineage import Entry, Placement, Relation
+from vllm_cachescope.lineage import Entry, Held, Placement, Relation
+from vllm_cachescope.misses import EngineCause, EngineMiss
 from vllm_cachescope.overlap import overlap
+from vllm_cachescope.report import EngineId
 
 
 class Kind(StrEnum):
@@ -39,22 +41,6 @@ class Kind(StrEnum):
         return self is Kind.CONTEXT_COMPACTED or self.value.endswith("_changed")
 
 
-class EngineCause(StrEnum):
-    """Why tokens that some earlier request had were not in the cache."""
-
-    EXPIRED = "expired"
-    EVICTED = "evicted"
-    NEVER_STORED = "never_stored"
-    TIER_UNAVAILABLE = "tier_unavailable"
-    TIMED_OUT = "timed_out"
-    ENGINE_RESTARTED = "engine_restarted"
-    OTHER_REPLICA = "other_replica"
-    HASH_SETTINGS_DIFFER = "hash_settings_differ"
-    PARTIAL_BLOCK = "partial_block"
-    FIRST_REQUEST = "first_request"
-    UNKNOWN = "unknown"
-
-
 NEW_CONTENT = "new_content"
 """Cause of the tokens that no earlier request had: the turns that were added."""
 
@@ -67,45 +53,31 @@ _BY_RELATION = {
     Relation.COMPACTION: Kind.CONTEXT_COMPACTED,
 }
 
-# What cannot be helped: a prompt's last block is only cached once it is full.
-_UNAVOIDABLE = (EngineCause.PARTIAL_BLOCK, EngineCause.FIRST_REQUEST)
+# A prompt's last block is only cached once it is full; and who wants log probabilities of the
+# prompt wants it computed.
+_UNAVOIDABLE = (EngineCause.PARTIAL_BLOCK, EngineCause.NOT_LOOKED_UP)
 
 # An estimated number of shared tokens may be this much too high, as a fraction.
 _ESTIMATE_ERROR = 0.25
 
 
 @dataclass(frozen=True, slots=True)
-class EngineMiss:
-    """Tokens the engine looked for and did not find, or could not have kept.
-
-    Attributes:
-        cause: why.
-        tokens: how many.
-        tier: the tier that knows, if one does.
-        ttl_s: for expired tokens, the lifetime that ran out, in seconds.
-        age_s: seconds since they expired or were evicted.
-        detail: what else is known, in a few words: "not covered by a breakpoint".
-    """
-
-    cause: EngineCause
-    tokens: int
-    tier: str | None = None
-    ttl_s: int | None = None
-    age_s: float | None = None
-    detail: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class EngineReport:
-    """What the engine found of one prompt.
+    """What the engine found of one request, and what it might have found.
 
     Attributes:
-        prompt_tokens: its length in tokens.
+        prompt_tokens: length of its prompt in tokens.
         read_tokens: leading tokens read from any tier.
         block_tokens: tokens per block.
-        misses: what it looked for in vain, each tier naming what it knows.
+        misses: what it looked for in vain, in prompt order, each tier naming what it knows.
         shared_tokens: exactly how many leading tokens the prompt has in common with its ancestor's;
-            None to go by the estimate.
+            None to go by the estimate, or by ``held``.
+        held: what an earlier request had left of it; None for nothing, or if that is not known.
+        began: when it began, in seconds, on the clock of ``held``.
+        engine: where it ran; must be there with ``held``.
+        unasked: why a shared tier could not be asked for what this engine never had; no tokens.
+        reach_s: how far back the engine's memory of what it had reaches, in seconds; None for all
+            of it.
     """
 
     prompt_tokens: int
@@ -113,6 +85,11 @@ class EngineReport:
     block_tokens: int
     misses: tuple[EngineMiss, ...] = ()
     shared_tokens: int | None = None
+    held: Held | None = None
+    began: float = 0.0
+    engine: EngineId | None = None
+    unasked: EngineMiss | None = None
+    reach_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,8 +243,7 @@ def conclude(
 
     Estimates are scaled to the prompt's true length. A change that cost nothing, because the
     engine read past it, is no longer held against the request. Tokens that were shared and not
-    read are put down to what the tiers report; what a block's edge or the ancestor's breakpoints
-    explain, to those; and what is left over, to `EngineCause.UNKNOWN`.
+    read are divided among causes by `_divide`.
 
     Args:
         diagnosis: from `diagnose`.
@@ -284,36 +260,9 @@ def conclude(
         reach = min(prompt, estimate if known is None else known)
         # Only whole blocks could have been read.
         missed = max(0, reach - reach % report.block_tokens - max(read, shared))
-    lost = max(0, shared - read)
-
-    engine: list[EngineMiss] = []
-    left = lost
-    for miss in report.misses:
-        if tokens := min(miss.tokens, left):
-            engine.append(replace(miss, tokens=tokens))
-            left -= tokens
-    if left and shared < report.block_tokens:
-        engine.append(EngineMiss(EngineCause.NEVER_STORED, left, detail="shorter than one block"))
-        left = 0
-    if left and (left < report.block_tokens or (diagnosis.kind is Kind.RETRY and read)):
-        # A retry's last block is computed again: the answer starts from its last token.
-        edge = min(left, report.block_tokens)
-        engine.append(EngineMiss(EngineCause.PARTIAL_BLOCK, edge))
-        left -= edge
-    if left and ancestor is not None:
-        old = ancestor.fingerprint
-        covered = round(old.covered_tokens * (known / old.tokens if known else scale))
-        if beyond := min(left, max(0, shared - covered)):
-            detail = "not covered by a breakpoint"
-            engine.append(EngineMiss(EngineCause.NEVER_STORED, beyond, detail=detail))
-            left -= beyond
-    if left and not exact:
-        # Less than the estimate's error: the prefix ends a little before where it was put.
-        slack = min(left, round(shared * _ESTIMATE_ERROR) + report.block_tokens)
-        if left == slack:
-            shared, left = shared - slack, 0
-    if left:
-        engine.append(EngineMiss(EngineCause.UNKNOWN, left))
+    covered = _covered(report, ancestor, scale)
+    engine = _divide(diagnosis.kind, report, read, shared, covered, exact)
+    shared = read + sum(miss.tokens for miss in engine) if shared > read else shared
 
     avoidable = any(miss.cause not in _UNAVOIDABLE for miss in engine)
     harmless = diagnosis.kind.is_break and not missed
@@ -342,7 +291,129 @@ def _shared(
         return report.prompt_tokens, True
     if diagnosis.kind is Kind.CONTINUATION and ancestor_tokens is not None:
         return min(ancestor_tokens, report.prompt_tokens), True
+    if report.held is not None:
+        return report.held.shared_tokens, True
     return min(round(diagnosis.shared_tokens * scale), report.prompt_tokens), False
+
+
+def _covered(report: EngineReport, ancestor: Entry | None, scale: float) -> int | None:
+    """Return how many tokens a breakpoint covered when they were computed; None if unknown."""
+    if report.held is not None:
+        covered = report.held.run.covered_tokens
+    elif ancestor is not None:
+        old, known = ancestor.fingerprint, ancestor.prompt_tokens
+        covered = round(old.covered_tokens * (known / old.tokens if known else scale))
+    else:
+        return None
+    return covered - covered % report.block_tokens
+
+
+def _divide(
+    kind: Kind, report: EngineReport, read: int, shared: int, covered: int | None, exact: bool
+) -> list[EngineMiss]:
+    """Put each of the tokens from ``read`` to ``shared`` down to one cause.
+
+    First to what the engine reports, from the front on; then to what a block's edge, the
+    breakpoints and the place where the tokens had been computed explain; and what is left over to
+    `EngineCause.UNKNOWN`. Where ``shared`` is an estimate, tokens within its error have no cause.
+    """
+    held, block = report.held, report.block_tokens
+    engine: list[EngineMiss] = []
+    behind: list[EngineMiss] = []
+    end = max(read, shared)
+    if held is not None:
+        # Equal requests, and unequal tokens: the template did it.
+        same = max(read, held.shared_tokens)
+        if end - end % held.run.tokens.step > same:
+            behind.append(EngineMiss(EngineCause.RENDERED_DIFFERENTLY, end - same))
+            end = same
+        if end > (readable := max(read, held.run.readable_tokens)):
+            behind.insert(0, _never_stored(end - readable, _UNREADABLE))
+            end = readable
+    left = end - read
+    if left and end < block:
+        return [_never_stored(left, "shorter than one block"), *behind]
+    # Only whole blocks are cached, and a retry's last one is computed again: the answer starts
+    # from its last token.
+    edge = end % block or (block if kind is Kind.RETRY and end == report.prompt_tokens else 0)
+    if exact or left < block:
+        edge = min(left, edge if exact else left)
+        behind.insert(0, EngineMiss(EngineCause.PARTIAL_BLOCK, edge))
+        left -= edge
+        end -= edge
+    for miss in report.misses:
+        if tokens := min(miss.tokens, left):
+            # Evicted from the device, the only place where it ever was.
+            bare = 0
+            if covered is not None and miss.cause is EngineCause.EVICTED and not miss.detail:
+                bare = min(tokens, max(0, end - left + tokens - covered))
+            if tokens > bare:
+                engine.append(replace(miss, tokens=tokens - bare))
+            if bare:
+                engine.append(_never_stored(bare, _UNCOVERED))
+            left -= tokens
+    if left and held is not None and held.run.computed_at > report.began:
+        engine.append(_never_stored(left, _IN_FLIGHT))
+        left = 0
+    if covered is not None and not _elsewhere(report):
+        bare = min(left, max(0, end - covered))
+        engine += [_never_stored(bare, _UNCOVERED)] if bare else []
+        left -= bare
+    if left and held is not None and (why := _remote_cause(report, held, left)) is not None:
+        engine.append(why)
+        left = 0
+    if left and not exact:
+        # Less than the estimate's error: the prefix ends a little before where it was put.
+        slack = min(left, round(shared * _ESTIMATE_ERROR) + block)
+        left = 0 if left == slack else left
+    if left:
+        engine.append(EngineMiss(EngineCause.UNKNOWN, left))
+    return engine + [miss for miss in behind if miss.tokens]
+
+
+def _never_stored(tokens: int, detail: str) -> EngineMiss:
+    return EngineMiss(EngineCause.NEVER_STORED, tokens, detail=detail)
+
+
+_UNCOVERED = "not covered by a breakpoint"
+_UNREADABLE = "session scope, and the request named no session"
+_IN_FLIGHT = "an earlier request was still computing it"
+
+
+def _elsewhere(report: EngineReport) -> bool:
+    """Whether another engine's own memory held the tokens, and no tier that this one shares."""
+    if report.held is None or report.engine is None or report.engine.tiers:
+        return False
+    return _is_other(report.engine, report.held.run.engine)
+
+
+def _is_other(engine: EngineId, other: EngineId) -> bool:
+    return (engine.rank, engine.epoch) != (other.rank, other.epoch)
+
+
+def _remote_cause(report: EngineReport, held: Held, tokens: int) -> EngineMiss | None:
+    """Return why the engine knows nothing of tokens that were computed once; None if it should."""
+    here, there = report.engine, held.run.engine
+    assert here is not None
+    if _is_other(here, there):
+        if report.unasked is not None:
+            return replace(report.unasked, tokens=tokens)
+        if here.tiers and here.hashing != there.hashing:
+            return EngineMiss(EngineCause.HASH_SETTINGS_DIFFER, tokens)
+        names = " and ".join(here.tiers)
+        detail = f"{names} had no copy" if names else None
+        restarted = here.rank == there.rank
+        cause = EngineCause.ENGINE_RESTARTED if restarted else EngineCause.OTHER_REPLICA
+        return EngineMiss(cause, tokens, detail=detail)
+    idle_s = report.began - held.run.used_at
+    if report.reach_s is None or idle_s <= report.reach_s:
+        return None
+    # Too long ago for the engine to remember. A lifetime that is over needs no witness; and who
+    # left before its end has been evicted.
+    if idle_s > held.run.ttl_s:
+        age_s = idle_s - held.run.ttl_s
+        return EngineMiss(EngineCause.EXPIRED, tokens, ttl_s=held.run.ttl_s, age_s=age_s)
+    return EngineMiss(EngineCause.EVICTED, tokens, detail="too long ago to be remembered")
 
 
 def _kind(relation: Relation, changes: tuple[Change, ...]) -> Kind:
@@ -445,6 +516,9 @@ _ENGINE_ADVICE = {
     EngineCause.TIMED_OUT: "Raise the tier's deadline, or relieve the tier",
     EngineCause.ENGINE_RESTARTED: "Use a tier that outlives the engine",
     EngineCause.OTHER_REPLICA: "Route a session to one replica, or share a tier between replicas",
-    EngineCause.HASH_SETTINGS_DIFFER: "Give all engines one secret and one hash algorithm",
+    EngineCause.HASH_SETTINGS_DIFFER: "Give all engines one secret, one hash algorithm and one "
+    "PYTHONHASHSEED",
+    EngineCause.RENDERED_DIFFERENTLY: "Use a chat template that renders earlier turns as it did "
+    "before: this one leaves out or changes what it had rendered",
     EngineCause.UNKNOWN: "Report this: a tier lost tokens without saying why",
 }

@@ -18,8 +18,6 @@ from vllm_cachescope.boundaries import common_prefix
 from vllm_cachescope.diagnosis import (
     NEW_CONTENT,
     Diagnosis,
-    EngineCause,
-    EngineMiss,
     EngineReport,
     Kind,
     conclude,
@@ -28,6 +26,7 @@ from vllm_cachescope.diagnosis import (
 from vllm_cachescope.durations import parse_duration
 from vllm_cachescope.fingerprint import Fingerprinter
 from vllm_cachescope.lineage import Entry, LineageStore
+from vllm_cachescope.misses import EngineCause, EngineMiss
 from vllm_cachescope.scopes import Caller
 from vllm_cachescope.traffic import BLOCK_TOKENS, BlockCall, Call, TrafficError, read_traffic
 

@@ -2,8 +2,9 @@
 
 import hashlib
 import hmac
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
+from vllm_cachescope.owners import EVERYONE
 from vllm_cachescope.scopes import Caller
 
 ANONYMOUS = "anonymous"
@@ -38,6 +39,14 @@ class Directory:
         session = next((s for name in SESSION_HEADERS if (s := headers.get(name))), body_session)
         return Caller(self._org(headers), session)
 
+    def named(self, name: str) -> list[str]:
+        """Return the organisations that an operator may mean by ``name``; see `organisations`."""
+        return organisations(name, self._names.values(), self._org_header)
+
+    def named_orgs(self) -> list[str]:
+        """Return the organisations that have a name in the configuration."""
+        return [f"name:{name}" for name in self._names.values()]
+
     def _org(self, headers: Mapping[str, str]) -> str:
         # The prefixes keep a key, a header and a name from meaning the same organisation by
         # being the same string.
@@ -49,6 +58,23 @@ class Directory:
         if name := self._names.get(hashlib.sha256(key.encode()).hexdigest()):
             return f"name:{name}"
         return "key:" + hmac.new(self._secret, key.encode(), hashlib.sha256).hexdigest()[:16]
+
+
+def organisations(name: str, names: Collection[str], org_header: str | None) -> list[str]:
+    """Return the ids of the organisations that an operator may mean by ``name``: an id as callers
+    have it, `EVERYONE` for nobody's, or a name from the configuration or a gateway.
+
+    Args:
+        name: what the operator writes.
+        names: the names in the configuration.
+        org_header: the gateway's header; None if there is none.
+    """
+    if name in (ANONYMOUS, EVERYONE) or name.startswith(("header:", "name:", "key:")):
+        return [name]
+    return [
+        *([f"name:{name}"] if name in names else ()),
+        *([f"header:{name}"] if org_header else ()),
+    ]
 
 
 def api_key(headers: Mapping[str, str]) -> str | None:

@@ -5,12 +5,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from vllm_cachescope.owners import NOBODY, org_of
+
 
 class Reason(StrEnum):
     """Why a block left a tier."""
 
     TTL = "ttl"
     CAPACITY = "capacity"
+    QUOTA = "quota"
+    PURGE = "purge"
     RESET = "reset"
 
 
@@ -21,11 +25,13 @@ class Entry:
     Attributes:
         ttl_s: the longest lifetime it was ever marked with, in seconds.
         expires_at: when it expires unless used before, on the ledger's clock, in seconds.
+        owner: whose it is; see `owners`.
         tiers: names of the tiers that hold it.
     """
 
     ttl_s: int
     expires_at: float
+    owner: bytes = NOBODY
     tiers: set[str] = field(default_factory=set)
 
 
@@ -42,7 +48,9 @@ class Ledger:
     def __init__(self) -> None:
         self._entries: dict[bytes, Entry] = {}
         self._by_ttl: dict[int, OrderedDict[bytes, Entry]] = {}
+        self._by_org: dict[bytes, set[bytes]] = {}
         self._resident: Counter[tuple[str, int]] = Counter()
+        self._held: dict[str, Counter[bytes]] = {}
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -59,7 +67,7 @@ class Ledger:
         entry = self._entries.get(key)
         return entry is not None and entry.expires_at <= now
 
-    def touch(self, key: bytes, ttl_s: int, now: float) -> bool:
+    def touch(self, key: bytes, ttl_s: int, now: float, owner: bytes = NOBODY) -> bool:
         """Start or refresh the lifetime of ``key``; the longer of its old and new TTL counts.
 
         The caller must have dropped expired entries first: touching one would revive it.
@@ -71,8 +79,9 @@ class Ledger:
         """
         entry = self._entries.get(key)
         if entry is None:
-            entry = Entry(ttl_s, now + ttl_s)
+            entry = Entry(ttl_s, now + ttl_s, owner)
             self._entries[key] = entry
+            self._by_org.setdefault(org_of(owner), set()).add(key)
             self._class(ttl_s)[key] = entry
             return True
         if ttl_s > entry.ttl_s:
@@ -92,7 +101,7 @@ class Ledger:
         entry = self._entries[key]
         if tier not in entry.tiers:
             entry.tiers.add(tier)
-            self._resident[tier, entry.ttl_s] += 1
+            self._count(tier, entry, 1)
 
     def displace(self, key: bytes, tier: str) -> None:
         """Note that ``tier`` no longer holds ``key``; a key that no tier holds is forgotten."""
@@ -100,7 +109,7 @@ class Ledger:
         if entry is None or tier not in entry.tiers:
             return
         entry.tiers.remove(tier)
-        self._resident[tier, entry.ttl_s] -= 1
+        self._count(tier, entry, -1)
         if not entry.tiers:
             self._forget(key, entry)
 
@@ -112,11 +121,22 @@ class Ledger:
                 key, entry = next(iter(queue.items()))
                 if entry.expires_at > now:
                     break
-                self._forget(key, entry)
-                for tier in entry.tiers:
-                    self._resident[tier, entry.ttl_s] -= 1
+                self._remove(key, entry)
                 expired.append((key, entry))
         return expired
+
+    def purge(self, prefix: bytes) -> list[tuple[bytes, Entry]]:
+        """Remove and return every entry whose owner begins with ``prefix``."""
+        orgs = [org_of(prefix)] if prefix else list(self._by_org)
+        purged = [
+            (key, entry)
+            for org in orgs
+            for key in self._by_org.get(org, ())
+            if (entry := self._entries[key]).owner.startswith(prefix)
+        ]
+        for key, entry in purged:
+            self._remove(key, entry)
+        return purged
 
     def clear_tier(self, tier: str) -> list[tuple[bytes, int]]:
         """Note that ``tier`` was emptied; return the keys it held and their TTLs in seconds."""
@@ -131,9 +151,29 @@ class Ledger:
         for (tier, ttl_s), blocks in self._resident.items():
             yield tier, ttl_s, blocks
 
+    def held(self, tier: str) -> dict[bytes, int]:
+        """Return how many blocks of each organisation ``tier`` holds, by its tag."""
+        return dict(self._held.get(tier, ()))
+
+    def _count(self, tier: str, entry: Entry, blocks: int) -> None:
+        self._resident[tier, entry.ttl_s] += blocks
+        held, org = self._held.setdefault(tier, Counter()), org_of(entry.owner)
+        held[org] += blocks
+        if not held[org]:
+            del held[org]
+
     def _class(self, ttl_s: int) -> OrderedDict[bytes, Entry]:
         return self._by_ttl.setdefault(ttl_s, OrderedDict())
+
+    def _remove(self, key: bytes, entry: Entry) -> None:
+        for tier in entry.tiers:
+            self._count(tier, entry, -1)
+        self._forget(key, entry)
 
     def _forget(self, key: bytes, entry: Entry) -> None:
         del self._entries[key]
         del self._by_ttl[entry.ttl_s][key]
+        org = org_of(entry.owner)
+        self._by_org[org].remove(key)
+        if not self._by_org[org]:
+            del self._by_org[org]

@@ -26,7 +26,9 @@ from vllm_cachescope.overlap import (
     split,
 )
 from vllm_cachescope.prompt import Region
+from vllm_cachescope.report import EngineId
 from vllm_cachescope.scopes import Caller
+from vllm_cachescope.tokenprint import TokenPrint
 
 DEFAULT_TTL_S = 6 * 3600.0
 DEFAULT_REQUESTS = 64
@@ -46,6 +48,43 @@ class Relation(StrEnum):
     BREAK = "break"
 
 
+@dataclass(frozen=True, slots=True)
+class Run:
+    """How a request ran, as far as a later one needs to know that shares tokens with it.
+
+    Attributes:
+        tokens: its prompt.
+        covered_tokens: leading tokens that a breakpoint covers.
+        readable_tokens: leading tokens that any later request of the session may read.
+        ttl_s: the longest lifetime among its blocks', in seconds.
+        engine: where it ran.
+        computed_at: when its prompt had been computed, on the store's clock, in seconds.
+        used_at: when it was over, and with it the last use of its blocks.
+    """
+
+    tokens: TokenPrint
+    covered_tokens: int
+    readable_tokens: int
+    ttl_s: int
+    engine: EngineId
+    computed_at: float
+    used_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What an earlier request had left of a prompt's tokens.
+
+    Attributes:
+        run: how that request ran: of all that have as much of the prompt, the one that is likeliest
+            to have left it where the prompt looked for it.
+        shared_tokens: leading tokens that the two have in common, in whole points of both prints.
+    """
+
+    run: Run
+    shared_tokens: int
+
+
 @dataclass(slots=True, eq=False)
 class Entry:
     """A request that is kept.
@@ -59,6 +98,7 @@ class Entry:
         continued: whether a later request goes on from it unchanged.
         response_id: the id its response got, once known.
         prompt_tokens: its length in tokens as the engine counted it, once known.
+        run: how it ran, once it is over; None where it was not one prompt.
     """
 
     fingerprint: Fingerprint
@@ -68,6 +108,12 @@ class Entry:
     continued: bool = False
     response_id: str | None = None
     prompt_tokens: int | None = None
+    run: Run | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """About how much memory it takes, in bytes."""
+        return self.fingerprint.nbytes + (400 + len(self.run.tokens.hashes) if self.run else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,22 +211,58 @@ class LineageStore:
         entry: Entry,
         response_id: str | None = None,
         prompt_tokens: int | None = None,
+        run: Run | None = None,
     ) -> None:
-        """Note the id of the response to ``entry`` and the prompt's length in tokens.
+        """Note the id of the response to ``entry``, the prompt's length in tokens, and how it ran.
 
         Args:
             caller: whose request it was.
             entry: the request, from its `Placement`.
             response_id: the id a client may name it by.
             prompt_tokens: the prompt's length as the engine counted it.
+            run: how it ran.
         """
         if prompt_tokens is not None:
             entry.prompt_tokens = prompt_tokens
-        org = self._orgs.get(caller.org)
-        session = org.get(caller.session) if org else None
-        if response_id is not None and session is not None and entry in session.entries:
+        session = self._find(caller)
+        if session is None or entry not in session.entries:
+            return
+        if run is not None and entry.run is None:
+            before = entry.nbytes
+            entry.run = run
+            self._grow(caller.org, session, entry.nbytes - before)
+        if response_id is not None:
             entry.response_id = response_id
             self._by_response[caller.org, response_id] = (caller.session, entry)
+
+    def held(
+        self, caller: Caller, entry: Entry, tokens: TokenPrint, engine: EngineId, began: float
+    ) -> Held | None:
+        """Return what the session's other requests had left of a prompt; None for nothing.
+
+        Args:
+            caller: whose prompt it is.
+            entry: the prompt's own request, which does not count.
+            tokens: the prompt.
+            engine: where it ran.
+            began: when it began, on the store's clock, in seconds.
+        """
+        session = self._find(caller)
+        best: Held | None = None
+        rank: tuple[int, bool, bool, float] | None = None
+        for other in session.entries if session else ():
+            if other is entry or (run := other.run) is None:
+                continue
+            shared = run.tokens.shared_tokens(tokens)
+            here = (run.engine.rank, run.engine.epoch) == (engine.rank, engine.epoch)
+            its = (shared, run.computed_at <= began, here, run.used_at)
+            if shared and (rank is None or its > rank):
+                best, rank = Held(run, shared), its
+        return best
+
+    def _find(self, caller: Caller) -> _Session | None:
+        org = self._orgs.get(caller.org)
+        return org.get(caller.session) if org else None
 
     def find(self, org: str, response_id: str) -> Entry | None:
         """Return the request of ``org`` that was answered with ``response_id``, if still kept.
@@ -190,6 +272,18 @@ class LineageStore:
         self._expire(self._clock())
         found = self._by_response.get((org, response_id))
         return found[1] if found else None
+
+    def orgs(self) -> list[str]:
+        """Return the organisations of which requests are kept."""
+        return list(self._orgs)
+
+    def purge(self, org: str | None, session: str | None = None) -> int:
+        """Forget the requests of ``org``, or of one session of it, or all; return how many."""
+        before = len(self)
+        for held in list(self._used):
+            if org in (None, held[0]) and session in (None, held[1]):
+                self._forget(*held)
+        return before - len(self)
 
     def _chained(self, org: str, fingerprint: Fingerprint) -> Fingerprint:
         """Complete a request that names the response it goes on from instead of repeating it."""
@@ -208,7 +302,7 @@ class LineageStore:
 
     def _keep(self, caller: Caller, session: _Session, entry: Entry) -> None:
         session.entries.append(entry)
-        self._grow(caller.org, session, entry.fingerprint.nbytes)
+        self._grow(caller.org, session, entry.nbytes)
         if len(session.entries) > self._requests:
             oldest = next((e for e in session.entries if e.superseded), session.entries[0])
             self._drop(caller.org, session, oldest)
@@ -241,7 +335,7 @@ class LineageStore:
     def _drop(self, org: str, session: _Session, entry: Entry) -> None:
         session.entries.remove(entry)
         self._unname(org, entry)
-        self._grow(org, session, -entry.fingerprint.nbytes)
+        self._grow(org, session, -entry.nbytes)
 
     def _unname(self, org: str, entry: Entry) -> None:
         if entry.response_id is not None:

@@ -37,7 +37,8 @@ RESIDENT_ENTRIES = Metric(
 EVICTIONS = Metric(
     "cachescope_evictions",
     "counter",
-    "Entries that left a tier, by reason (ttl, capacity, reset).",
+    "Entries that left a tier, by reason (ttl, capacity, quota: their organisation had more than "
+    "its share, purge, reset).",
     ("tier", "reason"),
 )
 REFUSED_PLANS = Metric(
@@ -49,15 +50,27 @@ REFUSED_PLANS = Metric(
 TIER_UP = Metric(
     "cachescope_tier_up",
     "gauge",
-    "1 while a remote tier answers and may be used, else 0.",
+    "1 while a tier answers and may be used, else 0.",
+    ("tier",),
+)
+TIER_USED_BYTES = Metric(
+    "cachescope_tier_used_bytes",
+    "gauge",
+    "Bytes a tier has in use; of a remote tier, what its store says, whoever uses it.",
+    ("tier",),
+)
+TIER_CAPACITY_BYTES = Metric(
+    "cachescope_tier_capacity_bytes",
+    "gauge",
+    "Bytes a tier can hold; 0 where a remote tier's store has no set limit.",
     ("tier",),
 )
 TIER_KEYS = Metric(
     "cachescope_tier_keys",
     "counter",
-    "Chunks that a remote tier was asked for, by operation (lookup, load, store) and outcome "
-    "(hit, miss, stored, present, expired; gone: evicted since the lookup; late: not within the "
-    "deadline; dropped: the queue was full or the tier down; failed; refused; damaged: bad "
+    "Chunks that a remote tier was asked for, by operation (lookup, load, store, reclaim) and "
+    "outcome (hit, miss, stored, present, expired; gone: evicted since the lookup; late: not "
+    "within the deadline; dropped: the queue was full or the tier down; failed; refused; damaged: bad "
     "header or checksum, deleted).",
     ("tier", "operation", "outcome"),
 )
@@ -75,6 +88,8 @@ METRICS = (
     EVICTIONS,
     REFUSED_PLANS,
     TIER_UP,
+    TIER_USED_BYTES,
+    TIER_CAPACITY_BYTES,
     TIER_KEYS,
     TIER_INFLIGHT_BYTES,
 )

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_cachescope.owners import NOBODY, owner_at
 from vllm_cachescope.scopes import Scope
 
 
@@ -38,10 +39,12 @@ class Plan:
     Attributes:
         spans: at least one; the last one ends where the prompt ends.
         nonce: unique to the prompt; the engine's report is found under it.
+        owner: whose its blocks of session scope are; see `owners`.
     """
 
     spans: tuple[Span, ...]
     nonce: str
+    owner: bytes = NOBODY
 
     def span_of(self, block_end: int) -> Span:
         """Return the span a block belongs to: the narrowest one that any of its tokens is in.
@@ -57,6 +60,10 @@ class Plan:
             return self.spans[index]
         last = self.spans[-1]
         return Span(block_end, last.scope, last.key, last.ttl_s, covered=False)
+
+    def owner_of(self, block_end: int) -> bytes:
+        """Return whose a block is; see `span_of`."""
+        return owner_at(self.span_of(block_end).scope, self.owner)
 
     @property
     def covered_tokens(self) -> int:
@@ -84,26 +91,35 @@ def seal(plan: Plan, secret: bytes) -> dict[str, Any]:
     a plan.
     """
     spans = [[s.end, int(s.scope), s.key, s.ttl_s, s.covered] for s in plan.spans]
-    return {"spans": spans, "nonce": plan.nonce, "mac": _mac(spans, plan.nonce, secret)}
+    owner = plan.owner.hex()
+    mac = _mac(spans, plan.nonce, owner, secret)
+    return {"spans": spans, "nonce": plan.nonce, "owner": owner, "mac": mac}
 
 
 def unseal(data: Any, secret: bytes) -> Plan | None:
     """Return the plan `seal` made, or None if ``data`` was not made with ``secret``."""
     if not isinstance(data, Mapping):
         return None
-    spans, nonce, mac = data.get("spans"), data.get("nonce"), data.get("mac")
-    if not (isinstance(spans, list) and isinstance(nonce, str) and isinstance(mac, str)):
+    spans = data.get("spans")
+    nonce, owner, mac = (data.get(name) for name in ("nonce", "owner", "mac"))
+    if not isinstance(spans, list):
+        return None
+    if not (isinstance(nonce, str) and isinstance(owner, str) and isinstance(mac, str)):
         return None
     try:
-        genuine = hmac.compare_digest(_mac(spans, nonce, secret).encode(), mac.encode())
+        genuine = hmac.compare_digest(_mac(spans, nonce, owner, secret).encode(), mac.encode())
     except (TypeError, ValueError, RecursionError):
         # What cannot be encoded was not made by `seal`.
         return None
     if not genuine:
         return None
-    return Plan(tuple(Span(end, Scope(scope), *rest) for end, scope, *rest in spans), nonce)
+    return Plan(
+        tuple(Span(end, Scope(scope), *rest) for end, scope, *rest in spans),
+        nonce,
+        bytes.fromhex(owner),
+    )
 
 
-def _mac(spans: list[Any], nonce: str, secret: bytes) -> str:
-    message = json.dumps(["plan", spans, nonce], separators=(",", ":")).encode()
+def _mac(spans: list[Any], nonce: str, owner: str, secret: bytes) -> str:
+    message = json.dumps(["plan", spans, nonce, owner], separators=(",", ":")).encode()
     return hmac.new(secret, message, hashlib.sha256).hexdigest()[:32]

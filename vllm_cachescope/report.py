@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from vllm_cachescope.misses import EngineMiss
 from vllm_cachescope.plan import Plan
 from vllm_cachescope.scopes import Scope
 
@@ -37,20 +38,21 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Loss:
-    """Tokens that were cached once and were not there when the prompt came.
+class EngineId:
+    """Which engine a prompt ran on.
 
     Attributes:
-        reason: how the first of them left; a `ledger.Reason`.
-        tokens: how many. What follows a missing block counts, since no prefix reaches it.
-        ttl_s: the lifetime the first of them had, in seconds.
-        age_s: how long ago it left, in seconds.
+        rank: its number among the engines behind one API server.
+        epoch: made up when it started: another one means that its memory was lost in between.
+        hashing: a digest of the settings that block hashes depend on. Engines that differ in it
+            find nothing of each other's in a tier that they share.
+        tiers: names of the tiers that it shares with other engines.
     """
 
-    reason: str
-    tokens: int
-    ttl_s: int
-    age_s: float
+    rank: int
+    epoch: str
+    hashing: str = ""
+    tiers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +61,20 @@ class Report:
 
     Attributes:
         rows: its tokens by outcome, scope and TTL class; they add up to the prompt.
-        loss: what it might have read in addition if the cache had kept it; None if nothing.
+        misses: what it might have read in addition, in prompt order from where it stopped to
+            read. They end where the engine has never seen the prompt's tokens.
+        unasked: why a shared tier could not be asked for what comes then, with no tokens; None
+            if all of them were asked.
+        engine: where it ran; None for an estimate, before the engine has said anything.
+        reach_s: how long ago the first thing happened that the engine still remembers, in
+            seconds; None if it remembers everything.
     """
 
     rows: tuple[Row, ...]
-    loss: Loss | None = None
+    misses: tuple[EngineMiss, ...] = ()
+    unasked: EngineMiss | None = None
+    engine: EngineId | None = None
+    reach_s: float | None = None
 
     def tokens(self, outcome: str) -> int:
         """Return the tokens with ``outcome``."""
@@ -90,18 +101,25 @@ class Report:
 
     def to_wire(self) -> dict[str, Any]:
         """Return the report as plain data, for the way from the engine to the API."""
-        loss = self.loss
+        engine = self.engine
         return {
             "rows": [[r.outcome, int(r.scope), r.ttl_s, r.tokens] for r in self.rows],
-            "loss": loss and [str(loss.reason), loss.tokens, loss.ttl_s, loss.age_s],
+            "misses": [miss.to_wire() for miss in self.misses],
+            "unasked": self.unasked and self.unasked.to_wire(),
+            "engine": engine and [engine.rank, engine.epoch, engine.hashing, list(engine.tiers)],
+            "reach_s": self.reach_s,
         }
 
     @classmethod
     def from_wire(cls, data: Mapping[str, Any]) -> "Report":
         """Return the report `to_wire` made."""
+        unasked, engine = data["unasked"], data["engine"]
         return cls(
             tuple(Row(o, Scope(s), ttl, n) for o, s, ttl, n in data["rows"]),
-            Loss(*data["loss"]) if data["loss"] else None,
+            tuple(map(EngineMiss.from_wire, data["misses"])),
+            EngineMiss.from_wire(unasked) if unasked else None,
+            EngineId(engine[0], engine[1], engine[2], tuple(engine[3])) if engine else None,
+            data["reach_s"],
         )
 
 
@@ -110,7 +128,6 @@ def account(
     block_size: int,
     read: Iterable[tuple[str, int]],
     created_blocks: Iterable[int],
-    loss: Loss | None = None,
 ) -> Report:
     """Divide a prompt's tokens by outcome, scope and TTL class.
 
@@ -119,7 +136,6 @@ def account(
         block_size: tokens per block.
         read: ``(outcome, tokens)`` of what was read, in prompt order from the first token.
         created_blocks: indices of the blocks that this prompt newly cached under a breakpoint.
-        loss: what the cache had lost.
     """
     prompt_tokens = plan.spans[-1].end
     ranges: list[tuple[int, int, str]] = []
@@ -144,4 +160,4 @@ def account(
             overlap = min(end, span_end) - max(start, span_start)
             if overlap > 0:
                 rows[outcome, span.scope, ttl_s] += overlap
-    return Report(tuple(Row(*key, tokens) for key, tokens in rows.items()), loss)
+    return Report(tuple(Row(*key, tokens) for key, tokens in rows.items()))

@@ -12,8 +12,9 @@ from redis.exceptions import RedisError
 from vllm_cachescope.connectors.redis.address import Address
 from vllm_cachescope.connectors.redis.channel import Channel, Refusal, Reply, command
 from vllm_cachescope.tiers.envelope import HEADER_BYTES
-from vllm_cachescope.tiers.keyspace import Keyspace
+from vllm_cachescope.tiers.keyspace import Keyspace, names_of
 from vllm_cachescope.tiers.store import (
+    ForeignSecret,
     Store,
     StoreFailed,
     StoreUnfit,
@@ -25,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 WINDOW_BYTES = 2 << 20
 """Values asked for ahead. The server buffers them; a little keeps the wire busy."""
+
+SCANNED = 1000
+"""Names the server looks through at once when entries are purged: a millisecond's work."""
 
 MARK_MS = 60_000
 """How long the mark of a secret outlives the last engine that has it, in ms."""
@@ -141,9 +145,9 @@ class RedisStore(Store):
         return known
 
     def find(self, keys: Sequence[bytes], deadline: float) -> list[bool]:
-        commands = {key: command(b"EXISTS", self._keyspace.name(key)) for key in keys}
-        replies = self._each(commands, deadline)
-        return [replies[key] == 1 for key in keys]
+        names = [self._keyspace.name(key) for key in keys]
+        replies = self._each({name: command(b"EXISTS", name) for name in names}, deadline)
+        return [replies[name] == 1 for name in names]
 
     def read(
         self, keys: Sequence[bytes], slots: Sequence[memoryview], deadline: float
@@ -239,18 +243,45 @@ class RedisStore(Store):
 
     def refresh(self, keys: Sequence[tuple[bytes, float]], deadline: float) -> None:
         now = self._clock()
-        commands = {
-            key: command(
-                b"PEXPIRE", self._keyspace.name(key), b"%d" % int((until - now) * 1000), b"GT"
-            )
+        left_ms = {
+            self._keyspace.name(key): b"%d" % int((until - now) * 1000)
             for key, until in keys
             if until > now
         }
+        commands = {name: command(b"PEXPIRE", name, ms, b"GT") for name, ms in left_ms.items()}
         self._each(commands, deadline)
 
     def delete(self, keys: Sequence[bytes], deadline: float) -> int:
-        commands = {key: command(b"UNLINK", self._keyspace.name(key)) for key in keys}
-        return sum(r for r in self._each(commands, deadline).values() if isinstance(r, int))
+        names = [self._keyspace.name(key) for key in keys]
+        replies = self._each({name: command(b"UNLINK", name) for name in names}, deadline)
+        return sum(reply for reply in replies.values() if isinstance(reply, int))
+
+    def purge(self, prefix: bytes, deadline: float) -> int:
+        self.connect(deadline)
+        entries = 0
+        for node in self._topology.nodes:
+            for names in self._scan(node, names_of(prefix), deadline):
+                soon = min(deadline, self._clock() + self._timeout_s)
+                replies = self._each({name: command(b"UNLINK", name) for name in names}, soon)
+                if None in replies.values():
+                    raise StoreFailed("entries are moving between nodes of the Cluster; try again")
+                entries += sum(reply for reply in replies.values() if isinstance(reply, int))
+        return entries
+
+    def _scan(self, node: Node, pattern: bytes, deadline: float) -> Iterator[list[bytes]]:
+        cursor = b"0"
+        while True:
+            soon = min(deadline, self._clock() + self._timeout_s)
+            count = b"%d" % SCANNED
+            reply = self._ask(node, soon, b"SCAN", cursor, b"MATCH", pattern, b"COUNT", count)
+            if isinstance(reply, Refusal):
+                self._abandon(f"SCAN: {reply}")
+            assert isinstance(reply, list)
+            cursor, names = reply  # type: ignore[assignment]
+            if names:
+                yield names
+            if cursor == b"0":
+                return
 
     def close(self) -> None:
         for channel in self._channels.values():
@@ -274,25 +305,25 @@ class RedisStore(Store):
         return channel
 
     def _each(self, commands: dict[bytes, bytes], deadline: float) -> dict[bytes, Reply]:
-        """Send one command for each key, and return the answers; those to keys that are moving
+        """Send one command for each name, and return the answers; those to names that are moving
         between Cluster nodes are None."""
         replies: dict[bytes, Reply] = {}
         pending = list(commands)
         # Once more for what has moved to another node.
         for _ in range(2):
             by_node: defaultdict[Node, list[bytes]] = defaultdict(list)
-            for key in pending:
-                by_node[self._topology.node_of(self._keyspace.name(key))].append(key)
+            for name in pending:
+                by_node[self._topology.node_of(name)].append(name)
             pending = []
             try:
-                for node, keys in by_node.items():
-                    self._channel(node, deadline).send([commands[key] for key in keys], deadline)
-                for node, keys in by_node.items():
-                    for key in keys:
+                for node, names in by_node.items():
+                    self._channel(node, deadline).send([commands[n] for n in names], deadline)
+                for node, names in by_node.items():
+                    for name in names:
                         reply = self._channels[node].reply(deadline)
                         if isinstance(reply, Refusal) and reply.code == "MOVED":
-                            pending.append(key)
-                        replies[key] = self._settle(reply, node)
+                            pending.append(name)
+                        replies[name] = self._settle(reply, node)
             except StoreFailed:
                 self.close()
                 raise
@@ -374,7 +405,7 @@ class RedisStore(Store):
         if reply == self._mark:
             self._ask(node, deadline, b"PEXPIRE", name, b"%d" % MARK_MS)
         elif reply is not None:
-            raise StoreUnfit(
+            raise ForeignSecret(
                 "another engine that serves this model uses it with another secret. Give all "
                 "replicas the same secret; after a change of the secret this tier starts by "
                 f"itself, {MARK_MS // 1000} s after the last engine with the old one has gone"

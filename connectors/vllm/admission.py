@@ -4,19 +4,22 @@ On the way in a prompt gets its plan; on the way out the engine's report is take
 response shows it.
 """
 
+import asyncio
 import copy
 import logging
 import secrets
+import time
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import Any
 
-from vllm_cachescope.api.exchange import Exchange, current_exchange
+from vllm_cachescope.api.exchange import Exchange, Passage, current_exchange
 from vllm_cachescope.breakpoints import RegionDefault, Segment, segments
 from vllm_cachescope.config import Config
 from vllm_cachescope.connectors.vllm import commands
 from vllm_cachescope.connectors.vllm.hashing import PLAN_KEY
 from vllm_cachescope.connectors.vllm.rendering import Boundaries
+from vllm_cachescope.owners import Owners
 from vllm_cachescope.plan import Plan, Span, seal
 from vllm_cachescope.prompt import Region
 from vllm_cachescope.report import Outcome, Report, account
@@ -38,6 +41,7 @@ class Admission:
         self._engine = state.engine_client
         self._secret = secret
         self._keys = ScopeKeys(secret)
+        self._owners = Owners(secret)
         self._boundaries = Boundaries(state)
         self._defaults = {
             region: RegionDefault(config.regions.of(region).scope, config.regions.of(region).ttl)
@@ -62,6 +66,8 @@ class Admission:
             async for output in outputs:
                 data = _take_report(output)
                 if exchange is not None and plan is not None:
+                    passage = exchange.passages[plan.nonce]
+                    passage.computed_at = passage.computed_at or time.monotonic()
                     if data is not None:
                         exchange.reports[plan.nonce] = Report.from_wire(data)
                         reported = True
@@ -71,9 +77,13 @@ class Admission:
                         # A stop string ends a request on the API's side; the engine's last word
                         # on it goes nowhere and has to be fetched.
                         await self._fetch_report(exchange, plan)
+                        reported = True
                 yield output
         finally:
             await outputs.aclose()
+            if exchange is not None and plan is not None and not reported:
+                # Not awaited: the client has gone, and its task with it.
+                self._fetch_later(exchange, plan)
 
     async def _plan(self, exchange: Exchange, prompt: Any, session_id: str | None) -> Plan | None:
         tokens = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
@@ -91,7 +101,15 @@ class Admission:
         caller = exchange.caller
         if session_id is not None:
             caller = replace(caller, session=session_id)
-        return self._spans(cuts, ends, caller)
+        plan = self._spans(cuts, ends, caller)
+        readable = plan.spans if caller.session is not None else _shared_spans(plan)
+        exchange.passages[plan.nonce] = Passage(
+            tokens,
+            plan.covered_tokens,
+            max((span.end for span in readable), default=0),
+            time.monotonic(),
+        )
+        return plan
 
     def _spans(self, cuts: tuple[Segment, ...], ends: list[int], caller: Caller) -> Plan:
         nonce = secrets.token_hex(8)
@@ -110,7 +128,7 @@ class Admission:
                     segment.covered and not unreadable,
                 )
             )
-        return Plan(tuple(span for span in spans if span.end > 0), nonce)
+        return Plan(tuple(span for span in spans if span.end > 0), nonce, self._owners.of(caller))
 
     def _with_plan(self, sampling_params: Any, plan: Plan | None) -> Any:
         """Return a copy with ``plan`` in it, or, without one, with nothing a client put there."""
@@ -136,6 +154,16 @@ class Admission:
         blocks = range(read // self._block_size, plan.covered_tokens // self._block_size)
         return account(plan, self._block_size, [(Outcome.READ_DEVICE, read)], blocks)
 
+    def _fetch_later(self, exchange: Exchange, plan: Plan) -> None:
+        before = exchange.fetching
+
+        async def fetch() -> None:
+            if before is not None:
+                await before
+            await self._fetch_report(exchange, plan)
+
+        exchange.fetching = asyncio.get_running_loop().create_task(fetch())
+
     async def _fetch_report(self, exchange: Exchange, plan: Plan) -> None:
         try:
             answers = await commands.call(self._engine, "report", plan.nonce)
@@ -145,6 +173,11 @@ class Admission:
         for data in answers:
             if data is not None:
                 exchange.reports[plan.nonce] = Report.from_wire(data)
+
+
+def _shared_spans(plan: Plan) -> tuple[Span, ...]:
+    """Return the spans that a caller without a session shares with others."""
+    return tuple(span for span in plan.spans if span.scope is not Scope.SESSION)
 
 
 def _take_report(output: Any) -> dict[str, Any] | None:

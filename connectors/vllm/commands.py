@@ -19,7 +19,8 @@ def install() -> None:
     setattr(EngineCore, _METHOD, _run)
 
 
-def _run(core: Any, command: str, *args: Any) -> Any:
+def _run(core: Any, command: str, args: list[Any]) -> Any:
+    # In one list: vLLM lets through no more arguments than the method has parameters.
     return getattr(core.scheduler.connector, f"command_{command}")(*args)
 
 
@@ -27,6 +28,6 @@ async def call(engine: "EngineClient", command: str, *args: Any) -> list[Any]:
     """Run the connector's ``command_<command>`` in every engine; return their answers."""
     client = engine.engine_core
     if hasattr(client, "call_utility_all_async"):
-        return list(await client.call_utility_all_async(_METHOD, command, *args))
+        return list(await client.call_utility_all_async(_METHOD, command, list(args)))
     # vLLM 0.31 asks all of its engines too, and returns the first one's answer.
-    return [await client.call_utility_async(_METHOD, command, *args)]
+    return [await client.call_utility_async(_METHOD, command, list(args))]

@@ -1,6 +1,10 @@
 """The KV connector: vLLM's OffloadingConnector with scopes, lifetimes and accounts."""
 
+import logging
+import secrets
 import time
+from collections import Counter, OrderedDict
+from collections.abc import Iterator
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -11,16 +15,17 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import OffloadingConnectorStats
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
+from vllm.platforms import current_platform
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.request import Request
 
-from vllm_cachescope.connectors.vllm import commands, hashing, regions
+from vllm_cachescope.connectors.vllm import commands, hashing, regions, startup
 from vllm_cachescope.connectors.vllm.cpu_tier import CPU
 from vllm_cachescope.connectors.vllm.device_tier import DEVICE
 from vllm_cachescope.connectors.vllm.keeper import Keeper, Layout
-from vllm_cachescope.connectors.vllm.offloading import for_offloading, read_config
+from vllm_cachescope.connectors.vllm.offloading import for_offloading
 from vllm_cachescope.connectors.vllm.remote_tier import remote_tiers
 from vllm_cachescope.durations import format_duration
 from vllm_cachescope.metrics import (
@@ -29,10 +34,22 @@ from vllm_cachescope.metrics import (
     REFUSED_PLANS,
     RESIDENT_BYTES,
     RESIDENT_ENTRIES,
+    TIER_CAPACITY_BYTES,
     TIER_INFLIGHT_BYTES,
     TIER_KEYS,
     TIER_UP,
+    TIER_USED_BYTES,
 )
+from vllm_cachescope.report import EngineId
+from vllm_cachescope.tiers.remote import Purge
+
+REMEMBERED_PURGES = 64
+"""How many purges can still be asked about."""
+
+SHOWN_ORGS = 20
+"""How many organisations the health of a tier names, those that hold most."""
+
+logger = logging.getLogger(__name__)
 
 
 class CacheScopeConnector(OffloadingConnector):
@@ -41,7 +58,7 @@ class CacheScopeConnector(OffloadingConnector):
     def __init__(
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
     ) -> None:
-        config = read_config(vllm_config)
+        config = startup.read(vllm_config.kv_transfer_config)
         super().__init__(for_offloading(vllm_config, config), role, kv_cache_config)
         if role is not KVConnectorRole.SCHEDULER:
             return
@@ -65,9 +82,17 @@ class CacheScopeConnector(OffloadingConnector):
             ),
             manager,
             self.clock,
+            self._engine,
         )
         self._remotes = remote_tiers(manager)
+        self._rank: int = vllm_config.parallel_config.data_parallel_index
+        self._epoch = secrets.token_hex(8)
+        self._hash_settings = {
+            "algorithm": vllm_config.cache_config.prefix_caching_hash_algo,
+            "tokens": offload.tokens_per_hash,
+        }
         self._unreported_sweep = False
+        self._purges: OrderedDict[str, dict[str, Purge]] = OrderedDict()
 
     def clock(self) -> float:
         """Return the time in seconds that lifetimes run on; it never runs backwards."""
@@ -81,6 +106,18 @@ class CacheScopeConnector(OffloadingConnector):
     def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
         super().bind_kv_cache_manager(kv_cache_manager)
         self._keeper.bind(kv_cache_manager)
+        assert self.connector_scheduler is not None
+        entries = {
+            # One block is vLLM's own.
+            DEVICE: kv_cache_manager.block_pool.num_gpu_blocks - 1,
+            CPU: self.connector_scheduler.manager.primary_tier._num_chunks,
+        }
+        self._capacity_bytes = {tier: n * self._entry_bytes[tier] for tier, n in entries.items()}
+        for tier in self._local_health():
+            capacity = tier["capacity_bytes"] / 2**20
+            logger.info(
+                "Tier %s at %s is up: empty, of %.1f MiB", tier["name"], tier["address"], capacity
+            )
 
     def on_new_request(self, request: Request) -> None:
         self._keeper.start(request)
@@ -101,7 +138,9 @@ class CacheScopeConnector(OffloadingConnector):
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         # First, since storing a chunk asks for its lifetime.
         self._keeper.computed(scheduler_output)
-        return super().build_connector_meta(scheduler_output)
+        meta = super().build_connector_meta(scheduler_output)
+        self._keeper.stored()
+        return meta
 
     def request_finished(
         self, request: Request, block_ids: list[int]
@@ -149,15 +188,32 @@ class CacheScopeConnector(OffloadingConnector):
             for (operation, outcome), keys in remote.tier.take_counts().items():
                 stats.increase_counter(TIER_KEYS.name, keys, (remote.name, operation, outcome))
             health = remote.tier.health()
-            stats.set_gauge(TIER_UP.name, int(health["up"]), (remote.name,))
+            self._set_health(stats, remote.name, health)
             for direction in ("loading", "storing"):
                 queued = health[f"{direction}_bytes"]
                 stats.set_gauge(TIER_INFLIGHT_BYTES.name, queued, (remote.name, direction))
+        used: Counter[str] = Counter()
         for tier, ttl_s, entries in keeper.resident():
             labels = (tier, format_duration(ttl_s))
             stats.set_gauge(RESIDENT_ENTRIES.name, entries, labels)
             stats.set_gauge(RESIDENT_BYTES.name, entries * self._entry_bytes[tier], labels)
+            used[tier] += entries * self._entry_bytes[tier]
+        for tier, capacity in self._capacity_bytes.items():
+            known = {"up": True, "used_bytes": used[tier], "capacity_bytes": capacity}
+            self._set_health(stats, tier, known)
         return stats
+
+    def _set_health(
+        self, stats: OffloadingConnectorStats, tier: str, health: dict[str, Any]
+    ) -> None:
+        stats.set_gauge(TIER_UP.name, int(health["up"]), (tier,))
+        # Of a remote tier that never answered neither is known.
+        for metric, key in (
+            (TIER_USED_BYTES, "used_bytes"),
+            (TIER_CAPACITY_BYTES, "capacity_bytes"),
+        ):
+            if key in health:
+                stats.set_gauge(metric.name, health[key], (tier,))
 
     @classmethod
     def build_prom_metrics(
@@ -167,16 +223,60 @@ class CacheScopeConnector(OffloadingConnector):
         labelnames: list[str],
         per_engine_labelvalues: dict[int, list[object]],
     ) -> KVConnectorPromMetrics:
-        translated = for_offloading(vllm_config, read_config(vllm_config))
+        config = startup.read(vllm_config.kv_transfer_config)
+        translated = for_offloading(vllm_config, config)
         return super().build_prom_metrics(
             translated, metric_types, labelnames, per_engine_labelvalues
         )
 
+    def _local_health(self) -> Iterator[dict[str, Any]]:
+        assert self.connector_scheduler is not None
+        region = self.connector_scheduler.manager.claimed_region.name.replace(".lock", ".mmap")
+        addresses = {DEVICE: f"the prefix cache on {current_platform.device_type}", CPU: region}
+        for tier, address in addresses.items():
+            held, entry_bytes = self._keeper.held(tier), self._entry_bytes[tier]
+            yield {
+                "name": tier,
+                "address": address,
+                "up": True,
+                "reason": None,
+                "used_bytes": sum(held.values()) * entry_bytes,
+                "capacity_bytes": self._capacity_bytes[tier],
+                "orgs": {
+                    org.hex(): entries * entry_bytes
+                    for org, entries in Counter(held).most_common(SHOWN_ORGS)
+                },
+            }
+
+    def _engine(self) -> EngineId:
+        hashing_digest = hashing.digest(self._hash_settings)
+        tiers = tuple(remote.name for remote in self._remotes)
+        return EngineId(self._rank, self._epoch, hashing_digest, tiers)
+
     # Commands from the API process; see `commands`.
 
     def command_health(self) -> list[dict[str, Any]]:
-        """Return the state of each remote tier."""
-        return [remote.tier.health() for remote in self._remotes]
+        """Return the state of each tier, and what each organisation's tag holds where that is
+        known."""
+        return [*self._local_health(), *(remote.tier.health() for remote in self._remotes)]
+
+    def command_purge(self, prefix: bytes, purge_id: str) -> dict[str, int]:
+        """Forget all entries whose owner begins with ``prefix``; return how many the device and
+        the CPU tier held. `command_purged` tells of the others under ``purge_id``."""
+        entries = self._keeper.purge(prefix)
+        self._unreported_sweep = self._unreported_sweep or any(entries.values())
+        self._purges[purge_id] = {r.name: r.tier.purge(prefix) for r in self._remotes}
+        while len(self._purges) > REMEMBERED_PURGES:
+            self._purges.popitem(last=False)
+        return entries
+
+    def command_purged(self, purge_id: str) -> dict[str, tuple[int, str | None]] | None:
+        """Return for each remote tier how many entries a purge has deleted there, and why perhaps
+        not all; None while it is under way."""
+        purges = self._purges.get(purge_id, {})
+        if not all(purge.over for purge in purges.values()):
+            return None
+        return {name: (purge.entries, purge.reason) for name, purge in purges.items()}
 
     def command_sweep(self) -> int:
         """Drop everything that has expired; return how many entries."""

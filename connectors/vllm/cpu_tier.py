@@ -4,7 +4,13 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
-from vllm.v1.kv_offload.base import LookupResult, OffloadingEvent, OffloadKey, ReqContext
+from vllm.v1.kv_offload.base import (
+    LookupResult,
+    OffloadingEvent,
+    OffloadKey,
+    PrepareStoreOutput,
+    ReqContext,
+)
 from vllm.v1.kv_offload.cpu.policies.base import CachePolicy, ChunkStatus, order_request_keys
 from vllm.v1.kv_offload.tiering.manager import (
     CPUPrimaryTierOffloadingManager,
@@ -13,6 +19,7 @@ from vllm.v1.kv_offload.tiering.manager import (
 
 from vllm_cachescope.eviction import LifetimeShare
 from vllm_cachescope.ledger import Ledger, Reason
+from vllm_cachescope.owners import NOBODY
 
 CPU = "cpu"
 
@@ -30,15 +37,17 @@ class ScopePolicy(CachePolicy):
         self._order = LifetimeShare()
         self._ledger = Ledger()
         self._clock: Callable[[], float] = lambda: 0.0
-        self._ttl_of: Callable[[OffloadKey, ReqContext], int] = lambda key, context: 0
+        self._marks_of: Callable[[OffloadKey, ReqContext], tuple[int, bytes]] = (
+            lambda key, context: (1, NOBODY)
+        )
         self._on_evicted: Callable[[bytes, int, Reason], None] = lambda key, ttl_s, reason: None
-        self._missed_ttls: dict[OffloadKey, int] = {}
+        self._missed: dict[OffloadKey, tuple[int, bytes]] = {}
 
     def bind(
         self,
         ledger: Ledger,
         clock: Callable[[], float],
-        ttl_of: Callable[[OffloadKey, ReqContext], int],
+        marks_of: Callable[[OffloadKey, ReqContext], tuple[int, bytes]],
         on_evicted: Callable[[bytes, int, Reason], None],
     ) -> None:
         """Connect the policy to the engine's lifetimes.
@@ -46,18 +55,18 @@ class ScopePolicy(CachePolicy):
         Args:
             ledger: where the chunks' lifetimes are kept.
             clock: the ledger's clock, in seconds.
-            ttl_of: lifetime in seconds that a request's plan gives to a key.
+            marks_of: the lifetime in seconds and the owner that a request's plan gives to a key.
             on_evicted: called with each key that has left the tier, its TTL in seconds, and why.
         """
         self._ledger, self._clock = ledger, clock
-        self._ttl_of, self._on_evicted = ttl_of, on_evicted
+        self._marks_of, self._on_evicted = marks_of, on_evicted
 
     def get(self, key: OffloadKey) -> ChunkStatus | None:
         return self._chunks.get(key)
 
     def on_store_miss(self, keys: Iterable[OffloadKey], req_context: ReqContext) -> None:
         # Called right before `insert`, which is not told for whom it inserts.
-        self._missed_ttls = {key: self._ttl_of(key, req_context) for key in keys}
+        self._missed = {key: self._marks_of(key, req_context) for key in keys}
 
     def insert(
         self, key: OffloadKey, chunk: ChunkStatus, req_context: ReqContext | None = None
@@ -65,7 +74,8 @@ class ScopePolicy(CachePolicy):
         now = self._clock()
         self._chunks[key] = chunk
         if key not in self._ledger:
-            self._ledger.touch(key, self._missed_ttls.get(key) or 1, now)
+            ttl_s, owner = self._missed.get(key, (1, NOBODY))
+            self._ledger.touch(key, ttl_s, now, owner)
         self._ledger.place(key, CPU)
         self._use(key, now)
 
@@ -118,30 +128,41 @@ class ScopePolicy(CachePolicy):
 
 
 class CpuTier:
-    """What CacheScope adds to a tiering manager: nothing expired is found, or kept.
+    """What CacheScope adds to a tiering manager: nothing expired or purged is found, or kept.
 
     Args:
         manager: vLLM's manager, whose primary tier runs `ScopePolicy`.
         is_expired: whether a key's lifetime is over.
+        is_barred: whether a request must neither find a key nor store it.
     """
 
     def __init__(
-        self, manager: TieringOffloadingManager, is_expired: Callable[[bytes], bool]
+        self,
+        manager: TieringOffloadingManager,
+        is_expired: Callable[[bytes], bool],
+        is_barred: Callable[[OffloadKey, ReqContext], bool],
     ) -> None:
         self._primary: CPUPrimaryTierOffloadingManager = manager.primary_tier
         assert isinstance(self._primary._policy, ScopePolicy)
         self.policy = self._primary._policy
         # From 0.33 on vLLM may serve tiers from a thread of its own.
         self._lock = getattr(manager, "lock", None) or nullcontext()
-        lookup = manager.lookup
+        lookup, prepare_store = manager.lookup, manager.prepare_store
 
         # On the manager, so that no tier behind the primary one serves an expired key either.
         def live_lookup(key: OffloadKey, req_context: ReqContext, **kwargs: Any) -> LookupResult:
-            if is_expired(key):
+            if is_expired(key) or is_barred(key, req_context):
                 return LookupResult.MISS
             return lookup(key, req_context, **kwargs)
 
+        def prepare_live_store(
+            keys: Iterable[OffloadKey], req_context: ReqContext, **kwargs: Any
+        ) -> PrepareStoreOutput | None:
+            kept = [key for key in keys if not is_barred(key, req_context)]
+            return prepare_store(kept, req_context, **kwargs)
+
         manager.lookup = live_lookup  # type: ignore[method-assign]
+        manager.prepare_store = prepare_live_store  # type: ignore[method-assign]
 
     def holds(self, key: bytes) -> bool:
         """Whether the tier holds ``key``, ready or not."""

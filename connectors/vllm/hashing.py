@@ -5,9 +5,12 @@ that one function gives a block its scope on every tier: the prefix cache, the o
 and KV events all know blocks by hash alone, and every later hash chains on it.
 """
 
+import hashlib
+import hmac
+import json
 import secrets
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from vllm.sampling_params import SamplingParams
@@ -129,6 +132,14 @@ def enforce(secret: bytes) -> None:
             "or this vLLM hashes blocks in another way. Refusing to start, since tenants would "
             "share blocks."
         )
+
+
+def digest(settings: Mapping[str, Any]) -> str:
+    """Return a digest of ``settings`` and of everything else that two engines must have in common
+    for equal prompts of one scope to have equal block hashes. Not before the first request."""
+    secret = _secret or b""
+    text = json.dumps([settings, kv_cache_utils.NONE_HASH.hex()], sort_keys=True)
+    return hmac.new(secret, text.encode(), hashlib.sha256).hexdigest()[:16]
 
 
 def _hashes(plan: Plan | None, secret: bytes) -> list[bytes]:

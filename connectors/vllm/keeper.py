@@ -2,8 +2,8 @@
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from itertools import count, islice
+from dataclasses import dataclass, field, replace
+from itertools import chain, count, islice
 
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -14,14 +14,21 @@ from vllm.v1.request import Request
 from vllm_cachescope.connectors.vllm import hashing
 from vllm_cachescope.connectors.vllm.cpu_tier import CPU, CpuTier
 from vllm_cachescope.connectors.vllm.device_tier import DEVICE, DeviceTier
-from vllm_cachescope.connectors.vllm.remote_tier import remote_tiers
+from vllm_cachescope.connectors.vllm.remote_tier import RemoteTierManager, remote_tiers
 from vllm_cachescope.departures import Departure, Departures
-from vllm_cachescope.ledger import Ledger, Reason
+from vllm_cachescope.ledger import Entry, Ledger, Reason
+from vllm_cachescope.misses import EngineCause, EngineMiss, departed
+from vllm_cachescope.owners import NOBODY
 from vllm_cachescope.plan import Plan
-from vllm_cachescope.report import Loss, Outcome, Report, account
+from vllm_cachescope.report import EngineId, Outcome, Report, account
+from vllm_cachescope.tiers.keyspace import qualified
+from vllm_cachescope.tiers.whereabouts import Absence
 
 REMEMBERED_PROMPTS = 4096
 """How many finished prompts' reports can still be asked for."""
+
+MAX_MISSES = 32
+"""A report lists at most this many runs of blocks that went for one reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +57,14 @@ class Prompt:
         block_size: tokens per block, for accounting.
         request: the engine's request; None once it has finished.
         read: ``(outcome, tokens)`` read when it was first scheduled; None before.
-        loss: what it might have read besides, had the cache kept it.
+        misses: what it might have read besides, had the cache kept it.
+        unasked: why a remote tier could not be asked for what comes then.
         created: indices of the blocks it newly cached under a breakpoint.
         registered: tokens whose blocks the ledger has seen.
         promoted: for keys that were loaded into the CPU tier for it, the tier they came from.
         counted: whether its tokens are in the metrics.
+        purged: beginnings of the owners that were purged while it ran: it leaves no block of
+            theirs behind.
     """
 
     plan: Plan
@@ -62,15 +72,32 @@ class Prompt:
     request: Request | None
     local_tokens: int = 0
     read: list[tuple[str, int]] | None = None
-    loss: Loss | None = None
+    misses: tuple[EngineMiss, ...] = ()
+    unasked: EngineMiss | None = None
     created: list[int] = field(default_factory=list)
     registered: int = 0
     promoted: dict[bytes, str] = field(default_factory=dict)
     counted: bool = False
+    purged: tuple[bytes, ...] = ()
 
-    def report(self) -> Report:
-        """Return what has become of the prompt's tokens so far."""
-        return account(self.plan, self.block_size, self.read or (), self.created, self.loss)
+    def is_purged(self, block_end: int) -> bool:
+        """Whether the block that ends there was purged while the prompt ran."""
+        return bool(self.purged) and self.plan.owner_of(block_end).startswith(self.purged)
+
+
+@dataclass(frozen=True, slots=True)
+class _Gone:
+    """How a block went: what is equal for blocks that went alike, and when, if it is known."""
+
+    alike: tuple[str, Absence] | tuple[str, Reason, int]
+    at: float = 0.0
+
+    def miss(self, tokens: int, now: float) -> EngineMiss:
+        if len(self.alike) == 3:
+            tier, reason, ttl_s = self.alike
+            return departed(reason, tokens, tier, ttl_s, now - self.at)
+        tier, absence = self.alike
+        return EngineMiss(absence.cause, tokens, tier, detail=absence.detail)
 
 
 class Keeper:
@@ -80,22 +107,30 @@ class Keeper:
         layout: how prompts are cut into blocks.
         manager: vLLM's offloading manager, whose primary tier runs our policy.
         clock: seconds, never running backwards.
+        engine: returns which engine this is, once it hashes prompts.
     """
 
     def __init__(
-        self, layout: Layout, manager: TieringOffloadingManager, clock: Callable[[], float]
+        self,
+        layout: Layout,
+        manager: TieringOffloadingManager,
+        clock: Callable[[], float],
+        engine: Callable[[], EngineId],
     ) -> None:
         self._layout = layout
         self._clock = clock
+        self._engine = engine
         self._ledger = Ledger()
         self._departures = Departures()
         self._device: DeviceTier | None = None
-        self._cpu = CpuTier(manager, self._is_expired)
-        self._cpu.policy.bind(self._ledger, clock, self._ttl_of, self._cpu_evicted)
+        self._cpu = CpuTier(manager, self._is_expired, self._is_barred)
+        self._cpu.policy.bind(self._ledger, clock, self._marks_of, self._cpu_evicted)
         self._remotes = remote_tiers(manager)
         for remote in self._remotes:
-            remote.bind(self._lifetime_left, self._promoted)
+            remote.bind(self._entry_of, self._owner_of, self._promoted)
         self._prompts: dict[str, Prompt] = {}
+        # Prompts that are over and whose last blocks vLLM is about to store.
+        self._leaving: dict[str, Prompt] = {}
         self._by_nonce: OrderedDict[str, Prompt] = OrderedDict()
         # Chunks that expired in the middle of a transfer; freed when it is over.
         self._overdue: set[bytes] = set()
@@ -152,7 +187,7 @@ class Keeper:
         if prompt.read is None:
             prompt.read = [(Outcome.READ_DEVICE, prompt.local_tokens)]
             prompt.read += self._sources(prompt, request, external_tokens)
-            prompt.loss = self._lost(request, sum(tokens for _, tokens in prompt.read))
+            self._explain(prompt, request, sum(tokens for _, tokens in prompt.read))
         prompt.registered = 0
         # Refreshed now and not when a load is done: what is in use must not expire meanwhile.
         self._register(prompt, request, prompt.local_tokens + external_tokens, known_only=True)
@@ -169,11 +204,16 @@ class Keeper:
             if prompt is not None and prompt.request is not None:
                 self._register(prompt, prompt.request, prompt.request.num_computed_tokens + tokens)
 
+    def stored(self) -> None:
+        """vLLM has offloaded what the step and the requests that were over before it left."""
+        self._leaving.clear()
+
     def finish(self, request: Request) -> Report | None:
         """The request is over; return what became of its prompt, None if it never ran."""
         prompt = self._prompts.pop(request.request_id, None)
         if prompt is None:
             return None
+        self._leaving[request.request_id] = prompt
         # An aborted request may have had blocks loaded that no step has used.
         self._register(prompt, request, request.num_computed_tokens)
         self._refresh(prompt, request)
@@ -183,7 +223,7 @@ class Keeper:
         first = self._by_nonce.get(prompt.plan.nonce, prompt)
         if first.read is None:
             return None
-        report = first.report()
+        report = self._report(first)
         if not first.counted:
             first.counted = True
             for row in report.rows:
@@ -193,32 +233,60 @@ class Keeper:
     def report(self, nonce: str) -> Report | None:
         """Return what has become so far of the prompt with ``nonce``, None if it is not known."""
         prompt = self._by_nonce.get(nonce)
-        return prompt.report() if prompt is not None and prompt.read is not None else None
+        known = prompt is not None and prompt.read is not None
+        return self._report(prompt) if known else None
 
     def sweep(self) -> int:
         """Drop everything that has expired, on every tier; return how many entries."""
         self._settle_device()
         expired = self._ledger.pop_expired(self._clock())
         for key, entry in expired:
-            self._departures.record(key, Departure(Reason.TTL, entry.ttl_s, entry.expires_at))
-        on_device = [key for key, entry in expired if DEVICE in entry.tiers]
-        in_memory = [key for key, entry in expired if CPU in entry.tiers]
-        if expired and self._device is not None:
+            tier = CPU if CPU in entry.tiers else DEVICE
+            gone = Departure(Reason.TTL, entry.ttl_s, entry.expires_at, tier)
+            self._departures.record(key, gone)
+        self._let_go(expired, Reason.TTL)
+        return len(expired)
+
+    def purge(self, prefix: bytes) -> dict[str, int]:
+        """Forget all blocks whose owner begins with ``prefix``; return how many the device and
+        the CPU tier held. Requests that run go on, and leave none of them behind."""
+        self.sweep()
+        for prompt in chain(self._prompts.values(), self._leaving.values()):
+            prompt.purged = tuple({*prompt.purged, prefix})
+        purged = self._ledger.purge(prefix)
+        now = self._clock()
+        for key, entry in purged:
+            tier = CPU if CPU in entry.tiers else DEVICE
+            self._departures.record(key, Departure(Reason.PURGE, entry.ttl_s, now, tier))
+        return self._let_go(purged, Reason.PURGE)
+
+    def _let_go(self, entries: list[tuple[bytes, Entry]], reason: Reason) -> dict[str, int]:
+        """Have the device and the CPU tier drop what the ledger has forgotten; return how many
+        each held."""
+        on_device = [key for key, entry in entries if DEVICE in entry.tiers]
+        in_memory = [key for key, entry in entries if CPU in entry.tiers]
+        if entries and self._device is not None:
             # All of them: a load may have just brought one to the device.
-            self._device.evict(key for key, _ in expired)
+            self._device.evict(key for key, _ in entries)
             self._device_evicted.clear()
-            self.evictions[DEVICE, Reason.TTL] += len(on_device)
+            self.evictions[DEVICE, reason] += len(on_device)
         if in_memory:
             self._overdue |= set(in_memory)
-            self.evictions[CPU, Reason.TTL] += len(in_memory)
+            self.evictions[CPU, reason] += len(in_memory)
         if self._overdue:
             self._overdue = self._cpu.discard(self._overdue)
-        return len(expired)
+        return {DEVICE: len(on_device), CPU: len(in_memory)}
 
     def resident(self) -> list[tuple[str, int, int]]:
         """Return ``(tier, ttl_s, entries)`` for each tier and TTL class."""
         self._settle_device()
         return list(self._ledger.resident())
+
+    def held(self, tier: str) -> dict[bytes, int]:
+        """Return how many entries of each organisation the device or the CPU tier holds, by the
+        organisation's tag."""
+        self._settle_device()
+        return self._ledger.held(tier)
 
     def _register(
         self, prompt: Prompt, request: Request, tokens: int, known_only: bool = False
@@ -241,11 +309,16 @@ class Keeper:
             blocks = [(first + i, block_hash + suffix) for i, block_hash in enumerate(hashes)]
             # From the last to the first, so that a prefix loses its end first.
             for block, key in reversed(blocks):
-                span = prompt.plan.span_of((block + 1) * block_size)
+                end = (block + 1) * block_size
+                span = prompt.plan.span_of(end)
                 on_device = self._device is not None and self._device.holds(key)
+                if prompt.is_purged(end):
+                    if on_device and key not in self._ledger:
+                        self._device.evict([key])
+                    continue
                 if key not in self._ledger and (known_only or not on_device):
                     continue
-                new = self._ledger.touch(key, span.ttl_s, now)
+                new = self._ledger.touch(key, span.ttl_s, now, prompt.plan.owner_of(end))
                 if new:
                     self._departures.returned(key)
                 if on_device:
@@ -253,7 +326,7 @@ class Keeper:
                 if key in self._overdue:
                     self._overdue.remove(key)
                     self._ledger.place(key, CPU)
-                in_prompt = (block + 1) * block_size <= request.num_prompt_tokens
+                in_prompt = end <= request.num_prompt_tokens
                 if new and index == 0 and span.covered and in_prompt:
                     per_hash = range(block * stride, (block + 1) * stride)
                     prompt.created.extend(per_hash)
@@ -280,7 +353,8 @@ class Keeper:
         for _, end, key in self._chunks(request, min(tokens, prompt.plan.covered_tokens)):
             entry = self._ledger.get(key)
             ttl_s = prompt.plan.span_of(end).ttl_s
-            used.append((key, max(ttl_s, entry.ttl_s) if entry else ttl_s))
+            name = qualified(prompt.plan.owner_of(end), key)
+            used.append((name, max(ttl_s, entry.ttl_s) if entry else ttl_s))
         for remote in self._remotes:
             remote.tier.used(used)
 
@@ -325,49 +399,129 @@ class Keeper:
             if key in self._ledger and not self._ledger.is_expired(key, now):
                 self._ledger.touch(key, ttl_s, now)
 
-    def _lifetime_left(self, key: bytes) -> tuple[int, float] | None:
+    def _entry_of(self, key: bytes) -> tuple[Entry, float] | None:
         entry = self._ledger.get(key)
         if entry is None or entry.expires_at <= (now := self._clock()):
             return None
-        return entry.ttl_s, entry.expires_at - now
+        return entry, entry.expires_at - now
 
     def _is_expired(self, key: bytes) -> bool:
         return key in self._overdue or self._ledger.is_expired(key, self._clock())
 
-    def _ttl_of(self, key: OffloadKey, context: ReqContext) -> int:
-        prompt = self._prompts.get(context.req_id)
-        position = context.get_offload_key_position(key)
-        if prompt is None or position is None:
-            return hashing.UNPLANNED_TTL_S
-        return prompt.plan.span_of(position).ttl_s
+    def _is_barred(self, key: OffloadKey, context: ReqContext) -> bool:
+        prompt, end = self._place(key, context)
+        return prompt is not None and prompt.is_purged(end)
 
-    def _lost(self, request: Request, read: int) -> Loss | None:
-        """Return what the prompt might have read after its first ``read`` tokens."""
-        group, block_size = self._layout.groups[0]
-        stride = block_size // self._layout.tokens_per_hash
-        suffix = group.to_bytes(4, "big")
-        first: Departure | None = None
-        tokens = 0
-        start = (read // block_size + 1) * stride - 1
-        end = request.num_prompt_tokens // self._layout.tokens_per_hash
-        for block_hash in islice(request.block_hashes, start, end, stride):
-            key = block_hash + suffix
-            departure = self._departures.find(key)
-            if departure is None and (first is None or key not in self._ledger):
+    def _marks_of(self, key: OffloadKey, context: ReqContext) -> tuple[int, bytes]:
+        prompt, end = self._place(key, context)
+        if prompt is None:
+            return hashing.UNPLANNED_TTL_S, NOBODY
+        return prompt.plan.span_of(end).ttl_s, prompt.plan.owner_of(end)
+
+    def _owner_of(self, key: OffloadKey, context: ReqContext) -> bytes:
+        prompt, end = self._place(key, context)
+        return NOBODY if prompt is None else prompt.plan.owner_of(end)
+
+    def _place(self, key: OffloadKey, context: ReqContext) -> tuple[Prompt | None, int]:
+        """Return the prompt that a key is asked for, and where the key's chunk ends in it."""
+        prompt = self._prompts.get(context.req_id) or self._leaving.get(context.req_id)
+        end = context.get_offload_key_position(key)
+        return (None, 0) if prompt is None or end is None else (prompt, end)
+
+    def _report(self, prompt: Prompt) -> Report:
+        since = self._departures.since
+        return replace(
+            account(prompt.plan, prompt.block_size, prompt.read or (), prompt.created),
+            misses=prompt.misses,
+            unasked=prompt.unasked,
+            engine=self._engine(),
+            reach_s=None if since is None else self._clock() - since,
+        )
+
+    def _explain(self, prompt: Prompt, request: Request, read: int) -> None:
+        """Find out what the prompt might have read after its first ``read`` tokens."""
+        _, block_size = self._layout.groups[0]
+        start = read // block_size * block_size
+        blocks = range(start, request.num_prompt_tokens // block_size * block_size, block_size)
+        if request.skip_reading_prefix_cache:
+            prompt.misses = (EngineMiss(EngineCause.NOT_LOOKED_UP, len(blocks) * block_size),)
+            return
+        runs: list[tuple[_Gone, int]] = []
+        for block in blocks:
+            end = block + block_size
+            keys = self._keys_at(request, end)
+            if all(key in self._ledger for key in keys):
+                # What is there is of no use behind a block that is not. Where it is the first, it
+                # was left out: an answer begins with the prompt's last token.
+                gone = runs[-1][0] if runs else None
+            else:
+                gone = self._whereabouts(prompt, request, end, keys)
+            if gone is None:
+                prompt.unasked = self._unasked(prompt, request, end)
                 break
-            first = first or departure
-            tokens += block_size
-        if first is None:
-            return None
-        return Loss(first.reason, tokens, first.ttl_s, self._clock() - first.at)
+            if runs and (gone.alike == runs[-1][0].alike or len(runs) == MAX_MISSES):
+                runs[-1] = runs[-1][0], runs[-1][1] + block_size
+            else:
+                runs.append((gone, block_size))
+        prompt.misses = tuple(gone.miss(tokens, self._clock()) for gone, tokens in runs)
+
+    def _whereabouts(
+        self, prompt: Prompt, request: Request, end: int, keys: Iterable[bytes]
+    ) -> _Gone | None:
+        """Return why the block that ends at ``end`` was not read; None where nothing is known."""
+        asked = list(self._asked(prompt, request, end))
+        for remote, key in asked:
+            if (absence := remote.tier.lost(request.request_id, key)) is not None:
+                return _Gone((remote.name, absence))
+        # Where a model has several groups of layers, a block is of no use unless all have theirs.
+        departures = (self._departures.find(key) for key in keys if key not in self._ledger)
+        first = next((departure for departure in departures if departure is not None), None)
+        if first is None or first.reason is not Reason.TTL:
+            for remote, key in asked:
+                absence = remote.tier.absence(request.request_id, key)
+                if absence is not None and absence.certain:
+                    return _Gone((remote.name, absence))
+        return None if first is None else _Gone((first.tier, first.reason, first.ttl_s), first.at)
+
+    def _unasked(self, prompt: Prompt, request: Request, end: int) -> EngineMiss | None:
+        for remote, key in self._asked(prompt, request, end):
+            if (absence := remote.tier.absence(request.request_id, key)) is not None:
+                return EngineMiss(absence.cause, 0, remote.name, detail=absence.detail)
+        return None
+
+    def _keys_at(self, request: Request, end: int) -> list[bytes]:
+        """Return the key of each group's block that ends at ``end``."""
+        block_hash = request.block_hashes[end // self._layout.tokens_per_hash - 1]
+        return [
+            block_hash + group.to_bytes(4, "big")
+            for group, block_size in self._layout.groups
+            if end % block_size == 0
+        ]
+
+    def _asked(
+        self, prompt: Prompt, request: Request, end: int
+    ) -> Iterator[tuple[RemoteTierManager, bytes]]:
+        """Yield each remote tier with the key of the chunk that holds the block which ends at
+        ``end``."""
+        if not self._remotes:
+            return
+        group, block_size = self._layout.groups[0]
+        chunk = block_size * self._layout.blocks_per_chunk
+        chunk_end = -(-end // chunk) * chunk
+        if chunk_end > request.num_prompt_tokens:
+            return
+        block_hash = request.block_hashes[chunk_end // self._layout.tokens_per_hash - 1]
+        key = block_hash + group.to_bytes(4, "big")
+        for remote in self._remotes:
+            yield remote, qualified(prompt.plan.owner_of(chunk_end), key)
 
     def _cpu_evicted(self, key: bytes, ttl_s: int, reason: Reason) -> None:
         self.evictions[CPU, reason] += 1
-        self._departed(key, ttl_s, reason)
+        self._departed(key, ttl_s, reason, CPU)
 
-    def _departed(self, key: bytes, ttl_s: int, reason: Reason) -> None:
+    def _departed(self, key: bytes, ttl_s: int, reason: Reason, tier: str) -> None:
         if key not in self._ledger:
-            self._departures.record(key, Departure(reason, ttl_s, self._clock()))
+            self._departures.record(key, Departure(reason, ttl_s, self._clock(), tier))
 
     def _settle_device(self) -> None:
         if self._device is None:
@@ -377,11 +531,11 @@ class Keeper:
             if entry is not None and DEVICE in entry.tiers and not self._device.holds(key):
                 self._ledger.displace(key, DEVICE)
                 self.evictions[DEVICE, Reason.CAPACITY] += 1
-                self._departed(key, entry.ttl_s, Reason.CAPACITY)
+                self._departed(key, entry.ttl_s, Reason.CAPACITY, DEVICE)
         self._device_evicted.clear()
 
     def _device_reset(self) -> None:
         self._device_evicted.clear()
         for key, ttl_s in self._ledger.clear_tier(DEVICE):
             self.evictions[DEVICE, Reason.RESET] += 1
-            self._departed(key, ttl_s, Reason.RESET)
+            self._departed(key, ttl_s, Reason.RESET, DEVICE)

@@ -17,25 +17,12 @@ from vllm.v1.kv_offload.config import OffloadingConfig
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
-from vllm_cachescope.config import Config, load
+from vllm_cachescope.config import Config
 from vllm_cachescope.connectors.vllm import regions
 from vllm_cachescope.connectors.vllm.cpu_worker import CpuCopyWorker
 from vllm_cachescope.connectors.vllm.identity import model_identity
 from vllm_cachescope.connectors.vllm.remote_tier import RemoteTierManager
 from vllm_cachescope.metrics import METRICS
-
-
-def read_config(vllm_config: VllmConfig) -> Config:
-    """Return CacheScope's configuration from vLLM's.
-
-    Raises:
-        ConfigError: if it cannot be used.
-    """
-    assert vllm_config.kv_transfer_config is not None
-    config = load(vllm_config.kv_transfer_config.kv_connector_extra_config)
-    if config.tiers:
-        config.secret_bytes()
-    return config
 
 
 def for_offloading(vllm_config: VllmConfig, config: Config) -> VllmConfig:

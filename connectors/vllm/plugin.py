@@ -5,9 +5,7 @@ import os
 import secrets
 from contextlib import suppress
 
-from vllm_cachescope.config import MADE_UP, SECRET_VARIABLE
-
-CONNECTOR = "CacheScopeConnector"
+from vllm_cachescope.config import CONNECTOR, MADE_UP, SECRET_VARIABLE
 
 
 def register() -> None:
@@ -17,7 +15,7 @@ def register() -> None:
     """
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
-    from vllm_cachescope.connectors.vllm import hashing
+    from vllm_cachescope.connectors.vllm import hashing, startup
 
     if CONNECTOR not in KVConnectorFactory._registry:
         KVConnectorFactory.register_connector(
@@ -30,6 +28,7 @@ def register() -> None:
         logger.setLevel(logging.getLogger("vllm").level)
     # vLLM loads plugins before it starts processes, so that all of them inherit one secret.
     os.environ.setdefault(SECRET_VARIABLE, MADE_UP + secrets.token_hex(32))
+    startup.install()
     # The connector refuses to run without the hook; a vLLM that runs without it is left alone.
     with suppress(hashing.HookNotInForce):
         hashing.install()

@@ -16,9 +16,11 @@ from vllm.v1.kv_offload.base import (
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
 from vllm.v1.kv_offload.tiering.manager import TieringOffloadingManager
 
-from vllm_cachescope.config import Config, Tier
+from vllm_cachescope.config import Config, ConfigError, RedisTier, Tier
 from vllm_cachescope.connectors.vllm.identity import kv_identity
-from vllm_cachescope.tiers.keyspace import Keyspace, secret_mark
+from vllm_cachescope.ledger import Entry
+from vllm_cachescope.owners import NOBODY
+from vllm_cachescope.tiers.keyspace import Keyspace, qualified, secret_mark, split
 from vllm_cachescope.tiers.remote import Found, Limits, Outgoing, RemoteTier
 from vllm_cachescope.tiers.store import Store
 
@@ -59,7 +61,13 @@ class RemoteTierManager(SecondaryTierManager):
         keyspace = Keyspace(kv_identity(model, offloading_spec.config))
         self.tier = RemoteTier(
             settings.name,
-            _stores(settings, keyspace, secret_mark(config.secret_bytes()), time.monotonic),
+            _stores(
+                settings,
+                keyspace,
+                secret_mark(config.secret_bytes()),
+                self._block_size_bytes,
+                time.monotonic,
+            ),
             self._block_size_bytes,
             Limits(
                 settings.load_deadline,
@@ -73,7 +81,8 @@ class RemoteTierManager(SecondaryTierManager):
             time.monotonic,
             random.random,
         )
-        self._lifetime_of: Callable[[bytes], tuple[int, float] | None] = lambda key: None
+        self._entry_of: Callable[[bytes], tuple[Entry, float] | None] = lambda key: None
+        self._owner_of: Callable[[OffloadKey, ReqContext], bytes] = lambda key, context: NOBODY
         self._on_loaded: Callable[[str, str, Iterable[tuple[bytes, int]]], None] = (
             lambda name, request_id, loaded: None
         )
@@ -81,50 +90,55 @@ class RemoteTierManager(SecondaryTierManager):
 
     def bind(
         self,
-        lifetime_of: Callable[[bytes], tuple[int, float] | None],
+        entry_of: Callable[[bytes], tuple[Entry, float] | None],
+        owner_of: Callable[[OffloadKey, ReqContext], bytes],
         on_loaded: Callable[[str, str, Iterable[tuple[bytes, int]]], None],
     ) -> None:
-        """Connect the tier to the engine's lifetimes.
+        """Connect the tier to what the engine knows of its blocks.
 
         Args:
-            lifetime_of: returns the TTL class of a key in seconds and the seconds it has left
-                unless it is used; None if it must not be stored (any more).
+            entry_of: returns the entry of a key and the seconds it has left unless it is used;
+                None if it must not be stored (any more).
+            owner_of: returns whose a key is that a request asks for.
             on_loaded: called with the tier's name, a request's id and the keys that were loaded
                 for it, each with its TTL class in seconds.
         """
-        self._lifetime_of, self._on_loaded = lifetime_of, on_loaded
+        self._entry_of, self._owner_of, self._on_loaded = entry_of, owner_of, on_loaded
 
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
         return RequestOffloadingContext()
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
-        return _RESULTS[self.tier.seek(req_context.req_id, key)]
+        return _RESULTS[self.tier.seek(req_context.req_id, self._qualified(key, req_context))]
 
     def submit_load(self, job_metadata: TransferJob) -> None:
         job = job_metadata
+        keys = [self._qualified(key, job.req_context) for key in job.keys]
         slots = [self._slot(chunk) for chunk in job.chunk_ids]
-        self.tier.load(job.job_id, job.req_context.req_id, list(job.keys), slots)
+        self.tier.load(job.job_id, job.req_context.req_id, keys, slots)
 
     def submit_store(self, job_metadata: TransferJob) -> None:
         job = job_metadata
         now = time.monotonic()
         blocks = []
         for key, chunk in zip(job.keys, job.chunk_ids, strict=True):
-            if (lifetime := self._lifetime_of(key)) is not None:
-                ttl_s, left_s = lifetime
-                blocks.append(Outgoing(key, self._slot(chunk), ttl_s, now + left_s))
+            if (found := self._entry_of(key)) is not None:
+                entry, left_s = found
+                name, slot = qualified(entry.owner, key), self._slot(chunk)
+                blocks.append(Outgoing(name, slot, entry.ttl_s, now + left_s))
         self.tier.store(job.job_id, blocks, len(blocks) == len(job.keys))
 
     def get_finished_jobs(self) -> Iterable[JobResult]:
         results = []
         for job in self.tier.finished():
-            if job.loaded and job.request_id is not None:
-                self._on_loaded(self.name, job.request_id, job.loaded)
+            loaded = [(OffloadKey(split(key)[1]), ttl_s) for key, ttl_s in job.loaded]
+            if loaded and job.request_id is not None:
+                self._on_loaded(self.name, job.request_id, loaded)
             results.append(
                 JobResult(
                     job.job_id,
                     job.complete,
-                    [OffloadKey(key) for key, _ in job.loaded] or None,
+                    [key for key, _ in loaded] or None,
                     job.seconds,
                     job.nbytes,
                 )
@@ -146,6 +160,9 @@ class RemoteTierManager(SecondaryTierManager):
         self.tier.close()
         self._memory.release()
 
+    def _qualified(self, key: OffloadKey, req_context: ReqContext) -> bytes:
+        return qualified(self._owner_of(key, req_context), key)
+
     def _slot(self, chunk: int) -> memoryview:
         start = int(chunk) * self._block_size_bytes
         return self._memory[start : start + self._block_size_bytes]
@@ -157,8 +174,31 @@ def remote_tiers(manager: TieringOffloadingManager) -> list[RemoteTierManager]:
 
 
 def _stores(
-    settings: Tier, keyspace: Keyspace, mark: bytes, clock: Callable[[], float]
+    settings: Tier, keyspace: Keyspace, mark: bytes, slot_bytes: int, clock: Callable[[], float]
 ) -> Callable[[], Store]:
-    from vllm_cachescope.connectors import redis
+    # Imported here: each needs packages that only its users have.
+    if isinstance(settings, RedisTier):
+        from vllm_cachescope.connectors import redis
 
-    return redis.stores(settings.url.get_secret_value(), settings.timeout, keyspace, mark, clock)
+        url = settings.url.get_secret_value()
+        return redis.stores(url, settings.timeout, keyspace, mark, clock)
+    try:
+        from vllm_cachescope.connectors import lmcache
+    except ImportError as error:
+        raise ConfigError(
+            f"tier {settings.name}: type lmcache needs LMCache: pip install "
+            f"'vllm-cachescope[lmcache]' ({error})"
+        ) from error
+    try:
+        return lmcache.stores(
+            settings.adapter,
+            slot_bytes,
+            settings.connections,
+            settings.timeout,
+            keyspace,
+            mark,
+            clock,
+            time.time,
+        )
+    except ConfigError as error:
+        raise ConfigError(f"tier {settings.name}: {error}") from None

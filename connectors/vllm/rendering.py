@@ -1,7 +1,6 @@
 """Renders parts of a request with vLLM's own code, so that every chat template is right."""
 
 import hashlib
-import json
 import logging
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from vllm_cachescope.boundaries import SpecialTokens, common_prefix
 from vllm_cachescope.breakpoints import Segment
 from vllm_cachescope.prompt import Part, PromptRequest, Protocol, Region
 from vllm_cachescope.wire.anthropic import is_dropped
+from vllm_cachescope.wire.body import encode
 from vllm_cachescope.wire.truncate import truncate
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ class Boundaries:
 
         Args:
             request: the request.
-            body: its body.
+            body: its body, without markers.
             segments: its segments, of which the last ends where the prompt ends.
             tokens: the prompt's token ids.
             text: the prompt's rendered text, if known.
@@ -214,5 +214,4 @@ def _content_key(cut: Mapping[str, Any], protocol: Protocol) -> bytes:
         # Claude Code's billing header changes with each request and never reaches the prompt.
         blocks = (Part(Region.SYSTEM, f"system[{i}]", block) for i, block in enumerate(system))
         rendered["system"] = [part.content for part in blocks if not is_dropped(part)]
-    text = json.dumps([protocol, rendered], separators=(",", ":"))
-    return hashlib.sha256(text.encode()).digest()
+    return hashlib.sha256(encode([protocol, rendered])).digest()

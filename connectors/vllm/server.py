@@ -3,16 +3,23 @@
 import asyncio
 import atexit
 import logging
+import secrets
+import time
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
 from vllm import envs
 
 from vllm_cachescope.api.middleware import CacheScopeMiddleware
+from vllm_cachescope.api.operations import Engines, Purged
 from vllm_cachescope.config import Config
-from vllm_cachescope.connectors.vllm import commands, regions
+from vllm_cachescope.connectors.vllm import commands, regions, startup
 from vllm_cachescope.connectors.vllm.admission import Admission
-from vllm_cachescope.connectors.vllm.offloading import read_config
+from vllm_cachescope.tiers.remote import PURGE_S
+
+ANSWER_S = 10.0
+"""How long an engine may take to answer a command, in seconds: a long step of it, and more."""
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +28,7 @@ class Middleware(CacheScopeMiddleware):
     """CacheScope's API side, attached to vLLM's engine client."""
 
     def attach(self, state: Any) -> Config:
-        config = read_config(state.engine_client.vllm_config)
+        config = startup.read(state.engine_client.vllm_config.kv_transfer_config)
         Admission(state, config, config.secret_bytes())
         # vLLM kills its engine without letting it clean up; by the end of this process, which
         # does the killing, the engine is gone.
@@ -34,8 +41,48 @@ class Middleware(CacheScopeMiddleware):
     def block_tokens(self, state: Any) -> int:
         return int(state.engine_client.vllm_config.cache_config.block_size)
 
+    def engines(self, state: Any) -> Engines:
+        return EngineProcesses(state.engine_client)
+
     def server_keys(self, state: Any) -> Iterable[str]:
         return [key for key in (state.args.api_key or [envs.VLLM_API_KEY]) if key]
+
+
+class EngineProcesses(Engines):
+    """The engine processes behind vLLM's engine client.
+
+    Args:
+        client: the engine client.
+    """
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+
+    async def health(self) -> list[list[dict[str, Any]]]:
+        return await self._call("health")
+
+    async def purge(self, prefix: bytes) -> Purged:
+        purge_id = secrets.token_hex(8)
+        entries: Counter[str] = Counter()
+        for lost in await self._call("purge", prefix, purge_id):
+            entries.update(lost)
+        unreached: dict[str, str] = {}
+        end = time.monotonic() + 2 * PURGE_S
+        pause_s = 0.01
+        while None in (answers := await self._call("purged", purge_id)):
+            if time.monotonic() > end:
+                raise TimeoutError("the purge does not end")
+            await asyncio.sleep(pause_s)
+            pause_s = min(0.5, 2 * pause_s)
+        for answer in answers:
+            for tier, (deleted, reason) in answer.items():
+                entries[tier] += deleted
+                if reason is not None:
+                    unreached[tier] = reason
+        return Purged(dict(entries), unreached)
+
+    async def _call(self, command: str, *args: Any) -> list[Any]:
+        return await asyncio.wait_for(commands.call(self._client, command, *args), ANSWER_S)
 
 
 async def _sweep(engine: Any, interval_s: float) -> None:

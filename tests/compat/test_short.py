@@ -31,8 +31,9 @@ def test_scopes_tiers_and_lifetimes(engine: Engine) -> None:
     engine.clock.advance(301)
     later = engine.ask(prompt, cuts("acme"))
     assert (later.tokens, later.read) == (expected, 4 * BLOCK), "the hour outlives the minutes"
-    assert later.report is not None and later.report.loss is not None
-    assert (later.report.loss.reason, later.report.loss.tokens) == ("ttl", 4 * BLOCK)
+    assert later.report is not None
+    (miss,) = later.report.misses
+    assert (miss.cause, miss.tier, miss.tokens) == ("expired", "cpu", 4 * BLOCK)
 
     engine.clock.advance(3601)
     assert engine.connector.command_sweep() > 0

@@ -11,11 +11,13 @@ from pydantic import TypeAdapter
 
 from demo.session import agent_session
 from vllm_cachescope.api.breaks import Breaks, Case
+from vllm_cachescope.misses import EngineCause, EngineMiss
 from vllm_cachescope.prompt import Protocol
-from vllm_cachescope.report import Loss, Report, Row
+from vllm_cachescope.report import EngineId, Report, Row
 from vllm_cachescope.scopes import Caller, Scope
 from vllm_cachescope.wire import READERS
 
+ENGINE = EngineId(0, "epoch")
 ACME, OTHER = Caller("acme", "s"), Caller("other", "s")
 SESSION = agent_session(1, turns=4, tools=6, rules=4)
 
@@ -37,7 +39,7 @@ def ask(
     given: dict[str, Any],
     caller: Caller = ACME,
     read: int = 0,
-    loss: Loss | None = None,
+    miss: EngineMiss | None = None,
     response_id: str | None = None,
     prompt: int = 6400,
 ) -> Case:
@@ -48,7 +50,8 @@ def ask(
         Row("read_device", Scope.ORG, 300, read),
         Row("created", Scope.ORG, 300, prompt - read),
     )
-    breaks.close(case, [Report(rows, loss)], response_id)
+    report = Report(rows, (miss,) if miss else (), engine=ENGINE)
+    breaks.close(case, [report], response_id)
     return case
 
 
@@ -95,16 +98,16 @@ def test_breaks_are_listed_for_their_organisation_newest_first(breaks: Breaks) -
     assert len(breaks.recent(None)) == 4 and len(breaks.recent(None, limit=3)) == 3
 
 
-@pytest.mark.parametrize(("reason", "cause"), [("ttl", "expired"), ("capacity", "evicted")])
+@pytest.mark.parametrize("cause", [EngineCause.EXPIRED, EngineCause.EVICTED])
 def test_what_the_cache_did_is_named_when_the_client_changed_nothing(
-    breaks: Breaks, reason: str, cause: str
+    breaks: Breaks, cause: EngineCause
 ) -> None:
     ask(breaks, body(1))
-    ask(breaks, body(2), loss=Loss(reason, 6000, 300, 12.5))
+    miss = EngineMiss(cause, 6272, "cpu", ttl_s=300, age_s=12.5)
+    ask(breaks, body(2), miss=miss)
     (seen,) = breaks.recent("acme")
     assert seen.diagnosis.cause == cause
-    (miss, *_) = seen.diagnosis.engine
-    assert (miss.ttl_s, miss.age_s) == (300, 12.5)
+    assert seen.diagnosis.engine[0] == miss
 
 
 def test_the_diagnostics_asked_for_are_what_the_client_expects(breaks: Breaks) -> None:

@@ -9,8 +9,9 @@ import pytest
 
 from tests.core.agent_session import Agent, Body, words
 from vllm_cachescope import explain as command
-from vllm_cachescope.diagnosis import NEW_CONTENT, EngineCause, Kind
+from vllm_cachescope.diagnosis import NEW_CONTENT, Kind
 from vllm_cachescope.explain import Explanation, explain_blocks, explain_file
+from vllm_cachescope.misses import EngineCause
 from vllm_cachescope.prompt import Protocol, Region
 from vllm_cachescope.traffic import (
     BLOCK_TOKENS,

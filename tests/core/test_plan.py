@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -30,7 +31,8 @@ def plans(draw: st.DrawFn) -> Plan:
         Span(end, scope, f"{scope.label}-{i}", draw(st.integers(1, 9999)), draw(st.booleans()))
         for i, (end, scope) in enumerate(zip(ends, scopes, strict=True))
     ]
-    return Plan(tuple(spans), draw(st.text(min_size=1, max_size=8)))
+    nonce = draw(st.text(min_size=1, max_size=8))
+    return Plan(tuple(spans), nonce, draw(st.binary(min_size=16, max_size=16)))
 
 
 @pytest.mark.parametrize(
@@ -44,6 +46,20 @@ def test_a_block_belongs_to_the_narrowest_span_it_touches(block_end: int, key: s
 def test_generated_tokens_are_as_narrow_as_the_end_and_not_covered() -> None:
     span = PLAN.span_of(351)
     assert (span.key, span.scope, span.covered) == ("s", Scope.SESSION, False)
+
+
+@pytest.mark.parametrize(
+    ("block_end", "owner"),
+    [(100, bytes(16)), (300, b"acme    " + bytes(8)), (350, b"acme    s1      ")],
+)
+def test_a_blocks_owner_is_as_narrow_as_its_span(block_end: int, owner: bytes) -> None:
+    assert replace(PLAN, owner=b"acme    s1      ").owner_of(block_end) == owner
+
+
+@given(plans(), plans())
+def test_nobody_can_put_another_owner_on_a_plan(plan: Plan, other: Plan) -> None:
+    forged = seal(plan, SECRET) | {"owner": other.owner.hex()}
+    assert (unseal(forged, SECRET) is None) == (plan.owner != other.owner)
 
 
 def test_covered_tokens_end_at_the_last_covered_span() -> None:
@@ -85,8 +101,9 @@ def test_no_change_to_a_sealed_plan_is_accepted(plan: Plan, data: st.DataObject)
         {},
         {"spans": [], "nonce": "n"},
         {"spans": "x", "nonce": "n", "mac": "m"},
-        {"spans": [[float("nan")]], "nonce": "n", "mac": "\udc80"},
-        {"spans": [[object()]], "nonce": "n", "mac": "m"},
+        {"spans": [[float("nan")]], "nonce": "n", "owner": "", "mac": "\udc80"},
+        {"spans": [[object()]], "nonce": "n", "owner": "", "mac": "m"},
+        {"spans": [], "nonce": "n", "owner": 7, "mac": "m"},
     ],
 )
 def test_what_is_no_plan_is_refused(data: object) -> None:

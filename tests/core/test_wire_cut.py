@@ -94,7 +94,7 @@ def test_truncate_keeps_the_parts_up_to_the_one_named(data: st.DataObject) -> No
         return
     before = copy.deepcopy(body)
     end = data.draw(st.integers(0, len(parts) - 1))
-    cut = truncate(body, protocol, parts[end])
+    cut = truncate(strip(body), protocol, parts[end])
     assert read(cut, TTLS).parts == parts[: end + 1]
     assert body == before
     assert "cache_control" not in json.dumps(cut)
@@ -121,7 +121,7 @@ def test_truncate_messages(path: str, region: Region, left: dict[str, Any]) -> N
         "messages": [{"content": "x"}, {"content": "y"}],
     }
     kept = {"model": "m", "thinking": {"type": "adaptive"}}
-    assert truncate(body, Protocol.MESSAGES, Part(region, path, None)) == kept | left
+    assert truncate(strip(body), Protocol.MESSAGES, Part(region, path, None)) == kept | left
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any
 
 from tests.engine.clock import VARIABLE, Clock
 from vllm_cachescope.connectors.vllm.hashing import PLAN_KEY
+from vllm_cachescope.owners import Owners
 from vllm_cachescope.plan import Plan, Span, seal
 from vllm_cachescope.report import Report
 from vllm_cachescope.scopes import Caller, Scope, ScopeKeys
@@ -29,6 +30,7 @@ Cut = tuple[int, Scope, int] | tuple[int, Scope, int, bool]
 
 _nonces = itertools.count()
 KEYS = ScopeKeys(SECRET.encode())
+OWNERS = Owners(SECRET.encode())
 
 
 def plan(caller: Caller, *cuts: Cut) -> Plan:
@@ -39,7 +41,7 @@ def plan(caller: Caller, *cuts: Cut) -> Plan:
         readable = scope is not Scope.SESSION or caller.session is not None
         key = KEYS.key(scope, caller, nonce)
         spans.append(Span(end, scope, key, ttl_s, readable and (not covered or covered[0])))
-    return Plan(tuple(spans), nonce)
+    return Plan(tuple(spans), nonce, OWNERS.of(caller))
 
 
 def org_plan(org: str, tokens: Sequence[int], ttl_s: int = 300) -> Plan:

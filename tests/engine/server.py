@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +24,26 @@ from vllm_cachescope.cli import MIDDLEWARE
 
 ROOT = Path(__file__).parents[2]
 MODEL = "toy"
+OPERATOR_TOKEN = "the operator of the tests"
+NAMED_KEY = "key of the named"
 
-PLUGIN = [
-    "--kv-transfer-config",
-    json.dumps(
-        {
-            "kv_connector": "DrivenConnector",
-            "kv_connector_module_path": "tests.engine.clock",
-            "kv_role": "kv_both",
-            "kv_connector_extra_config": {
-                "cpu_bytes": "128MiB",
-                "secret": SECRET,
-                "sweep_interval": "1s",
-            },
-        }
-    ),
-    "--middleware",
-    MIDDLEWARE,
-]
+
+def plugin(**config: Any) -> list[str]:
+    """Return the arguments for the plugin, with further keys of its configuration."""
+    own = {
+        "cpu_bytes": "128MiB",
+        "secret": SECRET,
+        "sweep_interval": "1s",
+        "operator_token": OPERATOR_TOKEN,
+        "tenants": {sha256(NAMED_KEY.encode()).hexdigest(): "named"},
+    }
+    transfer = {
+        "kv_connector": "DrivenConnector",
+        "kv_connector_module_path": "tests.engine.clock",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": own | config,
+    }
+    return ["--kv-transfer-config", json.dumps(transfer), "--middleware", MIDDLEWARE]
 
 
 @contextmanager
@@ -118,9 +121,16 @@ class Api:
 
 
 @contextmanager
-def serve_scoped(model: Path, scratch: Path) -> Iterator[Api]:
-    """Serve ``model`` with the plugin, on a clock of its own."""
+def serve_scoped(model: Path, scratch: Path, *options: str, **config: Any) -> Iterator[Api]:
+    """Serve ``model`` with the plugin, on a clock of its own.
+
+    Args:
+        model: the model's directory.
+        scratch: where the clock's file goes.
+        options: further options of the server.
+        config: further keys of the plugin's configuration.
+    """
     path = scratch / "server clock"
     clock = Clock(path)
-    with serve(model, PLUGIN, {VARIABLE: str(path)}) as url:
+    with serve(model, [*plugin(**config), *options], {VARIABLE: str(path)}) as url:
         yield Api(url, clock)

@@ -3,11 +3,14 @@
 import os
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from vllm_cachescope.connectors import redis
-from vllm_cachescope.tiers.keyspace import Keyspace, secret_mark
+from vllm_cachescope.owners import NOBODY
+from vllm_cachescope.tiers.keyspace import Keyspace, qualified, secret_mark
 from vllm_cachescope.tiers.remote import Finished, Found, Limits, Outgoing, RemoteTier
+from vllm_cachescope.tiers.store import Store
 
 SLOT = 256 << 10
 LIMITS = Limits(
@@ -22,10 +25,11 @@ LIMITS = Limits(
 SECRET = b"a secret of the tests"
 
 
-def keys(count: int, seed: str = "k") -> list[bytes]:
-    """Return keys as vLLM makes them: a block hash of 32 bytes and a group of four."""
+def keys(count: int, seed: str = "k", owner: bytes = NOBODY) -> list[bytes]:
+    """Return keys as an engine makes them: an owner, and vLLM's block hash of 32 bytes and group
+    of four."""
     rng = random.Random(seed)
-    return [rng.randbytes(32) + bytes(4) for _ in range(count)]
+    return [qualified(owner, rng.randbytes(32) + bytes(4)) for _ in range(count)]
 
 
 def content(key: bytes, slot_bytes: int = SLOT) -> bytes:
@@ -59,9 +63,7 @@ class EngineSide:
         self.memory = memoryview(bytearray(self.limits.inflight_bytes * 2))
         self.tier = RemoteTier(
             "redis",
-            redis.stores(
-                url, self.limits.timeout_s, self.keyspace, secret_mark(secret), time.monotonic
-            ),
+            self._stores(url, secret_mark(secret)),
             SLOT,
             self.limits,
             time.monotonic,
@@ -71,6 +73,9 @@ class EngineSide:
         self._requests = 0
         self._jobs = 0
         self.finished: dict[int, Finished] = {}
+
+    def _stores(self, url: str, mark: bytes) -> Callable[[], Store]:
+        return redis.stores(url, self.limits.timeout_s, self.keyspace, mark, time.monotonic)
 
     def slot(self, index: int) -> memoryview:
         """Return the memory of a block."""

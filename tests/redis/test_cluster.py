@@ -1,32 +1,12 @@
 """The tier on a Redis Cluster of three nodes."""
 
 import subprocess
-from collections.abc import Iterator
 
 import pytest
 import redis
 
 from tests.redis.engine_side import EngineSide, keys
-from tests.redis.servers import RedisServer, free_port, wait_until
-
-
-@pytest.fixture(scope="module")
-def nodes(tmp_path_factory) -> Iterator[list[RedisServer]]:
-    nodes = []
-    for _ in range(3):
-        directory = tmp_path_factory.mktemp("node")
-        options = ["--cluster-enabled", "yes", "--cluster-port", str(free_port())]
-        nodes.append(RedisServer(directory, *options))
-    addresses = [f"127.0.0.1:{node.port}" for node in nodes]
-    subprocess.run(
-        ["redis-cli", "--cluster", "create", *addresses, "--cluster-yes"],
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
-    wait_until(lambda: all(node.client.cluster("info")["cluster_state"] == "ok" for node in nodes))
-    yield nodes
-    for node in nodes:
-        node.close()
+from tests.redis.servers import wait_until
 
 
 @pytest.fixture

@@ -5,26 +5,26 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from prometheus_client import Counter
 
+from vllm_cachescope.api.diffs import Diffs
+from vllm_cachescope.api.exchange import Passage
 from vllm_cachescope.diagnosis import (
     Diagnosis,
-    EngineCause,
-    EngineMiss,
     EngineReport,
     conclude,
     diagnose,
     diagnose_against,
 )
 from vllm_cachescope.fingerprint import Fingerprinter
-from vllm_cachescope.ledger import Reason
-from vllm_cachescope.lineage import LineageStore, Placement
+from vllm_cachescope.lineage import LineageStore, Placement, Run
 from vllm_cachescope.prompt import PromptRequest, Protocol
-from vllm_cachescope.report import Report
+from vllm_cachescope.report import EngineId, Report
 from vllm_cachescope.scopes import Caller
+from vllm_cachescope.tokenprint import print_tokens
 from vllm_cachescope.wire.diagnostics import (
     anthropic_diagnostics,
     extra_fields,
@@ -35,12 +35,6 @@ REMEMBERED_BREAKS = 1000
 """How many breaks are kept, of all organisations together."""
 
 logger = logging.getLogger("cachescope.breaks")
-
-_CAUSES = {
-    Reason.TTL: EngineCause.EXPIRED,
-    Reason.CAPACITY: EngineCause.EVICTED,
-    Reason.RESET: EngineCause.EVICTED,
-}
 
 
 @dataclass(slots=True)
@@ -82,16 +76,19 @@ class Break:
         caller: whose request it was.
         model: the model it asked for.
         diagnosis: what happened.
+        diff: name of the file with what changed, if it was written; for the operator only.
     """
 
     at: float
     caller: Caller
     model: str
     diagnosis: Diagnosis
+    diff: str | None = None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self, for_operator: bool = False) -> dict[str, Any]:
         """Return it as plain data for JSON."""
         return {
+            **({"diff": self.diff} if for_operator and self.diff else {}),
             "at": round(self.at, 3),
             "org": self.caller.org,
             "session": self.caller.session,
@@ -106,8 +103,9 @@ class Breaks:
     Args:
         secret: key of the fingerprints' hashes.
         block_tokens: tokens per block of the engine.
-        clock: seconds, never running backwards.
+        clock: seconds, never running backwards; also that of passages.
         wall_clock: seconds since the epoch.
+        diffs: where to write what changed; None to keep no prompt text.
     """
 
     def __init__(
@@ -116,11 +114,15 @@ class Breaks:
         block_tokens: int,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
+        diffs: Diffs | None = None,
     ) -> None:
+        self._secret = secret
+        self._clock = clock
         self._fingerprint = Fingerprinter(secret)
         self._lineages = LineageStore(clock)
         self._block_tokens = block_tokens
         self._wall_clock = wall_clock
+        self._diffs = diffs
         self._breaks: deque[Break] = deque(maxlen=REMEMBERED_BREAKS)
         self._count = Counter(
             "cachescope_breaks",
@@ -160,30 +162,68 @@ class Breaks:
             compared = diagnose_against(previous.fingerprint, placement.entry.fingerprint)
         return Case(caller, request, placement, compared, diagnose(placement))
 
-    def close(self, case: Case, reports: Iterable[Report], response_id: str | None) -> None:
+    def close(
+        self,
+        case: Case,
+        reports: Iterable[Report],
+        response_id: str | None,
+        passages: Iterable[Passage] = (),
+    ) -> None:
         """Complete a diagnosis with what the engine found, once the request is over.
 
         Args:
             case: from `open`.
             reports: what became of the request's prompts; none if it never ran.
             response_id: the id of its response, by which clients name it.
+            passages: how its prompts passed through the engine.
         """
-        reports = list(reports)
-        prompt_tokens = sum(report.prompt_tokens for report in reports)
-        entry = case.placement.entry
-        self._lineages.answered(case.caller, entry, response_id, prompt_tokens or None)
-        if not reports:
+        reports, passages = list(reports), list(passages)
+        caller, entry = case.caller, case.placement.entry
+        if self._diffs is not None:
+            self._diffs.keep(caller, case.request, entry.fingerprint)
+        engine = reports[0].engine if reports else None
+        if engine is None or not all(report.engine for report in reports):
+            # Without the engine's last word there is nothing to put its misses down to.
+            self._lineages.answered(caller, entry, response_id)
             return
+        ancestor = case.placement.ancestor
         found = EngineReport(
-            prompt_tokens=prompt_tokens,
+            prompt_tokens=sum(report.prompt_tokens for report in reports),
             read_tokens=sum(report.read_tokens for report in reports),
             block_tokens=self._block_tokens,
-            misses=tuple(miss for report in reports for miss in _misses(report)),
+            misses=tuple(miss for report in reports for miss in report.misses),
         )
-        case.diagnosis = conclude(case.diagnosis, found, case.placement.ancestor)
+        run = None
+        if len(reports) == len(passages) == 1:
+            (report,), (passage,) = reports, passages
+            run = self._run(report, engine, passage)
+            found = replace(
+                found,
+                began=passage.began,
+                engine=engine,
+                unasked=report.unasked,
+                reach_s=report.reach_s,
+            )
+            if ancestor is None or ancestor.run is not None:
+                held = self._lineages.held(caller, entry, run.tokens, engine, passage.began)
+                found = replace(found, held=held)
+        self._lineages.answered(caller, entry, response_id, found.prompt_tokens, run)
+        case.diagnosis = conclude(case.diagnosis, found, ancestor)
         self._unknown.inc(case.diagnosis.unknown_tokens)
         if not case.diagnosis.expected or case.diagnosis.kind.is_break:
             self._record(case)
+
+    def _run(self, report: Report, engine: EngineId, passage: Passage) -> Run:
+        now = self._clock()
+        return Run(
+            tokens=print_tokens(passage.tokens, self._block_tokens, self._secret),
+            covered_tokens=passage.covered_tokens,
+            readable_tokens=passage.readable_tokens,
+            ttl_s=max((row.ttl_s for row in report.rows), default=0),
+            engine=engine,
+            computed_at=passage.computed_at or now,
+            used_at=now,
+        )
 
     def recent(self, org: str | None, limit: int = 100) -> list[Break]:
         """Return the latest breaks, newest first.
@@ -195,24 +235,38 @@ class Breaks:
         found = (b for b in reversed(self._breaks) if org is None or b.caller.org == org)
         return [b for b, _ in zip(found, range(limit), strict=False)]
 
+    def orgs(self) -> list[str]:
+        """Return the organisations of which requests are remembered."""
+        return self._lineages.orgs()
+
+    def forget(self, org: str | None, session: str | None = None) -> int:
+        """Forget the requests and breaks of ``org``, or of one session of it, or all; return how
+        many requests."""
+        self._breaks = deque(
+            (
+                seen
+                for seen in self._breaks
+                if (org is not None and seen.caller.org != org)
+                or (session is not None and seen.caller.session != session)
+            ),
+            maxlen=REMEMBERED_BREAKS,
+        )
+        if self._diffs is not None:
+            self._diffs.forget(org, session)
+        return self._lineages.purge(org, session)
+
     def _record(self, case: Case) -> None:
         diagnosis = case.diagnosis
-        seen = Break(self._wall_clock(), case.caller, case.request.model, diagnosis)
+        at, model = self._wall_clock(), case.request.model
+        diff = None
+        if self._diffs is not None:
+            about = {"model": model, "cause": diagnosis.cause, "lineage": diagnosis.lineage}
+            diff = self._diffs.write(case.caller, diagnosis.changes, at, about)
+        seen = Break(at, case.caller, model, diagnosis, diff)
         self._breaks.append(seen)
         region = diagnosis.where.region if diagnosis.where else "none"
         self._count.labels(diagnosis.cause, region, str(diagnosis.expected).lower()).inc()
         level = logging.INFO if diagnosis.expected else logging.WARNING
-        logger.log(level, "cache break %s", json.dumps(seen.to_dict(), default=str))
-
-
-def _misses(report: Report) -> Iterable[EngineMiss]:
-    loss = report.loss
-    if loss is not None:
-        reason = Reason(loss.reason)
-        yield EngineMiss(
-            _CAUSES[reason],
-            loss.tokens,
-            ttl_s=loss.ttl_s,
-            age_s=loss.age_s,
-            detail="the cache was reset" if reason is Reason.RESET else None,
+        logger.log(
+            level, "cache break %s", json.dumps(seen.to_dict(for_operator=True), default=str)
         )

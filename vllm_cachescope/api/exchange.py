@@ -1,6 +1,7 @@
 """One HTTP request on its way through the API process."""
 
-from collections.abc import Mapping
+from asyncio import Task
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,25 @@ from vllm_cachescope.scopes import Caller
 
 
 @dataclass(slots=True)
+class Passage:
+    """One prompt's passage through the engine.
+
+    Attributes:
+        tokens: the prompt.
+        covered_tokens: leading tokens that a breakpoint covers.
+        readable_tokens: leading tokens that later requests of the session may read.
+        began: when the engine was given it, in seconds of `time.monotonic`.
+        computed_at: when its first token was there; None before.
+    """
+
+    tokens: Sequence[int]
+    covered_tokens: int
+    readable_tokens: int
+    began: float
+    computed_at: float | None = None
+
+
+@dataclass(slots=True)
 class Exchange:
     """What the middleware and the engine's side tell each other about a request.
 
@@ -18,15 +38,20 @@ class Exchange:
         caller: on whose behalf it runs.
         request: the request as the cache sees it; None on a path whose body is not read, which
             is cached as one unmarked prompt.
-        body: the body as the server sees it, cache markers and all.
+        body: the body as the server sees it, without cache markers.
         reports: what became of each of its prompts, by the prompt's nonce. The engine's side
             puts in an estimate as soon as the first token is there and the truth when it knows.
+        passages: how each of its prompts passed through the engine, by the same nonce.
+        fetching: the task that fetches the reports of a request that the client gave up; None
+            if there is none.
     """
 
     caller: Caller
     request: PromptRequest | None = None
     body: Mapping[str, Any] = field(default_factory=dict)
     reports: dict[str, Report] = field(default_factory=dict)
+    passages: dict[str, Passage] = field(default_factory=dict)
+    fetching: Task[None] | None = None
 
 
 current_exchange: ContextVar[Exchange | None] = ContextVar("cachescope_exchange", default=None)

@@ -1,17 +1,18 @@
 """The HTTP side: reads what clients ask of the cache, and tells them what they got."""
 
-import hmac
-import json
 import logging
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any
 
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vllm_cachescope.api.breaks import Breaks, Case
+from vllm_cachescope.api.diffs import Diffs
 from vllm_cachescope.api.exchange import Exchange, current_exchange
+from vllm_cachescope.api.operations import PATHS, Engines, Operations
 from vllm_cachescope.api.replies import Reply
 from vllm_cachescope.config import Config
 from vllm_cachescope.errors import BadRequest
@@ -19,11 +20,10 @@ from vllm_cachescope.identity import Directory, api_key
 from vllm_cachescope.prompt import PromptRequest
 from vllm_cachescope.scopes import Caller
 from vllm_cachescope.wire import READERS, protocol_of, strip
+from vllm_cachescope.wire.body import decode, encode
 from vllm_cachescope.wire.errors import error_body
 
 logger = logging.getLogger(__name__)
-
-BREAKS_PATH = "/cachescope/breaks"
 
 
 class CacheScopeMiddleware(ABC):
@@ -38,6 +38,7 @@ class CacheScopeMiddleware(ABC):
         self._config: Config | None = None
         self._directory: Directory | None = None
         self._breaks: Breaks | None = None
+        self._operations: Operations | None = None
 
     @abstractmethod
     def attach(self, state: Any) -> Config:
@@ -52,6 +53,10 @@ class CacheScopeMiddleware(ABC):
     def server_keys(self, state: Any) -> Iterable[str]:
         """Return the API keys the server itself insists on; none if it lets anyone in."""
 
+    @abstractmethod
+    def engines(self, state: Any) -> Engines:
+        """Return the engines behind the server."""
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._app(scope, self._attaching(scope, receive), send)
@@ -59,8 +64,8 @@ class CacheScopeMiddleware(ABC):
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        if scope["method"] == "GET" and scope["path"].endswith(BREAKS_PATH):
-            await self._list_breaks(scope)(scope, receive, send)
+        if scope["path"].endswith(PATHS):
+            await (await self._operate(scope, receive))(scope, receive, send)
             return
         if scope["method"] != "POST":
             await self._app(scope, receive, send)
@@ -78,10 +83,7 @@ class CacheScopeMiddleware(ABC):
             return
 
         raw, receive = await _read_body(receive)
-        try:
-            body = json.loads(raw)
-        except (ValueError, RecursionError):
-            body = None
+        body = decode(raw)
         if not isinstance(body, dict):
             await self._app(scope, receive, send)
             return
@@ -95,7 +97,7 @@ class CacheScopeMiddleware(ABC):
         if request.prewarm:
             forwarded = _filling_only(forwarded)
         if forwarded is not body:
-            raw = json.dumps(forwarded).encode()
+            raw = encode(forwarded)
             scope = {**scope, "headers": _with_length(scope["headers"], len(raw))}
             receive = _replaying(raw, receive)
         exchange = Exchange(self._directory.caller(headers, request.session), request, forwarded)
@@ -109,10 +111,18 @@ class CacheScopeMiddleware(ABC):
         try:
             await self._run(exchange, scope, receive, reply.send)
         finally:
-            if case is None and exchange.reports:
-                case = self._open_case(exchange.caller, request, body, headers)
-            if case is not None:
-                self._close_case(case, exchange, reply)
+
+            def explain(*_: object) -> None:
+                opened = case
+                if opened is None and exchange.reports:
+                    opened = self._open_case(exchange.caller, request, body, headers)
+                if opened is not None:
+                    self._close_case(opened, exchange, reply)
+
+            if exchange.fetching is None:
+                explain()
+            else:
+                exchange.fetching.add_done_callback(explain)
 
     async def _run(self, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
         token = current_exchange.set(exchange)
@@ -139,22 +149,23 @@ class CacheScopeMiddleware(ABC):
     def _close_case(self, case: Case, exchange: Exchange, reply: Reply) -> None:
         assert self._breaks is not None
         try:
-            self._breaks.close(case, exchange.reports.values(), reply.id)
+            reports, passages = exchange.reports.values(), exchange.passages.values()
+            self._breaks.close(case, reports, reply.id, passages)
         except Exception:
             logger.exception("The request could not be diagnosed")
 
-    def _list_breaks(self, scope: Scope) -> JSONResponse:
-        """Answer ``GET /cachescope/breaks``: the caller's organisation's, or everyone's."""
-        config = self._attached(scope)
-        assert self._directory is not None and self._breaks is not None
+    async def _operate(self, scope: Scope, receive: Receive) -> Response:
+        self._attached(scope)
+        assert self._operations is not None
         headers = _headers(scope)
-        org = None
-        if not _is_operator(config, headers):
-            if not self._is_known(scope, headers):
-                error = {"type": "authentication_error", "message": "unknown API key"}
-                return JSONResponse({"type": "error", "error": error}, 401)
-            org = self._directory.caller(headers, None).org
-        return JSONResponse({"breaks": [seen.to_dict() for seen in self._breaks.recent(org)]})
+
+        async def read_body() -> bytes:
+            return (await _read_body(receive))[0]
+
+        known = self._is_known(scope, headers)
+        return await self._operations.answer(
+            scope["method"], scope["path"], headers, known, read_body
+        )
 
     def _is_known(self, scope: Scope, headers: dict[str, str]) -> bool:
         keys = list(self.server_keys(scope["app"].state))
@@ -167,7 +178,10 @@ class CacheScopeMiddleware(ABC):
             self._directory = Directory(
                 secret, self._config.tenant_names(), self._config.org_header
             )
-            self._breaks = Breaks(secret, self.block_tokens(scope["app"].state))
+            diffs = self._config.diffs and Diffs(self._config.diffs, time.monotonic)
+            self._breaks = Breaks(secret, self.block_tokens(scope["app"].state), diffs=diffs)
+            engines = self.engines(scope["app"].state)
+            self._operations = Operations(self._config, self._directory, self._breaks, engines)
         return self._config
 
     def _attaching(self, scope: Scope, receive: Receive) -> Receive:
@@ -185,13 +199,6 @@ class CacheScopeMiddleware(ABC):
 def _headers(scope: Scope) -> dict[str, str]:
     """Return the request's headers, names in lower case."""
     return {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in scope["headers"]}
-
-
-def _is_operator(config: Config, headers: dict[str, str]) -> bool:
-    token, presented = config.operator_token, api_key(headers)
-    if token is None or presented is None:
-        return False
-    return hmac.compare_digest(token.get_secret_value().encode(), presented.encode())
 
 
 def _filling_only(body: dict[str, Any]) -> dict[str, Any]:

@@ -97,7 +97,8 @@ class Reply:
             await self._send({**message, "body": out})
 
     def _rewritten_event(self, event: bytes) -> bytes:
-        if b'"usage"' not in event and self.id is not None:
+        ends = self._request.diagnose and b'"finish_reason"' in event
+        if b'"usage"' not in event and self.id is not None and not ends:
             return event
         lines = event.split(b"\n")
         for i, line in enumerate(lines):
@@ -117,12 +118,11 @@ class Reply:
         for holder in _replies(data):
             if isinstance(holder.get("id"), str):
                 self.id = holder["id"]
-            if not isinstance(holder.get("usage"), dict):
-                continue
-            if usage is not None:
+            has_usage = isinstance(holder.get("usage"), dict)
+            if has_usage and usage is not None:
                 _WRITERS[self._request.protocol](holder["usage"], usage)
                 changed = True
-            if "id" in holder:
+            if "id" in holder and (has_usage or _is_finished(holder)):
                 changed |= self._diagnose(holder, usage)
         if self._request.prewarm and "usage" in data:
             _empty(data)
@@ -162,6 +162,14 @@ def _replies(data: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for name in ("message", "response"):
         if isinstance(data.get(name), dict):
             yield data[name]
+
+
+def _is_finished(chunk: dict[str, Any]) -> bool:
+    """Whether it ends a choice: the last chunk that comes for certain in a stream of chunks."""
+    choices = chunk.get("choices")
+    return isinstance(choices, list) and any(
+        isinstance(choice, dict) and choice.get("finish_reason") for choice in choices
+    )
 
 
 def _empty(reply: dict[str, Any]) -> None:

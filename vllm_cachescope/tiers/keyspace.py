@@ -6,7 +6,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-FORMAT = 1
+from vllm_cachescope.owners import NOBODY, TAG_BYTES
+
+FORMAT = 2
 """Grows with every change to keys or values; engines of different formats share nothing."""
 
 
@@ -24,13 +26,33 @@ class Keyspace:
         self._prefix = f"cachescope:{FORMAT}:{self.namespace}:".encode()
 
     def name(self, key: bytes) -> bytes:
-        """Return the name of the block with ``key`` (block hash and group)."""
-        return self._prefix + key.hex().encode()
+        """Return the name of the block with ``key`` (see `qualified`)."""
+        owner, block = split(key)
+        org, session = owner[:TAG_BYTES].hex(), owner[TAG_BYTES:].hex()
+        return self._prefix + f"{org}:{session}:{block.hex()}".encode()
 
     @property
     def handshake(self) -> bytes:
         """The name under which engines leave the mark of their secret."""
         return self._prefix + b"secret"
+
+
+def qualified(owner: bytes, block: bytes) -> bytes:
+    """Return the key that tiers and stores know a block by: its owner, block hash and group."""
+    return owner + block
+
+
+def split(key: bytes) -> tuple[bytes, bytes]:
+    """Return the owner, and the block hash with its group, in a key `qualified` made."""
+    return key[: len(NOBODY)], key[len(NOBODY) :]
+
+
+def names_of(prefix: bytes) -> bytes:
+    """Return a pattern for the names of all entries, of whatever model, whose key begins with
+    ``prefix``: nothing, an organisation's tag, or an owner."""
+    tags = [prefix[:TAG_BYTES], prefix[TAG_BYTES:]]
+    org, session = (tag.hex() or "?" * 2 * TAG_BYTES for tag in tags)
+    return f"cachescope:{FORMAT}:*:{org}:{session}:*".encode()
 
 
 def secret_mark(secret: bytes) -> bytes:

@@ -13,25 +13,42 @@ talk to the store. Three rules keep a broken store from being more than a cache 
 
 import logging
 import threading
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from queue import Empty, SimpleQueue
 from typing import Any
 
+from vllm_cachescope.misses import EngineCause
 from vllm_cachescope.tiers import envelope
 from vllm_cachescope.tiers.breaker import Breaker
-from vllm_cachescope.tiers.store import Store, StoreFailed, StoreLate, StoreUnfit, Value, Written
+from vllm_cachescope.tiers.store import (
+    ForeignSecret,
+    Store,
+    StoreFailed,
+    StoreLate,
+    StoreUnfit,
+    Value,
+    Written,
+)
+from vllm_cachescope.tiers.whereabouts import ABSENCES, Absence, Fate, Whereabouts
 
 logger = logging.getLogger(__name__)
 
 GREET_EVERY_S = 20.0
 """How often a tier makes sure that it may still run on its store."""
 
-BATCH_BYTES = 2 << 20
-"""What a thread takes on at once: soon done with, and so little that a prompt's blocks arrive
-from the first to the last although several threads read them."""
+PURGE_S = 60.0
+"""How long a purge may take, in seconds; the store answers each of its steps within the timeout."""
+
+READ_BATCH_BYTES = 4 << 20
+"""What a thread loads at once: so little that a prompt's blocks arrive from the first to the last
+although several threads read them."""
+
+WRITE_BATCH_BYTES = 8 << 20
+"""What a thread stores at once: so much that the pauses between batches, in which the answers are
+waited for and the next batch's checksums are made, hardly count."""
 
 
 class Found(Enum):
@@ -40,6 +57,10 @@ class Found(Enum):
     HIT = "hit"
     MISS = "miss"
     RETRY = "retry"
+
+
+_FATES = {Written.REFUSED: Fate.REFUSED, Written.EXPIRED: Fate.GONE}
+"""Fates of what was written, where that is not `Fate.HELD`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +113,7 @@ class Outgoing:
     """A block to be stored.
 
     Attributes:
-        key: block hash and group.
+        key: owner, block hash and group; see `keyspace.qualified`.
         slot: its bytes, which stay as they are until the store has finished.
         ttl_s: its lifetime class, in seconds.
         expires_at: when it expires unless it is used, on the tier's clock, in seconds.
@@ -115,6 +136,8 @@ class _Inquiry:
         promised: bytes of the hits it was told of.
         over: whether it may start no further load: each request loads once, in one go, so that
             blocks that push each other out of memory cannot keep it waiting for ever.
+        lost: keys that were found and not loaded, and why.
+        trouble: why some of its questions were not answered; None if all were.
     """
 
     deadline: float
@@ -122,6 +145,8 @@ class _Inquiry:
     unsent: list[bytes] = field(default_factory=list)
     promised: int = 0
     over: bool = False
+    lost: dict[bytes, Fate] = field(default_factory=dict)
+    trouble: EngineCause | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -131,6 +156,7 @@ class _Load:
     Attributes:
         taken: how many keys a thread has taken on, or that were given up untaken.
         open: how many keys nothing is known of yet.
+        lost: keys that are not loaded, and why.
     """
 
     job_id: int
@@ -142,6 +168,7 @@ class _Load:
     taken: int = 0
     open: int = 0
     loaded: list[tuple[bytes, int]] = field(default_factory=list)
+    lost: dict[bytes, Fate] = field(default_factory=dict)
 
 
 @dataclass(slots=True, eq=False)
@@ -153,6 +180,23 @@ class _Store:
     taken: int = 0
     open: int = 0
     nbytes: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Purge:
+    """A purge, which a thread of the tier's carries out.
+
+    Attributes:
+        prefix: what the keys of its entries begin with.
+        entries: how many were deleted.
+        over: whether it is over; only then may the rest be read.
+        reason: why it is not known that all are gone; None if all are.
+    """
+
+    prefix: bytes
+    entries: int = 0
+    over: bool = False
+    reason: str | None = None
 
 
 class RemoteTier:
@@ -196,10 +240,15 @@ class RemoteTier:
             1, limits.first_probe_s, limits.longest_probe_s, clock, random
         )
         self._inquiries: dict[str, _Inquiry] = {}
+        # Requests that could not ask, and why.
+        self._turned_away: dict[str, EngineCause] = {}
+        self._whereabouts = Whereabouts()
         self._asked: list[_Inquiry] = []
         self._late_at = float("-inf")
         self._step_begins = True
-        self._answers: SimpleQueue[tuple[_Inquiry, Sequence[bytes], Sequence[bool]]] = SimpleQueue()
+        self._answers: SimpleQueue[tuple[_Inquiry, Sequence[bytes], Sequence[bool] | None]] = (
+            SimpleQueue()
+        )
         self._finished: SimpleQueue[Finished] = SimpleQueue()
 
         # What the threads share, under one lock.
@@ -212,6 +261,7 @@ class RemoteTier:
         self._uses: dict[bytes, float] = {}
         self._loads: deque[_Load] = deque()
         self._stores: deque[_Store] = deque()
+        self._purges: deque[Purge] = deque()
         self._batches = 0
         self._stopping = False
         self._loading_bytes = 0
@@ -220,6 +270,8 @@ class RemoteTier:
 
         self._greeted = False
         self._greeted_once = threading.Event()
+        # Whether engines with another secret use the store.
+        self._foreign = False
         self._known: dict[str, int] = {}
         self.address = new_store().address
         self._threads = [
@@ -251,10 +303,12 @@ class RemoteTier:
         inquiry = self._inquiries.get(request_id)
         if inquiry is None:
             if not self.usable or self._read_breaker.probe_in() > 0:
+                self._turned_away[request_id] = self._trouble
                 return Found.MISS
+            self._turned_away.pop(request_id, None)
             inquiry = _Inquiry(self._clock() + self._limits.load_deadline_s)
             self._inquiries[request_id] = inquiry
-        if inquiry.over:
+        if inquiry.over or self._is_purged(key):
             return Found.MISS
         if self._step_begins:
             # Once in a step: an answer in the middle of a prompt's questions would have its end
@@ -276,12 +330,17 @@ class RemoteTier:
             return Found.MISS
         if self._loading_bytes + inquiry.promised + self._slot_bytes > self._limits.inflight_bytes:
             self._count("load", "dropped")
+            inquiry.lost[key] = Fate.CROWDED
             return Found.MISS
         inquiry.promised += self._slot_bytes
         return Found.HIT
 
+    def _is_purged(self, key: bytes) -> bool:
+        return bool(self._purges) and any(key.startswith(p.prefix) for p in tuple(self._purges))
+
     def _answered_late(self, inquiry: _Inquiry) -> None:
         inquiry.over = True
+        inquiry.trouble = EngineCause.TIMED_OUT if self.usable else self._trouble
         self._count("lookup", "late", sum(a is None for a in inquiry.answers.values()))
         # Counted here and not by the thread that asks: it may be busy with an earlier question.
         # Requests that wait at the same time count once.
@@ -305,6 +364,33 @@ class RemoteTier:
     def forget(self, request_id: str) -> None:
         """The request is over, or starts anew."""
         self._inquiries.pop(request_id, None)
+        self._turned_away.pop(request_id, None)
+
+    def lost(self, request_id: str, key: bytes) -> Absence | None:
+        """Return why ``key`` was found for the request and not loaded; None if that was not so."""
+        inquiry = self._inquiries.get(request_id)
+        if inquiry is None:
+            return None
+        if (fate := inquiry.lost.get(key)) is not None:
+            return ABSENCES[fate]
+        if inquiry.answers.get(key):
+            return Absence(EngineCause.EVICTED, detail="the CPU tier had no room to load it into")
+        return None
+
+    def absence(self, request_id: str, key: bytes) -> Absence | None:
+        """Return why the tier had no answer for the request, or not ``key``; None if it was asked
+        and, as far as is known, never had it."""
+        inquiry = self._inquiries.get(request_id)
+        trouble = inquiry.trouble if inquiry else self._turned_away.get(request_id)
+        fate = self._whereabouts.find(key)
+        if trouble is not None and fate in (None, Fate.HELD):
+            return Absence(trouble, certain=fate is Fate.HELD)
+        return None if fate in (None, Fate.HELD) else ABSENCES[fate]
+
+    @property
+    def _trouble(self) -> EngineCause:
+        foreign = self._foreign
+        return EngineCause.HASH_SETTINGS_DIFFER if foreign else EngineCause.TIER_UNAVAILABLE
 
     def used(self, keys: Iterable[tuple[bytes, int]]) -> None:
         """Each key was used just now and lives on for its lifetime (seconds), where the store
@@ -331,6 +417,8 @@ class RemoteTier:
             inquiry.promised = 0
             deadline = inquiry.deadline
         load = _Load(job_id, request_id, keys, slots, now, deadline, open=len(keys))
+        if inquiry is not None:
+            load.lost = inquiry.lost
         with self._lock:
             self._loading_bytes += len(keys) * self._slot_bytes
             self._loads.append(load)
@@ -346,10 +434,12 @@ class RemoteTier:
         """
         with self._lock:
             room = max(0, self._limits.inflight_bytes - self._storing_bytes) // self._slot_bytes
+            fate = Fate.DROPPED
             if not self.usable or self._write_breaker.probe_in() > 0:
-                room = 0
+                room, fate = 0, Fate.UNSTORED if not self.usable else Fate.REFUSED
             taken = blocks[:room]
             if len(taken) < len(blocks):
+                self._whereabouts.note((block.key for block in blocks[room:]), fate)
                 self._counts["store", "dropped"] += len(blocks) - len(taken)
             store = _Store(
                 job_id,
@@ -364,6 +454,20 @@ class RemoteTier:
             self._storing_bytes += len(taken) * self._slot_bytes
             self._stores.append(store)
             self._to_store.notify()
+
+    def purge(self, prefix: bytes) -> Purge:
+        """Begin to delete every entry whose key begins with ``prefix``. Until that is over, they
+        are misses, and none that was to be stored is stored any more."""
+        purge = Purge(prefix)
+        with self._lock:
+            for store in list(self._stores):
+                self._give_up_blocks(store, lambda block: block.key.startswith(prefix))
+            if self.usable and not self._stopping:
+                self._purges.append(purge)
+                self._to_store.notify()
+            else:
+                purge.over, purge.reason = True, self._breaker.reason or "it has not answered yet"
+        return purge
 
     def finished(self) -> list[Finished]:
         """Return the loads and stores that are over since the last time."""
@@ -392,6 +496,7 @@ class RemoteTier:
         with self._lock:
             self._stopping = True
             self._give_up(list(self._loads), list(self._stores), "dropped")
+            self._give_up_purges("the engine is going down")
             for condition in (self._to_ask, self._to_load, self._to_store):
                 condition.notify_all()
         patience = self._clock() + 2 * max(self._limits.timeout_s, self._limits.load_deadline_s)
@@ -446,11 +551,14 @@ class RemoteTier:
                     self._known = store.greet(self._clock() + self._limits.timeout_s)
                     greet_at = self._clock() + GREET_EVERY_S
                     self._now_usable()
+                self._foreign = False
                 if questions:
                     self._answer(store, questions)
                 if uses:
                     store.refresh(list(uses.items()), self._clock() + self._limits.timeout_s)
+                self._count("reclaim", "expired", store.take_reclaimed())
             except StoreUnfit as error:
+                self._foreign = isinstance(error, ForeignSecret)
                 self._failed(str(error), at_once=True)
             except StoreFailed as error:
                 # Without the handshake nothing may be asked, so one failure is enough there.
@@ -468,7 +576,7 @@ class RemoteTier:
         if not live:
             return
         flat = [key for _, keys in live for key in keys]
-        found = [False] * len(flat)
+        found: Sequence[bool] | None = None
         try:
             if not store.alive():
                 store.connect(self._clock() + self._limits.timeout_s)
@@ -484,7 +592,8 @@ class RemoteTier:
             self._failed(str(error))
         start = 0
         for inquiry, keys in live:
-            self._answers.put((inquiry, keys, found[start : start + len(keys)]))
+            answers = None if found is None else found[start : start + len(keys)]
+            self._answers.put((inquiry, keys, answers))
             start += len(keys)
 
     def _take_answers(self) -> None:
@@ -493,7 +602,14 @@ class RemoteTier:
                 inquiry, keys, found = self._answers.get_nowait()
             except Empty:
                 return
+            if found is None:
+                inquiry.trouble = self._trouble
+                inquiry.answers.update(dict.fromkeys(keys, False))
+                continue
             inquiry.answers.update(zip(keys, found, strict=True))
+            answers = list(zip(keys, found, strict=True))
+            self._whereabouts.note((key for key, there in answers if there), Fate.HELD)
+            self._whereabouts.missed(key for key, there in answers if not there)
 
     # The threads that read.
 
@@ -513,7 +629,7 @@ class RemoteTier:
     def _take_load(self) -> tuple[_Load, int, int]:
         load = self._loads[0]
         first = load.taken
-        last = min(len(load.keys), first + max(1, BATCH_BYTES // self._slot_bytes))
+        last = min(len(load.keys), first + max(1, READ_BATCH_BYTES // self._slot_bytes))
         load.taken = last
         if last == len(load.keys):
             self._loads.popleft()
@@ -524,6 +640,7 @@ class RemoteTier:
         keys, slots = load.keys[first:last], load.slots[first:last]
         loaded: list[tuple[bytes, int]] = []
         damaged: list[bytes] = []
+        lost: dict[bytes, Fate] = {}
         outcomes: Counter[tuple[str, str]] = Counter()
         reached, begun = 0, self._clock()
         try:
@@ -533,12 +650,14 @@ class RemoteTier:
                 reached += 1
                 if head is None:
                     outcomes["load", "gone"] += 1
+                    lost[key] = Fate.GONE
                     continue
                 try:
                     loaded.append((key, envelope.check(key, head, slot).ttl_s))
                 except envelope.BadEnvelope as error:
                     logger.warning("Tier %s: a value is unusable: %s", self.name, error)
                     damaged.append(key)
+                    lost[key] = Fate.DAMAGED
             self._breaker.succeeded()
             self._read_breaker.succeeded()
             if damaged:
@@ -546,6 +665,7 @@ class RemoteTier:
         except StoreFailed as error:
             late = isinstance(error, StoreLate)
             outcomes["load", "late" if late else "failed"] += len(keys) - reached
+            lost |= dict.fromkeys(keys[reached:], Fate.LATE if late else Fate.UNREAD)
             # A store that had little time, or used it, is slow and not dead.
             tried = load.deadline - begun >= self._limits.load_deadline_s / 2
             if not late:
@@ -559,11 +679,15 @@ class RemoteTier:
             logger.exception("Tier %s: a load failed", self.name)
             store.close()
             outcomes["load", "failed"] += len(keys) - reached
+            lost |= dict.fromkeys(keys[reached:], Fate.UNREAD)
+        self._whereabouts.note((key for key, fate in lost.items() if fate is Fate.GONE), Fate.GONE)
+        self._whereabouts.note(damaged, Fate.DAMAGED)
         outcomes["load", "hit"] += len(loaded)
         outcomes["load", "damaged"] += len(damaged)
         with self._lock:
             self._counts.update(outcomes)
             load.loaded += loaded
+            load.lost |= lost
             self._resolve_load(load, len(keys))
 
     def _resolve_load(self, load: _Load, keys: int) -> None:
@@ -581,11 +705,16 @@ class RemoteTier:
                 )
             )
 
-    # The thread that writes.
+    # The thread that writes. It purges as well, so that nothing is written meanwhile.
 
     def _write(self) -> None:
         store = self._new_store()
-        while self._ready(store, self._to_store, self._stores):
+        while self._ready(store, self._to_store, self._stores, self._purges):
+            with self._lock:
+                purge = self._purges[0] if self._purges else None
+            if purge is not None:
+                self._carry_out(store, purge)
+                continue
             with self._lock:
                 if not self._stores:
                     continue
@@ -596,10 +725,24 @@ class RemoteTier:
                 self._batch_over()
         store.close()
 
+    def _carry_out(self, store: Store, purge: Purge) -> None:
+        try:
+            purge.entries = store.purge(purge.prefix, self._clock() + PURGE_S)
+        except StoreFailed as error:
+            purge.reason = str(error)
+        except Exception as error:
+            logger.exception("Tier %s: a purge failed", self.name)
+            store.close()
+            purge.reason = str(error)
+        with self._lock:
+            if purge in self._purges:
+                self._purges.remove(purge)
+            purge.over = True
+
     def _take_store(self) -> tuple[_Store, Sequence[Outgoing]]:
         job = self._stores[0]
         first = job.taken
-        job.taken = min(len(job.blocks), first + max(1, BATCH_BYTES // self._slot_bytes))
+        job.taken = min(len(job.blocks), first + max(1, WRITE_BATCH_BYTES // self._slot_bytes))
         if job.taken == len(job.blocks):
             self._stores.popleft()
         self._batches += 1
@@ -608,6 +751,7 @@ class RemoteTier:
     def _put(self, store: Store, job: _Store, blocks: Sequence[Outgoing]) -> None:
         outcomes: Counter[tuple[str, str]] = Counter()
         written: list[Written] = []
+        fates: defaultdict[Fate, list[bytes]] = defaultdict(list)
         try:
             values = [
                 Value(
@@ -619,6 +763,8 @@ class RemoteTier:
                 for block in blocks
             ]
             written = store.write(values, self._clock() + self._limits.timeout_s)
+            for block, result in zip(blocks, written, strict=True):
+                fates[_FATES.get(result, Fate.HELD)].append(block.key)
             self._breaker.succeeded()
             if Written.REFUSED not in written:
                 self._write_breaker.succeeded()
@@ -633,6 +779,10 @@ class RemoteTier:
             logger.exception("Tier %s: a store failed", self.name)
             store.close()
             outcomes["store", "failed"] = len(blocks)
+        if not written:
+            fates[Fate.UNSTORED] += [block.key for block in blocks]
+        for fate, keys in fates.items():
+            self._whereabouts.note(keys, fate)
         for result in written:
             outcomes["store", result.value] += 1
         stored = written.count(Written.STORED)
@@ -652,10 +802,8 @@ class RemoteTier:
 
     # Whether the store is alive.
 
-    def _ready(
-        self, store: Store, work: threading.Condition, queue: deque[_Load] | deque[_Store]
-    ) -> bool:
-        """Wait until there is something in ``queue`` and a connection to do it with.
+    def _ready(self, store: Store, work: threading.Condition, *queues: deque[Any]) -> bool:
+        """Wait until there is something in one of ``queues`` and a connection to do it with.
 
         Connecting may hang where no deadline reaches, as in a name server. Therefore a thread
         takes on nothing before it has a connection.
@@ -674,7 +822,7 @@ class RemoteTier:
                         self._failed(str(error))
                 continue
             with self._lock:
-                work.wait_for(lambda: self._stopping or bool(queue))
+                work.wait_for(lambda: self._stopping or any(queues))
             # Servers close connections that idle.
             if store.alive():
                 return not self._stopping
@@ -715,6 +863,7 @@ class RemoteTier:
         if not self._breaker.closed:
             self._greeted = False
             with self._lock:
+                self._give_up_purges(reason)
                 self._to_ask.notify()
 
     def _give_up_overdue(self) -> None:
@@ -732,17 +881,36 @@ class RemoteTier:
             untaken = len(load.keys) - load.taken
             load.taken = len(load.keys)
             self._counts["load", outcome] += untaken
+            fate = Fate.LATE if outcome == "late" else Fate.UNREAD
+            load.lost |= dict.fromkeys(load.keys[len(load.keys) - untaken :], fate)
             self._resolve_load(load, untaken)
         for store in stores:
-            self._stores.remove(store)
-            untaken = len(store.blocks) - store.taken
-            store.taken = len(store.blocks)
-            self._counts["store", outcome] += untaken
-            self._storing_bytes -= untaken * self._slot_bytes
+            self._give_up_blocks(store, lambda block: True, outcome)
+
+    def _give_up_blocks(
+        self, store: _Store, given_up: Callable[[Outgoing], bool], outcome: str = "dropped"
+    ) -> None:
+        """Take back those blocks of a store that no thread has begun. Needs the lock."""
+        kept = [block for block in store.blocks[store.taken :] if not given_up(block)]
+        gone = (block.key for block in store.blocks[store.taken :] if given_up(block))
+        self._whereabouts.note(gone, Fate.UNSTORED)
+        dropped = len(store.blocks) - store.taken - len(kept)
+        if dropped:
+            store.blocks = [*store.blocks[: store.taken], *kept]
+            self._counts["store", outcome] += dropped
+            self._storing_bytes -= dropped * self._slot_bytes
             store.complete = False
-            store.open -= untaken
+            store.open -= dropped
+        if not kept:
+            self._stores.remove(store)
             if store.open == 0:
                 self._end_store(store)
+
+    def _give_up_purges(self, reason: str) -> None:
+        """End the purges that no thread can carry out. Needs the lock."""
+        for purge in self._purges:
+            purge.over, purge.reason = True, reason
+        self._purges.clear()
 
     def _count(self, operation: str, outcome: str, keys: int = 1) -> None:
         if keys:

@@ -18,6 +18,10 @@ class StoreUnfit(Exception):
     """The store answers, but the tier must not run on it; the message says what to do."""
 
 
+class ForeignSecret(StoreUnfit):
+    """Engines with another secret use the store: their blocks have other hashes."""
+
+
 class Written(Enum):
     """What became of a value that was to be written."""
 
@@ -32,7 +36,7 @@ class Value:
     """A value to be written.
 
     Attributes:
-        key: block hash and group.
+        key: owner, block hash and group; see `keyspace.qualified`.
         head: the header; see `envelope`.
         payload: the block's bytes, in the memory they are in.
         expires_at: when it expires, on the tier's clock, in seconds.
@@ -130,6 +134,21 @@ class Store(ABC):
         Raises:
             StoreFailed: if it does not answer.
         """
+
+    @abstractmethod
+    def purge(self, prefix: bytes, deadline: float) -> int:
+        """Remove every entry of ours, of whatever model, whose key begins with ``prefix``, the
+        beginning of an owner (see `owners`); return how many there were. May take long: called
+        on the thread that writes, which writes nothing meanwhile.
+
+        Raises:
+            StoreFailed: if it is not known that all are gone.
+        """
+
+    def take_reclaimed(self) -> int:
+        """Return how many expired entries were deleted since the last time, by this engine; none
+        where the store itself does that."""
+        return 0
 
     @abstractmethod
     def close(self) -> None:

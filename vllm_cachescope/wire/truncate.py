@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm_cachescope.prompt import Part, Protocol, Region
-from vllm_cachescope.wire.blocks import strip
 from vllm_cachescope.wire.openai import count_leading_system
 
 # The fields that hold parts, in prompt order. The last is the conversation, which may begin with
@@ -26,17 +25,17 @@ _PATH = re.compile(r"(\w+)(?:\[(\d+)\])?(?:\.(content|tool_calls)(?:\[(\d+)\])?)
 
 
 def truncate(body: dict[str, Any], protocol: Protocol, after: Part) -> dict[str, Any]:
-    """Return ``body`` without its markers and without everything that comes after ``after``.
+    """Return ``body`` without everything that comes after ``after``.
 
     What the prompt needs besides its parts (the model, template arguments and the like) stays.
     The result may have no messages left, and then is no request the server would accept.
 
     Args:
-        body: the request's JSON object; it is not changed.
+        body: the request's JSON object, without markers (`strip`); it is not changed.
         protocol: its wire format.
-        after: a part that the format's ``read`` made of this ``body``.
+        after: a part that the format's ``read`` made of this ``body``, with or without markers.
     """
-    body = dict(strip(body))
+    body = dict(body)
     match = _PATH.fullmatch(after.path)
     if protocol is Protocol.COMPLETIONS or match is None:
         return body

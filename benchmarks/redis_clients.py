@@ -1,0 +1,178 @@
+"""The remote tier and the fastest public clients of Redis, moving the same blocks."""
+
+import os
+import random
+import select
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import redis
+
+from vllm_cachescope.config import Tier
+from vllm_cachescope.connectors.redis import stores
+from vllm_cachescope.owners import NOBODY
+from vllm_cachescope.tiers.envelope import HEADER_BYTES
+from vllm_cachescope.tiers.keyspace import Keyspace, qualified, secret_mark
+from vllm_cachescope.tiers.remote import Finished, Limits, Outgoing, RemoteTier
+
+TTL_S = 300
+PATIENCE_S = 60.0
+
+
+class Client(ABC):
+    """Something that stores blocks in Redis and loads them from there."""
+
+    name: str
+
+    @abstractmethod
+    def store(self, blocks: Sequence[memoryview]) -> None:
+        """Store the blocks."""
+
+    @abstractmethod
+    def load(self, slots: Sequence[memoryview]) -> None:
+        """Load the blocks that the tier has stored, in their order.
+
+        Args:
+            slots: one for each block, for a client that can be told where to put it; the first
+                `HEADER_BYTES` of each are for the header.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Hang up."""
+
+
+class Ours(Client):
+    """The remote tier as an engine uses it: with lookups, checksums and lifetimes, on threads of
+    its own, and with its default number of connections.
+
+    Args:
+        url: the Redis.
+        count: how many blocks there are.
+        block_bytes: bytes per block.
+    """
+
+    name = "remote tier"
+
+    def __init__(self, url: str, count: int, block_bytes: int) -> None:
+        settings = Tier.model_validate({"type": "redis", "url": url})
+        keyspace = Keyspace({"benchmark": block_bytes})
+        chance = random.Random(0)
+        self._keys = [qualified(NOBODY, chance.randbytes(32) + bytes(4)) for _ in range(count)]
+        self.names = [keyspace.name(key) for key in self._keys]
+        self._tier = RemoteTier(
+            "redis",
+            stores(url, PATIENCE_S, keyspace, secret_mark(b"benchmark"), time.monotonic),
+            block_bytes,
+            Limits(
+                PATIENCE_S,
+                PATIENCE_S,
+                count * block_bytes,
+                settings.connections,
+                settings.failures,
+                settings.first_probe,
+                settings.longest_probe,
+            ),
+            time.monotonic,
+            random.random,
+        )
+        self._tier.start()
+        self._jobs = 0
+
+    def store(self, blocks: Sequence[memoryview]) -> None:
+        expires_at = time.monotonic() + TTL_S
+        outgoing = [
+            Outgoing(key, block, TTL_S, expires_at)
+            for key, block in zip(self._keys, blocks, strict=True)
+        ]
+        self._jobs += 1
+        self._tier.store(self._jobs, outgoing)
+        self._wait()
+
+    def load(self, slots: Sequence[memoryview]) -> None:
+        self._jobs += 1
+        payloads = [slot[HEADER_BYTES:] for slot in slots]
+        self._tier.load(self._jobs, "benchmark", self._keys, payloads)
+        self._wait()
+
+    def close(self) -> None:
+        self._tier.close()
+
+    def _wait(self) -> None:
+        finished: list[Finished] = []
+        while not finished:
+            time.sleep(0.0005)
+            finished = self._tier.finished()
+        if not finished[0].complete:
+            raise RuntimeError(f"a transfer was not complete: {self._tier.take_counts()}")
+
+
+class RedisPy(Client):
+    """redis-py with hiredis, one value at a time: several threads and MGET are slower.
+
+    Args:
+        port: the Redis.
+        names: of the values to load.
+    """
+
+    name = "redis-py"
+
+    def __init__(self, port: int, names: Sequence[bytes]) -> None:
+        self._client = redis.Redis(port=port)
+        self._names = names
+
+    def store(self, blocks: Sequence[memoryview]) -> None:
+        for number, block in enumerate(blocks):
+            self._client.set(f"redis-py:{number}", block)
+
+    def load(self, slots: Sequence[memoryview]) -> None:
+        for name, slot in zip(self._names, slots, strict=True):
+            value = self._client.get(name)
+            if value is None or len(value) != len(slot):
+                raise RuntimeError("a value is missing")
+
+    def close(self) -> None:
+        self._client.close()
+
+
+class Native(Client):
+    """LMCache's client in C++, as its server uses it.
+
+    Args:
+        port: the Redis.
+        names: of the values to load.
+    """
+
+    name = "LMCache's client"
+    workers = 4
+    batch = 32
+
+    def __init__(self, port: int, names: Sequence[bytes]) -> None:
+        os.environ["LMCACHE_TRACK_USAGE"] = "false"
+        from lmcache.lmcache_redis import LMCacheRedisClient
+
+        self._client = LMCacheRedisClient("127.0.0.1", port, self.workers)
+        self._names = [name.decode() for name in names]
+
+    def store(self, blocks: Sequence[memoryview]) -> None:
+        names = [f"native:{number}" for number in range(len(blocks))]
+        self._submit(self._client.submit_batch_set, names, blocks)
+
+    def load(self, slots: Sequence[memoryview]) -> None:
+        self._submit(self._client.submit_batch_get, self._names, slots)
+
+    def close(self) -> None:
+        self._client.close()
+
+    def _submit(self, submit, names: Sequence[str], views: Sequence[memoryview]) -> None:
+        pending = {
+            submit(names[start : start + self.batch], list(views[start : start + self.batch]))
+            for start in range(0, len(names), self.batch)
+        }
+        while pending:
+            select.select([self._client.event_fd()], [], [])
+            for number, succeeded, error, _ in self._client.drain_completions():
+                if not succeeded:
+                    raise RuntimeError(f"LMCache's client: {error}")
+                pending.discard(number)

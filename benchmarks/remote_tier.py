@@ -1,0 +1,247 @@
+"""How soon a prompt is served from Redis, next to the same vLLM with LMCache in front of the same
+Redis and to computing it again; how fast blocks move; and what a dead Redis costs."""
+
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import (
+    BLOCK,
+    Result,
+    arguments,
+    console,
+    finish,
+    pairs,
+    prompt,
+    server,
+)
+from benchmarks.overhead import Client as LoadClient
+from benchmarks.overhead import bodies
+from benchmarks.peer import LMCacheServer
+from benchmarks.redis_clients import Client, Native, Ours, RedisPy
+from demo.client import AnthropicClient, empty_device_cache
+from demo.model import SMALL
+from demo.server import Server, free_port
+from tests.redis.servers import RedisServer, wait_until
+from vllm_cachescope.tiers.envelope import HEADER_BYTES
+
+SECRET = "the secret of the benchmarks"
+BLOCK_BYTES = BLOCK * 2 * SMALL.layers * SMALL.kv_heads * SMALL.head_dim * 4
+"""Keys and values of one block, in float32."""
+
+MOVED_BLOCKS = 160
+"""Blocks moved at once by the clients, as many as a prompt of 20,000 tokens has."""
+
+HITS = 3
+"""Hits per pair and side; their fastest counts, since whatever else runs only ever adds."""
+
+
+class Side:
+    """A vLLM whose cache reaches back to Redis.
+
+    Args:
+        engine: the server.
+        redis: the Redis behind it.
+        empty_memory: empties what stands between the engine and Redis.
+    """
+
+    def __init__(
+        self, engine: Server, redis: RedisServer, empty_memory: Callable[[], None] = lambda: None
+    ) -> None:
+        self._url = engine.url
+        self._client = AnthropicClient(engine.url, "benchmark")
+        self._redis = redis.client
+        self._empty_memory = empty_memory
+
+    def compute(self, body: dict[str, Any]) -> float:
+        """Have a prompt computed and stored; return the seconds to its first token."""
+        stored = self._stored()
+        answer = self._client.ask(body, "s", max_tokens=1)
+        if answer.read:
+            raise RuntimeError(f"{answer.read} tokens of a new prompt were read")
+        self._whole = (answer.prompt_tokens - 1) // BLOCK * BLOCK
+        wait_until(lambda: self._stored() >= stored + answer.prompt_tokens // BLOCK, 30)
+        return answer.ttft_s
+
+    def hit(self, body: dict[str, Any]) -> float:
+        """Have the prompt that was computed last read from Redis; return the seconds to its first
+        token.
+
+        Raises:
+            RuntimeError: if not every whole block of it came from Redis.
+        """
+        empty_device_cache(self._url, connector=True)
+        self._empty_memory()
+        sent = self._sent_bytes()
+        answer = self._client.ask(body, "s", max_tokens=1)
+        blocks = (self._sent_bytes() - sent) // BLOCK_BYTES
+        if answer.read != self._whole or blocks != self._whole // BLOCK:
+            raise RuntimeError(
+                f"of {self._whole} tokens {answer.read} were read, {blocks * BLOCK} from Redis"
+            )
+        return answer.ttft_s
+
+    def _stored(self) -> int:
+        """Return how many blocks Redis holds."""
+        pipeline = self._redis.pipeline(transaction=False)
+        for name in self._redis.scan_iter(count=10_000, _type="string"):
+            pipeline.strlen(name)
+        return sum(length >= BLOCK_BYTES for length in pipeline.execute())
+
+    def _sent_bytes(self) -> int:
+        return int(self._redis.info("stats")["total_net_output_bytes"])
+
+
+def move_blocks(result: Result, count: int, directory: Path) -> None:
+    """Add how fast blocks go to Redis and come back, ours beside the public clients."""
+    console.print("remote_tier: blocks to Redis and back")
+    moved = MOVED_BLOCKS * BLOCK_BYTES
+    source = memoryview(bytearray(random.Random(0).randbytes(BLOCK_BYTES) * MOVED_BLOCKS))
+    blocks = [source[i : i + BLOCK_BYTES] for i in range(0, moved, BLOCK_BYTES)]
+    slot_bytes = HEADER_BYTES + BLOCK_BYTES
+    target = memoryview(bytearray(MOVED_BLOCKS * slot_bytes))
+    slots = [target[i : i + slot_bytes] for i in range(0, len(target), slot_bytes)]
+    stores: dict[str, list[float]] = {}
+    loads: dict[str, list[float]] = {}
+    with closing(RedisServer(directory)) as redis:
+        ours = Ours(redis.url, MOVED_BLOCKS, BLOCK_BYTES)
+        clients: list[Client] = [
+            ours,
+            RedisPy(redis.port, ours.names),
+            Native(redis.port, ours.names),
+        ]
+
+        def timed(move: Callable[[], None]) -> float:
+            start = time.perf_counter()
+            move()
+            return moved / (time.perf_counter() - start) / 1e9
+
+        # One round more, in which memory is touched for the first time.
+        for number in range(-1, count):
+            order = clients if number % 2 == 0 else clients[::-1]
+            for client in order:
+                redis.client.flushall()
+                rate = timed(lambda client=client: client.store(blocks))
+                if number >= 0:
+                    stores.setdefault(client.name, []).append(rate)
+            redis.client.flushall()
+            ours.store(blocks)
+            for client in order:
+                target[:] = bytes(len(target))
+                rate = timed(lambda client=client: client.load(slots))
+                if client is not clients[1] and any(
+                    slot[HEADER_BYTES:] != block for slot, block in zip(slots, blocks, strict=True)
+                ):
+                    raise RuntimeError(f"{client.name} has not loaded what was stored")
+                if number >= 0:
+                    loads.setdefault(client.name, []).append(rate)
+        for client in clients:
+            client.close()
+    for what, rates in (("store", stores), ("load", loads)):
+        for name, values in rates.items():
+            result.add(f"{what}, {name}", values, "GB/s")
+        mine = rates.pop(ours.name)
+        fastest = [max(others) for others in zip(*rates.values(), strict=True)]
+        result.add(
+            f"{what}, over the fastest public client",
+            [one / other for one, other in zip(mine, fastest, strict=True)],
+            "×",
+            "at least 0.7",
+            lambda ratio: ratio >= 0.7,
+        )
+
+
+def serve_hits(result: Result, count: int, directory: Path) -> None:
+    """Add how soon prompts are served from Redis, with the plugin and with the peer."""
+    console.print("remote_tier: servers with the plugin and with LMCache, on one Redis")
+    with closing(RedisServer(directory)) as redis:
+        tiers = [{"type": "redis", "url": redis.url}]
+        with (
+            LMCacheServer(redis.port) as lmcache,
+            lmcache.engine() as behind_lmcache,
+            server(True, cpu_bytes="1GiB", secret=SECRET, tiers=tiers) as plugin,
+        ):
+            sides = Side(plugin, redis), Side(behind_lmcache, redis, lmcache.empty)
+            for side in sides:
+                body = prompt("warm-up", tokens=5_000)
+                side.compute(body)
+                side.hit(body)
+            for tokens in (5_000, 20_000):
+                _serve_hits(result, count, tokens, *sides, redis)
+
+
+def _serve_hits(
+    result: Result, count: int, tokens: int, ours: Side, peer: Side, redis: RedisServer
+) -> None:
+    computed: list[float] = []
+    hits: dict[Side, list[float]] = {ours: [], peer: []}
+    for number in range(count):
+        redis.client.flushall()
+        body = prompt(f"remote tier {tokens} {number}", number, tokens)
+        computed.append(1000 * ours.compute(body))
+        peer.compute(body)
+        in_turn = pairs(HITS, lambda _: ours.hit(body), lambda _: peer.hit(body))
+        for side, seconds in zip((ours, peer), zip(*in_turn, strict=True), strict=True):
+            hits[side].append(1000 * min(seconds))
+    name = f"{tokens:,} tokens"
+    result.add(f"{name}: first token, computed", computed, "ms")
+    result.add(f"{name}: first token, from Redis", hits[ours], "ms")
+    result.add(f"{name}: first token, LMCache from Redis", hits[peer], "ms")
+    result.add(
+        f"{name}: Redis over LMCache from Redis",
+        [one / other for one, other in zip(hits[ours], hits[peer], strict=True)],
+        "×",
+        "at most 0.5",
+        lambda ratio: ratio <= 0.5,
+    )
+    result.add(
+        f"{name}: computed over Redis",
+        [cold / hit for cold, hit in zip(computed, hits[ours], strict=True)],
+        "×",
+        "at least 5",
+        lambda ratio: ratio >= 5,
+    )
+
+
+def serve_beside_a_dead_tier(result: Result, count: int) -> None:
+    """Add what a Redis that is not there costs the requests that do not need it."""
+    console.print("remote_tier: servers with the plugin, without a remote tier and with a dead one")
+    tiers = [{"type": "redis", "url": f"redis://127.0.0.1:{free_port()}"}]
+    with server(True) as without, server(True, secret=SECRET, tiers=tiers) as dead:
+        clients = LoadClient(without, bodies()), LoadClient(dead, bodies())
+        for client in clients:
+            client.fill()
+            client.batch()
+        rates = pairs(count, lambda pair: clients[0].batch(), lambda pair: clients[1].batch())
+    result.add("throughput, no remote tier", [a.requests_per_s for a, _ in rates], "requests/s")
+    result.add("throughput, dead Redis", [b.requests_per_s for _, b in rates], "requests/s")
+    result.add(
+        "throughput, dead Redis over no remote tier",
+        [b.requests_per_s / a.requests_per_s for a, b in rates],
+        "×",
+        "at least 0.98",
+        lambda ratio: ratio >= 0.98,
+    )
+    result.add(
+        "CPU time, dead Redis over no remote tier", [b.cpu_s / a.cpu_s for a, b in rates], "×"
+    )
+
+
+def main() -> int:
+    """Run the benchmark and return its exit status."""
+    options = arguments(__doc__ or "", pairs=5)
+    result = Result("remote_tier", options.quick)
+    with tempfile.TemporaryDirectory(prefix="cachescope-") as directory:
+        move_blocks(result, options.pairs, Path(directory))
+        serve_hits(result, options.pairs, Path(directory))
+    serve_beside_a_dead_tier(result, options.pairs)
+    return finish(result, options.results)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""Blocks behind one of LMCache's adapters.
+
+An entry is two objects: the value, a header with the block behind it, and a record of when it
+expires. Without a record that has time left there is no entry. The value is written once, before
+its record; the record is written again when the entry is used, for the adapters can only replace
+whole objects, and a block is too much to write for each use.
+"""
+
+from collections.abc import Iterator, Sequence
+
+from vllm_cachescope.connectors.lmcache.adapters import Kind, name
+from vllm_cachescope.connectors.lmcache.backend import Backend
+from vllm_cachescope.tiers.envelope import HEADER_BYTES
+from vllm_cachescope.tiers.store import Store, StoreFailed, StoreUnfit, Value, Written
+
+
+class LMCacheStore(Store):
+    """One thread's way to an adapter that all threads of a tier share.
+
+    Args:
+        backend: the adapter, and what else they share.
+        address: where it is.
+    """
+
+    def __init__(self, backend: Backend, address: str) -> None:
+        self.address = address
+        self._backend = backend
+
+    def alive(self) -> bool:
+        return self._backend.alive()
+
+    def connect(self, deadline: float) -> None:
+        try:
+            self._backend.connect(self, deadline)
+        except StoreUnfit as error:
+            raise StoreFailed(str(error)) from None
+
+    def greet(self, deadline: float) -> dict[str, int]:
+        known = self._backend.alive()
+        session = self._backend.connect(self, deadline)
+        if known:
+            self._backend.shake_hands(session, deadline)
+        return self._backend.usage()
+
+    def find(self, keys: Sequence[bytes], deadline: float) -> list[bool]:
+        return self._backend.present([self._backend.entry(key) for key in keys], deadline)
+
+    def read(
+        self, keys: Sequence[bytes], slots: Sequence[memoryview], deadline: float
+    ) -> Iterator[bytes | None]:
+        backend = self._backend
+        session = backend.session()
+        entries = [backend.entry(key) for key in keys]
+        # Once more: a RESP adapter does not survive being asked for what is not there.
+        present = backend.present(entries, deadline)
+        for part in _parts(len(entries), backend.staging.batch):
+            there = [i for i in part if present[i]]
+            names = [name(entries[i], Kind.VALUE) for i in there]
+            buffers = backend.staging.values.take(len(there))
+            with (
+                backend.suspicious(session) as unloadable,
+                session.loading(names, buffers) as tasks,
+            ):
+                loads = dict(zip(there, zip(tasks, buffers, strict=True), strict=True))
+                for i in part:
+                    if i not in loads:
+                        yield None
+                        continue
+                    task, buffer = loads[i]
+                    if session.wait(task, deadline)[0]:
+                        end = HEADER_BYTES + slots[i].nbytes
+                        slots[i][:] = buffer.view[HEADER_BYTES:end]
+                        yield bytes(buffer.view[:HEADER_BYTES])
+                    else:
+                        unloadable(entries[i])
+                        backend.make_sure_it_lives(session, deadline)
+                        yield b""
+
+    def write(self, values: Sequence[Value], deadline: float) -> list[Written]:
+        backend = self._backend
+        session = backend.session()
+        entries = [backend.entry(value.key) for value in values]
+        until_ms = [backend.wall_ms(value.expires_at) for value in values]
+        present = backend.present(entries, deadline)
+        results = [Written.PRESENT if there else Written.EXPIRED for there in present]
+        backend.used({entries[i]: until_ms[i] for i, there in enumerate(present) if there})
+        now_ms = backend.now_ms()
+        absent = [i for i, there in enumerate(present) if not there and until_ms[i] > now_ms]
+        # What is left of earlier lives: some adapters do not store what they hold already.
+        backend.erase([entries[i] for i in absent], deadline)
+        for part in _parts(len(absent), backend.staging.batch):
+            chosen = [absent[j] for j in part]
+            buffers = backend.staging.values.take(len(chosen))
+            for i, buffer in zip(chosen, buffers, strict=True):
+                end = HEADER_BYTES + values[i].payload.nbytes
+                buffer.view[:HEADER_BYTES] = values[i].head
+                buffer.view[HEADER_BYTES:end] = values[i].payload
+            names = [name(entries[i], Kind.VALUE) for i in chosen]
+            with session.storing(names, buffers) as tasks:
+                for i, task in zip(chosen, tasks, strict=True):
+                    stored = session.wait(task, deadline)[0]
+                    results[i] = Written.STORED if stored else Written.REFUSED
+            if any(results[i] is Written.REFUSED for i in chosen):
+                backend.make_sure_it_lives(session, deadline)
+                self.refusal = "LMCache's log says why"
+            backend.record(
+                {entries[i]: until_ms[i] for i in chosen if results[i] is Written.STORED},
+                deadline,
+            )
+        return results
+
+    def refresh(self, keys: Sequence[tuple[bytes, float]], deadline: float) -> None:
+        backend = self._backend
+        backend.used({backend.entry(key): backend.wall_ms(until) for key, until in keys})
+
+    def delete(self, keys: Sequence[bytes], deadline: float) -> int:
+        self.connect(deadline)
+        return self._backend.erase([self._backend.entry(key) for key in keys], deadline)
+
+    def purge(self, prefix: bytes, deadline: float) -> int:
+        self.connect(deadline)
+        return self._backend.purge(prefix, deadline)
+
+    def take_reclaimed(self) -> int:
+        return self._backend.take_reclaimed()
+
+    def close(self) -> None:
+        self._backend.leave(self)
+
+
+def _parts(count: int, size: int) -> Iterator[range]:
+    for start in range(0, count, size):
+        yield range(start, min(count, start + size))

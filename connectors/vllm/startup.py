@@ -1,0 +1,61 @@
+"""Finds mistakes in the configuration before vLLM loads anything, and says them in one message."""
+
+import sys
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+from vllm_cachescope.config import CONNECTOR, Config, ConfigError, load
+
+
+def read(kv_transfer_config: Any) -> Config:
+    """Return CacheScope's configuration from vLLM's ``--kv-transfer-config``.
+
+    Raises:
+        ConfigError: if there is none, or it cannot be used.
+    """
+    if kv_transfer_config is None or kv_transfer_config.kv_connector != CONNECTOR:
+        raise ConfigError(
+            "--middleware names CacheScope, and --kv-transfer-config does not; give it "
+            f'"kv_connector": "{CONNECTOR}" and "kv_role": "kv_both"'
+        )
+    config = load(kv_transfer_config.kv_connector_extra_config)
+    config.check()
+    return config
+
+
+def install() -> None:
+    """Have every vLLM that is to run the connector check its configuration first. Installing
+    twice is harmless."""
+    # Only a process that parses vLLM's arguments has this module by now.
+    arg_utils: Any = sys.modules.get("vllm.engine.arg_utils")
+    arguments = getattr(arg_utils, "EngineArgs", None)
+    if arguments is None or hasattr(arguments.create_engine_config, "is_checked"):
+        return
+    arguments.create_engine_config = _checked(arguments.create_engine_config)
+    sys.excepthook = _without_traceback(sys.excepthook)
+
+
+def _checked(create: Callable[..., Any]) -> Callable[..., Any]:
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        transfer = self.kv_transfer_config
+        if transfer is not None and transfer.kv_connector == CONNECTOR:
+            read(transfer)
+        return create(self, *args, **kwargs)
+
+    create_engine_config.is_checked = True  # type: ignore[attr-defined]
+    return create_engine_config
+
+
+def _without_traceback(inner: Callable[..., Any]) -> Callable[..., Any]:
+    """A mistake of the operator's is no place in our code: the message says it all."""
+
+    def excepthook(
+        kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, ConfigError):
+            print(error, file=sys.stderr)
+        else:
+            inner(kind, error, trace)
+
+    return excepthook

@@ -1,0 +1,278 @@
+"""Diffs of what broke a prefix: what is written, what is left out, and how little of it is kept."""
+
+import gc
+import json
+import stat
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FunctionType, ModuleType
+from typing import Any
+
+import prometheus_client
+import pytest
+
+from vllm_cachescope.api import diffs as module
+from vllm_cachescope.api.breaks import Break, Breaks
+from vllm_cachescope.api.diffs import REDACTED, Diffs
+from vllm_cachescope.api.exchange import Passage
+from vllm_cachescope.config import ConfigError, DiffSettings
+from vllm_cachescope.prompt import Protocol
+from vllm_cachescope.report import EngineId, Report, Row
+from vllm_cachescope.scopes import Caller, Scope
+from vllm_cachescope.wire import READERS
+
+PLANTED = "the walrus said to the carpenter"
+ACME = Caller("acme", "s")
+
+
+class Side:
+    """The API's side of breaks, with or without diffs, on a clock that stands still."""
+
+    def __init__(self, directory: Path | None, **settings: Any) -> None:
+        self.now = 1000.0
+        self.asked = 0
+        self.directory = directory
+        self.diffs = None
+        if directory is not None:
+            self.diffs = Diffs(DiffSettings(directory=directory, **settings), lambda: self.now)
+        self.breaks = Breaks(
+            b"a secret of tests", 16, lambda: self.now, lambda: float(self.asked), self.diffs
+        )
+
+    def ask(self, body: dict[str, Any], caller: Caller = ACME) -> None:
+        """Put a request through of which the beginning is read; the rest is like no other's."""
+        request = READERS[Protocol.MESSAGES](body, (300, 3600))
+        case = self.breaks.open(caller, request, body, {})
+        self.asked += 1
+        rows = Row("read_device", Scope.ORG, 300, 320), Row("created", Scope.ORG, 300, 2880)
+        report = Report(rows, engine=EngineId(0, "e"))
+        tokens = [*range(320), *[1000 + self.asked] * 2880]
+        passage = Passage(tokens, 3200, 3200, self.now, self.now)
+        self.breaks.close(case, [report], None, [passage])
+
+    def last(self) -> tuple[Break, str]:
+        """Return the latest break, and its diff."""
+        seen = self.breaks.recent(None)[0]
+        assert self.diffs is not None and self.directory is not None and seen.diff is not None
+        self.diffs.flush()
+        return seen, (self.directory / seen.diff).read_text()
+
+
+@pytest.fixture
+def side(tmp_path: Path) -> Iterator[Side]:
+    made = Side(tmp_path / "diffs", redact=[r"project \w+"])
+    yield made
+    unregister(made.breaks)
+
+
+def unregister(breaks: Breaks) -> None:
+    for counter in (breaks._count, breaks._unknown):
+        prometheus_client.REGISTRY.unregister(counter)
+
+
+def body(system: str = "", description: str = "Weighs things.") -> dict[str, Any]:
+    schema = {"type": "object", "properties": {"weight": {"type": "number", "minimum": 0}}}
+    return {
+        "model": "m",
+        "max_tokens": 5,
+        "tools": [{"name": "weigh", "description": description, "input_schema": schema}],
+        "system": [{"type": "text", "text": f"You weigh.\n{'Carefully. ' * 200}\n{system}\nBye."}],
+        "messages": [{"role": "user", "content": "How heavy is it? " * 200}],
+    }
+
+
+def test_a_changed_system_block(side: Side) -> None:
+    side.ask(body("It is Monday."))
+    side.ask(body("It is Friday."))
+    seen, text = side.last()
+    head, _, change, *lines = text.splitlines()
+    assert json.loads(head.removeprefix("# ")) == {
+        "at": 2.0,
+        "org": "acme",
+        "session": "s",
+        "model": "m",
+        "cause": "system_changed",
+        "lineage": 1,
+    }
+    assert change.startswith("# system_changed at system[0]")
+    assert lines[:2] == ["--- system[0] before", "+++ system[0] now"]
+    assert [line for line in lines if line[0] in "+-"][2:] == ["-It is Monday.", "+It is Friday."]
+    assert seen.to_dict(for_operator=True)["diff"] == seen.diff
+    assert "diff" not in seen.to_dict()
+
+
+def test_a_changed_tool_is_shown_field_by_field(side: Side) -> None:
+    side.ask(body())
+    changed = body()
+    changed["tools"][0]["input_schema"]["properties"]["weight"]["minimum"] = 1
+    side.ask(changed)
+    _, text = side.last()
+    assert '-        "minimum": 0' in text and '+        "minimum": 1' in text
+    assert len([line for line in text.splitlines() if line.startswith(("+ ", "- "))]) == 2
+
+
+def test_files_are_the_servers_own(side: Side, tmp_path: Path) -> None:
+    side.ask(body("a"))
+    side.ask(body("b"))
+    seen, _ = side.last()
+    assert seen.diff is not None and side.directory is not None
+    assert stat.S_IMODE(side.directory.stat().st_mode) == 0o700
+    assert stat.S_IMODE((side.directory / seen.diff).stat().st_mode) == 0o600
+    (tmp_path / "open").mkdir(mode=0o755)
+    with pytest.raises(ConfigError, match=r"diffs\.directory.*755.*700"):
+        Diffs(DiffSettings(directory=tmp_path / "open"), lambda: 0.0)
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="cannot be made"):
+        Diffs(DiffSettings(directory=tmp_path / "file"), lambda: 0.0)
+
+
+SECRETS = [
+    "sk-ant-api03-Zm9vYmFyYmF6cXV4",
+    "ghp_abcdefghijklmnopqrstuvwxyz0123456789",
+    "AKIAIOSFODNN7EXAMPLE",
+    "Authorization: Bearer abc.def-ghi",
+    "password = hunter2hunter2",
+    '"api_key": "0123456789abcdef"',
+    "someone.else+lists@mail.example.org",
+    "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N_XgL0n3I9P",
+    "-----BEGIN RSA PRIVATE KEY-----\nMIIEowIBAAKCAQEA\n-----END",
+    "project aurora",
+]
+
+
+@pytest.mark.parametrize("secret", SECRETS)
+def test_what_is_secret_is_left_out_of_both_sides(side: Side, secret: str) -> None:
+    side.ask(body(f"Old and {secret} here."))
+    side.ask(body(f"New and {secret} here."))
+    _, text = side.last()
+    assert "-Old and" in text and "+New and" in text
+    assert text.count(REDACTED) == 2
+    for word in secret.split():
+        assert len(word) < 8 or word not in text
+    assert not [kept for kept in strings_behind(side.breaks) if secret in kept]
+
+
+def test_a_change_in_a_secret_only_is_said_to_be_one(side: Side) -> None:
+    side.ask(body("token: 1111111111"))
+    side.ask(body("token: 2222222222"))
+    _, text = side.last()
+    assert "differ only in what is left out" in text and "111" not in text
+
+
+def test_the_directory_is_bounded_and_the_oldest_go_first(tmp_path: Path) -> None:
+    side = Side(tmp_path / "diffs", max_bytes=15_000, max_files=5)
+    try:
+        (tmp_path / "diffs" / "notes.txt").write_text("x" * 10_000)
+        names = []
+        for i in range(12):
+            side.ask(body(f"a {i}"))
+            names.append(side.last()[0].diff if i else None)
+        left = sorted(path.name for path in (tmp_path / "diffs").glob("*.diff"))
+        assert left == sorted(filter(None, names))[-5:]
+        for i in range(12):
+            side.ask(body(f"{i} " * 400))
+            side.last()
+            files = list((tmp_path / "diffs").glob("*.diff"))
+            assert 0 < sum(path.stat().st_size for path in files) <= 15_000
+        # What is not ours is left alone.
+        assert (tmp_path / "diffs" / "notes.txt").stat().st_size == 10_000
+    finally:
+        unregister(side.breaks)
+
+
+def test_what_cannot_be_written_costs_the_file_only(
+    side: Side, caplog: pytest.LogCaptureFixture
+) -> None:
+    side.ask(body("a"))
+    assert side.directory is not None and side.diffs is not None
+    side.directory.rmdir()
+    side.ask(body("b"))
+    side.diffs.flush()
+    assert side.breaks.recent(None)[0].diagnosis.cause == "system_changed"
+    assert "could not be written" in caplog.text
+
+
+def test_another_sessions_texts_are_not_compared(side: Side) -> None:
+    side.ask(body("a"))
+    side.ask(body("b"), Caller("acme", "other"))
+    side.ask(body("b"), Caller("other", "s"))
+    assert all(seen.diff is None for seen in side.breaks.recent(None))
+
+
+def test_texts_are_forgotten_with_their_session(side: Side) -> None:
+    side.ask(body(PLANTED))
+    assert [text for text in strings_behind(side.breaks) if PLANTED in text]
+    side.now += module.DEFAULT_TTL_S
+    side.ask(body("later"), Caller("acme", "other"))
+    assert not [text for text in strings_behind(side.breaks) if PLANTED in text]
+
+
+def test_a_purge_takes_texts_and_files(side: Side) -> None:
+    for caller in (ACME, Caller("acme", "t"), Caller("other", "s")):
+        side.ask(body(f"{PLANTED} 1"), caller)
+        side.ask(body(f"{PLANTED} 2"), caller)
+    assert side.directory is not None and side.diffs is not None
+    for org, session, left in (("acme", "s", 2), ("acme", None, 1), (None, None, 0)):
+        side.breaks.forget(org, session)
+        side.diffs.flush()
+        assert len(list(side.directory.iterdir())) == left
+    assert not [text for text in strings_behind(side.breaks) if PLANTED in text]
+
+
+def test_memory_is_bounded(side: Side, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "KEPT_BYTES", 20_000)
+    assert side.diffs is not None
+    for i in range(40):
+        side.ask(body(str(i)), Caller("acme", str(i)))
+        assert sum(len(text) for text, _ in side.diffs._texts.values()) <= 20_000
+    assert side.diffs._kept_bytes == sum(len(text) for text, _ in side.diffs._texts.values())
+
+
+@pytest.mark.parametrize("name", ["one line", "many lines", "repeated lines", "at signs", "keys"])
+def test_hostile_texts_take_bounded_time(side: Side, name: str) -> None:
+    texts = {
+        "one line": ("a" * 10**6, "a" * 10**6),
+        "many lines": ("\n".join(map(str, range(10**5))), "\n".join(map(str, range(10**5)[::-1]))),
+        "repeated lines": ("\n".join("abcdefghij" * 10**5), "\n".join("jihgfedcba" * 10**5)),
+        "at signs": ("a@" * 10**6, "@a." * 10**6),
+        "keys": ("-----BEGIN PRIVATE KEY-----" * 10**5, "token" * 10**5 + "eyJ" * 10**5),
+    }
+    before, after = texts[name]
+    begun = time.process_time()
+    side.ask(body("x" + before))
+    side.ask(body("y" + after))
+    assert side.diffs is not None
+    side.diffs.flush()
+    assert time.process_time() - begun < 5
+
+
+def strings_behind(root: object) -> Iterator[str]:
+    """Yield every text that can be reached from ``root``, bytes as text; code and types apart."""
+    seen: set[int] = set()
+    stack = [root]
+    while stack:
+        item = stack.pop()
+        if id(item) in seen or isinstance(item, type | ModuleType | FunctionType):
+            continue
+        seen.add(id(item))
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, bytes | bytearray):
+            yield item.decode("latin-1")
+        stack += gc.get_referents(item)
+
+
+def test_without_diffs_no_text_is_kept(tmp_path: Path) -> None:
+    for directory in (None, tmp_path / "diffs"):
+        side = Side(directory)
+        try:
+            for i in range(3):
+                asked = body(f"{PLANTED} {i}", f"{PLANTED} {i}")
+                asked["messages"][0]["content"] += PLANTED
+                side.ask(asked)
+            kept = [text for text in strings_behind(side.breaks) if PLANTED in text]
+            # The search is one that finds something where there is something to be found.
+            assert bool(kept) == (directory is not None)
+        finally:
+            unregister(side.breaks)

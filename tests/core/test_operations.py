@@ -1,0 +1,224 @@
+"""Who may ask a server for what, before any engine is asked."""
+
+import json
+from hashlib import sha256
+from typing import Any
+
+import pytest
+from prometheus_client import REGISTRY
+
+from vllm_cachescope.api.breaks import Breaks
+from vllm_cachescope.api.operations import Engines, Operations, Purged
+from vllm_cachescope.config import Config, load
+from vllm_cachescope.identity import Directory
+from vllm_cachescope.owners import Owners
+
+SECRET = "a secret of the tests"
+OWNERS = Owners(SECRET.encode())
+TOKEN = "the operator's token"
+UP = {"name": "cpu", "up": True, "reason": None, "used_bytes": 3, "capacity_bytes": 9}
+DOWN = {"name": "redis", "address": "redis://host", "up": False, "reason": "refused by host"}
+
+
+class Recorded(Engines):
+    """Engines that keep what they are asked, with tiers in whatever state a test needs."""
+
+    def __init__(self, *tiers: dict[str, Any], answers: bool = True) -> None:
+        self.purged: list[bytes] = []
+        self._tiers = list(tiers)
+        self._answers = answers
+
+    async def health(self) -> list[list[dict[str, Any]]]:
+        if not self._answers:
+            raise TimeoutError
+        return [self._tiers]
+
+    async def purge(self, prefix: bytes) -> Purged:
+        if not self._answers:
+            raise TimeoutError
+        self.purged.append(prefix)
+        down = {t["name"]: str(t["reason"]) for t in self._tiers if not t["up"]}
+        return Purged({"device": 1, "cpu": 2}, down)
+
+
+@pytest.fixture(scope="module")
+def breaks():
+    yield (made := Breaks(SECRET.encode(), 16))
+    for metric in (made._count, made._unknown):
+        REGISTRY.unregister(metric)
+
+
+@pytest.fixture
+def ask(breaks):
+    """Ask operations with a configuration; return status and answer."""
+
+    async def ask(
+        method: str,
+        path: str,
+        body: object = None,
+        key: str | None = None,
+        engines: Engines | None = None,
+        known: bool = True,
+        headers: dict[str, str] | None = None,
+        **config: object,
+    ) -> tuple[int, Any]:
+        settings = made(config)
+        directory = Directory(SECRET.encode(), settings.tenant_names(), settings.org_header)
+        operations = Operations(settings, directory, breaks, engines or Recorded())
+        sent = dict(headers or {}) | ({"x-api-key": key} if key else {})
+
+        async def read_body() -> bytes:
+            return body if isinstance(body, bytes) else json.dumps(body).encode()
+
+        response = await operations.answer(method, path, sent, known, read_body)
+        return response.status_code, json.loads(bytes(response.body))
+
+    return ask
+
+
+def made(config: dict[str, object]) -> Config:
+    tenants = {sha256(b"acme's key").hexdigest(): "acme"}
+    return load({"secret": SECRET, "operator_token": TOKEN, "tenants": tenants} | config)
+
+
+@pytest.mark.parametrize(
+    ("body", "prefixes"),
+    [
+        ({"all": True}, [b""]),
+        ({"org": "acme"}, [OWNERS.prefix("name:acme")]),
+        ({"org": "name:acme"}, [OWNERS.prefix("name:acme")]),
+        ({"org": "key:0123"}, [OWNERS.prefix("key:0123")]),
+        ({"org": "global"}, [bytes(8)]),
+        ({"org": "acme", "session": "s"}, [OWNERS.prefix("name:acme", "s")]),
+        ({"session": "s"}, [OWNERS.prefix("anonymous", "s")]),
+    ],
+)
+async def test_the_operator_may_purge_anything(ask, body, prefixes) -> None:
+    engines = Recorded()
+    status, answer = await ask("POST", "/cachescope/purge", body, TOKEN, engines)
+    assert (status, engines.purged) == (200, prefixes)
+    assert answer["purged"] == {"device": 1, "cpu": 2}
+
+
+async def test_a_name_may_be_a_tenants_and_a_gateways(ask) -> None:
+    engines = Recorded()
+    body = {"org": "acme"}
+    await ask("POST", "/cachescope/purge", body, TOKEN, engines, org_header="x-org")
+    assert engines.purged == [OWNERS.prefix("name:acme"), OWNERS.prefix("header:acme")]
+
+
+@pytest.mark.parametrize(
+    ("body", "prefix"),
+    [
+        ({"org": "acme"}, OWNERS.prefix("name:acme")),
+        ({"session": "s"}, OWNERS.prefix("name:acme", "s")),
+        ({"org": "acme", "session": "s"}, OWNERS.prefix("name:acme", "s")),
+    ],
+)
+async def test_an_organisation_may_purge_its_own(ask, body, prefix) -> None:
+    engines = Recorded()
+    status, answer = await ask("POST", "/cachescope/purge", body, "acme's key", engines)
+    assert (status, answer["orgs"], engines.purged) == (200, ["name:acme"], [prefix])
+
+
+@pytest.mark.parametrize(
+    ("body", "key", "status", "says"),
+    [
+        ({"all": True}, "acme's key", 403, "operator token"),
+        ({"org": "zeta"}, "acme's key", 404, "'zeta' is no organisation"),
+        ({"org": "name:zeta"}, "acme's key", 403, "this key is of name:acme"),
+        ({"org": "global"}, "acme's key", 403, "operator token"),
+        ({"org": "anonymous"}, "acme's key", 403, "operator token"),
+        ({"org": "acme"}, "another key", 403, "this key is of key:"),
+        ({"all": True}, None, 403, "operator token"),
+        ({"org": "anonymous"}, None, 401, "operator token"),
+        ({"session": "s"}, None, 401, "operator token"),
+        ({"all": True}, TOKEN + "x", 403, "operator token"),
+        ({"all": True}, TOKEN[:-1], 403, "operator token"),
+        ({"org": "zeta"}, TOKEN, 404, "tenants"),
+        ({}, TOKEN, 400, "does not say what"),
+        ({"all": False}, TOKEN, 400, "does not say what"),
+        ({"all": 1}, TOKEN, 400, "does not say what"),
+        ({"all": True, "org": "acme"}, TOKEN, 400, "does not say what"),
+        ({"org": ""}, TOKEN, 400, "does not say what"),
+        ({"org": ["acme"]}, TOKEN, 400, "does not say what"),
+        ({"org": "acme", "sesion": "s"}, TOKEN, 400, "does not say what"),
+        ({"org": "global", "session": "s"}, TOKEN, 400, "no session"),
+        ([], TOKEN, 400, "not a JSON object"),
+        (b"{", TOKEN, 400, "not a JSON object"),
+        (b"[" * 100_000, TOKEN, 400, "not a JSON object"),
+    ],
+)
+async def test_what_is_wrong_or_not_the_callers_is_refused(ask, body, key, status, says) -> None:
+    engines = Recorded()
+    found, answer = await ask("POST", "/cachescope/purge", body, key, engines)
+    assert (found, answer["type"], engines.purged) == (status, "error", [])
+    assert says in answer["error"]["message"]
+
+
+async def test_without_a_token_in_the_configuration_nobody_is_the_operator(ask) -> None:
+    for key in (None, "", "None", TOKEN):
+        engines = Recorded()
+        options = {"engines": engines, "operator_token": None}
+        status, _ = await ask("POST", "/cachescope/purge", {"all": True}, key, **options)
+        assert (status, engines.purged) == (403, [])
+
+
+async def test_a_key_the_server_does_not_know_may_nothing_but_see_the_state(ask) -> None:
+    engines = Recorded(UP)
+    options = {"key": "acme's key", "engines": engines, "known": False}
+    assert (await ask("POST", "/cachescope/purge", {"org": "acme"}, **options))[0] == 401
+    assert (await ask("GET", "/cachescope/breaks", **options))[0] == 401
+    assert (await ask("GET", "/cachescope/health", **options))[0] == 200
+    assert not engines.purged
+
+
+async def test_a_purge_that_did_not_reach_a_tier_says_so(ask) -> None:
+    body, engines = {"all": True}, Recorded(UP, DOWN)
+    status, answer = await ask("POST", "/cachescope/purge", body, TOKEN, engines)
+    assert status == 502
+    assert answer["unreached"] == {"redis": "refused by host"}
+    assert answer["purged"] == {"device": 1, "cpu": 2}
+    silent = Recorded(answers=False)
+    assert (await ask("POST", "/cachescope/purge", body, TOKEN, silent))[0] == 503
+
+
+async def test_the_state_is_for_everyone_and_the_rest_for_the_operator(ask) -> None:
+    acme = OWNERS.prefix("name:acme").hex()
+    tiers = UP | {"orgs": {acme: 2, bytes(8).hex(): 1, "unheard of": 0}}, DOWN
+    status, answer = await ask("GET", "/cachescope/health", engines=Recorded(*tiers))
+    assert (status, answer["status"]) == (200, "degraded")
+    assert answer["tiers"] == [
+        {"engine": 0, "name": "cpu", "up": True, "used_bytes": 3, "capacity_bytes": 9},
+        {"engine": 0, "name": "redis", "up": False},
+    ]
+    _, answer = await ask("GET", "/cachescope/health", key=TOKEN, engines=Recorded(*tiers))
+    cpu, redis = answer["tiers"]
+    assert cpu["orgs"] == {"name:acme": 2, "global": 1, "unheard of": 0}
+    assert (redis["address"], redis["reason"]) == ("redis://host", "refused by host")
+
+
+@pytest.mark.parametrize(
+    ("tiers", "well"),
+    [
+        ([UP], True),
+        ([UP | {"readable": True, "writable": True}], True),
+        ([UP | {"readable": False}], False),
+        ([UP | {"writable": False}], False),
+        ([UP, DOWN], False),
+    ],
+)
+async def test_one_tier_that_is_not_well_shows(ask, tiers, well) -> None:
+    _, answer = await ask("GET", "/cachescope/health", engines=Recorded(*tiers))
+    assert answer["status"] == ("ok" if well else "degraded")
+
+
+async def test_an_engine_that_does_not_answer_shows(ask) -> None:
+    status, answer = await ask("GET", "/cachescope/health", engines=Recorded(answers=False))
+    assert (status, answer["status"]) == (200, "degraded")
+
+
+@pytest.mark.parametrize("path", ["/cachescope/purge", "/cachescope/health", "/cachescope/breaks"])
+async def test_another_method_is_told_which_one(ask, path) -> None:
+    status, answer = await ask("PUT", path, key=TOKEN)
+    assert (status, "use " in answer["error"]["message"]) == (405, True)

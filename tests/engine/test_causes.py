@@ -1,0 +1,255 @@
+"""Why tokens were not read that an earlier request had: each cause brought about for real, and
+named in the list of breaks and in the metrics alike."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from tests.engine.server import MODEL, OPERATOR_TOKEN, Api, serve_scoped
+from tests.engine.test_diagnostics import breaks, session
+from tests.engine.test_sdk import EPHEMERAL, block
+
+pytestmark = pytest.mark.engine
+
+CHUNK_BYTES = 2 * 2 * 2 * 32 * 4 * 128  # k and v, layers, heads, width, float32, tokens
+SMALL = ("--max-model-len", "4096", "--num-gpu-blocks-override", "40")
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("operator") / "diffs"
+
+
+@pytest.fixture(scope="module")
+def small(tiny_model, tmp_path_factory, directory) -> Iterator[Api]:
+    """A server with little room, which writes diffs."""
+    scratch = tmp_path_factory.mktemp("small")
+    config = {"cpu_bytes": 24 * CHUNK_BYTES, "diffs": {"directory": str(directory)}}
+    with serve_scoped(tiny_model, scratch, *SMALL, **config) as api:
+        yield api
+
+
+def named(api: Api, key: str, ask: Callable[[], object]) -> dict:
+    """Return the one break that ``ask`` makes, and see that the metrics name the same cause."""
+    before = api.metrics("cachescope_breaks_total", "cause")
+    known = len(breaks(api, key))
+    ask()
+    after = api.metrics("cachescope_breaks_total", "cause")
+    seen, *_ = found = breaks(api, key)
+    assert len(found) == known + 1, found[:1]
+    assert after - before == {(seen["cause"],): 1}
+    assert sum(seen["uncached"].values()) <= seen["prompt_tokens"]
+    assert sum(api.metrics("cachescope_unexplained_tokens_total").values()) == 0
+    return seen
+
+
+def conversation(name: str, turns: int = 1, words: int = 300, **mark: object) -> dict:
+    """Return a conversation of ``turns`` questions, the last of them marked as ``mark`` says."""
+    messages: list[dict] = []
+    for turn in range(turns):
+        messages += [
+            {"role": "user", "content": [block(f"{name} question {turn}", words)]},
+            {"role": "assistant", "content": f"Answer {turn} to {name}."},
+        ]
+    messages[-2]["content"][0] |= mark
+    system = [block(f"{name} system", words, cache_control=EPHEMERAL)]
+    return {"model": MODEL, "max_tokens": 2, "system": system, "messages": messages[:-1]}
+
+
+def send(api: Api, key: str, body: dict, name: str = "s") -> dict:
+    answer = api.post("/v1/messages", body, key, **session(name))
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def fill(api: Api, name: str, prompts: int, **mark: object) -> None:
+    """Have others use the caches."""
+    for i in range(prompts):
+        send(api, "key of the many", conversation(f"{name} {i}", 1, 500, **mark), f"{name} {i}")
+
+
+def test_the_memory_was_full(small: Api) -> None:
+    key = "key of the evicted"
+    send(small, key, conversation("evicted", cache_control=EPHEMERAL))
+    fill(small, "filler", 8, cache_control=EPHEMERAL)
+    asked = conversation("evicted", 2, cache_control=EPHEMERAL)
+    seen = named(small, key, lambda: send(small, key, asked))
+    assert (seen["cause"], seen["kind"], seen["expected"]) == ("evicted", "continuation", False)
+    assert seen["engine"][0]["tier"] in ("device", "cpu")
+    assert "memory" in seen["suggestion"]
+
+
+def test_no_breakpoint_covered_it(small: Api) -> None:
+    """What is not covered lives on the device only, and goes where that is full."""
+    key = "key of the uncovered"
+    send(small, key, conversation("uncovered", words=500))
+    for i in range(8):
+        # Of these nothing is covered but a few words, so that the memory behind has room.
+        asked = conversation(f"bare {i}", 1, 800)
+        asked["system"] = [block(f"bare {i}", 3, cache_control=EPHEMERAL)]
+        send(small, "key of the many", asked, f"bare {i}")
+    seen = named(small, key, lambda: send(small, key, conversation("uncovered", 2, words=500)))
+    assert seen["cause"] == "never_stored"
+    assert seen["engine"][0]["detail"] == "not covered by a breakpoint"
+
+
+def test_it_was_shorter_than_a_block(small: Api) -> None:
+    key = "key of the brief"
+    send(small, key, conversation("brief", words=8))
+    seen = named(small, key, lambda: send(small, key, conversation("brief", 2, words=8)))
+    assert seen["cause"] == "never_stored"
+    assert seen["engine"][0]["detail"] == "shorter than one block"
+
+
+def test_the_cache_was_reset(small: Api) -> None:
+    key = "key of the reset"
+    body = conversation("reset", words=200)
+    del body["system"][0]["cache_control"]
+    body["messages"][0]["content"].append(block("bare", 3))
+    send(small, key, body)
+    fill(small, "reset", 3, cache_control=EPHEMERAL)
+    httpx.post(f"{small.url}/reset_prefix_cache?reset_external=true", timeout=60)
+    seen = named(small, key, lambda: send(small, key, body))
+    assert (seen["cause"], seen["engine"][0]["detail"]) == ("evicted", "the cache was reset")
+
+
+def test_nobody_without_a_session_can_read_what_has_session_scope(small: Api) -> None:
+    key = "key of the nameless"
+    body = conversation("nameless", cache_control=EPHEMERAL | {"scope": "session"})
+    small.post("/v1/messages", body, key)
+    seen = named(small, key, lambda: small.post("/v1/messages", body, key))
+    assert seen["cause"] == "never_stored"
+    assert "named no session" in seen["engine"][0]["detail"]
+
+
+def test_log_probabilities_of_the_prompt_are_computed(small: Api) -> None:
+    key = "key of the curious"
+    before = breaks(small, key)
+    asked = {"model": MODEL, "prompt": "tide " * 600, "max_tokens": 1, "prompt_logprobs": 1}
+    for _ in range(2):
+        answer = small.post("/v1/completions", asked, key)
+        assert answer.status_code == 200, answer.text
+    # The client has its reasons: it is no break.
+    assert breaks(small, key) == before
+    assert sum(small.metrics("cachescope_unexplained_tokens_total").values()) == 0
+
+
+def test_a_request_that_is_given_up_is_remembered_all_the_same(small: Api) -> None:
+    key = "key of the impatient"
+    body = conversation("impatient", cache_control=EPHEMERAL) | {"max_tokens": 2000}
+    headers = {"x-api-key": key, **session("s")}
+    asked = body | {"stream": True}
+    with httpx.stream("POST", f"{small.url}/v1/messages", json=asked, headers=headers) as answer:
+        next(answer.iter_lines())
+    later = conversation("impatient", 2, cache_control=EPHEMERAL)
+    usage = send(small, key, later)["usage"]
+    assert usage["cache_read_input_tokens"] > 0
+    assert breaks(small, key) == []
+    small.clock.advance(400)
+    seen = named(small, key, lambda: send(small, key, later))
+    assert (seen["cause"], seen["kind"]) == ("expired", "retry")
+    assert seen["engine"][0]["ttl_s"] == 300
+
+
+def as_operator(api: Api) -> list[dict]:
+    return breaks(api, OPERATOR_TOKEN)
+
+
+def test_diffs_are_written_for_the_operator(small: Api, directory: Path) -> None:
+    key = "key of the changing"
+    first = conversation("changing", cache_control=EPHEMERAL)
+    tool = {"name": "weigh", "input_schema": {"type": "object", "properties": {"grams": {}}}}
+    first["tools"] = [tool]
+    first["system"].append({"type": "text", "text": "Mail to boss@example.org on Monday."})
+    send(small, key, first)
+    first["system"][-1]["text"] = "Mail to chief@example.org on Friday."
+    named(small, key, lambda: send(small, key, first))
+    tool["input_schema"]["properties"] = {"ounces": {}}
+    seen = named(small, key, lambda: send(small, key, first))
+    assert "diff" not in seen
+    schema, system = as_operator(small)[:2]
+    assert (schema["cause"], system["cause"]) == ("tools_changed", "system_changed")
+    text = (directory / schema["diff"]).read_text()
+    assert '-      "grams"' in text and '+      "ounces"' in text
+    text = (directory / system["diff"]).read_text()
+    assert "-Mail to [redacted] on Monday." in text and "+Mail to [redacted] on Friday." in text
+    head = json.loads(text.splitlines()[0].removeprefix("# "))
+    assert (head["org"], head["at"]) == (system["org"], pytest.approx(system["at"], abs=1e-3))
+    assert (directory / system["diff"]).stat().st_mode & 0o777 == 0o600
+
+
+def test_a_new_server_does_not_know_the_old_ones_answers(small: Api, tiny_model, tmp_path) -> None:
+    """Server and engine go together: there is nothing left to compare with, and no break."""
+    key = "key of the survivor"
+    body = conversation("survivor", cache_control=EPHEMERAL)
+    old = send(small, key, body)["id"]
+    with serve_scoped(tiny_model, tmp_path, *SMALL) as api:
+        asked = body | {"diagnostics": {"previous_message_id": old}}
+        answer = send(api, key, asked)
+        reason = answer["diagnostics"]["cache_miss_reason"]
+        assert reason == {"type": "previous_message_not_found"}
+        assert answer["usage"]["cache_read_input_tokens"] == 0
+        assert breaks(api, key) == []
+
+
+# The words of OpenAI's client for it. On Chat they come on top of what the client's types know.
+
+
+def compare(response_id: str) -> dict:
+    return {"prompt_cache_options": {"comparison_response_id": response_id}}
+
+
+def chat(client: openai.OpenAI, system: str, **options: object):
+    messages = [
+        {"role": "system", "content": system * 60},
+        {"role": "user", "content": "What is the tide? " * 60},
+    ]
+    return client.chat.completions.create(model=MODEL, max_tokens=3, messages=messages, **options)
+
+
+@pytest.mark.parametrize("usage", [None, False, True])
+def test_a_streamed_chat_says_what_changed(small: Api, usage: bool | None) -> None:
+    client = small.openai(f"key of the streaming {usage}")
+    first = chat(client, "Be brief. ")
+    options: dict = {} if usage is None else {"stream_options": {"include_usage": usage}}
+    cases = [
+        ("Be brief. ", first.id, {"type": "cache_hit"}),
+        ("Be very brief. ", first.id, {"type": "cache_miss", "reason": "input_changed"}),
+        ("Be brief. ", "chatcmpl-unknown", {"type": "comparison_response_not_found"}),
+    ]
+    for system, named_id, expected in cases:
+        chunks = list(chat(client, system, stream=True, extra_body=compare(named_id), **options))
+        said = [
+            chunk.model_extra["prompt_cache_diagnostics"]
+            for chunk in chunks
+            if "prompt_cache_diagnostics" in (chunk.model_extra or {})
+        ]
+        assert said and all(expected.items() <= one.items() for one in said)
+        # Where there is a chunk with the usage, it says it too.
+        assert len(said) == (2 if usage else 1)
+        assert (chunks[-1].usage is not None) == bool(usage)
+
+
+def test_a_chat_says_what_changed(small: Api) -> None:
+    client = small.openai("key of the whole")
+    first = chat(client, "Be kind. ")
+    changed = chat(client, "Be very kind. ", extra_body=compare(first.id))
+    said = changed.model_extra["prompt_cache_diagnostics"]
+    assert (said["type"], said["reason"]) == ("cache_miss", "input_changed")
+    assert said["cache_missed_tokens"] > 0
+
+
+def test_a_streamed_response_says_what_changed(small: Api) -> None:
+    client = small.openai("key of the responding")
+    asked = {"model": MODEL, "max_output_tokens": 3, "input": "tide " * 600}
+    first = client.responses.create(instructions="Be brief. " * 40, **asked)
+    with client.responses.stream(
+        instructions="Be very brief. " * 40, extra_body=compare(first.id), **asked
+    ) as stream:
+        final = stream.get_final_response()
+    assert final.prompt_cache_diagnostics.type == "cache_miss"
+    assert final.prompt_cache_diagnostics.reason == "input_changed"

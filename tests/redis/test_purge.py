@@ -1,0 +1,165 @@
+"""What a purge leaves in a store: everything else."""
+
+import pytest
+import redis
+
+from tests.redis.engine_side import SECRET, EngineSide, keys
+from tests.redis.servers import Proxy, wait_until
+from vllm_cachescope.owners import NOBODY, Owners
+from vllm_cachescope.scopes import Caller
+from vllm_cachescope.tiers.remote import Purge
+
+OWNERS = Owners(SECRET)
+HELD = {
+    NOBODY: 4,
+    OWNERS.of(Caller("acme")): 7,
+    OWNERS.of(Caller("acme", "s1")): 30,
+    OWNERS.of(Caller("acme", "s2")): 3,
+    OWNERS.of(Caller("zeta", "s1")): 5,
+}
+
+
+def held_by(owner: bytes) -> list[bytes]:
+    return keys(HELD[owner], "held", owner)
+
+
+def everything() -> list[bytes]:
+    return [key for owner in HELD for key in held_by(owner)]
+
+
+def fill(side: EngineSide) -> None:
+    for owner in HELD:
+        side.put(held_by(owner))
+
+
+def purge(side: EngineSide, prefix: bytes) -> Purge:
+    purge = side.tier.purge(prefix)
+    wait_until(lambda: purge.over)
+    return purge
+
+
+@pytest.mark.parametrize(
+    ("prefix", "entries"),
+    [
+        (OWNERS.prefix("acme", "s1"), 30),
+        (OWNERS.prefix("acme"), 40),
+        (OWNERS.prefix("global"), 4),
+        (OWNERS.prefix("unheard of"), 0),
+        (b"", 49),
+    ],
+    ids=["session", "org", "global", "nobody", "all"],
+)
+def test_just_what_is_named_goes(server, start_engine_side, prefix, entries):
+    a, b = start_engine_side(server.url), start_engine_side(server.url)
+    fill(a)
+    server.client.set("something else", "of another program")
+    done = purge(b, prefix)
+    assert (done.entries, done.reason) == (entries, None)
+    left = [key for key in everything() if not key.startswith(prefix)]
+    assert set(a.get_exact(everything()).keys) == set(left)
+    assert server.client.exists("something else")
+    assert b.tier.usable
+    assert purge(b, prefix).entries == 0
+
+
+def test_other_models_are_purged_as_well_and_other_secrets_organisations_are_not(
+    server, start_engine_side
+):
+    sides = [start_engine_side(server.url, identity=model) for model in ("one", "other")]
+    theirs = start_engine_side(server.url, identity="theirs", secret=b"another secret, as long")
+    their_acme = keys(5, "theirs", Owners(b"another secret, as long").of(Caller("acme")))
+    for side in sides:
+        fill(side)
+    theirs.put(their_acme)
+    assert purge(sides[0], OWNERS.prefix("acme")).entries == 2 * 40
+    assert len(theirs.get_exact(their_acme).keys) == 5
+
+
+def test_a_large_store_is_looked_through_in_steps(server, start_engine_side):
+    side = start_engine_side(server.url)
+    fill(side)
+    with server.client.pipeline(transaction=False) as pipeline:
+        for i in range(20_000):
+            pipeline.set(f"filler {i}", "x")
+        pipeline.execute()
+    assert purge(side, OWNERS.prefix("acme")).entries == 40
+    commands = server.client.info("commandstats")
+    assert 20 <= commands["cmdstat_scan"]["calls"] <= 40
+    assert "cmdstat_keys" not in commands
+    assert server.client.dbsize() == 20_000 + 9 + 1
+
+
+def test_what_waits_to_be_stored_is_not_stored(server, start_engine_side):
+    side = start_engine_side(server.url)
+    server.stop()
+    owner, other = OWNERS.of(Caller("acme", "s1")), OWNERS.of(Caller("zeta", "s1"))
+    # The first batch is under way; of the others none may follow.
+    job = side.put(keys(30, "waiting", owner), wait=False)
+    kept = side.put(keys(5, "waiting", other), wait=False)
+    done = side.tier.purge(OWNERS.prefix("acme"))
+    server.resume()
+    wait_until(lambda: done.over)
+    assert not side.step_until(job).complete
+    assert side.step_until(kept).complete
+    assert side.get(keys(30, "waiting", owner)).keys == {}
+    assert len(side.get_exact(keys(5, "waiting", other)).keys) == 5
+
+
+def test_entries_are_misses_from_the_moment_they_are_purged(server, start_engine_side):
+    side = start_engine_side(server.url, load_deadline_s=5.0, timeout_s=5.0)
+    fill(side)
+    mine = held_by(OWNERS.of(Caller("acme")))
+    request, hits, _ = side.find(mine)
+    assert len(hits) == 7
+    server.stop()
+    done = side.tier.purge(OWNERS.prefix("acme"))
+    assert side.tier.seek(request, mine[0]).value == "miss"
+    assert not done.over
+    server.resume()
+    wait_until(lambda: done.over)
+
+
+def test_a_store_that_is_down_or_forbids_it_is_named_with_the_reason(server, start_engine_side):
+    rights = "~cachescope:* +set +get +exists +pexpire +pttl +unlink"
+    server.client.execute_command(f"ACL SETUSER kv on >pw {rights}")
+    side = start_engine_side(f"redis://kv:pw@127.0.0.1:{server.port}")
+    fill(side)
+    assert "NOPERM" in purge(side, OWNERS.prefix("acme")).reason
+    # It goes on as before.
+    assert len(side.get_exact(everything()).keys) == 49
+    server.client.execute_command("ACL SETUSER kv +scan")
+    assert purge(side, OWNERS.prefix("acme")).entries == 40
+    server.kill()
+    side.get(everything())
+    side.get(everything())
+    wait_until(lambda: not side.tier.usable)
+    assert purge(side, OWNERS.prefix("acme")).reason
+
+
+def test_a_store_that_dies_meanwhile(server, start_engine_side):
+    proxy = Proxy(server.port)
+    side = start_engine_side(proxy.url)
+    fill(side)
+    for i in range(200):
+        server.client.set(f"filler {i}", "x")
+    proxy.cut_after = 100
+    assert purge(side, OWNERS.prefix("acme")).reason
+    proxy.cut_after = None
+    wait_until(lambda: side.tier.usable)
+    assert purge(side, OWNERS.prefix("acme")).reason is None
+    assert set(side.get_exact(everything()).keys) == {
+        *held_by(NOBODY),
+        *held_by(OWNERS.of(Caller("zeta", "s1"))),
+    }
+    proxy.close()
+
+
+def test_on_every_node_of_a_cluster(nodes, start_engine_side):
+    for node in nodes:
+        node.client.flushall()
+    side = start_engine_side(f"redis+cluster://127.0.0.1:{nodes[1].port}", timeout_s=5.0)
+    fill(side)
+    assert purge(side, OWNERS.prefix("acme")).entries == 40
+    client = redis.RedisCluster("127.0.0.1", nodes[0].port)
+    assert sum(client.exists(side.name(key)) for key in everything()) == 9
+    client.close()

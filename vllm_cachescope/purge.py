@@ -1,0 +1,112 @@
+"""The command ``cachescope purge``: has running servers forget entries."""
+
+import argparse
+import json
+import os
+import sys
+import urllib.error
+import urllib.request
+from typing import Any
+
+TOKEN_VARIABLE = "CACHESCOPE_OPERATOR_TOKEN"
+"""Environment variable the token is taken from where the command line names none."""
+
+DEFAULT_URL = "http://localhost:8000"
+
+_PATIENCE_S = 180
+"""How long a server may take, in seconds: longer than it gives its slowest tier."""
+
+
+def add_command(commands: Any) -> None:
+    """Add the command to the parsers of ``cachescope``."""
+    parser = commands.add_parser(
+        "purge",
+        help="have running servers forget cached entries",
+        description="Has servers forget the entries of an organisation, of one of its sessions, "
+        "or all, on every tier, and says how many. Name every replica: each has a device and a "
+        "CPU tier of its own. The exit status is 1 if a server or a tier could not be reached.",
+    )
+    parser.add_argument(
+        "--org",
+        metavar="NAME",
+        help="the organisation: its name in tenants, its name for the gateway, or its id as "
+        "GET /cachescope/breaks shows it; 'global' for what everyone shares",
+    )
+    parser.add_argument(
+        "--session",
+        metavar="ID",
+        help="one session of it; without --org, of the API key's organisation, or for the "
+        "operator of requests without a key",
+    )
+    parser.add_argument("--all", action="store_true", help="everything")
+    parser.add_argument(
+        "--url",
+        metavar="URL",
+        action="append",
+        help=f"a server's address, once for each server (default: {DEFAULT_URL})",
+    )
+    parser.add_argument(
+        "--token",
+        metavar="TOKEN",
+        help=f"the operator token, or the organisation's own API key (default: {TOKEN_VARIABLE})",
+    )
+    parser.set_defaults(run=lambda arguments: _run(parser, arguments))
+
+
+def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    named = {"org": arguments.org, "session": arguments.session}
+    body: dict[str, object] = {name: value for name, value in named.items() if value}
+    if bool(body) == arguments.all:
+        parser.error("say what: --org NAME, --session ID or both, or --all")
+    if arguments.all:
+        body = {"all": True}
+    token = arguments.token or os.environ.get(TOKEN_VARIABLE)
+    reached = [purge(url, body, token) for url in arguments.url or [DEFAULT_URL]]
+    return 0 if all(reached) else 1
+
+
+def purge(url: str, body: dict[str, object], token: str | None) -> bool:
+    """Have the server at ``url`` forget what ``body`` names, and print what it says; return
+    whether all of its tiers were reached."""
+    headers = {"content-type": "application/json"}
+    if token:
+        headers["authorization"] = f"Bearer {token}"
+    request = urllib.request.Request(
+        f"{url.rstrip('/')}/cachescope/purge", json.dumps(body).encode(), headers, method="POST"
+    )
+    try:
+        answer = _answer(request)
+    except OSError as problem:
+        print(f"{url}: {problem}", file=sys.stderr)
+        return False
+    if "error" in answer:
+        error = answer["error"]
+        message = error.get("message") if isinstance(error, dict) else error
+        print(f"{url}: {message}", file=sys.stderr)
+        return False
+    counts = ", ".join(f"{tier} {entries}" for tier, entries in answer["purged"].items())
+    print(f"{url}: entries forgotten: {counts}")
+    for tier, reason in answer["unreached"].items():
+        print(f"{url}: {tier} could not be reached: {reason}", file=sys.stderr)
+    return not answer["unreached"]
+
+
+def _answer(request: urllib.request.Request) -> dict[str, Any]:
+    """Return what the server says; also where it refuses.
+
+    Raises:
+        OSError: if there is no server, or one that does not know of purges.
+    """
+    try:
+        with urllib.request.urlopen(request, timeout=_PATIENCE_S) as response:
+            answer = json.load(response)
+    except urllib.error.HTTPError as error:
+        try:
+            answer = json.load(error)
+        except ValueError:
+            raise error from None
+    except ValueError:
+        answer = None
+    if not isinstance(answer, dict) or not {"purged", "error"} & answer.keys():
+        raise OSError("this is not a server with CacheScope")
+    return answer

@@ -1,0 +1,71 @@
+"""What is remembered of a prompt's tokens so that the next prompt can be compared with it."""
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+MAX_HASHES = 512
+"""Kept of one prompt: 4 KB."""
+
+_HASH_BYTES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPrint:
+    """A prompt's tokens as keyed hashes, each of all tokens up to some point.
+
+    Attributes:
+        step: tokens from one point to the next.
+        hashes: one for each point, packed.
+    """
+
+    step: int
+    hashes: bytes
+
+    def shared_tokens(self, other: "TokenPrint") -> int:
+        """Return how many leading tokens the two have in common, rounded down to a point of
+        both. Prints made under different keys, or of prompts cut into different blocks, have
+        nothing in common."""
+        step = max(self.step, other.step)
+        if step % min(self.step, other.step):
+            return 0
+        # A point's hash is that of all tokens before it: where two are equal, all before are.
+        low, high = 0, min(self.tokens, other.tokens) // step
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self._at(middle * step) == other._at(middle * step):
+                low = middle
+            else:
+                high = middle - 1
+        return low * step
+
+    @property
+    def tokens(self) -> int:
+        """Where its last point is."""
+        return len(self.hashes) // _HASH_BYTES * self.step
+
+    def _at(self, token: int) -> bytes:
+        end = token // self.step * _HASH_BYTES
+        return self.hashes[end - _HASH_BYTES : end]
+
+
+def print_tokens(tokens: Sequence[int], block_tokens: int, secret: bytes) -> TokenPrint:
+    """Return the print of a prompt, one point for each block or for several.
+
+    Args:
+        tokens: the prompt.
+        block_tokens: tokens per block of the engine.
+        secret: key of the hashes.
+    """
+    step = block_tokens
+    while len(tokens) // step > MAX_HASHES:
+        step *= 2
+    data = memoryview(array("I", tokens)).cast("B")
+    width = array("I").itemsize * step
+    state = blake2b(key=blake2b(secret, person=b"tokens").digest(), digest_size=_HASH_BYTES)
+    hashes = []
+    for start in range(0, len(data) - width + 1, width):
+        state.update(data[start : start + width])
+        hashes.append(state.copy().digest())
+    return TokenPrint(step, b"".join(hashes))
