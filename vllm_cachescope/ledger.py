@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from vllm_cachescope.eviction import LifetimeShare
 from vllm_cachescope.owners import NOBODY, org_of
 
 
@@ -51,12 +52,17 @@ class Ledger:
         self._by_org: dict[bytes, set[bytes]] = {}
         self._resident: Counter[tuple[str, int]] = Counter()
         self._held: dict[str, Counter[bytes]] = {}
+        self._orders: dict[str, LifetimeShare] = {}
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._entries
+
+    def follow(self, tier: str, order: LifetimeShare) -> None:
+        """Keep ``order`` as ``tier`` holds blocks and they are used, from here on."""
+        self._orders[tier] = order
 
     def get(self, key: bytes) -> Entry | None:
         """Return the entry of ``key``, expired or not, or None."""
@@ -94,6 +100,9 @@ class Ledger:
         else:
             self._by_ttl[entry.ttl_s].move_to_end(key)
         entry.expires_at = now + entry.ttl_s
+        for tier, order in self._orders.items():
+            if tier in entry.tiers:
+                order.use(key, entry.ttl_s, now, org_of(entry.owner))
         return False
 
     def place(self, key: bytes, tier: str) -> None:
@@ -102,6 +111,9 @@ class Ledger:
         if tier not in entry.tiers:
             entry.tiers.add(tier)
             self._count(tier, entry, 1)
+            if (order := self._orders.get(tier)) is not None:
+                used_at = entry.expires_at - entry.ttl_s
+                order.use(key, entry.ttl_s, used_at, org_of(entry.owner))
 
     def displace(self, key: bytes, tier: str) -> None:
         """Note that ``tier`` no longer holds ``key``; a key that no tier holds is forgotten."""
@@ -109,7 +121,7 @@ class Ledger:
         if entry is None or tier not in entry.tiers:
             return
         entry.tiers.remove(tier)
-        self._count(tier, entry, -1)
+        self._left(key, entry, tier)
         if not entry.tiers:
             self._forget(key, entry)
 
@@ -167,8 +179,13 @@ class Ledger:
 
     def _remove(self, key: bytes, entry: Entry) -> None:
         for tier in entry.tiers:
-            self._count(tier, entry, -1)
+            self._left(key, entry, tier)
         self._forget(key, entry)
+
+    def _left(self, key: bytes, entry: Entry, tier: str) -> None:
+        self._count(tier, entry, -1)
+        if (order := self._orders.get(tier)) is not None:
+            order.remove(key)
 
     def _forget(self, key: bytes, entry: Entry) -> None:
         del self._entries[key]

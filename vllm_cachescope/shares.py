@@ -43,7 +43,7 @@ class Shares:
         return 0 if quota is None else max(0, held - quota)
 
 
-def shares(config: Config, tier: str, entry_bytes: int) -> Shares | None:
+def read_shares(config: Config, tier: str, entry_bytes: int) -> Shares | None:
     """Return the shares of ``tier``; None if nothing is configured for it.
 
     Raises:

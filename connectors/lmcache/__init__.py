@@ -18,6 +18,8 @@ from vllm_cachescope.connectors.lmcache.memory import Staging
 from vllm_cachescope.connectors.lmcache.store import LMCacheStore
 from vllm_cachescope.tiers.keyspace import Keyspace
 
+__all__ = ["parse", "stores"]
+
 
 def stores(
     adapter: Mapping[str, Any],

@@ -111,5 +111,7 @@ def _object(memory: memoryview) -> TensorMemoryObj:
         phy_size=tensor.nbytes,
         ref_count=1,
         fmt=MemoryFormat.BINARY_BUFFER,
+        shapes=[tensor.shape],
+        dtypes=[tensor.dtype],
     )
     return TensorMemoryObj(tensor, metadata, parent_allocator=None)

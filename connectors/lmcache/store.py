@@ -6,7 +6,7 @@ its record; the record is written again when the entry is used, for the adapters
 whole objects, and a block is too much to write for each use.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from vllm_cachescope.connectors.lmcache.adapters import Kind, name
 from vllm_cachescope.connectors.lmcache.backend import Backend
@@ -46,13 +46,13 @@ class LMCacheStore(Store):
         return self._backend.present([self._backend.entry(key) for key in keys], deadline)
 
     def read(
-        self, keys: Sequence[bytes], slots: Sequence[memoryview], deadline: float
+        self, keys: Sequence[bytes], slots: Sequence[memoryview], deadline: Callable[[], float]
     ) -> Iterator[bytes | None]:
         backend = self._backend
         session = backend.session()
         entries = [backend.entry(key) for key in keys]
         # Once more: a RESP adapter does not survive being asked for what is not there.
-        present = backend.present(entries, deadline)
+        present = backend.present(entries, deadline())
         for part in _parts(len(entries), backend.staging.batch):
             there = [i for i in part if present[i]]
             names = [name(entries[i], Kind.VALUE) for i in there]
@@ -67,13 +67,13 @@ class LMCacheStore(Store):
                         yield None
                         continue
                     task, buffer = loads[i]
-                    if session.wait(task, deadline)[0]:
+                    if session.wait(task, deadline())[0]:
                         end = HEADER_BYTES + slots[i].nbytes
                         slots[i][:] = buffer.view[HEADER_BYTES:end]
                         yield bytes(buffer.view[:HEADER_BYTES])
                     else:
                         unloadable(entries[i])
-                        backend.make_sure_it_lives(session, deadline)
+                        backend.make_sure_it_lives(session, deadline())
                         yield b""
 
     def write(self, values: Sequence[Value], deadline: float) -> list[Written]:

@@ -150,7 +150,7 @@ class RedisStore(Store):
         return [replies[name] == 1 for name in names]
 
     def read(
-        self, keys: Sequence[bytes], slots: Sequence[memoryview], deadline: float
+        self, keys: Sequence[bytes], slots: Sequence[memoryview], deadline: Callable[[], float]
     ) -> Iterator[bytes | None]:
         names = [self._keyspace.name(key) for key in keys]
         nodes = [self._topology.node_of(name) for name in names]
@@ -158,12 +158,13 @@ class RedisStore(Store):
         whole = False
         try:
             for i, slot in enumerate(slots):
+                latest = deadline()
                 # One request ahead for each value that came in; several at the beginning.
                 for j in range(0 if i == 0 else i + ahead - 1, min(i + ahead, len(keys))):
-                    self._channel(nodes[j], deadline).send(
-                        [command(b"PTTL", names[j]), command(b"GET", names[j])], deadline
+                    self._channel(nodes[j], latest).send(
+                        [command(b"PTTL", names[j]), command(b"GET", names[j])], latest
                     )
-                yield self._value(nodes[i], slot, deadline)
+                yield self._value(nodes[i], slot, latest)
             whole = True
         finally:
             if not whole:

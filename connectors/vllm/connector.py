@@ -40,7 +40,9 @@ from vllm_cachescope.metrics import (
     TIER_UP,
     TIER_USED_BYTES,
 )
+from vllm_cachescope.pace import Pace
 from vllm_cachescope.report import EngineId
+from vllm_cachescope.shares import read_shares
 from vllm_cachescope.tiers.remote import Purge
 
 REMEMBERED_PURGES = 64
@@ -83,8 +85,17 @@ class CacheScopeConnector(OffloadingConnector):
             manager,
             self.clock,
             self._engine,
+            {
+                tier: shares
+                for tier, entry_bytes in self._entry_bytes.items()
+                if (shares := read_shares(config, tier, entry_bytes)) is not None
+            },
         )
         self._remotes = remote_tiers(manager)
+        self._pace = Pace()
+        tokens_per_block = min(tokens for _, tokens in groups)
+        for remote in self._remotes:
+            remote.follow(self._pace, tokens_per_block * offload.blocks_per_chunk / len(groups))
         self._rank: int = vllm_config.parallel_config.data_parallel_index
         self._epoch = secrets.token_hex(8)
         self._hash_settings = {
@@ -127,6 +138,10 @@ class CacheScopeConnector(OffloadingConnector):
         self, request: Request, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
         self._keeper.found_local(request, num_computed_tokens)
+        if any(remote.tier.is_loading(request.request_id) for remote in self._remotes):
+            # vLLM would look up every block of it once more, in each step, on the interpreter
+            # that the threads need which load them.
+            return None, False
         return super().get_num_new_matched_tokens(request, num_computed_tokens)
 
     def update_state_after_alloc(
@@ -136,6 +151,7 @@ class CacheScopeConnector(OffloadingConnector):
         self._keeper.admit(request, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        self._pace.began(time.monotonic(), scheduler_output.total_num_scheduled_tokens)
         # First, since storing a chunk asks for its lifetime.
         self._keeper.computed(scheduler_output)
         meta = super().build_connector_meta(scheduler_output)
@@ -170,6 +186,8 @@ class CacheScopeConnector(OffloadingConnector):
         stats = super().get_kv_connector_stats()
         if self.connector_scheduler is None:
             return stats
+        # The scheduler asks for them once at the end of each step.
+        self._pace.ended(time.monotonic())
         self._unreported_sweep = False
         stats = stats or OffloadingConnectorStats()
         assert isinstance(stats, OffloadingConnectorStats)
@@ -280,7 +298,7 @@ class CacheScopeConnector(OffloadingConnector):
 
     def command_sweep(self) -> int:
         """Drop everything that has expired; return how many entries."""
-        expired = self._keeper.sweep()
+        expired = self._keeper.tidy()
         self._unreported_sweep = self._unreported_sweep or expired > 0
         return expired
 

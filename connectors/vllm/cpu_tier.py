@@ -1,5 +1,6 @@
 """The CPU tier: vLLM's own primary offloading tier, with our eviction policy and expiry."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -19,7 +20,8 @@ from vllm.v1.kv_offload.tiering.manager import (
 
 from vllm_cachescope.eviction import LifetimeShare
 from vllm_cachescope.ledger import Ledger, Reason
-from vllm_cachescope.owners import NOBODY
+from vllm_cachescope.owners import NOBODY, org_of
+from vllm_cachescope.shares import Shares
 
 CPU = "cpu"
 
@@ -42,6 +44,9 @@ class ScopePolicy(CachePolicy):
         )
         self._on_evicted: Callable[[bytes, int, Reason], None] = lambda key, ttl_s, reason: None
         self._missed: dict[OffloadKey, tuple[int, bytes]] = {}
+        self._shares: Shares | None = None
+        # Organisations that may hold more than their quota.
+        self._grown: set[bytes] = set()
 
     def bind(
         self,
@@ -49,17 +54,21 @@ class ScopePolicy(CachePolicy):
         clock: Callable[[], float],
         marks_of: Callable[[OffloadKey, ReqContext], tuple[int, bytes]],
         on_evicted: Callable[[bytes, int, Reason], None],
+        shares: Shares | None = None,
     ) -> None:
-        """Connect the policy to the engine's lifetimes.
+        """Connect the policy to the engine's lifetimes. To be called before the first chunk.
 
         Args:
             ledger: where the chunks' lifetimes are kept.
             clock: the ledger's clock, in seconds.
             marks_of: the lifetime in seconds and the owner that a request's plan gives to a key.
             on_evicted: called with each key that has left the tier, its TTL in seconds, and why.
+            shares: what each organisation may have of the tier; None for anything.
         """
         self._ledger, self._clock = ledger, clock
         self._marks_of, self._on_evicted = marks_of, on_evicted
+        if shares is not None:
+            self._shares, self._order = shares, LifetimeShare(shares.reserve)
 
     def get(self, key: OffloadKey) -> ChunkStatus | None:
         return self._chunks.get(key)
@@ -102,29 +111,76 @@ class ScopePolicy(CachePolicy):
     def evict(
         self, n: int, protected: set[OffloadKey]
     ) -> list[tuple[OffloadKey, ChunkStatus]] | None:
+        now = self._clock()
+        own = self._too_many_with(protected, n, now)
         keys = self._order.victims(
-            n, self._clock(), lambda key: key in protected or self._chunks[key].ref_cnt != 0
+            n - len(own), now, lambda key: key in own or self._must_stay(key, protected)
         )
         if keys is None:
             return None
-        evicted = [(OffloadKey(key), self._chunks[OffloadKey(key)]) for key in keys]
+        evicted = [(OffloadKey(key), self._chunks[OffloadKey(key)]) for key in (*own, *keys)]
         for key, _ in evicted:
-            self._drop(key, Reason.CAPACITY)
+            self.drop(key, Reason.QUOTA if key in own else Reason.CAPACITY)
         return evicted
+
+    def too_many(self) -> list[bytes]:
+        """Return the chunks that organisations hold beyond their quotas, their oldest, but for
+        those in the middle of a transfer."""
+        found: list[bytes] = []
+        for org in list(self._grown) if self._shares else ():
+            if over := self._shares.over(org, self._order.held(org)):
+                found += self._order.victims_of(
+                    org, over, self._clock(), lambda key: self._must_stay(key, set())
+                )
+            else:
+                self._grown.discard(org)
+        return found
+
+    def _too_many_with(self, wanted: set[OffloadKey], most: int, now: float) -> set[bytes]:
+        """Return up to ``most`` chunks that organisations will hold beyond their quotas once
+        ``wanted`` are here: those make room for their own before anyone else does."""
+        found: set[bytes] = set()
+        if self._shares is None:
+            return found
+        newcomers = Counter(self._org(key) for key in wanted if key not in self._chunks)
+        for org, more in newcomers.items():
+            over = self._shares.over(org, self._order.held(org) + more)
+            found.update(
+                self._order.victims_of(
+                    org,
+                    min(over, most - len(found)),
+                    now,
+                    lambda key: self._must_stay(key, wanted),
+                )
+            )
+        return found
+
+    def _must_stay(self, key: bytes, protected: set[OffloadKey]) -> bool:
+        return key in protected or self._chunks[OffloadKey(key)].ref_cnt != 0
+
+    def _org(self, key: OffloadKey) -> bytes:
+        entry = self._ledger.get(key)
+        return org_of(entry.owner if entry else self._missed.get(key, (1, NOBODY))[1])
 
     def clear(self) -> None:
         for key in list(self._chunks):
-            self._drop(key, Reason.RESET)
+            self.drop(key, Reason.RESET)
 
-    def _drop(self, key: OffloadKey, reason: Reason) -> None:
+    def drop(self, key: OffloadKey, reason: Reason) -> None:
+        """Forget ``key``, and say why."""
         entry = self._ledger.get(key)
         self.remove(key)
         self._on_evicted(key, entry.ttl_s if entry else 0, reason)
 
     def _use(self, key: OffloadKey, now: float) -> None:
         entry = self._ledger.get(key)
-        if entry is not None:
+        if entry is None:
+            return
+        if self._shares is None:
             self._order.use(key, entry.ttl_s, now)
+        else:
+            self._order.use(key, entry.ttl_s, now, org_of(entry.owner))
+            self._grown.add(org_of(entry.owner))
 
 
 class CpuTier:
@@ -177,7 +233,13 @@ class CpuTier:
         with self._lock:
             return self._discard(keys)
 
-    def _discard(self, keys: Iterable[bytes]) -> set[bytes]:
+    def keep_quotas(self) -> None:
+        """Have organisations lose what they hold beyond their quotas."""
+        if keys := self.policy.too_many():
+            with self._lock:
+                self._discard(keys, Reason.QUOTA)
+
+    def _discard(self, keys: Iterable[bytes], reason: Reason | None = None) -> set[bytes]:
         busy: set[bytes] = set()
         freed: list[OffloadKey] = []
         for raw in keys:
@@ -189,7 +251,10 @@ class CpuTier:
                 busy.add(raw)
                 continue
             # What the manager does itself after `CachePolicy.evict`.
-            self.policy.remove(key)
+            if reason is None:
+                self.policy.remove(key)
+            else:
+                self.policy.drop(key, reason)
             self._primary._num_evictable_cache_chunks -= 1
             self._primary._free_chunk(chunk)
             freed.append(key)

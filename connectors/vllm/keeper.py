@@ -1,7 +1,7 @@
 """Keeps the lifetimes of all blocks true to what the engine does, and accounts for each prompt."""
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain, count, islice
 
@@ -13,14 +13,16 @@ from vllm.v1.request import Request
 
 from vllm_cachescope.connectors.vllm import hashing
 from vllm_cachescope.connectors.vllm.cpu_tier import CPU, CpuTier
+from vllm_cachescope.connectors.vllm.device_quotas import DeviceQuotas
 from vllm_cachescope.connectors.vllm.device_tier import DEVICE, DeviceTier
 from vllm_cachescope.connectors.vllm.remote_tier import RemoteTierManager, remote_tiers
 from vllm_cachescope.departures import Departure, Departures
 from vllm_cachescope.ledger import Entry, Ledger, Reason
 from vllm_cachescope.misses import EngineCause, EngineMiss, departed
-from vllm_cachescope.owners import NOBODY
+from vllm_cachescope.owners import NOBODY, org_of, owner_at
 from vllm_cachescope.plan import Plan
 from vllm_cachescope.report import EngineId, Outcome, Report, account
+from vllm_cachescope.shares import Shares
 from vllm_cachescope.tiers.keyspace import qualified
 from vllm_cachescope.tiers.whereabouts import Absence
 
@@ -108,6 +110,7 @@ class Keeper:
         manager: vLLM's offloading manager, whose primary tier runs our policy.
         clock: seconds, never running backwards.
         engine: returns which engine this is, once it hashes prompts.
+        shares: what organisations may have of the device and the CPU tier, by the tier's name.
     """
 
     def __init__(
@@ -116,6 +119,7 @@ class Keeper:
         manager: TieringOffloadingManager,
         clock: Callable[[], float],
         engine: Callable[[], EngineId],
+        shares: Mapping[str, Shares],
     ) -> None:
         self._layout = layout
         self._clock = clock
@@ -124,7 +128,11 @@ class Keeper:
         self._departures = Departures()
         self._device: DeviceTier | None = None
         self._cpu = CpuTier(manager, self._is_expired, self._is_barred)
-        self._cpu.policy.bind(self._ledger, clock, self._marks_of, self._cpu_evicted)
+        self._shares = shares
+        self._device_quotas: DeviceQuotas | None = None
+        self._cpu.policy.bind(
+            self._ledger, clock, self._marks_of, self._cpu_evicted, shares.get(CPU)
+        )
         self._remotes = remote_tiers(manager)
         for remote in self._remotes:
             remote.bind(self._entry_of, self._owner_of, self._promoted)
@@ -143,8 +151,12 @@ class Keeper:
     def bind(self, manager: KVCacheManager) -> None:
         """Follow vLLM's prefix cache from here on."""
         self._device = DeviceTier(
-            manager, self.sweep, self._device_evicted.append, self._device_reset
+            manager, self.sweep, self._looked_up, self._device_evicted.append, self._device_reset
         )
+        if (shares := self._shares.get(DEVICE)) is not None:
+            self._device_quotas = DeviceQuotas(
+                shares, self._device, self._ledger, self._clock, self._give_up
+            )
 
     # One request's way through, in the order in which vLLM calls.
 
@@ -168,6 +180,22 @@ class Keeper:
             while len(self._by_nonce) > REMEMBERED_PROMPTS:
                 self._by_nonce.popitem(last=False)
         self._prompts[request.request_id] = prompt
+        self._changed(plan)
+
+    def _looked_up(self, request: Request, tokens: int) -> None:
+        """The prefix cache holds the first ``tokens`` tokens; for the rest there must be room."""
+        prompt = self._prompts.get(request.request_id)
+        if self._device_quotas is None or prompt is None:
+            return
+        newcomers: Counter[bytes] = Counter()
+        wanted: set[bytes] = set()
+        for group, block_size in self._layout.groups:
+            for start, end, span in prompt.plan.ranges(block_size):
+                blocks = end // block_size - max(start, tokens) // block_size
+                newcomers[org_of(owner_at(span.scope, prompt.plan.owner))] += max(0, blocks)
+            suffix = group.to_bytes(4, "big")
+            wanted.update(block_hash + suffix for block_hash in request.block_hashes)
+        self._device_quotas.make_room(newcomers, wanted)
 
     def found_local(self, request: Request, tokens: int) -> None:
         """vLLM's prefix cache holds the first ``tokens`` tokens, in whole blocks."""
@@ -207,6 +235,7 @@ class Keeper:
     def stored(self) -> None:
         """vLLM has offloaded what the step and the requests that were over before it left."""
         self._leaving.clear()
+        self._keep_quotas()
 
     def finish(self, request: Request) -> Report | None:
         """The request is over; return what became of its prompt, None if it never ran."""
@@ -220,6 +249,7 @@ class Keeper:
         self._refresh_remotes(prompt, request, prompt.registered)
         prompt.request = None
         prompt.promoted.clear()
+        self._changed(prompt.plan)
         first = self._by_nonce.get(prompt.plan.nonce, prompt)
         if first.read is None:
             return None
@@ -245,7 +275,14 @@ class Keeper:
             gone = Departure(Reason.TTL, entry.ttl_s, entry.expires_at, tier)
             self._departures.record(key, gone)
         self._let_go(expired, Reason.TTL)
+        self._keep_quotas()
         return len(expired)
+
+    def tidy(self) -> int:
+        """Do what `sweep` does, and see to what it left because it was in use."""
+        if self._device_quotas is not None:
+            self._device_quotas.keep_all()
+        return self.sweep()
 
     def purge(self, prefix: bytes) -> dict[str, int]:
         """Forget all blocks whose owner begins with ``prefix``; return how many the device and
@@ -259,6 +296,17 @@ class Keeper:
             tier = CPU if CPU in entry.tiers else DEVICE
             self._departures.record(key, Departure(Reason.PURGE, entry.ttl_s, now, tier))
         return self._let_go(purged, Reason.PURGE)
+
+    def _keep_quotas(self) -> None:
+        self._cpu.keep_quotas()
+        if self._device_quotas is not None:
+            self._device_quotas.keep()
+
+    def _changed(self, plan: Plan) -> None:
+        """Blocks of a prompt's owners came into use, or out of it."""
+        if self._device_quotas is not None:
+            for owner in (plan.owner, NOBODY):
+                self._device_quotas.changed(org_of(owner))
 
     def _let_go(self, entries: list[tuple[bytes, Entry]], reason: Reason) -> dict[str, int]:
         """Have the device and the CPU tier drop what the ledger has forgotten; return how many
@@ -330,6 +378,7 @@ class Keeper:
                 if new and index == 0 and span.covered and in_prompt:
                     per_hash = range(block * stride, (block + 1) * stride)
                     prompt.created.extend(per_hash)
+        self._changed(prompt.plan)
         prompt.registered = tokens // self._layout.tokens_per_hash * self._layout.tokens_per_hash
 
     def _refresh(self, prompt: Prompt, request: Request) -> None:
@@ -526,12 +575,24 @@ class Keeper:
     def _settle_device(self) -> None:
         if self._device is None:
             return
-        for key in self._device_evicted:
+        self._device_left(self._device_evicted, Reason.CAPACITY)
+        self._device_evicted.clear()
+
+    def _device_left(self, keys: Iterable[bytes], reason: Reason) -> None:
+        assert self._device is not None
+        for key in keys:
             entry = self._ledger.get(key)
             if entry is not None and DEVICE in entry.tiers and not self._device.holds(key):
                 self._ledger.displace(key, DEVICE)
-                self.evictions[DEVICE, Reason.CAPACITY] += 1
-                self._departed(key, entry.ttl_s, Reason.CAPACITY, DEVICE)
+                self.evictions[DEVICE, reason] += 1
+                self._departed(key, entry.ttl_s, reason, DEVICE)
+
+    def _give_up(self, keys: Collection[bytes]) -> None:
+        """Take blocks out of the prefix cache: their organisations hold too many."""
+        assert self._device is not None
+        self._settle_device()
+        self._device.give_up(keys)
+        self._device_left(keys, Reason.QUOTA)
         self._device_evicted.clear()
 
     def _device_reset(self) -> None:

@@ -16,13 +16,14 @@ from vllm.v1.kv_offload.base import (
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
 from vllm.v1.kv_offload.tiering.manager import TieringOffloadingManager
 
-from vllm_cachescope.config import Config, ConfigError, RedisTier, Tier
+from vllm_cachescope.config import Config, Tier
 from vllm_cachescope.connectors.vllm.identity import kv_identity
+from vllm_cachescope.connectors.vllm.stores import stores
 from vllm_cachescope.ledger import Entry
 from vllm_cachescope.owners import NOBODY
+from vllm_cachescope.pace import Pace
 from vllm_cachescope.tiers.keyspace import Keyspace, qualified, secret_mark, split
 from vllm_cachescope.tiers.remote import Found, Limits, Outgoing, RemoteTier
-from vllm_cachescope.tiers.store import Store
 
 if TYPE_CHECKING:
     from vllm.v1.kv_offload.base import OffloadingSpec
@@ -61,16 +62,17 @@ class RemoteTierManager(SecondaryTierManager):
         keyspace = Keyspace(kv_identity(model, offloading_spec.config))
         self.tier = RemoteTier(
             settings.name,
-            _stores(
+            stores(
                 settings,
+                self._block_size_bytes,
                 keyspace,
                 secret_mark(config.secret_bytes()),
-                self._block_size_bytes,
                 time.monotonic,
             ),
             self._block_size_bytes,
             Limits(
                 settings.load_deadline,
+                settings.load_share,
                 settings.timeout,
                 int(settings.max_inflight_bytes),
                 settings.connections,
@@ -81,6 +83,7 @@ class RemoteTierManager(SecondaryTierManager):
             time.monotonic,
             random.random,
         )
+        self._pace, self._tokens_per_key = Pace(), 0.0
         self._entry_of: Callable[[bytes], tuple[Entry, float] | None] = lambda key: None
         self._owner_of: Callable[[OffloadKey, ReqContext], bytes] = lambda key, context: NOBODY
         self._on_loaded: Callable[[str, str, Iterable[tuple[bytes, int]]], None] = (
@@ -105,6 +108,15 @@ class RemoteTierManager(SecondaryTierManager):
         """
         self._entry_of, self._owner_of, self._on_loaded = entry_of, owner_of, on_loaded
 
+    def follow(self, pace: Pace, tokens_per_key: float) -> None:
+        """Let a request wait the longer, the longer computing would take.
+
+        Args:
+            pace: how fast the engine computes.
+            tokens_per_key: tokens behind one key; less where several groups have keys for them.
+        """
+        self._pace, self._tokens_per_key = pace, tokens_per_key
+
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
         return RequestOffloadingContext()
 
@@ -115,7 +127,8 @@ class RemoteTierManager(SecondaryTierManager):
         job = job_metadata
         keys = [self._qualified(key, job.req_context) for key in job.keys]
         slots = [self._slot(chunk) for chunk in job.chunk_ids]
-        self.tier.load(job.job_id, job.req_context.req_id, keys, slots)
+        worth_s = self._pace.seconds(int(len(keys) * self._tokens_per_key))
+        self.tier.load(job.job_id, job.req_context.req_id, keys, slots, worth_s)
 
     def submit_store(self, job_metadata: TransferJob) -> None:
         job = job_metadata
@@ -171,34 +184,3 @@ class RemoteTierManager(SecondaryTierManager):
 def remote_tiers(manager: TieringOffloadingManager) -> list[RemoteTierManager]:
     """Return the tiers of ours that ``manager`` has behind its primary one."""
     return [tier for tier in manager.secondary_tiers if isinstance(tier, RemoteTierManager)]
-
-
-def _stores(
-    settings: Tier, keyspace: Keyspace, mark: bytes, slot_bytes: int, clock: Callable[[], float]
-) -> Callable[[], Store]:
-    # Imported here: each needs packages that only its users have.
-    if isinstance(settings, RedisTier):
-        from vllm_cachescope.connectors import redis
-
-        url = settings.url.get_secret_value()
-        return redis.stores(url, settings.timeout, keyspace, mark, clock)
-    try:
-        from vllm_cachescope.connectors import lmcache
-    except ImportError as error:
-        raise ConfigError(
-            f"tier {settings.name}: type lmcache needs LMCache: pip install "
-            f"'vllm-cachescope[lmcache]' ({error})"
-        ) from error
-    try:
-        return lmcache.stores(
-            settings.adapter,
-            slot_bytes,
-            settings.connections,
-            settings.timeout,
-            keyspace,
-            mark,
-            clock,
-            time.time,
-        )
-    except ConfigError as error:
-        raise ConfigError(f"tier {settings.name}: {error}") from None

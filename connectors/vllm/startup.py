@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import Any
 
 from vllm_cachescope.config import CONNECTOR, Config, ConfigError, load
+from vllm_cachescope.connectors.vllm import stores
 
 
 def read(kv_transfer_config: Any) -> Config:
@@ -14,13 +15,18 @@ def read(kv_transfer_config: Any) -> Config:
     Raises:
         ConfigError: if there is none, or it cannot be used.
     """
-    if kv_transfer_config is None or kv_transfer_config.kv_connector != CONNECTOR:
+    connector = getattr(kv_transfer_config, "kv_connector", None)
+    # One that comes with a module of its own may be derived from ours.
+    derived = getattr(kv_transfer_config, "kv_connector_module_path", None) is not None
+    if connector != CONNECTOR and not derived:
         raise ConfigError(
             "--middleware names CacheScope, and --kv-transfer-config does not; give it "
             f'"kv_connector": "{CONNECTOR}" and "kv_role": "kv_both"'
         )
     config = load(kv_transfer_config.kv_connector_extra_config)
     config.check()
+    for tier in config.tiers:
+        stores.check(tier)
     return config
 
 
@@ -39,7 +45,7 @@ def install() -> None:
 def _checked(create: Callable[..., Any]) -> Callable[..., Any]:
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         transfer = self.kv_transfer_config
-        if transfer is not None and transfer.kv_connector == CONNECTOR:
+        if getattr(transfer, "kv_connector", None) == CONNECTOR:
             read(transfer)
         return create(self, *args, **kwargs)
 

@@ -43,6 +43,25 @@ def test_nothing_set_is_a_configuration() -> None:
         ({"tenants": {"abc": "acme"}}, ["tenants", "'abc'", "SHA-256"]),
         ({"org_header": ""}, ["org_header"]),
         ({"sweep_interval": "0s"}, ["sweep_interval", "'0s'"]),
+        ({"tiers": [{"type": "rediss"}]}, ["tiers.0", "'rediss'", "lmcache, redis"]),
+        ({"tiers": [{"url": "redis://h"}]}, ["tiers.0", "type", "lmcache, redis"]),
+        ({"tiers": [{"type": "redis"}]}, ["tiers.0.url", "required"]),
+        (
+            {"tiers": [{"type": "redis", "url": "redis://h", "adapter": {}}]},
+            ["tiers.0.adapter", "no such key", "url"],
+        ),
+        (
+            {"tiers": [{"type": "lmcache", "url": "redis://h"}]},
+            ["tiers.0.url", "no such key", "adapter"],
+        ),
+        (
+            {"tiers": [{"type": "lmcache", "adapter": {"base_path": "/x"}}]},
+            ["tiers.0.adapter", "needs a type", "fs, resp or s3"],
+        ),
+        (
+            {"tiers": [{"type": "redis", "url": "redis://h", "connections": 0}]},
+            ["tiers.0.connections", "greater than or equal to 1"],
+        ),
         ({"config_file": "does-not-exist.yaml"}, ["config_file", "does-not-exist.yaml"]),
     ],
 )
@@ -60,6 +79,23 @@ def test_a_secret_is_never_shown() -> None:
         load({"secret": "tooshort"})
     assert "tooshort" not in str(caught.value)
     assert "sesame" not in repr(load({"secret": "open sesame please"}))
+
+
+@pytest.mark.parametrize(
+    "tier",
+    [
+        {"type": "redis", "url": "redis://:sesame@h", "name": "9"},
+        {"type": "rediss", "url": "redis://:sesame@h"},
+        {"type": "lmcache", "adapter": {"password": "sesame"}},
+        {"type": "lmcache", "adapter": {"type": "resp", "password": "sesame"}, "name": "9"},
+    ],
+)
+def test_a_password_of_a_tier_is_never_shown(tier: dict[str, object]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load({"tiers": [tier]})
+    assert "sesame" not in str(caught.value)
+    fine = {"type": "lmcache", "adapter": {"type": "resp", "password": "sesame"}}
+    assert "sesame" not in repr(load({"tiers": [fine]}))
 
 
 def test_keys_beside_the_file_override_it_at_every_depth(tmp_path: Path) -> None:

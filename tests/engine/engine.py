@@ -265,8 +265,14 @@ class Engine:
             if entries
         }
 
-    def counter(self, name: str) -> float:
-        """Return the sum over all labels of the engine's metric ``name``."""
-        from vllm.v1.metrics.reader import get_metrics_snapshot
+    def counter(self, name: str, *values: str) -> float:
+        """Return the sum of the engine's metric ``name`` over all labels, or where the labels have
+        these ``values``."""
+        from prometheus_client import REGISTRY
 
-        return sum(m.value for m in get_metrics_snapshot() if m.name == name)
+        return sum(
+            sample.value
+            for family in REGISTRY.collect()
+            for sample in family.samples
+            if sample.name == f"{name}_total" and {*values} <= {*sample.labels.values()}
+        )

@@ -86,13 +86,13 @@ def test_the_memory_was_full(small: Api) -> None:
 def test_no_breakpoint_covered_it(small: Api) -> None:
     """What is not covered lives on the device only, and goes where that is full."""
     key = "key of the uncovered"
-    send(small, key, conversation("uncovered", words=500))
+    send(small, key, conversation("uncovered"))
     for i in range(8):
         # Of these nothing is covered but a few words, so that the memory behind has room.
         asked = conversation(f"bare {i}", 1, 800)
         asked["system"] = [block(f"bare {i}", 3, cache_control=EPHEMERAL)]
         send(small, "key of the many", asked, f"bare {i}")
-    seen = named(small, key, lambda: send(small, key, conversation("uncovered", 2, words=500)))
+    seen = named(small, key, lambda: send(small, key, conversation("uncovered", 2)))
     assert seen["cause"] == "never_stored"
     assert seen["engine"][0]["detail"] == "not covered by a breakpoint"
 

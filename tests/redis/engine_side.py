@@ -15,6 +15,7 @@ from vllm_cachescope.tiers.store import Store
 SLOT = 256 << 10
 LIMITS = Limits(
     load_deadline_s=0.5,
+    load_share=0.25,
     timeout_s=0.5,
     inflight_bytes=64 * SLOT,
     connections=2,
@@ -111,8 +112,13 @@ class EngineSide:
         hits = [key for key, f in zip(keys, found, strict=True) if f is Found.HIT]
         return request, hits, time.monotonic() - started
 
-    def get(self, keys: list[bytes]) -> Loaded:
-        """Look keys up and load those that are there, as one request does."""
+    def get(self, keys: list[bytes], worth_s: float = 0.0) -> Loaded:
+        """Look keys up and load those that are there, as one request does.
+
+        Args:
+            keys: the keys.
+            worth_s: how long computing them would take, in seconds.
+        """
         started = time.monotonic()
         request, hits, _ = self.find(keys)
         for i in range(len(hits)):
@@ -120,7 +126,8 @@ class EngineSide:
         loaded: dict[bytes, int] = {}
         if hits:
             self._jobs += 1
-            self.tier.load(self._jobs, request, hits, [self.slot(i) for i in range(len(hits))])
+            slots = [self.slot(i) for i in range(len(hits))]
+            self.tier.load(self._jobs, request, hits, slots, worth_s)
             loaded = dict(self.step_until(self._jobs).loaded)
         seconds = time.monotonic() - started
         self.tier.forget(request)

@@ -296,6 +296,40 @@ def test_a_connection_that_drips(server, start_engine_side):
     proxy.close()
 
 
+def test_while_blocks_come_a_request_waits_as_long_as_computing_them_is_worth(
+    server, start_engine_side
+):
+    proxy = Proxy(server.port)
+    side = start_engine_side(proxy.url, load_deadline_s=0.3)
+    side.put(keys(20))
+    # Some 2 MB/s for each of two connections: more than a second for all.
+    proxy.chunk, proxy.pause_s = 20_000, 0.01
+    some = len(side.get_exact(keys(20)).keys)
+    assert 0 < some < 20
+    worth = side.get(keys(20), worth_s=60.0)
+    assert len(worth.keys) == 20
+    assert worth.seconds > side.limits.load_deadline_s
+    # A quarter of the time that computing them would take is over before all have come.
+    little = side.get(keys(20), worth_s=2.0)
+    assert_in_time(side, little.seconds - 0.5 + side.limits.load_deadline_s)
+    assert 0 < len(little.keys) < 20
+    proxy.close()
+
+
+def test_a_server_that_hangs_in_the_middle_of_a_load_that_is_worth_much(server, start_engine_side):
+    proxy = Proxy(server.port)
+    side = start_engine_side(proxy.url)
+    side.put(keys(60))
+    proxy.chunk, proxy.pause_s = 20_000, 0.002
+    threading.Timer(0.2, server.stop).start()
+    loaded = side.get(keys(60), worth_s=3600.0)
+    assert 0 < len(loaded.keys) < 60
+    # What is on its way through the proxy still comes; then nothing does.
+    assert loaded.seconds < 0.2 + 2.0 + side.limits.load_deadline_s + SLACK_S
+    server.resume()
+    proxy.close()
+
+
 def test_a_connection_that_drips_single_bytes(server, start_engine_side):
     proxy = Proxy(server.port)
     side = start_engine_side(proxy.url)

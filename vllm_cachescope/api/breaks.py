@@ -204,9 +204,11 @@ class Breaks:
                 unasked=report.unasked,
                 reach_s=report.reach_s,
             )
-            if ancestor is None or ancestor.run is not None:
-                held = self._lineages.held(caller, entry, run.tokens, engine, passage.began)
-                found = replace(found, held=held)
+            held = self._lineages.held(caller, entry, run.tokens, engine, passage.began)
+            found = replace(found, held=held)
+            if ancestor is not None and ancestor.run is None:
+                # Whatever it was, it may never have been computed: only what others had counts.
+                found = replace(found, shared_tokens=held.shared_tokens if held else 0)
         self._lineages.answered(caller, entry, response_id, found.prompt_tokens, run)
         case.diagnosis = conclude(case.diagnosis, found, ancestor)
         self._unknown.inc(case.diagnosis.unknown_tokens)

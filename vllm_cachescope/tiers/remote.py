@@ -7,7 +7,8 @@ talk to the store. Three rules keep a broken store from being more than a cache 
   filling it, once it has stopped, or without any thread having begun; so nothing is written to a
   slot whose failure was reported.
 - Every wait has a deadline. A request waits for `Limits.load_deadline_s` in all, from its first
-  question to its last block, and keeps what has arrived by then.
+  question to its last block, and keeps what has arrived by then. Only while blocks keep coming it
+  waits longer: up to `Limits.load_share` of the time in which it could have computed them.
 - Every queue is bounded in bytes. What does not fit is dropped and counted.
 """
 
@@ -69,6 +70,9 @@ class Limits:
 
     Attributes:
         load_deadline_s: how long one request may wait for the tier, in seconds.
+        load_share: the share of the time that computing its blocks would take for which it may
+            wait instead, where that is longer, as long as the store sends something every
+            ``load_deadline_s``.
         timeout_s: how long anything that no request waits for may take, in seconds.
         inflight_bytes: bytes queued or under way, in each direction.
         connections: threads that read, each with a connection of its own.
@@ -78,6 +82,7 @@ class Limits:
     """
 
     load_deadline_s: float
+    load_share: float
     timeout_s: float
     inflight_bytes: int
     connections: int
@@ -154,6 +159,8 @@ class _Load:
     """A load under way. Its keys are taken in order by several threads.
 
     Attributes:
+        promised: until when it may go on in any case.
+        deadline: until when it may go on while blocks keep coming.
         taken: how many keys a thread has taken on, or that were given up untaken.
         open: how many keys nothing is known of yet.
         lost: keys that are not loaded, and why.
@@ -164,6 +171,7 @@ class _Load:
     keys: Sequence[bytes]
     slots: Sequence[memoryview]
     started: float
+    promised: float
     deadline: float
     taken: int = 0
     open: int = 0
@@ -260,6 +268,8 @@ class RemoteTier:
         self._questions: list[tuple[_Inquiry, list[bytes]]] = []
         self._uses: dict[bytes, float] = {}
         self._loads: deque[_Load] = deque()
+        self._loading: Counter[str] = Counter()
+        self._arrived_at = float("-inf")
         self._stores: deque[_Store] = deque()
         self._purges: deque[Purge] = deque()
         self._batches = 0
@@ -406,23 +416,45 @@ class RemoteTier:
     # Transfers.
 
     def load(
-        self, job_id: int, request_id: str, keys: Sequence[bytes], slots: Sequence[memoryview]
+        self,
+        job_id: int,
+        request_id: str,
+        keys: Sequence[bytes],
+        slots: Sequence[memoryview],
+        worth_s: float = 0.0,
     ) -> None:
-        """Load each key into its slot; `finished` tells which ones were."""
+        """Load each key into its slot; `finished` tells which ones were.
+
+        Args:
+            job_id: the job's number.
+            request_id: for whom.
+            keys: the keys, in the order of the prompt.
+            slots: where each goes.
+            worth_s: how long computing them would take, in seconds; 0 if that is not known.
+        """
         now = self._clock()
         inquiry = self._inquiries.get(request_id)
-        deadline = now + self._limits.load_deadline_s
+        promised = now + self._limits.load_deadline_s
         if inquiry is not None:
             inquiry.over = True
             inquiry.promised = 0
-            deadline = inquiry.deadline
-        load = _Load(job_id, request_id, keys, slots, now, deadline, open=len(keys))
+            promised = inquiry.deadline
+        asked = promised - self._limits.load_deadline_s
+        deadline = max(promised, asked + self._limits.load_share * worth_s)
+        load = _Load(job_id, request_id, keys, slots, now, promised, deadline, open=len(keys))
         if inquiry is not None:
             load.lost = inquiry.lost
         with self._lock:
             self._loading_bytes += len(keys) * self._slot_bytes
+            self._loading[request_id] += 1
             self._loads.append(load)
             self._to_load.notify_all()
+
+    def is_loading(self, request_id: str) -> bool:
+        """Whether a load for the request is under way. To be asked in each step."""
+        if self._loads:
+            self._give_up_overdue()
+        return request_id in self._loading
 
     def store(self, job_id: int, blocks: Sequence[Outgoing], complete: bool = True) -> None:
         """Store blocks that the store does not hold yet.
@@ -643,11 +675,12 @@ class RemoteTier:
         lost: dict[bytes, Fate] = {}
         outcomes: Counter[tuple[str, str]] = Counter()
         reached, begun = 0, self._clock()
+        had_s = self._latest(load) - begun
         try:
-            for key, slot, head in zip(
-                keys, slots, store.read(keys, slots, load.deadline), strict=True
-            ):
+            heads = store.read(keys, slots, lambda: self._latest(load))
+            for key, slot, head in zip(keys, slots, heads, strict=True):
                 reached += 1
+                self._arrived_at = self._clock()
                 if head is None:
                     outcomes["load", "gone"] += 1
                     lost[key] = Fate.GONE
@@ -667,7 +700,11 @@ class RemoteTier:
             outcomes["load", "late" if late else "failed"] += len(keys) - reached
             lost |= dict.fromkeys(keys[reached:], Fate.LATE if late else Fate.UNREAD)
             # A store that had little time, or used it, is slow and not dead.
-            tried = load.deadline - begun >= self._limits.load_deadline_s / 2
+            tried = had_s >= self._limits.load_deadline_s / 2
+            with self._lock:
+                if load in self._loads:
+                    # What comes after a gap is of no use.
+                    self._give_up([load], [], "late" if late else "failed")
             if not late:
                 self._failed(str(error))
             if reached == 0 and (tried or not late) and self._read_breaker.failed(str(error)):
@@ -690,10 +727,16 @@ class RemoteTier:
             load.lost |= lost
             self._resolve_load(load, len(keys))
 
+    def _latest(self, load: _Load) -> float:
+        """Return until when a load may go on if nothing comes from here on."""
+        patience = self._arrived_at + self._limits.load_deadline_s
+        return min(load.deadline, max(load.promised, patience))
+
     def _resolve_load(self, load: _Load, keys: int) -> None:
         self._loading_bytes -= keys * self._slot_bytes
         load.open -= keys
         if load.open == 0:
+            self._loading -= Counter((load.request_id,))
             self._finished.put(
                 Finished(
                     load.job_id,
@@ -870,7 +913,8 @@ class RemoteTier:
         now = self._clock()
         with self._lock:
             if self.usable:
-                self._give_up([load for load in self._loads if load.deadline <= now], [], "late")
+                overdue = [load for load in self._loads if self._latest(load) <= now]
+                self._give_up(overdue, [], "late")
             else:
                 self._give_up(list(self._loads), list(self._stores), "dropped")
 

@@ -1,7 +1,7 @@
 """What a remote tier asks of a store."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -96,12 +96,17 @@ class Store(ABC):
 
     @abstractmethod
     def read(
-        self, keys: Sequence[bytes], slots: Sequence[memoryview], deadline: float
+        self, keys: Sequence[bytes], slots: Sequence[memoryview], deadline: Callable[[], float]
     ) -> Iterator[bytes | None]:
         """Read values, each payload straight into its slot; yield their headers in order.
 
         A slot may be written to until the iterator moves on from it, and never afterwards: what
         it holds is valid only once its header was yielded and checked.
+
+        Args:
+            keys: the keys.
+            slots: where the payload of each goes.
+            deadline: returns the deadline, which moves while values arrive. Asked for each value.
 
         Yields:
             The header; None where there is no such value (any more); ``b""`` where what is there

@@ -1,0 +1,64 @@
+"""The stores of remote tiers by their type. What a type needs is imported for its users only."""
+
+import time
+from collections.abc import Callable
+from types import ModuleType
+
+from vllm_cachescope.config import ConfigError, LMCacheTier, RedisTier, Tier
+from vllm_cachescope.tiers.keyspace import Keyspace
+from vllm_cachescope.tiers.store import Store
+
+
+def check(settings: Tier) -> None:
+    """Look into what a tier's configuration says of its store.
+
+    Raises:
+        ConfigError: if there is no such store, or what it needs is not installed.
+    """
+    if isinstance(settings, LMCacheTier):
+        lmcache = _lmcache(settings)
+        try:
+            lmcache.parse(settings.adapter)
+        except ConfigError as error:
+            raise ConfigError(f"tier {settings.name}: {error}") from None
+
+
+def stores(
+    settings: Tier, slot_bytes: int, keyspace: Keyspace, mark: bytes, clock: Callable[[], float]
+) -> Callable[[], Store]:
+    """Return what makes a store for each thread of a tier.
+
+    Args:
+        settings: the tier's part of the configuration, which has been checked.
+        slot_bytes: bytes per block.
+        keyspace: names of the entries.
+        mark: tells our secret from others; see `keyspace.secret_mark`.
+        clock: the tier's clock.
+    """
+    if isinstance(settings, RedisTier):
+        from vllm_cachescope.connectors import redis
+
+        url = settings.url.get_secret_value()
+        return redis.stores(url, settings.timeout, keyspace, mark, clock)
+    made: Callable[[], Store] = _lmcache(settings).stores(
+        settings.adapter,
+        slot_bytes,
+        settings.connections,
+        settings.timeout,
+        keyspace,
+        mark,
+        clock,
+        time.time,
+    )
+    return made
+
+
+def _lmcache(settings: LMCacheTier) -> ModuleType:
+    try:
+        from vllm_cachescope.connectors import lmcache
+    except ImportError as error:
+        raise ConfigError(
+            f"tier {settings.name}: type lmcache needs LMCache ({error}); install it with "
+            "pip install 'vllm-cachescope[lmcache]'"
+        ) from error
+    return lmcache

@@ -1,0 +1,252 @@
+"""Each token that was not read is put down to one cause, by what the engine reports and by where
+the tokens had been computed."""
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import prometheus_client
+import pytest
+
+from vllm_cachescope.api.breaks import Breaks
+from vllm_cachescope.api.exchange import Passage
+from vllm_cachescope.diagnosis import NEW_CONTENT, Diagnosis
+from vllm_cachescope.misses import EngineCause, EngineMiss
+from vllm_cachescope.prompt import Protocol
+from vllm_cachescope.report import EngineId, Report, Row
+from vllm_cachescope.scopes import Caller, Scope
+from vllm_cachescope.wire import READERS
+
+BLOCK = 16
+HERE, THERE = EngineId(0, "a", "h"), EngineId(1, "b", "h")
+SHARING, SHARED_WITH = (replace(engine, tiers=("redis",)) for engine in (HERE, THERE))
+C = EngineCause
+
+
+class Server:
+    """An API server's side of a conversation. Its engines answer as they are told to."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.breaks = Breaks(b"a secret of tests", BLOCK, lambda: self.now, lambda: self.now)
+        self.body: dict[str, Any] = {"model": "m", "max_tokens": 1, "messages": []}
+        self.tokens: list[int] = []
+        self.chance = random.Random(1)
+
+    def turn(self, tokens: int = 400) -> None:
+        """Let the conversation grow by an answer and a question, ``tokens`` long together."""
+        messages = self.body["messages"]
+        if messages:
+            messages.append({"role": "assistant", "content": "yes " * 10})
+        messages.append({"role": "user", "content": "why " * 4 * tokens})
+        self.tokens += self.chance.choices(range(1000), k=tokens)
+
+    def ask(
+        self,
+        *misses: EngineMiss,
+        read: int = 0,
+        engine: EngineId = HERE,
+        began: float | None = None,
+        covered: int | None = None,
+        readable: int | None = None,
+        unasked: EngineMiss | None = None,
+        reach_s: float | None = None,
+        final: bool = True,
+    ) -> Diagnosis:
+        """Send the conversation as it is; the engine has read ``read`` tokens of it."""
+        request = READERS[Protocol.MESSAGES](self.body, (300, 3600))
+        case = self.breaks.open(Caller("acme", "s"), request, self.body, {})
+        length = len(self.tokens)
+        rows = (
+            Row("read_device", Scope.ORG, 300, read),
+            Row("created", Scope.ORG, 300, length - read),
+        )
+        report = Report(rows, misses, unasked, engine if final else None, reach_s)
+        passage = Passage(
+            list(self.tokens),
+            length if covered is None else covered,
+            length if readable is None else readable,
+            self.now if began is None else began,
+            self.now,
+        )
+        self.breaks.close(case, [report], None, [passage])
+        diagnosis = case.diagnosis
+        if final:
+            assert sum(tokens for _, tokens in diagnosis.uncached) == length - read
+        return diagnosis
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    made = Server()
+    yield made
+    for counter in (made.breaks._count, made.breaks._unknown):
+        prometheus_client.REGISTRY.unregister(counter)
+
+
+def causes(diagnosis: Diagnosis) -> dict[str, int]:
+    return {cause: tokens for cause, tokens in diagnosis.uncached if cause != NEW_CONTENT}
+
+
+def test_another_engine_of_the_same_server(server: Server) -> None:
+    server.turn(408)
+    server.ask(engine=THERE)
+    server.turn()
+    seen = server.ask(engine=HERE)
+    assert causes(seen) == {C.OTHER_REPLICA: 400, C.PARTIAL_BLOCK: 8}
+    # The first engine still has what it computed; of what came since it has nothing.
+    server.turn()
+    seen = server.ask(engine=THERE, read=400)
+    assert causes(seen) == {C.OTHER_REPLICA: 400, C.PARTIAL_BLOCK: 8}
+    server.turn()
+    assert causes(server.ask(engine=THERE, read=1200)) == {C.PARTIAL_BLOCK: 8}
+
+
+@pytest.mark.parametrize(
+    ("engine", "told", "cause"),
+    [
+        (HERE, {}, C.OTHER_REPLICA),
+        (SHARING, {}, C.OTHER_REPLICA),
+        (SHARING, {"unasked": EngineMiss(C.TIER_UNAVAILABLE, 0, "redis")}, C.TIER_UNAVAILABLE),
+        (SHARING, {"unasked": EngineMiss(C.TIMED_OUT, 0, "redis")}, C.TIMED_OUT),
+        (replace(SHARING, hashing="other"), {}, C.HASH_SETTINGS_DIFFER),
+        # Without a tier between them it does not matter how they hash.
+        (replace(HERE, hashing="other"), {}, C.OTHER_REPLICA),
+        (replace(SHARED_WITH, epoch="later"), {}, C.ENGINE_RESTARTED),
+    ],
+)
+def test_where_it_was_and_why_it_is_not_here(
+    server: Server, engine: EngineId, told: dict[str, Any], cause: EngineCause
+) -> None:
+    server.turn()
+    server.ask(engine=SHARED_WITH)
+    server.turn()
+    seen = server.ask(engine=engine, **told)
+    assert causes(seen) == {cause: 400}
+    assert not seen.expected and seen.suggestion
+    assert server.breaks.recent("acme")[0].diagnosis.cause == cause
+
+
+def test_a_shared_tier_has_no_copy_of_what_no_breakpoint_covers(server: Server) -> None:
+    server.turn()
+    server.ask(engine=SHARED_WITH, covered=170)
+    server.turn()
+    assert causes(server.ask(engine=SHARING, read=160)) == {C.NEVER_STORED: 240}
+
+
+def test_what_the_engine_reports_comes_first(server: Server) -> None:
+    server.turn(640)
+    server.ask(engine=THERE)
+    server.turn()
+    expired = EngineMiss(C.EXPIRED, 320, "cpu", 300, 5.0)
+    seen = server.ask(expired, engine=HERE, read=160)
+    assert causes(seen) == {C.EXPIRED: 320, C.OTHER_REPLICA: 160}
+    assert seen.cause == C.EXPIRED
+
+
+def test_what_was_on_the_device_alone_was_never_stored(server: Server) -> None:
+    server.turn(640)
+    server.ask(covered=330)
+    server.turn()
+    evicted = EngineMiss(C.EVICTED, 640, "device", 300, 5.0)
+    seen = server.ask(evicted, read=0)
+    assert causes(seen) == {C.EVICTED: 320, C.NEVER_STORED: 320}
+    assert [miss.detail for miss in seen.engine] == [None, "not covered by a breakpoint"]
+
+
+def test_a_purge_takes_what_was_not_covered_as_well(server: Server) -> None:
+    server.turn(640)
+    server.ask(covered=330)
+    server.turn()
+    purged = EngineMiss(C.EVICTED, 640, "device", 300, 5.0, "it was purged")
+    assert causes(server.ask(purged)) == {C.EVICTED: 640}
+
+
+def test_nobody_can_read_a_session_without_a_name(server: Server) -> None:
+    server.turn(640)
+    server.ask(readable=160)
+    server.turn()
+    seen = server.ask(read=160, readable=160)
+    assert causes(seen) == {C.NEVER_STORED: 480}
+    assert "session" in (seen.engine[0].detail or "")
+
+
+def test_an_earlier_request_was_still_at_it(server: Server) -> None:
+    server.turn(640)
+    server.ask()
+    server.turn()
+    server.now += 5
+    # It began before the other had its first token.
+    seen = server.ask(began=99.0)
+    assert causes(seen) == {C.NEVER_STORED: 640}
+    assert "still computing" in (seen.engine[0].detail or "")
+
+
+def test_a_template_that_renders_the_same_turns_differently(server: Server) -> None:
+    server.turn(640)
+    server.ask()
+    server.turn()
+    server.tokens[300:] = server.chance.choices(range(1000), k=len(server.tokens) - 300)
+    seen = server.ask(read=288)
+    assert causes(seen) == {C.RENDERED_DIFFERENTLY: 352}
+    assert "template" in seen.suggestion
+    # A few tokens at the end, where the answer begins, are always others.
+    server.turn(407)
+    server.ask(read=1040)
+    server.turn()
+    server.tokens[1445:1447] = [5000, 5001]
+    assert causes(server.ask(read=1440)) == {C.PARTIAL_BLOCK: 7}
+
+
+@pytest.mark.parametrize(
+    ("idle_s", "cause"), [(50.0, C.UNKNOWN), (200.0, C.EVICTED), (400.0, C.EXPIRED)]
+)
+def test_what_was_too_long_ago(server: Server, idle_s: float, cause: EngineCause) -> None:
+    """An engine remembers its last 200,000 blocks; that may be less than a session's pauses."""
+    server.turn()
+    server.ask()
+    server.turn()
+    server.now += idle_s
+    seen = server.ask(reach_s=60.0)
+    assert causes(seen) == {cause: 400}
+    assert seen.unknown_tokens == (400 if cause is C.UNKNOWN else 0)
+
+
+def test_whom_the_engine_never_answered_is_nobodys_ancestor_in_tokens(server: Server) -> None:
+    server.turn()
+    assert not server.ask(final=False).measured
+    server.turn()
+    assert server.breaks.recent(None) == []
+    assert server.ask(final=True).expected
+
+
+def test_the_counts_add_up_whatever_is_reported(server: Server) -> None:
+    chance = random.Random(4)
+    engines = [HERE, THERE, SHARING, SHARED_WITH, replace(SHARING, epoch="z", hashing="y")]
+    for _ in range(400):
+        if len(server.tokens) > 4000 or chance.random() < 0.1:
+            server.body["messages"].clear()
+            server.tokens.clear()
+        server.turn(chance.randrange(1, 500))
+        length = len(server.tokens)
+        if chance.random() < 0.3:
+            at = chance.randrange(length)
+            server.tokens[at:] = chance.choices(range(1000), k=length - at)
+        misses = [
+            EngineMiss(chance.choice(list(EngineCause)), chance.randrange(1, 40) * BLOCK)
+            for _ in range(chance.randrange(4))
+        ]
+        server.now += chance.uniform(0, 100)
+        seen = server.ask(
+            *misses,
+            read=chance.randrange(length // BLOCK + 1) * BLOCK,
+            engine=chance.choice(engines),
+            began=server.now - chance.uniform(0, 150),
+            covered=chance.randrange(length + 1),
+            readable=chance.randrange(length + 1),
+            unasked=chance.choice([None, EngineMiss(C.TIMED_OUT, 0, "redis")]),
+            reach_s=chance.choice([None, chance.uniform(0, 200)]),
+        )
+        assert all(tokens > 0 for _, tokens in seen.uncached)
+        assert all(miss.tokens > 0 for miss in seen.engine)
