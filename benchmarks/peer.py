@@ -1,7 +1,6 @@
 """The peer: plain vLLM with LMCache's multi-process server behind it, and Redis behind that."""
 
 import json
-import shutil
 import sys
 from pathlib import Path
 

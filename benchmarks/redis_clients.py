@@ -1,11 +1,12 @@
 """The remote tier and the fastest public clients of Redis, moving the same blocks."""
 
+import mmap
 import os
 import random
 import select
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import redis
 
@@ -20,6 +21,13 @@ TTL_S = 300
 PATIENCE_S = 60.0
 
 
+def pages(count: int, slot_bytes: int) -> list[memoryview]:
+    """Return slots that begin where a page of memory does, as those of a cache do."""
+    stride = -(-slot_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = memoryview(mmap.mmap(-1, count * stride))
+    return [memory[i : i + slot_bytes] for i in range(0, count * stride, stride)]
+
+
 class Client(ABC):
     """Something that stores blocks in Redis and loads them from there."""
 
@@ -30,13 +38,12 @@ class Client(ABC):
         """Store the blocks."""
 
     @abstractmethod
-    def load(self, slots: Sequence[memoryview]) -> None:
-        """Load the blocks that the tier has stored, in their order.
+    def load(self) -> None:
+        """Load the blocks that the tier has stored."""
 
-        Args:
-            slots: one for each block, for a client that can be told where to put it; the first
-                `HEADER_BYTES` of each are for the header.
-        """
+    @abstractmethod
+    def loaded(self) -> Iterable[memoryview]:
+        """Return the blocks loaded last, in their order."""
 
     @abstractmethod
     def close(self) -> None:
@@ -80,6 +87,7 @@ class Ours(Client):
         )
         self._tier.start()
         self._jobs = 0
+        self._slots = pages(count, block_bytes)
 
     def store(self, blocks: Sequence[memoryview]) -> None:
         expires_at = time.monotonic() + TTL_S
@@ -91,11 +99,13 @@ class Ours(Client):
         self._tier.store(self._jobs, outgoing)
         self._wait()
 
-    def load(self, slots: Sequence[memoryview]) -> None:
+    def load(self) -> None:
         self._jobs += 1
-        payloads = [slot[HEADER_BYTES:] for slot in slots]
-        self._tier.load(self._jobs, "benchmark", self._keys, payloads)
+        self._tier.load(self._jobs, "benchmark", self._keys, self._slots)
         self._wait()
+
+    def loaded(self) -> Iterable[memoryview]:
+        return self._slots
 
     def close(self) -> None:
         self._tier.close()
@@ -122,16 +132,17 @@ class RedisPy(Client):
     def __init__(self, port: int, names: Sequence[bytes]) -> None:
         self._client = redis.Redis(port=port)
         self._names = names
+        self._values: list[bytes] = []
 
     def store(self, blocks: Sequence[memoryview]) -> None:
         for number, block in enumerate(blocks):
             self._client.set(f"redis-py:{number}", block)
 
-    def load(self, slots: Sequence[memoryview]) -> None:
-        for name, slot in zip(self._names, slots, strict=True):
-            value = self._client.get(name)
-            if value is None or len(value) != len(slot):
-                raise RuntimeError("a value is missing")
+    def load(self) -> None:
+        self._values = [self._client.get(name) for name in self._names]
+
+    def loaded(self) -> Iterable[memoryview]:
+        return (memoryview(value)[HEADER_BYTES:] for value in self._values)
 
     def close(self) -> None:
         self._client.close()
@@ -143,25 +154,30 @@ class Native(Client):
     Args:
         port: the Redis.
         names: of the values to load.
+        block_bytes: bytes per block.
     """
 
     name = "LMCache's client"
     workers = 4
     batch = 32
 
-    def __init__(self, port: int, names: Sequence[bytes]) -> None:
+    def __init__(self, port: int, names: Sequence[bytes], block_bytes: int) -> None:
         os.environ["LMCACHE_TRACK_USAGE"] = "false"
         from lmcache.lmcache_redis import LMCacheRedisClient
 
         self._client = LMCacheRedisClient("127.0.0.1", port, self.workers)
         self._names = [name.decode() for name in names]
+        self._slots = pages(len(names), HEADER_BYTES + block_bytes)
 
     def store(self, blocks: Sequence[memoryview]) -> None:
         names = [f"native:{number}" for number in range(len(blocks))]
         self._submit(self._client.submit_batch_set, names, blocks)
 
-    def load(self, slots: Sequence[memoryview]) -> None:
-        self._submit(self._client.submit_batch_get, self._names, slots)
+    def load(self) -> None:
+        self._submit(self._client.submit_batch_get, self._names, self._slots)
+
+    def loaded(self) -> Iterable[memoryview]:
+        return (slot[HEADER_BYTES:] for slot in self._slots)
 
     def close(self) -> None:
         self._client.close()

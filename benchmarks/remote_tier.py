@@ -28,7 +28,6 @@ from demo.client import AnthropicClient, empty_device_cache
 from demo.model import SMALL
 from demo.server import Server, free_port
 from tests.redis.servers import RedisServer, wait_until
-from vllm_cachescope.tiers.envelope import HEADER_BYTES
 
 SECRET = "the secret of the benchmarks"
 BLOCK_BYTES = BLOCK * 2 * SMALL.layers * SMALL.kv_heads * SMALL.head_dim * 4
@@ -37,8 +36,8 @@ BLOCK_BYTES = BLOCK * 2 * SMALL.layers * SMALL.kv_heads * SMALL.head_dim * 4
 MOVED_BLOCKS = 160
 """Blocks moved at once by the clients, as many as a prompt of 20,000 tokens has."""
 
-HITS = 3
-"""Hits per pair and side; their fastest counts, since whatever else runs only ever adds."""
+TURNS = 3
+"""Measurements per pair and side; the fastest counts, since whatever else runs only ever adds."""
 
 
 class Side:
@@ -103,50 +102,42 @@ def move_blocks(result: Result, count: int, directory: Path) -> None:
     moved = MOVED_BLOCKS * BLOCK_BYTES
     source = memoryview(bytearray(random.Random(0).randbytes(BLOCK_BYTES) * MOVED_BLOCKS))
     blocks = [source[i : i + BLOCK_BYTES] for i in range(0, moved, BLOCK_BYTES)]
-    slot_bytes = HEADER_BYTES + BLOCK_BYTES
-    target = memoryview(bytearray(MOVED_BLOCKS * slot_bytes))
-    slots = [target[i : i + slot_bytes] for i in range(0, len(target), slot_bytes)]
-    stores: dict[str, list[float]] = {}
-    loads: dict[str, list[float]] = {}
+    rates: dict[str, dict[str, list[float]]] = {"store": {}, "load": {}}
     with closing(RedisServer(directory)) as redis:
         ours = Ours(redis.url, MOVED_BLOCKS, BLOCK_BYTES)
-        clients: list[Client] = [
-            ours,
-            RedisPy(redis.port, ours.names),
-            Native(redis.port, ours.names),
-        ]
+        public = RedisPy(redis.port, ours.names), Native(redis.port, ours.names, BLOCK_BYTES)
+        clients: list[Client] = [ours, *public]
 
-        def timed(move: Callable[[], None]) -> float:
-            start = time.perf_counter()
-            move()
-            return moved / (time.perf_counter() - start) / 1e9
+        def store(client: Client) -> float:
+            redis.client.flushall()
+            return _rate(moved, lambda: client.store(blocks))
+
+        def load(client: Client) -> float:
+            rate = _rate(moved, client.load)
+            if any(a != b for a, b in zip(client.loaded(), blocks, strict=True)):
+                raise RuntimeError(f"{client.name} has not loaded what was stored")
+            return rate
 
         # One round more, in which memory is touched for the first time.
         for number in range(-1, count):
-            order = clients if number % 2 == 0 else clients[::-1]
-            for client in order:
+            for what, move in (("store", store), ("load", load)):
+                turns: dict[str, list[float]] = {client.name: [] for client in clients}
+                for turn in range(TURNS):
+                    order = clients if (number + turn) % 2 == 0 else clients[::-1]
+                    for client in order:
+                        turns[client.name].append(move(client))
+                if number >= 0:
+                    for name, measured in turns.items():
+                        rates[what].setdefault(name, []).append(max(measured))
                 redis.client.flushall()
-                rate = timed(lambda client=client: client.store(blocks))
-                if number >= 0:
-                    stores.setdefault(client.name, []).append(rate)
-            redis.client.flushall()
-            ours.store(blocks)
-            for client in order:
-                target[:] = bytes(len(target))
-                rate = timed(lambda client=client: client.load(slots))
-                if client is not clients[1] and any(
-                    slot[HEADER_BYTES:] != block for slot, block in zip(slots, blocks, strict=True)
-                ):
-                    raise RuntimeError(f"{client.name} has not loaded what was stored")
-                if number >= 0:
-                    loads.setdefault(client.name, []).append(rate)
+                ours.store(blocks)
         for client in clients:
             client.close()
-    for what, rates in (("store", stores), ("load", loads)):
-        for name, values in rates.items():
+    for what, by_client in rates.items():
+        for name, values in by_client.items():
             result.add(f"{what}, {name}", values, "GB/s")
-        mine = rates.pop(ours.name)
-        fastest = [max(others) for others in zip(*rates.values(), strict=True)]
+        mine = by_client.pop(ours.name)
+        fastest = [max(others) for others in zip(*by_client.values(), strict=True)]
         result.add(
             f"{what}, over the fastest public client",
             [one / other for one, other in zip(mine, fastest, strict=True)],
@@ -154,6 +145,12 @@ def move_blocks(result: Result, count: int, directory: Path) -> None:
             "at least 0.7",
             lambda ratio: ratio >= 0.7,
         )
+
+
+def _rate(moved: int, move: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    move()
+    return moved / (time.perf_counter() - start) / 1e9
 
 
 def serve_hits(result: Result, count: int, directory: Path) -> None:
@@ -180,12 +177,15 @@ def _serve_hits(
 ) -> None:
     computed: list[float] = []
     hits: dict[Side, list[float]] = {ours: [], peer: []}
+    redis.client.flushall()
+    # The peer's prompt stays the same: which one it is makes no difference to its hits, and
+    # computing 20,000 tokens takes long.
+    peers_body = prompt(f"peer {tokens}", tokens=tokens)
+    peer.compute(peers_body)
     for number in range(count):
-        redis.client.flushall()
-        body = prompt(f"remote tier {tokens} {number}", number, tokens)
+        body = prompt(f"pair {number} {tokens}", tokens=tokens)
         computed.append(1000 * ours.compute(body))
-        peer.compute(body)
-        in_turn = pairs(HITS, lambda _: ours.hit(body), lambda _: peer.hit(body))
+        in_turn = pairs(TURNS, lambda _, body=body: ours.hit(body), lambda _: peer.hit(peers_body))
         for side, seconds in zip((ours, peer), zip(*in_turn, strict=True), strict=True):
             hits[side].append(1000 * min(seconds))
     name = f"{tokens:,} tokens"

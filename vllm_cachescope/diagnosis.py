@@ -327,7 +327,9 @@ def _divide(
         if end - end % held.run.tokens.step > same:
             behind.append(EngineMiss(EngineCause.RENDERED_DIFFERENTLY, end - same))
             end = same
-        if end > (readable := max(read, held.run.readable_tokens)):
+        # A block that only begins in what later requests may read is not theirs to read.
+        readable = held.run.readable_tokens
+        if end > readable and end > (readable := max(read, readable - readable % block)):
             behind.insert(0, _never_stored(end - readable, _UNREADABLE))
             end = readable
     left = end - read
@@ -401,10 +403,13 @@ def _remote_cause(report: EngineReport, held: Held, tokens: int) -> EngineMiss |
         if here.tiers and here.hashing != there.hashing:
             return EngineMiss(EngineCause.HASH_SETTINGS_DIFFER, tokens)
         names = " and ".join(here.tiers)
-        detail = f"{names} had no copy" if names else None
-        restarted = here.rank == there.rank
-        cause = EngineCause.ENGINE_RESTARTED if restarted else EngineCause.OTHER_REPLICA
-        return EngineMiss(cause, tokens, detail=detail)
+        no_copy = f"{names} had no copy" if names else ""
+        if here.rank == there.rank:
+            cause, where = EngineCause.ENGINE_RESTARTED, ""
+        else:
+            cause, where = EngineCause.OTHER_REPLICA, f"it was on engine {there.rank}"
+        detail = ", and ".join(filter(None, (where, no_copy)))
+        return EngineMiss(cause, tokens, detail=detail or None)
     idle_s = report.began - held.run.used_at
     if report.reach_s is None or idle_s <= report.reach_s:
         return None

@@ -5,6 +5,9 @@ from collections.abc import Mapping
 from vllm_cachescope.config import Config, Share
 from vllm_cachescope.owners import Owners
 
+SHOWN_ORGS = 20
+"""How many organisations the health of a tier names, those that hold most."""
+
 
 class Shares:
     """The quotas and reserves of one tier.

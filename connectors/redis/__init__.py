@@ -4,11 +4,17 @@ from collections.abc import Callable
 
 from vllm_cachescope.connectors.redis.address import parse
 from vllm_cachescope.connectors.redis.store import RedisStore, Topology
+from vllm_cachescope.shares import Shares
 from vllm_cachescope.tiers.keyspace import Keyspace
 
 
 def stores(
-    url: str, timeout_s: float, keyspace: Keyspace, mark: bytes, clock: Callable[[], float]
+    url: str,
+    timeout_s: float,
+    keyspace: Keyspace,
+    mark: bytes,
+    clock: Callable[[], float],
+    shares: Shares | None = None,
 ) -> Callable[[], RedisStore]:
     """Return what makes a store for each thread of a tier; see `RedisStore`.
 
@@ -17,4 +23,4 @@ def stores(
     """
     address = parse(url)
     topology = Topology(address)
-    return lambda: RedisStore(address, topology, keyspace, mark, timeout_s, clock)
+    return lambda: RedisStore(address, topology, keyspace, mark, timeout_s, clock, shares)

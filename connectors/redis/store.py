@@ -2,15 +2,18 @@
 
 import logging
 import threading
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 from redis.crc import key_slot
 from redis.exceptions import RedisError
 
+from vllm_cachescope.connectors.redis.accounts import Accounts
 from vllm_cachescope.connectors.redis.address import Address
 from vllm_cachescope.connectors.redis.channel import Channel, Refusal, Reply, command
+from vllm_cachescope.shares import SHOWN_ORGS, Shares
 from vllm_cachescope.tiers.envelope import HEADER_BYTES
 from vllm_cachescope.tiers.keyspace import Keyspace, names_of
 from vllm_cachescope.tiers.store import (
@@ -98,6 +101,7 @@ class RedisStore(Store):
         mark: tells our secret from others; see `keyspace.secret_mark`.
         timeout_s: how long connecting to one node may take, in seconds.
         clock: the tier's clock.
+        shares: what each organisation may have; None for anything.
     """
 
     def __init__(
@@ -108,6 +112,7 @@ class RedisStore(Store):
         mark: bytes,
         timeout_s: float,
         clock: Callable[[], float],
+        shares: Shares | None = None,
     ) -> None:
         self.address = address.shown
         self._address = address
@@ -117,6 +122,11 @@ class RedisStore(Store):
         self._timeout_s = timeout_s
         self._clock = clock
         self._channels: dict[Node, Channel] = {}
+        self._shares = shares
+        self._accounts = (
+            None if shares is None else Accounts(shares, keyspace, clock, self._converse)
+        )
+        self._given_up: list[bytes] = []
 
     def alive(self) -> bool:
         for node, channel in list(self._channels.items()):
@@ -131,17 +141,20 @@ class RedisStore(Store):
         for node in self._topology.nodes:
             self._channel(node, deadline)
 
-    def greet(self, deadline: float) -> dict[str, int]:
+    def greet(self, deadline: float) -> dict[str, Any]:
         self.alive()
         self.connect(deadline)
         if self._address.cluster:
             self._discover(deadline)
-        known = {"used_bytes": 0, "capacity_bytes": 0}
+        known: dict[str, Any] = {"used_bytes": 0, "capacity_bytes": 0}
         for node in self._topology.nodes:
             info = self._info(node, deadline)
             known["used_bytes"] += int(info.get("used_memory", 0))
             known["capacity_bytes"] += int(info.get("maxmemory", 0))
         self._shake_hands(deadline)
+        if self._accounts is not None and self._shares is not None:
+            held = Counter(self._accounts.held(deadline)).most_common(SHOWN_ORGS)
+            known["orgs"] = {org.hex(): count * self._shares.entry_bytes for org, count in held}
         return known
 
     def find(self, keys: Sequence[bytes], deadline: float) -> list[bool]:
@@ -204,7 +217,22 @@ class RedisStore(Store):
         except StoreFailed:
             self.close()
             raise
+        there = (Written.STORED, Written.PRESENT)
+        self._keep_quotas(
+            [(v.key, v.expires_at) for v, r in zip(values, results, strict=True) if r in there],
+            deadline,
+        )
         return results
+
+    def _keep_quotas(self, stored: Sequence[tuple[bytes, float]], deadline: float) -> None:
+        if self._accounts is None or not stored:
+            return
+        # What was stored is stored; if the server does not answer now, that shows soon enough.
+        with suppress(StoreFailed):
+            keys = self._accounts.stored(stored, deadline)
+            names = [self._keyspace.name(key) for key in keys]
+            self._each({name: command(b"UNLINK", name) for name in names}, deadline)
+            self._given_up += keys
 
     def _send_values(
         self, values: Sequence[Value], chosen: Iterable[int], deadline: float
@@ -251,10 +279,14 @@ class RedisStore(Store):
         }
         commands = {name: command(b"PEXPIRE", name, ms, b"GT") for name, ms in left_ms.items()}
         self._each(commands, deadline)
+        if self._accounts is not None and keys:
+            self._accounts.used(keys, deadline)
 
     def delete(self, keys: Sequence[bytes], deadline: float) -> int:
         names = [self._keyspace.name(key) for key in keys]
         replies = self._each({name: command(b"UNLINK", name) for name in names}, deadline)
+        if self._accounts is not None:
+            self._accounts.deleted(names, deadline)
         return sum(reply for reply in replies.values() if isinstance(reply, int))
 
     def purge(self, prefix: bytes, deadline: float) -> int:
@@ -267,7 +299,13 @@ class RedisStore(Store):
                 if None in replies.values():
                     raise StoreFailed("entries are moving between nodes of the Cluster; try again")
                 entries += sum(reply for reply in replies.values() if isinstance(reply, int))
+                if self._accounts is not None:
+                    self._accounts.deleted(names, soon)
         return entries
+
+    def take_given_up(self) -> list[bytes]:
+        keys, self._given_up = self._given_up, []
+        return keys
 
     def _scan(self, node: Node, pattern: bytes, deadline: float) -> Iterator[list[bytes]]:
         cursor = b"0"
@@ -330,6 +368,25 @@ class RedisStore(Store):
                 raise
             if not pending:
                 break
+        return replies
+
+    def _converse(self, name: bytes, commands: Sequence[bytes], deadline: float) -> list[Reply]:
+        """Send commands to the node that has ``name``, and return the answers, refusals too."""
+        replies: list[Reply] = []
+        # Once more for what has moved to another node.
+        for _ in range(2):
+            node = self._topology.node_of(name)
+            try:
+                channel = self._channel(node, deadline)
+                channel.send(list(commands), deadline)
+                replies = [channel.reply(deadline) for _ in commands]
+            except StoreFailed:
+                self.close()
+                raise
+            moved = [r for r in replies if isinstance(r, Refusal) and r.code == "MOVED"]
+            if not moved:
+                break
+            self._topology.moved(moved[0], node)
         return replies
 
     def _settle(self, reply: Reply, node: Node) -> Reply:

@@ -42,14 +42,11 @@ from vllm_cachescope.metrics import (
 )
 from vllm_cachescope.pace import Pace
 from vllm_cachescope.report import EngineId
-from vllm_cachescope.shares import read_shares
+from vllm_cachescope.shares import SHOWN_ORGS, read_shares
 from vllm_cachescope.tiers.remote import Purge
 
 REMEMBERED_PURGES = 64
 """How many purges can still be asked about."""
-
-SHOWN_ORGS = 20
-"""How many organisations the health of a tier names, those that hold most."""
 
 logger = logging.getLogger(__name__)
 
@@ -204,6 +201,9 @@ class CacheScopeConnector(OffloadingConnector):
         keeper.refused_plans = 0
         for remote in self._remotes:
             for (operation, outcome), keys in remote.tier.take_counts().items():
+                if operation == "evict":
+                    stats.increase_counter(EVICTIONS.name, keys, (remote.name, outcome))
+                    continue
                 stats.increase_counter(TIER_KEYS.name, keys, (remote.name, operation, outcome))
             health = remote.tier.health()
             self._set_health(stats, remote.name, health)

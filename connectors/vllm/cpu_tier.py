@@ -189,7 +189,8 @@ class CpuTier:
     Args:
         manager: vLLM's manager, whose primary tier runs `ScopePolicy`.
         is_expired: whether a key's lifetime is over.
-        is_barred: whether a request must neither find a key nor store it.
+        is_barred: whether a request must not find a key.
+        is_unwanted: whether a request should not store a key.
     """
 
     def __init__(
@@ -197,6 +198,7 @@ class CpuTier:
         manager: TieringOffloadingManager,
         is_expired: Callable[[bytes], bool],
         is_barred: Callable[[OffloadKey, ReqContext], bool],
+        is_unwanted: Callable[[OffloadKey, ReqContext], bool],
     ) -> None:
         self._primary: CPUPrimaryTierOffloadingManager = manager.primary_tier
         assert isinstance(self._primary._policy, ScopePolicy)
@@ -214,8 +216,8 @@ class CpuTier:
         def prepare_live_store(
             keys: Iterable[OffloadKey], req_context: ReqContext, **kwargs: Any
         ) -> PrepareStoreOutput | None:
-            kept = [key for key in keys if not is_barred(key, req_context)]
-            return prepare_store(kept, req_context, **kwargs)
+            wanted = [key for key in keys if not is_unwanted(key, req_context)]
+            return prepare_store(wanted, req_context, **kwargs)
 
         manager.lookup = live_lookup  # type: ignore[method-assign]
         manager.prepare_store = prepare_live_store  # type: ignore[method-assign]

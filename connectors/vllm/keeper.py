@@ -127,7 +127,7 @@ class Keeper:
         self._ledger = Ledger()
         self._departures = Departures()
         self._device: DeviceTier | None = None
-        self._cpu = CpuTier(manager, self._is_expired, self._is_barred)
+        self._cpu = CpuTier(manager, self._is_expired, self._is_barred, self._is_unwanted)
         self._shares = shares
         self._device_quotas: DeviceQuotas | None = None
         self._cpu.policy.bind(
@@ -460,6 +460,17 @@ class Keeper:
     def _is_barred(self, key: OffloadKey, context: ReqContext) -> bool:
         prompt, end = self._place(key, context)
         return prompt is not None and prompt.is_purged(end)
+
+    def _is_unwanted(self, key: OffloadKey, context: ReqContext) -> bool:
+        """Whether a chunk was purged, or is beyond what its organisation may hold by its place in
+        the prompt alone: storing it would cost the prompt its beginning."""
+        prompt, end = self._place(key, context)
+        if prompt is None or (shares := self._shares.get(CPU)) is None:
+            return prompt is not None and prompt.is_purged(end)
+        per_chunk = self._layout.blocks_per_chunk
+        chunks = sum(end // (size * per_chunk) for _, size in self._layout.groups)
+        org = org_of(prompt.plan.owner_of(end))
+        return prompt.is_purged(end) or shares.over(org, chunks) > 0
 
     def _marks_of(self, key: OffloadKey, context: ReqContext) -> tuple[int, bytes]:
         prompt, end = self._place(key, context)

@@ -18,10 +18,12 @@ from vllm.v1.kv_offload.tiering.manager import TieringOffloadingManager
 
 from vllm_cachescope.config import Config, Tier
 from vllm_cachescope.connectors.vllm.identity import kv_identity
-from vllm_cachescope.connectors.vllm.stores import stores
+from vllm_cachescope.connectors.vllm.stores import keeps_accounts, stores
 from vllm_cachescope.ledger import Entry
 from vllm_cachescope.owners import NOBODY
 from vllm_cachescope.pace import Pace
+from vllm_cachescope.shares import read_shares
+from vllm_cachescope.tiers.account import Account
 from vllm_cachescope.tiers.keyspace import Keyspace, qualified, secret_mark, split
 from vllm_cachescope.tiers.remote import Found, Limits, Outgoing, RemoteTier
 
@@ -60,6 +62,7 @@ class RemoteTierManager(SecondaryTierManager):
         self.name = settings.name
         self._memory = primary_kv_view.cast("B")
         keyspace = Keyspace(kv_identity(model, offloading_spec.config))
+        shares = read_shares(config, settings.name, self._block_size_bytes)
         self.tier = RemoteTier(
             settings.name,
             stores(
@@ -68,6 +71,7 @@ class RemoteTierManager(SecondaryTierManager):
                 keyspace,
                 secret_mark(config.secret_bytes()),
                 time.monotonic,
+                shares,
             ),
             self._block_size_bytes,
             Limits(
@@ -82,6 +86,7 @@ class RemoteTierManager(SecondaryTierManager):
             ),
             time.monotonic,
             random.random,
+            None if shares is None or keeps_accounts(settings) else Account(shares),
         )
         self._pace, self._tokens_per_key = Pace(), 0.0
         self._entry_of: Callable[[bytes], tuple[Entry, float] | None] = lambda key: None

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from types import ModuleType
 
 from vllm_cachescope.config import ConfigError, LMCacheTier, RedisTier, Tier
+from vllm_cachescope.shares import Shares
 from vllm_cachescope.tiers.keyspace import Keyspace
 from vllm_cachescope.tiers.store import Store
 
@@ -24,7 +25,12 @@ def check(settings: Tier) -> None:
 
 
 def stores(
-    settings: Tier, slot_bytes: int, keyspace: Keyspace, mark: bytes, clock: Callable[[], float]
+    settings: Tier,
+    slot_bytes: int,
+    keyspace: Keyspace,
+    mark: bytes,
+    clock: Callable[[], float],
+    shares: Shares | None,
 ) -> Callable[[], Store]:
     """Return what makes a store for each thread of a tier.
 
@@ -34,12 +40,13 @@ def stores(
         keyspace: names of the entries.
         mark: tells our secret from others; see `keyspace.secret_mark`.
         clock: the tier's clock.
+        shares: what each organisation may have, for a store that keeps account of that.
     """
     if isinstance(settings, RedisTier):
         from vllm_cachescope.connectors import redis
 
         url = settings.url.get_secret_value()
-        return redis.stores(url, settings.timeout, keyspace, mark, clock)
+        return redis.stores(url, settings.timeout, keyspace, mark, clock, shares)
     made: Callable[[], Store] = _lmcache(settings).stores(
         settings.adapter,
         slot_bytes,
@@ -51,6 +58,11 @@ def stores(
         time.time,
     )
     return made
+
+
+def keeps_accounts(settings: Tier) -> bool:
+    """Whether the store of a tier counts what organisations hold, for all engines at once."""
+    return isinstance(settings, RedisTier)
 
 
 def _lmcache(settings: LMCacheTier) -> ModuleType:

@@ -107,12 +107,10 @@ def test_it_was_shorter_than_a_block(small: Api) -> None:
 
 def test_the_cache_was_reset(small: Api) -> None:
     key = "key of the reset"
-    body = conversation("reset", words=200)
-    del body["system"][0]["cache_control"]
-    body["messages"][0]["content"].append(block("bare", 3))
+    body = conversation("reset", cache_control=EPHEMERAL)
     send(small, key, body)
-    fill(small, "reset", 3, cache_control=EPHEMERAL)
-    httpx.post(f"{small.url}/reset_prefix_cache?reset_external=true", timeout=60)
+    reset = {"reset_external": True}
+    httpx.post(f"{small.url}/reset_prefix_cache", params=reset, timeout=60).raise_for_status()
     seen = named(small, key, lambda: send(small, key, body))
     assert (seen["cause"], seen["engine"][0]["detail"]) == ("evicted", "the cache was reset")
 

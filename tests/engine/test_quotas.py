@@ -149,8 +149,10 @@ def test_a_prompt_larger_than_the_quota(engine, chance):
     ask(engine, "quiet", quiet)
     for _ in range(3):
         exact(engine, "flood", large)
-    # Its beginning is what is kept.
-    assert ask(engine, "flood", large).read == QUOTA["device"] * BLOCK
+    # Its beginning is what is kept, on each tier.
+    assert ask(engine, "flood", large).outcome("read_device") == QUOTA["device"] * BLOCK
+    engine.call("empty_device")
+    assert exact(engine, "flood", large).outcome("read_cpu") == QUOTA["cpu"] * BLOCK
     assert ask(engine, "quiet", quiet).read == BLOCKS * BLOCK
 
 

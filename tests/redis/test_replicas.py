@@ -3,16 +3,14 @@
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 
 import pytest
 
-from demo.model import MODELS, TINY, build
-from tests.engine.engine import BLOCK, Ask, draw_tokens, org_plan, plan, sealed
+from tests.engine.engine import BLOCK, Ask, draw_tokens, plan, sealed
+from tests.redis.pair import Pair, ask, running_pair
 from tests.redis.replica import Replica
-from tests.redis.servers import Proxy, RedisServer, wait_until
-from vllm_cachescope.connectors.vllm import regions
+from tests.redis.servers import wait_until
 from vllm_cachescope.scopes import Caller, Scope
 
 pytestmark = pytest.mark.engine
@@ -21,84 +19,17 @@ DEADLINE = "2s"
 """Two engines compute on the same cores as their server: what is late is not what is tested."""
 
 
-@dataclass
-class Pair:
-    """Two engines and what is between them.
-
-    Attributes:
-        server: the Redis they share.
-        proxy: stands between the second engine and the server.
-        a, b: the engines.
-    """
-
-    server: RedisServer
-    proxy: Proxy
-    a: Replica
-    b: Replica
-    start: Callable[[str], Replica]
-    _chance: random.Random = field(default_factory=lambda: random.Random(0))
-
-    def names(self) -> list[bytes]:
-        """Return the names of the blocks the server holds; they end with a group's number."""
-        return self.server.client.keys("*00000000")
-
-    def fresh(self) -> None:
-        """Empty everything, and wait until both engines use the server."""
-        self.proxy.chunk = self.proxy.cut_after = None
-        self.server.client.config_set("maxmemory", 0)
-        self.server.client.execute_command("ACL SETUSER default on nopass ~* +@all")
-        self.server.client.flushall()
-        # After a fault an engine tries again by and by; until it does, both ask something new.
-        wait_until(self._shares, 30)
-        self.server.client.flushall()
-        for engine in (self.a, self.b):
-            engine.call("empty")
-
-    def _shares(self) -> bool:
-        tokens = draw_tokens(self._chance, BLOCK + 1)
-        self.a.run(ask(tokens))
-        time.sleep(0.05)
-        (answer,) = self.b.run(ask(tokens))
-        return answer.outcome("read_redis") == BLOCK
-
-
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory) -> Iterator[Pair]:
-    model = build(MODELS / "tiny", TINY)
     scratch = tmp_path_factory.mktemp("redis")
-    server = RedisServer(scratch)
-    proxy = Proxy(server.port)
-
-    def start(url: str) -> Replica:
-        tier = {
-            "type": "redis",
-            "url": url,
-            "load_deadline": DEADLINE,
-            "timeout": "2s",
-            "first_probe": "50ms",
-            "longest_probe": "200ms",
-        }
-        return Replica(model, tmp_path_factory.mktemp("replica"), {"tiers": [tier]})
-
-    pair = Pair(server, proxy, start(server.url), start(proxy.url), start)
-    pair.a.ready()
-    pair.b.ready()
-    yield pair
-    pair.a.stop()
-    pair.b.stop()
-    regions.remove_stale()
-    server.close()
-    proxy.close()
+    with running_pair(scratch, load_deadline=DEADLINE, timeout="2s") as pair:
+        yield pair
 
 
 @pytest.fixture
 def pair(engines: Pair) -> Pair:
     engines.fresh()
     return engines
-
-
-def ask(tokens: list[int], org: str = "acme", ttl_s: int = 300) -> Ask:
-    return Ask(tokens, sealed(org_plan(org, tokens, ttl_s)))
 
 
 def reference(engine: Replica, tokens: list[int]) -> list[int]:
@@ -166,8 +97,7 @@ def test_what_no_breakpoint_covers_is_not_shared(pair):
 
 def test_a_new_process_finds_what_the_old_one_left(pair):
     tokens, expected = computed_by_a(pair, 6)
-    pair.b.stop()
-    pair.b = pair.start(pair.proxy.url)
+    pair.replace_b()
     (answer,) = pair.b.run(ask(tokens))
     assert answer.outcome("read_redis") == 12 * BLOCK
     assert answer.tokens == expected
@@ -275,7 +205,6 @@ def test_faults_while_requests_run(pair, fault):
     trouble.join()
     if fault == "killed":
         pair.server.start()
-    pair.server.resume()
     pair.fresh()
     tokens, expected = computed_by_a(pair, 12)
     (answer,) = pair.b.run(ask(tokens))

@@ -178,7 +178,8 @@ class CacheScopeMiddleware(ABC):
             self._directory = Directory(
                 secret, self._config.tenant_names(), self._config.org_header
             )
-            diffs = self._config.diffs and Diffs(self._config.diffs, time.monotonic)
+            wanted = self._config.diffs
+            diffs = None if wanted is None else Diffs(wanted, time.monotonic)
             self._breaks = Breaks(secret, self.block_tokens(scope["app"].state), diffs=diffs)
             engines = self.engines(scope["app"].state)
             self._operations = Operations(self._config, self._directory, self._breaks, engines)

@@ -24,12 +24,23 @@ class Keyspace:
         canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))
         self.namespace = hashlib.sha256(canonical.encode()).hexdigest()[:24]
         self._prefix = f"cachescope:{FORMAT}:{self.namespace}:".encode()
+        self._accounts = f"cachescope:{FORMAT}:{{{self.namespace}}}:".encode()
 
     def name(self, key: bytes) -> bytes:
         """Return the name of the block with ``key`` (see `qualified`)."""
         owner, block = split(key)
         org, session = owner[:TAG_BYTES].hex(), owner[TAG_BYTES:].hex()
         return self._prefix + f"{org}:{session}:{block.hex()}".encode()
+
+    def account(self, org: bytes) -> bytes:
+        """Return the name of the account of what an organisation holds. All accounts of a model
+        are on one node of a Cluster."""
+        return self._accounts + b"held:" + org.hex().encode()
+
+    @property
+    def accounts(self) -> bytes:
+        """The name under which the organisations with accounts are listed."""
+        return self._accounts + b"orgs"
 
     @property
     def handshake(self) -> bytes:
@@ -45,6 +56,14 @@ def qualified(owner: bytes, block: bytes) -> bytes:
 def split(key: bytes) -> tuple[bytes, bytes]:
     """Return the owner, and the block hash with its group, in a key `qualified` made."""
     return key[: len(NOBODY)], key[len(NOBODY) :]
+
+
+def account_of(name: bytes) -> tuple[bytes, bytes]:
+    """Return the account that the entry called ``name`` is in, and what it is called there: what
+    its key holds besides the organisation."""
+    product, version, namespace, org, session, block = name.split(b":")
+    account = b":".join((product, version, b"{" + namespace + b"}", b"held", org))
+    return account, bytes.fromhex((session + block).decode())
 
 
 def names_of(prefix: bytes) -> bytes:

@@ -23,6 +23,7 @@ from typing import Any
 
 from vllm_cachescope.misses import EngineCause
 from vllm_cachescope.tiers import envelope
+from vllm_cachescope.tiers.account import Account
 from vllm_cachescope.tiers.breaker import Breaker
 from vllm_cachescope.tiers.store import (
     ForeignSecret,
@@ -220,6 +221,7 @@ class RemoteTier:
         limits: what it may cost.
         clock: seconds, never running backwards; also the clock of all deadlines.
         random: a number in [0, 1).
+        account: knows which entries are too many; None if nothing is, or the store knows.
     """
 
     def __init__(
@@ -230,8 +232,10 @@ class RemoteTier:
         limits: Limits,
         clock: Callable[[], float],
         random: Callable[[], float],
+        account: Account | None = None,
     ) -> None:
         self.name = name
+        self._account = account
         self._new_store = new_store
         self._slot_bytes = slot_bytes
         self._limits = limits
@@ -282,7 +286,7 @@ class RemoteTier:
         self._greeted_once = threading.Event()
         # Whether engines with another secret use the store.
         self._foreign = False
-        self._known: dict[str, int] = {}
+        self._known: dict[str, Any] = {}
         self.address = new_store().address
         self._threads = [
             threading.Thread(target=target, name=f"cachescope-{name}-{role}", daemon=True)
@@ -541,7 +545,8 @@ class RemoteTier:
     # What others may know.
 
     def take_counts(self) -> dict[tuple[str, str], int]:
-        """Return how many keys had which ``(operation, outcome)`` since the last time."""
+        """Return how many keys had which ``(operation, outcome)`` since the last time; the
+        operation ``evict`` has reasons for outcomes."""
         with self._lock:
             counts, self._counts = self._counts, Counter()
         return counts
@@ -560,6 +565,7 @@ class RemoteTier:
             "loading_bytes": self._loading_bytes,
             "storing_bytes": self._storing_bytes,
             **self._known,
+            **({} if self._account is None else {"orgs": self._account.shown()}),
         }
 
     # The thread that asks.
@@ -588,6 +594,8 @@ class RemoteTier:
                     self._answer(store, questions)
                 if uses:
                     store.refresh(list(uses.items()), self._clock() + self._limits.timeout_s)
+                    if self._account is not None:
+                        self._account.used(uses, self._clock())
                 self._count("reclaim", "expired", store.take_reclaimed())
             except StoreUnfit as error:
                 self._foreign = isinstance(error, ForeignSecret)
@@ -777,6 +785,9 @@ class RemoteTier:
             logger.exception("Tier %s: a purge failed", self.name)
             store.close()
             purge.reason = str(error)
+        if self._account is not None:
+            self._account.purged(purge.prefix)
+        self._count("evict", "purge", purge.entries)
         with self._lock:
             if purge in self._purges:
                 self._purges.remove(purge)
@@ -806,6 +817,7 @@ class RemoteTier:
                 for block in blocks
             ]
             written = store.write(values, self._clock() + self._limits.timeout_s)
+            self._keep_quotas(store, blocks, written)
             for block, result in zip(blocks, written, strict=True):
                 fates[_FATES.get(result, Fate.HELD)].append(block.key)
             self._breaker.succeeded()
@@ -837,6 +849,24 @@ class RemoteTier:
             job.open -= len(blocks)
             if job.open == 0:
                 self._end_store(job)
+
+    def _keep_quotas(
+        self, store: Store, blocks: Sequence[Outgoing], written: Sequence[Written]
+    ) -> None:
+        gone = store.take_given_up()
+        if self._account is not None:
+            now = self._clock()
+            stored = [
+                (block.key, block.ttl_s)
+                for block, result in zip(blocks, written, strict=True)
+                if result is Written.STORED
+            ]
+            mine = self._account.stored(stored, now)
+            if mine:
+                store.delete(mine, now + self._limits.timeout_s)
+                gone += mine
+        self._whereabouts.note(gone, Fate.CUT)
+        self._count("evict", "quota", len(gone))
 
     def _end_store(self, job: _Store) -> None:
         self._finished.put(

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 
 class StoreFailed(Exception):
@@ -75,11 +76,12 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def greet(self, deadline: float) -> dict[str, int]:
+    def greet(self, deadline: float) -> dict[str, Any]:
         """Find out whether the tier may run on this store, and leave the mark of our secret.
 
         Returns:
-            What is known of the store: ``used_bytes``, ``capacity_bytes`` (0: no limit).
+            What is known of the store: ``used_bytes``, ``capacity_bytes`` (0: no limit), and where
+            it keeps an account of that ``orgs``: bytes by organisations' tags in hex.
 
         Raises:
             StoreFailed: if it does not answer.
@@ -154,6 +156,11 @@ class Store(ABC):
         """Return how many expired entries were deleted since the last time, by this engine; none
         where the store itself does that."""
         return 0
+
+    def take_given_up(self) -> list[bytes]:
+        """Return the keys that were deleted since the last time because their organisations held
+        too much; none where the store keeps no account of that."""
+        return []
 
     @abstractmethod
     def close(self) -> None:

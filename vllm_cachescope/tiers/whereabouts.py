@@ -21,6 +21,7 @@ class Fate(Enum):
     LATE = "late"
     CROWDED = "crowded"
     UNREAD = "unread"
+    CUT = "cut"
     DROPPED = "dropped"
     REFUSED = "refused"
     UNSTORED = "unstored"
@@ -48,6 +49,7 @@ ABSENCES = {
     Fate.LATE: Absence(EngineCause.TIMED_OUT),
     Fate.CROWDED: Absence(EngineCause.TIMED_OUT, detail="too much was being loaded"),
     Fate.UNREAD: Absence(EngineCause.TIER_UNAVAILABLE),
+    Fate.CUT: Absence(EngineCause.EVICTED, detail="the organisation's quota was full"),
     Fate.DROPPED: Absence(EngineCause.NEVER_STORED, detail="too much was being stored"),
     Fate.REFUSED: Absence(EngineCause.NEVER_STORED, detail="the tier refused it"),
     Fate.UNSTORED: Absence(EngineCause.NEVER_STORED, detail="the tier was down"),

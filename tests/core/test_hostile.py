@@ -1,0 +1,184 @@
+"""Bodies that mean harm cost bounded time and memory, all the way through the middleware."""
+
+import asyncio
+import gc
+import json
+import time
+import tracemalloc
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import prometheus_client
+import pytest
+from starlette.types import Message, Receive, Scope, Send
+
+from vllm_cachescope.api.exchange import Passage, current_exchange
+from vllm_cachescope.api.middleware import CacheScopeMiddleware
+from vllm_cachescope.api.operations import Engines, Purged
+from vllm_cachescope.config import Config, load
+from vllm_cachescope.report import EngineId, Report, Row
+from vllm_cachescope.scopes import Scope as CacheScope
+
+
+class Nothing(Engines):
+    """No engines: what they would do to a body is not what is asked here."""
+
+    async def health(self) -> list[list[dict[str, Any]]]:
+        return []
+
+    async def purge(self, prefix: bytes) -> Purged:
+        return Purged()
+
+
+class Middleware(CacheScopeMiddleware):
+    def attach(self, state: Any) -> Config:
+        return load({"secret": "a secret of the tests"})
+
+    def block_tokens(self, state: Any) -> int:
+        return 16
+
+    def server_keys(self, state: Any) -> Iterable[str]:
+        return ()
+
+    def engines(self, state: Any) -> Engines:
+        return Nothing()
+
+
+class State:
+    state = None
+
+
+async def server(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer whatever it is, as a server does that has read it and run it."""
+    while (await receive()).get("more_body"):
+        pass
+    exchange = current_exchange.get()
+    if exchange is not None:
+        rows = (Row("created", CacheScope.ORG, 300, 160),)
+        exchange.reports["nonce"] = Report(rows, engine=EngineId(0, "epoch"))
+        exchange.passages["nonce"] = Passage(range(160), 160, 160, 0.0, 0.0)
+    body = json.dumps({"id": "msg_1", "usage": {"input_tokens": 160, "prompt_tokens": 160}})
+    headers = [(b"content-type", b"application/json")]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body.encode()})
+
+
+@pytest.fixture
+def middleware() -> Iterator[Middleware]:
+    made = Middleware(server)
+    yield made
+    assert made._breaks is not None
+    for counter in (made._breaks._count, made._breaks._unknown):
+        prometheus_client.REGISTRY.unregister(counter)
+
+
+def post(middleware: Middleware, path: str, body: bytes, **headers: bytes) -> int:
+    """Post a body; return the status of the one answer to it."""
+    sent: list[Message] = []
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": path,
+        "headers": [(name.encode(), value) for name, value in headers.items()],
+        "app": State(),
+    }
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    asyncio.run(middleware(scope, receive, send))
+    (start,) = (message for message in sent if message["type"] == "http.response.start")
+    assert sent[-1]["type"] == "http.response.body"
+    return int(start["status"])
+
+
+BIG = "x" * 10_000_000
+MESSAGES = [{"role": "user", "content": "hello"}]
+
+
+def said(**fields: object) -> bytes:
+    return json.dumps({"model": "m", "messages": MESSAGES, "input": "hello", **fields}).encode()
+
+
+def nested(depth: int) -> bytes:
+    return b'{"a":' * depth + b"1" + b"}" * depth
+
+
+def tools(count: int, **fields: object) -> list[dict[str, object]]:
+    return [
+        {"name": f"tool{i}", "input_schema": {"type": "object"}, **fields} for i in range(count)
+    ]
+
+
+MARK = {"cache_control": {"type": "ephemeral"}}
+BODIES = {
+    "100,000 tools": said(tools=tools(100_000)),
+    "100,000 breakpoints": said(tools=tools(100_000, **MARK)),
+    "100,000 messages": said(messages=MESSAGES * 100_000, input=MESSAGES * 100_000),
+    "100,000 blocks": said(
+        system=[{"type": "text", "text": str(i)} for i in range(100_000)],
+        instructions="hello " * 100_000,
+    ),
+    "10 MB message": said(messages=[{"role": "user", "content": BIG}], input=BIG),
+    "10 MB system": said(system=BIG, instructions=BIG),
+    "10 MB names": said(
+        model=BIG, tools=[{"name": BIG}], metadata={"user_id": BIG}, prompt_cache_key=BIG
+    ),
+    "10 MB id": said(
+        diagnostics={"previous_message_id": BIG},
+        prompt_cache_options={"comparison_response_id": BIG},
+        previous_response_id=BIG,
+    ),
+    "300,000 fields": said(**{f"field{i}": i for i in range(300_000)}),
+    "300,000 parameters": said(chat_template_kwargs={f"key{i}": i for i in range(300_000)}),
+    "nested, 200,000 deep": b'{"model":"m","messages":' + nested(200_000) + b"}",
+    "nested, 900 deep": b'{"model":"m","tools":[' + nested(900) + b'],"messages":[]}',
+    "nested, 100 deep": b'{"model":"m","tools":[' + nested(100) + b'],"messages":[]}',
+    "invalid UTF-8": b'{"model":"m","messages":[{"role":"user","content":"\xff\xfe\x00"}]}',
+    "half a surrogate pair": said(system="\ud800", instructions="\udfff", user="\ud800"),
+    "numbers": b'{"model":1e999,"messages":[NaN,-Infinity,1e999],"max_tokens":'
+    + b"9" * 4000
+    + b"}",
+    "no object": b"[" + b"1," * 1_000_000 + b"1]",
+    "no JSON": b"\x00" * 10_000_000,
+    "wrong types": b'{"model":{},"messages":{"a":[]},"tools":7,"system":[[[]]],"metadata":[]}',
+}
+PATHS = ("/v1/messages", "/v1/chat/completions", "/v1/responses")
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("name", BODIES)
+def test_hostile_bodies(middleware: Middleware, path: str, name: str) -> None:
+    post(middleware, path, said())
+    gc.collect()
+    tracemalloc.start()
+    start = time.thread_time()
+    for session in (b"one", b"other"):
+        status = post(middleware, path, BODIES[name], **{"x-cachescope-session": session})
+        assert status in (200, 400)
+    # Under tracemalloc all is some times slower; two minutes would be an attack.
+    taken = time.thread_time() - start
+    gc.collect()
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert taken < 60
+    assert kept < 3_000_000, kept
+    assert post(middleware, path, said()) == 200
+
+
+def test_many_sessions_with_long_names(middleware: Middleware) -> None:
+    """What a session is called is kept, too."""
+    post(middleware, PATHS[0], said())
+    gc.collect()
+    tracemalloc.start()
+    for i in range(100):
+        name = f"{i}" + "n" * 100_000
+        post(middleware, PATHS[0], said(metadata={"user_id": name}))
+        post(middleware, PATHS[1], said(), **{"x-session-id": name.encode()})
+    gc.collect()
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept < 3_000_000, kept
