@@ -149,42 +149,32 @@ def stream_chat(api, name, key="key of acme", **fields):
     return of_chat(last.usage)
 
 
+def completions_body(name, **fields):
+    return dict(model=MODEL, prompt=text(name, 800), max_tokens=4, temperature=0.0) | fields
+
+
 def ask_completions(api, name, key="key of acme", **fields):
-    completion = api.openai(key).completions.create(
-        model=MODEL, prompt=text(name, 800), max_tokens=4, temperature=0.0, **fields
-    )
-    return of_chat(completion.usage)
+    body = completions_body(name, **fields)
+    return of_chat(api.openai(key).completions.create(**body).usage)
 
 
 def stream_completions(api, name, key="key of acme", **fields):
-    *_, last = api.openai(key).completions.create(
-        model=MODEL,
-        prompt=text(name, 800),
-        max_tokens=4,
-        temperature=0.0,
-        stream=True,
-        stream_options={"include_usage": True},
-        **fields,
-    )
+    body = completions_body(name, stream_options={"include_usage": True}, **fields)
+    *_, last = api.openai(key).completions.create(**body, stream=True)
     return of_chat(last.usage)
 
 
+def responses_body(name, **fields):
+    return dict(model=MODEL, input=text(name, 800), max_output_tokens=4, temperature=0.0) | fields
+
+
 def ask_responses(api, name, key="key of acme", **fields):
-    response = api.openai(key).responses.create(
-        model=MODEL, input=text(name, 800), max_output_tokens=4, temperature=0.0, **fields
-    )
-    return of_responses(response.usage)
+    body = responses_body(name, **fields)
+    return of_responses(api.openai(key).responses.create(**body).usage)
 
 
 def stream_responses(api, name, key="key of acme", **fields):
-    *_, last = api.openai(key).responses.create(
-        model=MODEL,
-        input=text(name, 800),
-        max_output_tokens=4,
-        temperature=0.0,
-        stream=True,
-        **fields,
-    )
+    *_, last = api.openai(key).responses.create(**responses_body(name, **fields), stream=True)
     assert last.type in ("response.completed", "response.incomplete")
     return of_responses(last.response.usage)
 
