@@ -16,6 +16,7 @@ from lmcache.v1.distributed.l2_adapters import (
 from lmcache.v1.distributed.l2_adapters.config import (
     get_l2_adapter_config_class,
     get_registered_l2_adapter_types,
+    get_type_name_for_config,
 )
 
 from vllm_cachescope.config import ConfigError
@@ -122,10 +123,9 @@ def listed(
                 return
     except NotImplementedError:
         # The file system's adapters cannot list, but name each file after its key.
-        base_path = getattr(config, "base_path", None)
-        if base_path is None or cursor is not None:
+        if get_type_name_for_config(config) not in ("fs", "fs_native"):
             raise
-    with os.scandir(base_path) as files:
+    with os.scandir(config.base_path) as files:
         for file in files:
             model, *fields = file.name.removesuffix(".data").split("@")
             if model == MODEL and len(fields) == 4 and file.name.endswith(".data"):

@@ -177,7 +177,13 @@ class Backend:
     def _new_session(self, deadline: float) -> Session:
         if self._session is not None:
             # Two of some adapters would be one too many: they own their device.
-            self._session.retire("").result(deadline)
+            try:
+                self._session.retire("").result(deadline)
+            except StoreLate:
+                raise
+            except StoreFailed as error:
+                logger.warning("LMCache's adapter did not close well: %s", error)
+            self._session = None
         if self._making is None:
             self._making = Call(
                 lambda: create_l2_adapter(self._config, self.staging.desc), self.clock

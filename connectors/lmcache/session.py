@@ -299,12 +299,14 @@ class Session:
             tasks = self._tasks()
         if tasks:
             self._staging.keep()
-        self.adapter.close()
-        os.close(self._wake_read)
-        os.close(self._wake_write)
-        # An adapter that has been closed writes to no buffer; and if one does, the checksum of
-        # what is stored or loaded there by then shows it.
-        with self._lock:
-            for task in tasks:
-                task.held = False
-                self._free(task)
+        try:
+            self.adapter.close()
+        finally:
+            os.close(self._wake_read)
+            os.close(self._wake_write)
+            # An adapter that has been closed writes to no buffer; and if one does, the checksum of
+            # what is stored or loaded there by then shows it.
+            with self._lock:
+                for task in tasks:
+                    task.held = False
+                    self._free(task)

@@ -24,7 +24,11 @@ FUNCTIONS = {
     ("v1/core/kv_cache_utils.py", "get_request_block_hasher"): "hash_block_size caching_hash_fn",
     ("v1/core/kv_cache_manager.py", "KVCacheManager.get_computed_blocks"): "self request",
     ("v1/core/block_pool.py", "BlockPool.evict_blocks"): "self block_ids",
+    ("v1/core/block_pool.py", "BlockPool.get_new_blocks"): "self num_blocks",
     ("v1/core/block_pool.py", "BlockHashToBlockMap.get_one_block"): "self key",
+    ("v1/core/kv_cache_utils.py", "FreeKVCacheBlockQueue.remove"): "self block",
+    ("v1/core/kv_cache_utils.py", "FreeKVCacheBlockQueue.append_n"): "self blocks",
+    ("v1/core/kv_cache_utils.py", "FreeKVCacheBlockQueue.prepend_n"): "self blocks",
     (f"{CONNECTOR}/base.py", "KVConnectorBase_V1.bind_kv_cache_manager"): "self kv_cache_manager",
     (f"{CONNECTOR}/base.py", "KVConnectorBase_V1.on_new_request"): "self request",
     (f"{CONNECTOR}/offloading_connector.py", "OffloadingConnector.__init__"): (
@@ -52,6 +56,9 @@ FUNCTIONS = {
     ),
     ("v1/kv_offload/tiering/spec.py", "TieringOffloadingSpec.get_manager"): "self",
     ("v1/kv_offload/tiering/manager.py", "TieringOffloadingManager.lookup"): "self key req_context",
+    ("v1/kv_offload/tiering/manager.py", "TieringOffloadingManager.prepare_store"): (
+        "self keys req_context"
+    ),
     ("v1/kv_offload/cpu/manager.py", "CPUOffloadingManager._free_chunk"): "self chunk",
     ("v1/kv_offload/cpu/policies/base.py", "CachePolicy.insert"): "self key chunk",
     ("v1/kv_offload/cpu/policies/base.py", "CachePolicy.evict"): "self n protected",
@@ -73,7 +80,12 @@ FUNCTIONS = {
 
 TEXTS = {
     "v1/core/block_pool.py": ["self.metrics_collector.on_block_evicted(block)"],
-    "v1/kv_offload/cpu/manager.py": ["self._num_evictable_cache_chunks", "self._policy"],
+    "v1/core/kv_cache_utils.py": ["self.fake_free_list_head", "self.fake_free_list_tail"],
+    "v1/kv_offload/cpu/manager.py": [
+        "self._num_evictable_cache_chunks",
+        "self._num_chunks",
+        "self._policy",
+    ],
     "v1/core/sched/scheduler.py": ["self.kv_cache_manager.get_computed_blocks(request"],
     "entrypoints/launchers/api_server/app_state.py": ["state.online_renderer ="],
     "entrypoints/generate/api_router.py": ["state.anthropic_serving_messages ="],

@@ -150,7 +150,8 @@ def stream_chat(api, name, key="key of acme", **fields):
 
 
 def completions_body(name, **fields):
-    return dict(model=MODEL, prompt=text(name, 800), max_tokens=4, temperature=0.0) | fields
+    body = {"model": MODEL, "prompt": text(name, 800), "max_tokens": 4, "temperature": 0.0}
+    return body | fields
 
 
 def ask_completions(api, name, key="key of acme", **fields):
@@ -165,7 +166,8 @@ def stream_completions(api, name, key="key of acme", **fields):
 
 
 def responses_body(name, **fields):
-    return dict(model=MODEL, input=text(name, 800), max_output_tokens=4, temperature=0.0) | fields
+    body = {"model": MODEL, "input": text(name, 800), "max_output_tokens": 4, "temperature": 0.0}
+    return body | fields
 
 
 def ask_responses(api, name, key="key of acme", **fields):

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 
 from vllm_cachescope.connectors import redis
 from vllm_cachescope.owners import NOBODY
+from vllm_cachescope.shares import Shares
+from vllm_cachescope.tiers.account import Account
 from vllm_cachescope.tiers.keyspace import Keyspace, qualified, secret_mark
 from vllm_cachescope.tiers.remote import Finished, Found, Limits, Outgoing, RemoteTier
 from vllm_cachescope.tiers.store import Store
@@ -57,8 +59,15 @@ class EngineSide:
     """A tier with memory in front of it, as one engine has them."""
 
     def __init__(
-        self, url: str, identity: str = "model", secret: bytes = SECRET, **limits: object
+        self,
+        url: str,
+        identity: str = "model",
+        secret: bytes = SECRET,
+        shares: Shares | None = None,
+        account: Account | None = None,
+        **limits: object,
     ) -> None:
+        self.shares = shares
         self.keyspace = Keyspace({"model": identity})
         self.limits = replace(LIMITS, **limits)
         self.memory = memoryview(bytearray(self.limits.inflight_bytes * 2))
@@ -69,6 +78,7 @@ class EngineSide:
             self.limits,
             time.monotonic,
             random.random,
+            account,
         )
         self.tier.start()
         self._requests = 0
@@ -76,7 +86,9 @@ class EngineSide:
         self.finished: dict[int, Finished] = {}
 
     def _stores(self, url: str, mark: bytes) -> Callable[[], Store]:
-        return redis.stores(url, self.limits.timeout_s, self.keyspace, mark, time.monotonic)
+        return redis.stores(
+            url, self.limits.timeout_s, self.keyspace, mark, time.monotonic, self.shares
+        )
 
     def slot(self, index: int) -> memoryview:
         """Return the memory of a block."""

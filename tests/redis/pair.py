@@ -61,9 +61,9 @@ class Pair:
 
     def _shares(self) -> bool:
         tokens = draw_tokens(self._chance, BLOCK + 1)
-        self.a.run(ask(tokens))
+        self.a.run(ask(tokens, ttl_s=5))
         time.sleep(0.05)
-        (answer,) = self.b.run(ask(tokens))
+        (answer,) = self.b.run(ask(tokens, ttl_s=5))
         return answer.outcome("read_redis") == BLOCK
 
 

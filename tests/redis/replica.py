@@ -33,6 +33,12 @@ class Replica:
         remote.close()
         self._started = False
 
+    @property
+    def pid(self) -> int:
+        """The engine's process."""
+        assert self._process.pid is not None
+        return self._process.pid
+
     def run(self, *asks: Ask) -> list[Answer]:
         """Put all ``asks`` to the engine at once; return its answers in their order."""
         return self.wait(*self.begin(*asks))

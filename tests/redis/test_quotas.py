@@ -1,0 +1,185 @@
+"""What organisations may hold in a store that several engines share."""
+
+import pytest
+import redis
+
+from tests.redis.engine_side import SECRET, SLOT, EngineSide, keys
+from tests.redis.servers import wait_until
+from vllm_cachescope.config import Share
+from vllm_cachescope.owners import NOBODY, Owners
+from vllm_cachescope.scopes import Caller
+from vllm_cachescope.shares import Shares
+from vllm_cachescope.tiers.account import Account
+
+OWNERS = Owners(SECRET)
+ACME, ZETA = OWNERS.of(Caller("acme", "s1")), OWNERS.of(Caller("zeta"))
+QUOTA = Shares(SLOT, Share(quota=20 * SLOT), {ZETA[:8]: Share(quota=100 * SLOT)})
+
+
+def mine(owner: bytes, number: int, count: int = 5) -> list[bytes]:
+    """Return the keys of a prompt."""
+    return keys(count, f"prompt {number}", owner)
+
+
+def held(side: EngineSide, owner: bytes, prompts: range) -> list[int]:
+    """Return which of an owner's prompts the store holds whole."""
+    return [i for i in prompts if set(side.get(mine(owner, i)).keys) == set(mine(owner, i))]
+
+
+def account(side: EngineSide, owner: bytes) -> bytes:
+    return side.keyspace.account(owner[:8])
+
+
+def test_engines_that_flood_a_store_together_lose_their_own_oldest(server, start_engine_side):
+    sides = [start_engine_side(server.url, shares=QUOTA) for _ in range(2)]
+    for i in range(6):
+        sides[0].put(mine(ZETA, i))
+    sides[0].put(mine(NOBODY, 0))
+    for i in range(12):
+        sides[i % 2].put(mine(ACME, i))
+        assert server.client.zcard(account(sides[0], ACME)) <= 20
+    assert held(sides[1], ACME, range(12)) == [8, 9, 10, 11]
+    assert held(sides[1], ZETA, range(6)) == list(range(6))
+    assert held(sides[1], NOBODY, range(1)) == [0]
+    evicted = sum(side.tier.take_counts()["evict", "quota"] for side in sides)
+    assert evicted == 40
+    assert sides[0].tier.absence("r", mine(ACME, 0)[0]) is not None
+    # Nobody has to clean up after the last engine: all there is expires.
+    for name in server.client.keys():
+        assert 0 < server.client.pttl(name) <= 300_000, name
+
+
+def test_what_is_used_is_not_the_oldest(server, start_engine_side):
+    a, b = (start_engine_side(server.url, shares=QUOTA) for _ in range(2))
+    for i in range(4):
+        a.put(mine(ACME, i), ttl_s=300)
+    scores = dict(server.client.zrange(account(a, ACME), 0, -1, withscores=True))
+    b.tier.used([(key, 600) for key in mine(ACME, 0)])
+    wait_until(
+        lambda: (
+            sum(
+                server.client.zscore(account(a, ACME), member) > score + 290_000
+                for member, score in scores.items()
+            )
+            == 5
+        )
+    )
+    # What is found there is used as well.
+    b.put(mine(ACME, 1), ttl_s=500)
+    a.put(mine(ACME, 4) + mine(ACME, 5))
+    assert held(a, ACME, range(6)) == [0, 1, 4, 5]
+    assert server.client.pttl(account(a, ACME)) > 590_000
+
+
+def test_a_use_of_what_is_not_there_counts_for_nothing(server, start_engine_side):
+    side = start_engine_side(server.url, shares=QUOTA)
+    side.tier.used([(key, 300) for key in mine(ACME, 0)])
+    side.put(mine(ZETA, 0))
+    assert not server.client.exists(account(side, ACME))
+    assert server.client.zcard(side.keyspace.accounts) == 1
+
+
+def test_what_has_expired_does_not_count(server, start_engine_side):
+    side = start_engine_side(server.url, shares=QUOTA)
+    for i in range(4):
+        side.put(mine(ACME, i))
+    for member in server.client.zrange(account(side, ACME), 0, 9):
+        server.client.zadd(account(side, ACME), {member: 1})
+    side.put(mine(ACME, 4) + mine(ACME, 5))
+    assert held(side, ACME, range(6)) == list(range(6))
+    assert server.client.zcard(account(side, ACME)) == 20
+
+
+def test_over_the_capacity_reserves_are_spared(server, start_engine_side):
+    shares = Shares(SLOT, Share(), {ZETA[:8]: Share(reserve=10 * SLOT)}, capacity=30 * SLOT)
+    side = start_engine_side(server.url, shares=shares)
+    third = OWNERS.of(Caller("third", "s"))
+    for i in range(2):
+        side.put(mine(ZETA, i))
+    side.put(mine(third, 0))
+    others: list[int] = []
+
+    def is_full() -> bool:
+        # All together are counted every second.
+        side.put(mine(ACME, len(others)))
+        others.append(len(others))
+        return side.tier.take_counts().get(("evict", "quota"), 0) > 0
+
+    wait_until(is_full)
+    assert held(side, ZETA, range(2)) == [0, 1]
+    assert held(side, third, range(1)) == []
+    assert held(side, ACME, range(len(others)))[-1] == others[-1]
+    assert server.client.dbsize() <= 30 + 5 + 5
+
+
+def test_a_purge_settles_the_account(server, start_engine_side):
+    sides = [start_engine_side(server.url, shares=QUOTA, identity=model) for model in "ab"]
+    for side in sides:
+        for owner in (ACME, ZETA):
+            side.put(mine(owner, 0))
+    done = sides[0].tier.purge(OWNERS.prefix("acme", "s1"))
+    wait_until(lambda: done.over)
+    assert (done.entries, done.reason) == (10, None)
+    for side in sides:
+        assert not server.client.exists(account(side, ACME))
+        assert server.client.zcard(account(side, ZETA)) == 5
+    for i in range(4):
+        sides[0].put(mine(ACME, i))
+    assert held(sides[0], ACME, range(4)) == [0, 1, 2, 3]
+
+
+def test_without_the_rights_it_stores_all_the_same_and_says_so(server, start_engine_side, caplog):
+    rights = "~cachescope:* +set +get +exists +pexpire +pttl +unlink"
+    server.client.execute_command(f"ACL SETUSER kv on >pw {rights}")
+    url = f"redis://kv:pw@127.0.0.1:{server.port}"
+    side = start_engine_side(url, shares=QUOTA)
+    for i in range(6):
+        side.put(mine(ACME, i))
+    assert held(side, ACME, range(6)) == list(range(6))
+    assert "Quotas are not kept in Redis: NOPERM" in caplog.text
+    more = "+time +zadd +zcard +zrange +zpopmin +zrem +zremrangebyscore +pexpireat"
+    server.client.execute_command(f"ACL SETUSER kv {more}")
+    for i in range(6):
+        side.put(mine(ACME, i))
+    assert len(held(side, ACME, range(6))) <= 4
+
+
+def test_health_tells_who_holds_how_much(server, start_engine_side):
+    first = start_engine_side(server.url, shares=QUOTA)
+    first.put(mine(ACME, 0))
+    assert start_engine_side(server.url, shares=QUOTA).tier.health()["orgs"] == {
+        ACME[:8].hex(): 5 * SLOT
+    }
+
+
+def test_on_a_cluster(nodes, start_engine_side):
+    for node in nodes:
+        node.client.flushall()
+    url = f"redis+cluster://127.0.0.1:{nodes[1].port}"
+    sides = [start_engine_side(url, shares=QUOTA, timeout_s=5.0) for _ in range(2)]
+    for i in range(12):
+        sides[i % 2].put(mine(ACME, i))
+    for i in range(2):
+        sides[i].put(mine(ZETA, i))
+    assert held(sides[1], ACME, range(12)) == [8, 9, 10, 11]
+    assert held(sides[1], ZETA, range(2)) == [0, 1]
+    client = redis.RedisCluster("127.0.0.1", nodes[0].port)
+    assert client.zcard(account(sides[0], ACME)) == 20
+    client.close()
+
+
+@pytest.mark.parametrize("count", [4, 12])
+def test_a_store_without_accounts_is_counted_by_each_engine(server, start_engine_side, count):
+    side = start_engine_side(server.url, account=Account(QUOTA))
+    other = start_engine_side(server.url)
+    for i in range(count):
+        side.put(mine(ACME, i))
+    other.put(mine(ACME, 99))
+    assert held(side, ACME, range(count)) == list(range(count))[-4:]
+    assert held(side, ACME, range(99, 100)) == [99]
+    assert not server.client.keys("*held*")
+    if count > 4:
+        assert side.tier.take_counts()["evict", "quota"] == 5 * (count - 4)
+    done = side.tier.purge(b"")
+    wait_until(lambda: done.over)
+    assert side.tier.health()["orgs"] == {}
