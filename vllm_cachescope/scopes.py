@@ -5,6 +5,9 @@ import hmac
 from dataclasses import dataclass
 from enum import IntEnum
 
+MAX_NAME = 256
+"""Longest name of a session that is kept: clients choose them."""
+
 
 class Scope(IntEnum):
     """How widely a cached block is shared. A larger value is narrower."""
@@ -31,17 +34,30 @@ class Scope(IntEnum):
 _BY_NAME = {scope.label: scope for scope in Scope}
 
 
+def short_name(name: str) -> str:
+    """Return ``name``, cut to `MAX_NAME` characters. Two long names stay different."""
+    if len(name) <= MAX_NAME:
+        return name
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
+    return f"{name[: MAX_NAME - len(digest) - 1]}~{digest}"
+
+
 @dataclass(frozen=True, slots=True)
 class Caller:
     """On whose behalf a request runs.
 
     Attributes:
         org: the tenant, from something the client cannot forge.
-        session: the conversation inside the tenant; None when the client named none.
+        session: the conversation inside the tenant, its name cut by `short_name`; None when the
+            client named none.
     """
 
     org: str
     session: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.session is not None and len(self.session) > MAX_NAME:
+            object.__setattr__(self, "session", short_name(self.session))
 
 
 class ScopeKeys:

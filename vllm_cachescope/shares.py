@@ -40,6 +40,10 @@ class Shares:
         """Return how many entries of ``org`` others do not push out."""
         return self._orgs.get(org, self._default)[1]
 
+    def counts(self, org: bytes) -> bool:
+        """Whether it matters how much ``org`` holds."""
+        return self.capacity is not None or self.quota(org) is not None
+
     def over(self, org: bytes, held: int) -> int:
         """Return how many of the ``held`` entries of ``org`` are too many."""
         quota = self.quota(org)

@@ -67,14 +67,13 @@ class Accounts:
             commands += [
                 command(b"ZADD", name, b"GT", *_scored(members)),
                 command(b"ZREMRANGEBYSCORE", name, b"-inf", b"%d" % now_ms),
-                command(b"ZCARD", name),
                 command(b"ZADD", self._keyspace.accounts, b"GT", b"%d" % last_ms, org),
                 *(c for n in (name, self._keyspace.accounts) for c in _until(n, last_ms)),
             ]
-        replies = self._converse(commands, deadline)
+        counts = [command(b"ZCARD", self._keyspace.account(org)) for org in orgs]
+        replies = self._converse([*commands, *counts], deadline)
         gone: list[bytes] = []
-        each = len(commands) // max(1, len(orgs))
-        for org, held in zip(orgs, replies[2::each], strict=False):
+        for org, held in zip(orgs, replies[len(commands) :], strict=False):
             if over := self._shares.over(org, _number(held)):
                 pop = command(b"ZPOPMIN", self._keyspace.account(org), b"%d" % over)
                 gone += [org + member for member, _ in _pairs(*self._converse([pop], deadline))]
@@ -149,11 +148,11 @@ class Accounts:
 
     def _by_org(self, entries: Iterable[tuple[bytes, float]]) -> dict[bytes, dict[bytes, int]]:
         """Return when entries expire, in ms of the server's time, by organisation and by what
-        else their keys hold."""
-        ahead_s = self._ahead_s
+        else their keys hold; those of organisations that may hold anything are left out."""
         orgs: defaultdict[bytes, dict[bytes, int]] = defaultdict(dict)
         for key, until in entries:
-            orgs[org_of(key)][key[TAG_BYTES:]] = int((until + ahead_s) * 1000)
+            if self._shares.counts(org := org_of(key)):
+                orgs[org][key[TAG_BYTES:]] = int((until + self._ahead_s) * 1000)
         return orgs
 
     def _server_ms(self, deadline: float) -> int | None:

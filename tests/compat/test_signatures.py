@@ -25,6 +25,10 @@ FUNCTIONS = {
     ("v1/core/kv_cache_manager.py", "KVCacheManager.get_computed_blocks"): "self request",
     ("v1/core/block_pool.py", "BlockPool.evict_blocks"): "self block_ids",
     ("v1/core/block_pool.py", "BlockPool.get_new_blocks"): "self num_blocks",
+    ("v1/core/kv_cache_utils.py", "FreeKVCacheBlockQueue.remove"): "self block",
+    ("v1/core/kv_cache_utils.py", "FreeKVCacheBlockQueue.prepend_n"): "self blocks",
+    ("v1/core/kv_cache_utils.py", "FreeKVCacheBlockQueue.append_n"): "self blocks",
+    ("v1/core/block_pool.py", "BlockPool.get_new_blocks"): "self num_blocks",
     ("v1/core/block_pool.py", "BlockHashToBlockMap.get_one_block"): "self key",
     ("v1/core/kv_cache_utils.py", "FreeKVCacheBlockQueue.remove"): "self block",
     ("v1/core/kv_cache_utils.py", "FreeKVCacheBlockQueue.append_n"): "self blocks",
@@ -59,6 +63,9 @@ FUNCTIONS = {
     ("v1/kv_offload/tiering/manager.py", "TieringOffloadingManager.prepare_store"): (
         "self keys req_context"
     ),
+    ("v1/kv_offload/tiering/manager.py", "TieringOffloadingManager.prepare_store"): (
+        "self keys req_context"
+    ),
     ("v1/kv_offload/cpu/manager.py", "CPUOffloadingManager._free_chunk"): "self chunk",
     ("v1/kv_offload/cpu/policies/base.py", "CachePolicy.insert"): "self key chunk",
     ("v1/kv_offload/cpu/policies/base.py", "CachePolicy.evict"): "self n protected",
@@ -79,7 +86,14 @@ FUNCTIONS = {
 """The parameters that are passed by position or must be accepted, in order; more may follow."""
 
 TEXTS = {
-    "v1/core/block_pool.py": ["self.metrics_collector.on_block_evicted(block)"],
+    "v1/core/block_pool.py": [
+        "self.metrics_collector.on_block_evicted(block)",
+        "self.free_block_queue.popleft_n(num_blocks)",
+    ],
+    "v1/core/kv_cache_utils.py": [
+        "self.fake_free_list_head.next_free_block",
+        "self.fake_free_list_tail",
+    ],
     "v1/core/kv_cache_utils.py": ["self.fake_free_list_head", "self.fake_free_list_tail"],
     "v1/kv_offload/cpu/manager.py": [
         "self._num_evictable_cache_chunks",

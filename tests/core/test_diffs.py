@@ -1,17 +1,16 @@
 """Diffs of what broke a prefix: what is written, what is left out, and how little of it is kept."""
 
-import gc
 import json
 import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import FunctionType, ModuleType
 from typing import Any
 
 import prometheus_client
 import pytest
 
+from tests.core.reach import reachable
 from vllm_cachescope.api import diffs as module
 from vllm_cachescope.api.breaks import Break, Breaks
 from vllm_cachescope.api.diffs import REDACTED, Diffs
@@ -248,19 +247,12 @@ def test_hostile_texts_take_bounded_time(side: Side, name: str) -> None:
 
 
 def strings_behind(root: object) -> Iterator[str]:
-    """Yield every text that can be reached from ``root``, bytes as text; code and types apart."""
-    seen: set[int] = set()
-    stack = [root]
-    while stack:
-        item = stack.pop()
-        if id(item) in seen or isinstance(item, type | ModuleType | FunctionType):
-            continue
-        seen.add(id(item))
+    """Yield every text that ``root`` keeps alive, bytes as text."""
+    for item in reachable(root):
         if isinstance(item, str):
             yield item
         elif isinstance(item, bytes | bytearray):
             yield item.decode("latin-1")
-        stack += gc.get_referents(item)
 
 
 def test_without_diffs_no_text_is_kept(tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ from vllm_cachescope.scopes import Caller, Scope, ScopeKeys
 SECRET = "the secret of the tests"
 BLOCK = 128
 """Tokens per block, on the device and in the CPU tier."""
+BLOCK_BYTES = 2 * 2 * 2 * 32 * 4 * BLOCK
+"""Keys and values, of 2 layers with 2 heads of 32 numbers in float32."""
 
 DEVICE_BLOCKS = 63
 CPU_CHUNKS = 128
@@ -159,7 +161,6 @@ class Engine:
 
         # The model is so small that threads would mostly wait for each other.
         torch.set_num_threads(1)
-        bytes_per_chunk = 2 * 2 * 2 * 32 * 4 * BLOCK  # k and v, layers, heads, width, float32
         self.args = EngineArgs(
             model=str(model),
             dtype="float32",
@@ -174,7 +175,7 @@ class Engine:
                 "kv_connector_module_path": "tests.engine.clock",
                 "kv_role": "kv_both",
                 "kv_connector_extra_config": {
-                    "cpu_bytes": cpu_chunks * bytes_per_chunk,
+                    "cpu_bytes": cpu_chunks * BLOCK_BYTES,
                     "secret": SECRET,
                     **(config or {}),
                 },

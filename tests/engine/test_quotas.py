@@ -7,14 +7,23 @@ from hashlib import sha256
 
 import pytest
 
-from tests.engine.engine import BLOCK, OWNERS, Answer, Ask, draw_tokens, org_plan, plan, sealed
+from tests.engine.engine import (
+    BLOCK,
+    BLOCK_BYTES,
+    OWNERS,
+    Answer,
+    Ask,
+    draw_tokens,
+    org_plan,
+    plan,
+    sealed,
+)
 from tests.redis.replica import Replica
 from vllm_cachescope.connectors.vllm import regions
 from vllm_cachescope.scopes import Caller, Scope
 
 pytestmark = pytest.mark.engine
 
-BLOCK_BYTES = 2 * 2 * 2 * 32 * 4 * BLOCK
 QUOTA = {"device": 20, "cpu": 15}
 RESERVE = {"device": 12, "cpu": 10}
 CPU_CHUNKS = 40

@@ -9,8 +9,6 @@ from tests.lmcache.side import LMCacheSide, Wall
 from tests.redis.servers import REDIS_SERVER, RedisServer
 from vllm_cachescope.connectors.lmcache import backend
 
-FILE_SYSTEMS = ["fs", "fs_native"]
-
 
 @pytest.fixture(autouse=True)
 def busy_upkeep(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,8 +84,11 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     )
 
 
-everywhere = pytest.mark.parametrize("place", [*FILE_SYSTEMS, "resp"], indirect=True)
-in_files = pytest.mark.parametrize("place", FILE_SYSTEMS, indirect=True)
+anywhere = pytest.mark.parametrize("place", ["fs", "fs_native", "resp"], indirect=True)
+everywhere = pytest.mark.parametrize("place", ["fs", "resp"], indirect=True)
+"""With an adapter in Python and one in C++."""
+
+in_files = pytest.mark.parametrize("place", ["fs", "fs_native"], indirect=True)
 
 
 @pytest.fixture

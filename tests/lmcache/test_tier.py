@@ -4,19 +4,18 @@ import os
 import random
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
-from tests.lmcache.conftest import everywhere, in_files
+from tests.lmcache.conftest import anywhere, everywhere, in_files
 from tests.lmcache.side import LMCacheSide, Wall
 from tests.redis.engine_side import SLOT, content, keys
 from tests.redis.servers import wait_until
-from vllm_cachescope.config import ConfigError
+from vllm_cachescope.config import CONNECTOR, ConfigError
 from vllm_cachescope.connectors.lmcache import adapters, backend
+from vllm_cachescope.connectors.vllm import startup
 from vllm_cachescope.tiers.envelope import HEADER_BYTES
-
-SLACK_S = 0.25
-"""What the machine may add to a deadline while others use it."""
 
 
 def purged(side: LMCacheSide, prefix: bytes) -> int:
@@ -31,7 +30,7 @@ def leave_a_moment() -> None:
     time.sleep(1.5 * backend.UPKEEP_S)
 
 
-@everywhere
+@anywhere
 def test_what_one_engine_stores_the_next_one_reads(place, start_side):
     side = start_side(place.adapter)
     side.put(keys(10), ttl_s=300)
@@ -60,7 +59,7 @@ def test_a_value_is_a_header_and_the_block(place, start_side):
     assert len(value) % 4096 == 0 and not any(value[HEADER_BYTES + SLOT :])
 
 
-@everywhere
+@anywhere
 def test_an_entry_lives_for_its_lifetime_after_its_last_use(place, start_side, wall):
     side = start_side(place.adapter)
     side.put(keys(4), ttl_s=300)
@@ -287,7 +286,7 @@ def _flipped(value: bytes, at: int) -> bytes:
     return value[:at] + bytes([value[at] ^ 1]) + value[at + 1 :]
 
 
-@everywhere
+@anywhere
 def test_a_damaged_record_costs_its_entry(place, start_side):
     side = start_side(place.adapter)
     side.put(keys(3))
@@ -312,7 +311,7 @@ def test_a_store_that_is_emptied_fills_again(place, start_side):
     wait_until(lambda: side.put(keys(5)) and len(side.get_exact(keys(5)).keys) == 5)
 
 
-@everywhere
+@anywhere
 def test_closing_leaves_no_threads_and_no_descriptors(place, start_side):
     start_side(place.adapter).close()
     threads, files = set(threading.enumerate()), len(os.listdir("/proc/self/fd"))
@@ -347,3 +346,13 @@ def test_a_mistake_names_the_key_the_value_and_what_is_allowed(adapter, says):
     for words in says:
         assert words in str(caught.value)
     assert "sesame" not in str(caught.value)
+
+
+def test_a_mistake_in_an_adapter_stops_the_start():
+    tier = {"type": "lmcache", "name": "files", "adapter": {"type": "fs", "path": "/x"}}
+    transfer = SimpleNamespace(
+        kv_connector=CONNECTOR,
+        kv_connector_extra_config={"secret": "a secret of tests", "tiers": [tier]},
+    )
+    with pytest.raises(ConfigError, match="tier files: adapter: base_path must be"):
+        startup.read(transfer)

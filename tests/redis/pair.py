@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from demo.model import MODELS, TINY, build
-from tests.engine.engine import BLOCK, Ask, draw_tokens, org_plan, sealed
+from tests.engine.engine import BLOCK, BLOCK_BYTES, Ask, draw_tokens, org_plan, sealed
 from tests.redis.replica import Replica
 from tests.redis.servers import Proxy, RedisServer, wait_until
 from vllm_cachescope.connectors.vllm import regions
+
+GREEDY, GREEDY_BLOCKS = "name:greedy", 8
+"""The one organisation with a quota, and how many blocks it may hold in the Redis."""
 
 
 @dataclass
@@ -101,4 +104,8 @@ def running_pair(scratch: Path, **tier: Any) -> Iterator[Pair]:
 def _replica(model: Path, scratch: Path, tier: dict[str, Any], url: str) -> Replica:
     scratch.mkdir()
     probes = {"first_probe": "50ms", "longest_probe": "200ms"}
-    return Replica(model, scratch, {"tiers": [{"type": "redis", "url": url, **probes, **tier}]})
+    config = {
+        "tiers": [{"type": "redis", "url": url, **probes, **tier}],
+        "quotas": {"redis": {"orgs": {GREEDY: {"quota": GREEDY_BLOCKS * BLOCK_BYTES}}}},
+    }
+    return Replica(model, scratch, config)

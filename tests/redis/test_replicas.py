@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.engine.engine import BLOCK, Ask, draw_tokens, plan, sealed
-from tests.redis.pair import Pair, ask, running_pair
+from tests.engine.engine import BLOCK, OWNERS, Ask, draw_tokens, plan, sealed
+from tests.redis.pair import GREEDY, GREEDY_BLOCKS, Pair, ask, running_pair
 from tests.redis.replica import Replica
 from tests.redis.servers import wait_until
 from vllm_cachescope.scopes import Caller, Scope
@@ -176,6 +176,57 @@ def test_entries_of_an_hour_stay_entries_of_an_hour(pair):
     assert ("cpu", 3600) in pair.b.call("resident")
     client = pair.server.client
     assert all(client.pttl(name) > 3_500_000 for name in pair.names())
+
+
+def test_a_purge_on_one_engine_empties_the_store_for_both(pair):
+    tokens, expected = computed_by_a(pair, 13)
+    other, _ = computed_by_a(pair, 14, blocks=3)
+    zetas = draw_tokens(random.Random(15), 2 * BLOCK)
+    pair.a.run(ask(zetas, org="zeta"))
+    stored(pair, 17)
+    pair.b.run(ask(other))
+    # Each engine knows what it has itself; what is in the store belongs to both.
+    assert pair.b.call("command_purge", OWNERS.prefix("acme"), "p") == {"device": 3, "cpu": 3}
+    wait_until(lambda: pair.b.call("command_purged", "p"))
+    assert pair.b.call("command_purged", "p") == {"redis": (15, None)}
+    assert len(pair.names()) == 2
+    (answer,) = pair.b.run(ask(tokens))
+    assert (answer.read, answer.tokens) == (0, expected)
+    (answer,) = pair.b.run(ask(zetas, org="zeta"))
+    assert answer.outcome("read_redis") == 2 * BLOCK
+    assert pair.a.call("command_purge", OWNERS.prefix("acme"), "p") == {"device": 15, "cpu": 15}
+
+
+def test_a_purge_says_which_tier_it_did_not_reach(pair):
+    computed_by_a(pair, 16, blocks=2)
+    pair.server.kill()
+    try:
+        pair.a.call("command_purge", OWNERS.prefix("acme"), "p")
+        wait_until(lambda: pair.a.call("command_purged", "p"))
+        entries, reason = pair.a.call("command_purged", "p")["redis"]
+        assert entries == 0 and reason
+    finally:
+        pair.server.start()
+
+
+def test_engines_share_a_quota(pair):
+    """What one engine stores counts for the other one, too."""
+    quiet, _ = computed_by_a(pair, 17, blocks=4)
+    floods = [draw_tokens(random.Random(18 + i), 3 * BLOCK + 1) for i in range(6)]
+    for i, tokens in enumerate(floods):
+        before = len(pair.names())
+        (pair.a, pair.b)[i % 2].run(ask(tokens, org=GREEDY))
+        wait_until(lambda before=before: len(pair.names()) >= min(4 + GREEDY_BLOCKS, before + 3))
+    assert len(pair.names()) == 4 + GREEDY_BLOCKS
+    for engine in (pair.a, pair.b):
+        engine.call("empty")
+    # The last two whole, of the one before its beginning.
+    for i, blocks in ((5, 3), (4, 3), (3, 2)):
+        (answer,) = pair.b.run(ask(floods[i], org=GREEDY))
+        assert answer.outcome("read_redis") == blocks * BLOCK
+        assert answer.tokens == reference(pair.b, floods[i])
+    (answer,) = pair.b.run(ask(quiet))
+    assert answer.outcome("read_redis") == 4 * BLOCK
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from vllm_cachescope.api.breaks import Breaks
 from vllm_cachescope.config import Config
 from vllm_cachescope.identity import ANONYMOUS, Directory, api_key
 from vllm_cachescope.owners import EVERYONE, Owners
+from vllm_cachescope.scopes import short_name
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +174,7 @@ class Operations:
             caller_org: whose request it is; None for the operator's.
         """
         body = _purge_body(raw)
-        session = body.get("session")
+        session = short_name(body["session"]) if "session" in body else None
         orgs = self._purged_orgs(body, caller_org)
         purged = Purged()
         for prefix in [self._owners.prefix(org, session) for org in orgs] or [b""]:
