@@ -28,11 +28,7 @@ FUNCTIONS = {
     ("v1/core/kv_cache_utils.py", "FreeKVCacheBlockQueue.remove"): "self block",
     ("v1/core/kv_cache_utils.py", "FreeKVCacheBlockQueue.prepend_n"): "self blocks",
     ("v1/core/kv_cache_utils.py", "FreeKVCacheBlockQueue.append_n"): "self blocks",
-    ("v1/core/block_pool.py", "BlockPool.get_new_blocks"): "self num_blocks",
     ("v1/core/block_pool.py", "BlockHashToBlockMap.get_one_block"): "self key",
-    ("v1/core/kv_cache_utils.py", "FreeKVCacheBlockQueue.remove"): "self block",
-    ("v1/core/kv_cache_utils.py", "FreeKVCacheBlockQueue.append_n"): "self blocks",
-    ("v1/core/kv_cache_utils.py", "FreeKVCacheBlockQueue.prepend_n"): "self blocks",
     (f"{CONNECTOR}/base.py", "KVConnectorBase_V1.bind_kv_cache_manager"): "self kv_cache_manager",
     (f"{CONNECTOR}/base.py", "KVConnectorBase_V1.on_new_request"): "self request",
     (f"{CONNECTOR}/offloading_connector.py", "OffloadingConnector.__init__"): (
@@ -60,9 +56,6 @@ FUNCTIONS = {
     ),
     ("v1/kv_offload/tiering/spec.py", "TieringOffloadingSpec.get_manager"): "self",
     ("v1/kv_offload/tiering/manager.py", "TieringOffloadingManager.lookup"): "self key req_context",
-    ("v1/kv_offload/tiering/manager.py", "TieringOffloadingManager.prepare_store"): (
-        "self keys req_context"
-    ),
     ("v1/kv_offload/tiering/manager.py", "TieringOffloadingManager.prepare_store"): (
         "self keys req_context"
     ),
@@ -94,7 +87,6 @@ TEXTS = {
         "self.fake_free_list_head.next_free_block",
         "self.fake_free_list_tail",
     ],
-    "v1/core/kv_cache_utils.py": ["self.fake_free_list_head", "self.fake_free_list_tail"],
     "v1/kv_offload/cpu/manager.py": [
         "self._num_evictable_cache_chunks",
         "self._num_chunks",

@@ -6,10 +6,12 @@ import pytest
 import yaml
 
 from vllm_cachescope.cli import main
-from vllm_cachescope.config import SECRET_VARIABLE, Config, ConfigError, load
+from vllm_cachescope.config import SECRET_VARIABLE, Config, ConfigError, Share, load
 from vllm_cachescope.prompt import Region
 from vllm_cachescope.scopes import Scope
+from vllm_cachescope.shares import read_shares
 
+REDIS = {"type": "redis", "url": "redis://cache"}
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
@@ -61,6 +63,29 @@ def test_nothing_set_is_a_configuration() -> None:
         (
             {"tiers": [{"type": "redis", "url": "redis://h", "connections": 0}]},
             ["tiers.0.connections", "greater than or equal to 1"],
+        ),
+        ({"quotas": {"gpu": {}}}, ["quotas.gpu", "no such tier", "device, cpu"]),
+        ({"quotas": {"cpu": {"qouta": 1}}}, ["quotas.cpu.qouta", "capacity, orgs, quota, reserve"]),
+        (
+            {"quotas": {"cpu": {"orgs": {"acme": {"quotta": 1}}}}},
+            ["quotas.cpu.orgs.acme.quotta", "quota, reserve"],
+        ),
+        ({"quotas": {"cpu": {"quota": "some"}}}, ["quotas.cpu.quota", "some"]),
+        ({"quotas": {"cpu": {"quota": -1}}}, ["quotas.cpu.quota", "-1"]),
+        ({"quotas": {"cpu": {"quota": 1, "reserve": 2}}}, ["quotas.cpu", "more than its quota"]),
+        (
+            {"quotas": {"cpu": {"quota": 9, "reserve": 2, "orgs": {"acme": {"quota": 1}}}}},
+            ["quotas.cpu.orgs.acme", "more than its quota"],
+        ),
+        ({"quotas": {"cpu": {"reserve": "2GiB"}}}, ["quotas.cpu", "more is reserved"]),
+        (
+            {"quotas": {"cpu": {"orgs": {name: {"reserve": "600MiB"} for name in "ab"}}}},
+            ["quotas.cpu.orgs.b", "more is reserved"],
+        ),
+        ({"quotas": {"device": {"capacity": 1}}}, ["quotas.device.capacity", "knows its own"]),
+        (
+            {"tiers": [REDIS], "quotas": {"redis": {"reserve": 1}}},
+            ["quotas.redis", "needs quotas.redis.capacity"],
         ),
         ({"config_file": "does-not-exist.yaml"}, ["config_file", "does-not-exist.yaml"]),
     ],
@@ -143,6 +168,41 @@ def test_tenants_may_stand_in_a_file(tmp_path: Path) -> None:
         load({"tenants_file": str(path)}).tenant_names()
 
 
+def test_shares_are_read_with_the_organisations_ids() -> None:
+    config = load(
+        {
+            "tenants": {"0" * 64: "acme"},
+            "tiers": [REDIS],
+            "quotas": {
+                "redis": {
+                    "quota": "1GiB",
+                    "reserve": "1MiB",
+                    "capacity": "9GiB",
+                    "orgs": {"acme": {"quota": "2GiB"}, "key:0": {"reserve": 0}, "global": {}},
+                }
+            },
+        }
+    )
+    assert config.quota_orgs("redis") == {
+        "name:acme": Share(quota=2 << 30, reserve=1 << 20),
+        "key:0": Share(quota=1 << 30, reserve=0),
+        "global": Share(quota=1 << 30, reserve=1 << 20),
+    }
+    assert config.quota_orgs("cpu") == {}
+    with pytest.raises(ConfigError, match=r"quotas\.cpu\.orgs: 'zeta' is no organisation"):
+        load({"quotas": {"cpu": {"orgs": {"zeta": {}}}}}).quota_orgs("cpu")
+    gateways = load({"org_header": "x-org", "quotas": {"cpu": {"orgs": {"zeta": {}}}}})
+    assert list(gateways.quota_orgs("cpu")) == ["header:zeta"]
+
+
+def test_shares_are_counted_in_whole_entries() -> None:
+    secret = {"secret": "a secret of the tests", "quotas": {"cpu": {"quota": 1050, "reserve": 350}}}
+    shares = read_shares(load(secret), "cpu", 100)
+    assert shares is not None
+    assert (shares.quota(b"any"), shares.reserve(b"any"), shares.over(b"any", 13)) == (10, 4, 3)
+    assert read_shares(load(secret), "device", 100) is None
+
+
 def test_serve_prints_the_command_it_would_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "m", "--set", "cpu_bytes=2GiB", "--dry-run", "--port", "9"]) == 0
     printed = capsys.readouterr().out
@@ -155,6 +215,7 @@ def test_serve_prints_the_command_it_would_run(capsys: pytest.CaptureFixture[str
     [
         (["--set", "cpu_bites=1"], "cpu_bites"),
         (["--set", "cpu_bytes"], "KEY=VALUE"),
+        (["--set", "quotas.cpu.orgs.zeta.quota=1GiB"], "'zeta' is no organisation"),
         (["--kv-transfer-config", "{}"], "--kv-transfer-config"),
         (["--set", "secret_file=nowhere"], "nowhere"),
     ],

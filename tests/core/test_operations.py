@@ -12,6 +12,10 @@ from vllm_cachescope.api.operations import Engines, Operations, Purged
 from vllm_cachescope.config import Config, load
 from vllm_cachescope.identity import Directory
 from vllm_cachescope.owners import Owners
+from vllm_cachescope.prompt import Protocol
+from vllm_cachescope.report import Outcome, Report, Row
+from vllm_cachescope.scopes import Caller, Scope
+from vllm_cachescope.wire import READERS
 
 SECRET = "a secret of the tests"
 OWNERS = Owners(SECRET.encode())
@@ -171,6 +175,30 @@ async def test_a_key_the_server_does_not_know_may_nothing_but_see_the_state(ask)
     assert (await ask("GET", "/cachescope/breaks", **options))[0] == 401
     assert (await ask("GET", "/cachescope/health", **options))[0] == 200
     assert not engines.purged
+
+
+async def test_a_purge_forgets_the_requests_and_breaks_as_well(ask, breaks) -> None:
+    def request(text: str, session: str) -> dict[str, Any]:
+        blocks = [{"type": "text", "text": text}, {"type": "text", "text": "stays " * 50}]
+        return {"model": "m", "max_tokens": 1, "system": blocks, "metadata": {"user_id": session},
+                "messages": [{"role": "user", "content": "hello"}]}  # fmt: skip
+
+    for org, session in (("name:acme", "s"), ("name:acme", "t"), ("name:zeta", "s")):
+        for text in ("one " * 99, "other " * 99):
+            body = request(text, session)
+            read = READERS[Protocol.MESSAGES](body, (300,), 300)
+            case = breaks.open(Caller(org, session), read, body, {})
+            report = Report((Row(Outcome.CREATED, Scope.ORG, 300, 200),))
+            breaks.close(case, [report], None)
+    for body, left in (
+        ({"org": "acme", "session": "s"}, {("name:acme", "t"), ("name:zeta", "s")}),
+        ({"org": "acme"}, {("name:zeta", "s")}),
+        ({"all": True}, set()),
+    ):
+        _, answer = await ask("POST", "/cachescope/purge", body, TOKEN)
+        assert answer["fingerprints"] == 2
+        assert {(seen.caller.org, seen.caller.session) for seen in breaks.recent(None)} == left
+        assert set(breaks.orgs()) == {org for org, _ in left}
 
 
 async def test_a_purge_that_did_not_reach_a_tier_says_so(ask) -> None:
