@@ -7,6 +7,7 @@ however the engine ends, and in whatever container.
 
 import fcntl
 import logging
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
@@ -25,9 +26,15 @@ def _region(engine_id: str, directory: Path) -> Path:
 def claim(engine_id: str, directory: Path = Path("/dev/shm")) -> IO[bytes]:
     """Mark the region of ``engine_id`` as in use until the returned file is closed or the
     process ends. To be called before the region is made."""
-    lock = open(_region(engine_id, directory).with_suffix(".lock"), "wb")  # noqa: SIM115
-    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return lock
+    path = _region(engine_id, directory).with_suffix(".lock")
+    while True:
+        lock = open(path, "wb")  # noqa: SIM115
+        # Another engine may be looking whether it is stale, and find so and remove it.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                return lock
+        lock.close()
 
 
 def release(claimed: IO[bytes]) -> None:

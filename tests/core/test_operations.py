@@ -13,7 +13,7 @@ from vllm_cachescope.config import Config, load
 from vllm_cachescope.identity import Directory
 from vllm_cachescope.owners import Owners
 from vllm_cachescope.prompt import Protocol
-from vllm_cachescope.report import Outcome, Report, Row
+from vllm_cachescope.report import EngineId, Outcome, Report, Row
 from vllm_cachescope.scopes import Caller, Scope
 from vllm_cachescope.wire import READERS
 
@@ -188,7 +188,8 @@ async def test_a_purge_forgets_the_requests_and_breaks_as_well(ask, breaks) -> N
             body = request(text, session)
             read = READERS[Protocol.MESSAGES](body, (300,), 300)
             case = breaks.open(Caller(org, session), read, body, {})
-            report = Report((Row(Outcome.CREATED, Scope.ORG, 300, 200),))
+            rows = (Row(Outcome.CREATED, Scope.ORG, 300, 200),)
+            report = Report(rows, engine=EngineId(0, "epoch"))
             breaks.close(case, [report], None)
     for body, left in (
         ({"org": "acme", "session": "s"}, {("name:acme", "t"), ("name:zeta", "s")}),

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -116,3 +117,27 @@ def test_the_real_engine_holds_its_claim(engine):
     )
     assert found.returncode == 0
     assert region.exists()
+
+
+def test_a_claim_holds_whatever_others_remove_meanwhile(tmp_path):
+    stopping = threading.Event()
+
+    def remove():
+        while not stopping.is_set():
+            regions.remove_stale(tmp_path)
+
+    removers = [threading.Thread(target=remove) for _ in range(2)]
+    for remover in removers:
+        remover.start()
+    try:
+        for number in range(300):
+            claimed = regions.claim(f"{regions.PREFIX}{number}", tmp_path)
+            region = Path(claimed.name).with_suffix(".mmap")
+            region.write_bytes(b"")
+            regions.remove_stale(tmp_path)
+            assert region.exists() and Path(claimed.name).exists()
+            claimed.close()
+    finally:
+        stopping.set()
+        for remover in removers:
+            remover.join()
