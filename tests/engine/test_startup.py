@@ -4,6 +4,7 @@ of it."""
 import json
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,14 +13,14 @@ from vllm_cachescope.config import CONNECTOR, ConfigError
 from vllm_cachescope.connectors.vllm import startup
 
 
-def test_vllms_own_command_stops_with_one_message() -> None:
+def test_vllms_own_command_stops_with_one_message(tmp_path: Path) -> None:
     transfer = {
         "kv_connector": CONNECTOR,
         "kv_role": "kv_both",
         "kv_connector_extra_config": {"cpu_bites": 1},
     }
     module = "vllm.entrypoints.openai.api_server"
-    command = [sys.executable, "-m", module, "--model", "nowhere"]
+    command = [sys.executable, "-m", module, "--model", str(tmp_path)]
     ended = subprocess.run(
         [*command, "--kv-transfer-config", json.dumps(transfer)],
         capture_output=True,

@@ -18,6 +18,16 @@ from vllm_cachescope.connectors.vllm import startup
 from vllm_cachescope.tiers.envelope import HEADER_BYTES
 
 
+@pytest.fixture
+def start_side(start_side):
+    """Nothing here is about being late: the sides have more time than anything takes."""
+
+    def start(adapter, **options):
+        return start_side(adapter, **{"load_deadline_s": 5.0, "timeout_s": 3.0, **options})
+
+    return start
+
+
 def purged(side: LMCacheSide, prefix: bytes) -> int:
     purge = side.tier.purge(prefix)
     wait_until(lambda: purge.over)
