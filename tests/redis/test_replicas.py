@@ -214,9 +214,10 @@ def test_engines_share_a_quota(pair):
     quiet, _ = computed_by_a(pair, 17, blocks=4)
     floods = [draw_tokens(random.Random(18 + i), 3 * BLOCK + 1) for i in range(6)]
     for i, tokens in enumerate(floods):
-        before = len(pair.names())
+        before = set(pair.names())
         (pair.a, pair.b)[i % 2].run(ask(tokens, org=GREEDY))
-        wait_until(lambda before=before: len(pair.names()) >= min(4 + GREEDY_BLOCKS, before + 3))
+        wait_until(lambda before=before: len(set(pair.names()) - before) == 3)
+        wait_until(lambda: len(pair.names()) <= 4 + GREEDY_BLOCKS)
     assert len(pair.names()) == 4 + GREEDY_BLOCKS
     for engine in (pair.a, pair.b):
         engine.call("empty")
