@@ -12,10 +12,11 @@ import redis
 
 from vllm_cachescope.config import RedisTier
 from vllm_cachescope.connectors.redis import stores
+from vllm_cachescope.connectors.vllm.stores import limits_of
 from vllm_cachescope.owners import NOBODY
 from vllm_cachescope.tiers.envelope import HEADER_BYTES
 from vllm_cachescope.tiers.keyspace import Keyspace, qualified, secret_mark
-from vllm_cachescope.tiers.remote import Finished, Limits, Outgoing, RemoteTier
+from vllm_cachescope.tiers.remote import Finished, Outgoing, RemoteTier
 
 TTL_S = 300
 PATIENCE_S = 60.0
@@ -63,7 +64,13 @@ class Ours(Client):
     name = "remote tier"
 
     def __init__(self, url: str, count: int, block_bytes: int) -> None:
-        settings = RedisTier(type="redis", url=url)
+        settings = RedisTier(
+            type="redis",
+            url=url,
+            load_deadline=PATIENCE_S,
+            timeout=PATIENCE_S,
+            max_inflight_bytes=count * block_bytes,
+        )
         keyspace = Keyspace({"benchmark": block_bytes})
         chance = random.Random(0)
         self._keys = [qualified(NOBODY, chance.randbytes(32) + bytes(4)) for _ in range(count)]
@@ -72,16 +79,7 @@ class Ours(Client):
             "redis",
             stores(url, PATIENCE_S, keyspace, secret_mark(b"benchmark"), time.monotonic),
             block_bytes,
-            Limits(
-                PATIENCE_S,
-                settings.load_share,
-                PATIENCE_S,
-                count * block_bytes,
-                settings.connections,
-                settings.failures,
-                settings.first_probe,
-                settings.longest_probe,
-            ),
+            limits_of(settings),
             time.monotonic,
             random.random,
         )

@@ -250,10 +250,11 @@ class LineageStore:
         session = self._find(caller)
         best: Held | None = None
         rank: tuple[int, bool, bool, float] | None = None
-        for other in session.entries if session else ():
+        # The latest first: one of them is likely to have most, and the others are soon ruled out.
+        for other in reversed(session.entries if session else ()):
             if other is entry or (run := other.run) is None:
                 continue
-            shared = run.tokens.shared_tokens(tokens)
+            shared = run.tokens.shared_tokens(tokens, best.shared_tokens if best else 0)
             here = (run.engine.rank, run.engine.epoch) == (engine.rank, engine.epoch)
             its = (shared, run.computed_at <= began, here, run.used_at)
             if shared and (rank is None or its > rank):

@@ -10,10 +10,7 @@ say what a block belongs to, without telling the organisation's name or the sess
 sees them in a store.
 """
 
-import hashlib
-import hmac
-
-from vllm_cachescope.scopes import Caller, Scope
+from vllm_cachescope.scopes import Caller, Scope, fields_digest
 
 TAG_BYTES = 8
 
@@ -42,13 +39,8 @@ class Owners:
         return tag if session is None else tag + self._tag("session", org, session)
 
     def _tag(self, *fields: str) -> bytes:
-        # As with scope keys: ("a", "bc") and ("ab", "c") must differ, and JSON lets clients send
-        # lone surrogates. The first field keeps these digests apart from those of scope keys.
-        message = b"".join(
-            len(raw).to_bytes(4, "big") + raw
-            for raw in (field.encode("utf-8", "surrogatepass") for field in ("owner", *fields))
-        )
-        return hmac.new(self._secret, message, hashlib.sha256).digest()[:TAG_BYTES]
+        # The first field keeps these digests apart from those of scope keys.
+        return fields_digest(self._secret, "owner", *fields)[:TAG_BYTES]
 
 
 def org_of(owner: bytes) -> bytes:

@@ -63,7 +63,11 @@ class Plan:
 
     def owner_of(self, block_end: int) -> bytes:
         """Return whose a block is; see `span_of`."""
-        return owner_at(self.span_of(block_end).scope, self.owner)
+        return self.owner_in(self.span_of(block_end))
+
+    def owner_in(self, span: Span) -> bytes:
+        """Return whose the blocks of ``span`` are."""
+        return owner_at(span.scope, self.owner)
 
     @property
     def covered_tokens(self) -> int:

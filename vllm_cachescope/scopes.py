@@ -90,10 +90,15 @@ class ScopeKeys:
         return self._digest("private", request_nonce)
 
     def _digest(self, *fields: str) -> str:
-        # Each field is preceded by its length: ("a", "bc") and ("ab", "c") must differ. JSON lets
-        # clients send lone surrogates.
-        message = b"".join(
-            len(raw).to_bytes(4, "big") + raw
-            for raw in (field.encode("utf-8", "surrogatepass") for field in fields)
-        )
-        return hmac.new(self._secret, message, hashlib.sha256).hexdigest()[:32]
+        return fields_digest(self._secret, *fields).hex()[:32]
+
+
+def fields_digest(secret: bytes, *fields: str) -> bytes:
+    """Return the HMAC-SHA256 of ``fields``; no two lists of fields have the same message."""
+    # Each field is preceded by its length: ("a", "bc") and ("ab", "c") must differ. JSON lets
+    # clients send lone surrogates.
+    message = b"".join(
+        len(raw).to_bytes(4, "big") + raw
+        for raw in (field.encode("utf-8", "surrogatepass") for field in fields)
+    )
+    return hmac.digest(secret, message, "sha256")

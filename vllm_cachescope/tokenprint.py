@@ -3,7 +3,8 @@
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
+from hashlib import sha256
+from hmac import digest
 
 MAX_HASHES = 512
 """Kept of one prompt: 4 KB."""
@@ -23,15 +24,22 @@ class TokenPrint:
     step: int
     hashes: bytes
 
-    def shared_tokens(self, other: "TokenPrint") -> int:
+    def shared_tokens(self, other: "TokenPrint", at_least: int = 0) -> int:
         """Return how many leading tokens the two have in common, rounded down to a point of
         both. Prints made under different keys, or of prompts cut into different blocks, have
-        nothing in common."""
+        nothing in common.
+
+        Args:
+            other: the other prompt's print.
+            at_least: where fewer are in common, 0 may be returned: it is found out sooner.
+        """
         step = max(self.step, other.step)
         if step % min(self.step, other.step):
             return 0
         # A point's hash is that of all tokens before it: where two are equal, all before are.
-        low, high = 0, min(self.tokens, other.tokens) // step
+        low, high = at_least // step, min(self.tokens, other.tokens) // step
+        if low > high or (low and self._at(low * step) != other._at(low * step)):
+            return 0
         while low < high:
             middle = (low + high + 1) // 2
             if self._at(middle * step) == other._at(middle * step):
@@ -63,9 +71,9 @@ def print_tokens(tokens: Sequence[int], block_tokens: int, secret: bytes) -> Tok
         step *= 2
     data = memoryview(array("I", tokens)).cast("B")
     width = array("I").itemsize * step
-    state = blake2b(key=blake2b(secret, person=b"tokens").digest(), digest_size=_HASH_BYTES)
+    state = sha256(digest(secret, b"tokens", "sha256"))
     hashes = []
     for start in range(0, len(data) - width + 1, width):
         state.update(data[start : start + width])
-        hashes.append(state.copy().digest())
+        hashes.append(state.copy().digest()[:_HASH_BYTES])
     return TokenPrint(step, b"".join(hashes))

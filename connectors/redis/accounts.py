@@ -1,7 +1,7 @@
 """What organisations hold in a Redis, counted there, so that all engines count alike.
 
-Each organisation has a sorted set of its entries, by when they expire on the server's clock, and
-one more set lists the organisations. All of them expire with the last entry that is in them.
+Each organisation has a sorted set of its entries, by when they expire on the server's clock in µs,
+and one more set lists the organisations. All of them expire with the last entry that is in them.
 """
 
 import logging
@@ -57,18 +57,18 @@ class Accounts:
             entries: their keys, and when they expire on the tier's clock, in seconds.
             deadline: until when an answer is waited for.
         """
-        now_ms = self._server_ms(deadline)
-        if now_ms is None:
+        now_us = self._server_us(deadline)
+        if now_us is None:
             return []
         orgs = self._by_org(entries)
         commands: list[bytes] = []
         for org, members in orgs.items():
-            name, last_ms = self._keyspace.account(org), max(members.values())
+            name, last_us = self._keyspace.account(org), max(members.values())
             commands += [
                 command(b"ZADD", name, b"GT", *_scored(members)),
-                command(b"ZREMRANGEBYSCORE", name, b"-inf", b"%d" % now_ms),
-                command(b"ZADD", self._keyspace.accounts, b"GT", b"%d" % last_ms, org),
-                *(c for n in (name, self._keyspace.accounts) for c in _until(n, last_ms)),
+                command(b"ZREMRANGEBYSCORE", name, b"-inf", b"%d" % now_us),
+                command(b"ZADD", self._keyspace.accounts, b"GT", b"%d" % last_us, org),
+                *(c for n in (name, self._keyspace.accounts) for c in _until(n, last_us)),
             ]
         counts = [command(b"ZCARD", self._keyspace.account(org)) for org in orgs]
         replies = self._converse([*commands, *counts], deadline)
@@ -84,15 +84,15 @@ class Accounts:
 
     def used(self, entries: Iterable[tuple[bytes, float]], deadline: float) -> None:
         """Note that entries expire later than before; those that are not counted are ignored."""
-        if self._server_ms(deadline) is None:
+        if self._server_us(deadline) is None:
             return
         commands: list[bytes] = []
         for org, members in self._by_org(entries).items():
-            name, last_ms = self._keyspace.account(org), max(members.values())
+            name, last_us = self._keyspace.account(org), max(members.values())
             commands += [
                 command(b"ZADD", name, b"XX", b"GT", *_scored(members)),
-                command(b"ZADD", self._keyspace.accounts, b"XX", b"GT", b"%d" % last_ms, org),
-                *(c for n in (name, self._keyspace.accounts) for c in _until(n, last_ms)),
+                command(b"ZADD", self._keyspace.accounts, b"XX", b"GT", b"%d" % last_us, org),
+                *(c for n in (name, self._keyspace.accounts) for c in _until(n, last_us)),
             ]
         self._converse(commands, deadline)
 
@@ -107,10 +107,10 @@ class Accounts:
 
     def held(self, deadline: float) -> dict[bytes, int]:
         """Return how many entries each organisation holds, by its tag."""
-        now_ms = self._server_ms(deadline)
-        if now_ms is None:
+        now_us = self._server_us(deadline)
+        if now_us is None:
             return {}
-        now, accounts = b"%d" % now_ms, self._keyspace.accounts
+        now, accounts = b"%d" % now_us, self._keyspace.accounts
         expired = command(b"ZREMRANGEBYSCORE", accounts, b"-inf", now)
         replies = self._converse([expired, command(b"ZRANGE", accounts, b"0", b"-1")], deadline)
         orgs = replies[1] if replies and isinstance(replies[1], list) else []
@@ -147,25 +147,27 @@ class Accounts:
         return gone
 
     def _by_org(self, entries: Iterable[tuple[bytes, float]]) -> dict[bytes, dict[bytes, int]]:
-        """Return when entries expire, in ms of the server's time, by organisation and by what
+        """Return when entries expire, in µs of the server's time, by organisation and by what
         else their keys hold; those of organisations that may hold anything are left out."""
         orgs: defaultdict[bytes, dict[bytes, int]] = defaultdict(dict)
         for key, until in entries:
             if self._shares.counts(org := org_of(key)):
-                orgs[org][key[TAG_BYTES:]] = int((until + self._ahead_s) * 1000)
+                orgs[org][key[TAG_BYTES:]] = int((until + self._ahead_s) * 1e6)
         return orgs
 
-    def _server_ms(self, deadline: float) -> int | None:
-        """Return the server's time, in ms of Unix time; None if it does not tell."""
-        if self._clock() >= self._asked_at + CLOCK_S:
+    def _server_us(self, deadline: float) -> int | None:
+        """Return the server's time, in µs of Unix time; None if it does not tell."""
+        before = self._clock()
+        if before >= self._asked_at + CLOCK_S:
             (reply,) = self._converse([command(b"TIME")], deadline) or (None,)
             if isinstance(reply, list):
                 seconds, micros = map(_number, reply)
                 self._asked_at = self._clock()
-                self._ahead_s = seconds + micros / 1e6 - self._asked_at
+                # It looked at its clock about half-way between question and answer.
+                self._ahead_s = seconds + micros / 1e6 - (before + self._asked_at) / 2
         if self._asked_at == float("-inf"):
             return None
-        return int((self._clock() + self._ahead_s) * 1000)
+        return int((self._clock() + self._ahead_s) * 1e6)
 
     def _converse(
         self, commands: Sequence[bytes], deadline: float, name: bytes | None = None
@@ -183,15 +185,15 @@ class Accounts:
 
 
 def _scored(members: dict[bytes, int]) -> Iterator[bytes]:
-    for member, until_ms in members.items():
-        yield b"%d" % until_ms
+    for member, until_us in members.items():
+        yield b"%d" % until_us
         yield member
 
 
-def _until(name: bytes, last_ms: int) -> Iterator[bytes]:
+def _until(name: bytes, last_us: int) -> Iterator[bytes]:
     # What has no expiry yet counts as longer than any for GT.
     for condition in (b"NX", b"GT"):
-        yield command(b"PEXPIREAT", name, b"%d" % last_ms, condition)
+        yield command(b"PEXPIREAT", name, b"%d" % (last_us // 1000 + 1), condition)
 
 
 def _pairs(reply: Reply = None) -> Iterator[tuple[bytes, float]]:

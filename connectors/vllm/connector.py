@@ -5,6 +5,7 @@ import secrets
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -81,7 +82,7 @@ class CacheScopeConnector(OffloadingConnector):
             ),
             manager,
             self.clock,
-            self._engine,
+            lambda: self._identity,
             {
                 tier: shares
                 for tier, entry_bytes in self._entry_bytes.items()
@@ -100,6 +101,7 @@ class CacheScopeConnector(OffloadingConnector):
             "tokens": offload.tokens_per_hash,
         }
         self._unreported_sweep = False
+        self._gauges: dict[tuple[str, tuple[str, ...]], float] = {}
         self._purges: OrderedDict[str, dict[str, Purge]] = OrderedDict()
 
     def clock(self) -> float:
@@ -205,33 +207,38 @@ class CacheScopeConnector(OffloadingConnector):
                     stats.increase_counter(EVICTIONS.name, keys, (remote.name, outcome))
                     continue
                 stats.increase_counter(TIER_KEYS.name, keys, (remote.name, operation, outcome))
-            health = remote.tier.health()
-            self._set_health(stats, remote.name, health)
-            for direction in ("loading", "storing"):
-                queued = health[f"{direction}_bytes"]
-                stats.set_gauge(TIER_INFLIGHT_BYTES.name, queued, (remote.name, direction))
+        for metric, labels, value in self._levels():
+            # A gauge stays at what it was set to; only what has changed is worth sending.
+            if self._gauges.get((metric, labels)) != value:
+                self._gauges[metric, labels] = value
+                stats.set_gauge(metric, value, labels)
+        return None if stats.is_empty() else stats
+
+    def _levels(self) -> Iterator[tuple[str, tuple[str, ...], float]]:
+        """Yield each gauge's name, labels and value."""
         used: Counter[str] = Counter()
-        for tier, ttl_s, entries in keeper.resident():
+        for tier, ttl_s, entries in self._keeper.resident():
             labels = (tier, format_duration(ttl_s))
-            stats.set_gauge(RESIDENT_ENTRIES.name, entries, labels)
-            stats.set_gauge(RESIDENT_BYTES.name, entries * self._entry_bytes[tier], labels)
+            yield RESIDENT_ENTRIES.name, labels, entries
+            yield RESIDENT_BYTES.name, labels, entries * self._entry_bytes[tier]
             used[tier] += entries * self._entry_bytes[tier]
         for tier, capacity in self._capacity_bytes.items():
-            known = {"up": True, "used_bytes": used[tier], "capacity_bytes": capacity}
-            self._set_health(stats, tier, known)
-        return stats
-
-    def _set_health(
-        self, stats: OffloadingConnectorStats, tier: str, health: dict[str, Any]
-    ) -> None:
-        stats.set_gauge(TIER_UP.name, int(health["up"]), (tier,))
-        # Of a remote tier that never answered neither is known.
-        for metric, key in (
-            (TIER_USED_BYTES, "used_bytes"),
-            (TIER_CAPACITY_BYTES, "capacity_bytes"),
-        ):
-            if key in health:
-                stats.set_gauge(metric.name, health[key], (tier,))
+            yield TIER_UP.name, (tier,), 1
+            yield TIER_USED_BYTES.name, (tier,), used[tier]
+            yield TIER_CAPACITY_BYTES.name, (tier,), capacity
+        for remote in self._remotes:
+            health = remote.tier.health()
+            yield TIER_UP.name, (remote.name,), int(health["up"])
+            for direction in ("loading", "storing"):
+                queued = health[f"{direction}_bytes"]
+                yield TIER_INFLIGHT_BYTES.name, (remote.name, direction), queued
+            for metric, key in (
+                (TIER_USED_BYTES, "used_bytes"),
+                (TIER_CAPACITY_BYTES, "capacity_bytes"),
+            ):
+                # Of a tier that never answered neither is known.
+                if key in health:
+                    yield metric.name, (remote.name,), health[key]
 
     @classmethod
     def build_prom_metrics(
@@ -266,10 +273,11 @@ class CacheScopeConnector(OffloadingConnector):
                 },
             }
 
-    def _engine(self) -> EngineId:
-        hashing_digest = hashing.digest(self._hash_settings)
+    @cached_property
+    def _identity(self) -> EngineId:
+        # The digest is known once vLLM has begun to hash: when the first request is there.
         tiers = tuple(remote.name for remote in self._remotes)
-        return EngineId(self._rank, self._epoch, hashing_digest, tiers)
+        return EngineId(self._rank, self._epoch, hashing.digest(self._hash_settings), tiers)
 
     # Commands from the API process; see `commands`.
 

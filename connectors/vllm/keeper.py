@@ -366,7 +366,7 @@ class Keeper:
                     continue
                 if key not in self._ledger and (known_only or not on_device):
                     continue
-                new = self._ledger.touch(key, span.ttl_s, now, prompt.plan.owner_of(end))
+                new = self._ledger.touch(key, span.ttl_s, now, prompt.plan.owner_in(span))
                 if new:
                     self._departures.returned(key)
                 if on_device:
@@ -400,10 +400,9 @@ class Keeper:
             return
         used: list[tuple[bytes, int]] = []
         for _, end, key in self._chunks(request, min(tokens, prompt.plan.covered_tokens)):
-            entry = self._ledger.get(key)
-            ttl_s = prompt.plan.span_of(end).ttl_s
-            name = qualified(prompt.plan.owner_of(end), key)
-            used.append((name, max(ttl_s, entry.ttl_s) if entry else ttl_s))
+            entry, span = self._ledger.get(key), prompt.plan.span_of(end)
+            name = qualified(prompt.plan.owner_in(span), key)
+            used.append((name, max(span.ttl_s, entry.ttl_s) if entry else span.ttl_s))
         for remote in self._remotes:
             remote.tier.used(used)
 
@@ -476,7 +475,8 @@ class Keeper:
         prompt, end = self._place(key, context)
         if prompt is None:
             return hashing.UNPLANNED_TTL_S, NOBODY
-        return prompt.plan.span_of(end).ttl_s, prompt.plan.owner_of(end)
+        span = prompt.plan.span_of(end)
+        return span.ttl_s, prompt.plan.owner_in(span)
 
     def _owner_of(self, key: OffloadKey, context: ReqContext) -> bytes:
         prompt, end = self._place(key, context)

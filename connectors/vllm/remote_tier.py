@@ -18,14 +18,14 @@ from vllm.v1.kv_offload.tiering.manager import TieringOffloadingManager
 
 from vllm_cachescope.config import Config, Tier
 from vllm_cachescope.connectors.vllm.identity import kv_identity
-from vllm_cachescope.connectors.vllm.stores import keeps_accounts, stores
+from vllm_cachescope.connectors.vllm.stores import keeps_accounts, limits_of, stores
 from vllm_cachescope.ledger import Entry
 from vllm_cachescope.owners import NOBODY
 from vllm_cachescope.pace import Pace
 from vllm_cachescope.shares import read_shares
 from vllm_cachescope.tiers.account import Account
 from vllm_cachescope.tiers.keyspace import Keyspace, qualified, secret_mark, split
-from vllm_cachescope.tiers.remote import Found, Limits, Outgoing, RemoteTier
+from vllm_cachescope.tiers.remote import Found, Outgoing, RemoteTier
 
 if TYPE_CHECKING:
     from vllm.v1.kv_offload.base import OffloadingSpec
@@ -74,16 +74,7 @@ class RemoteTierManager(SecondaryTierManager):
                 shares,
             ),
             self._block_size_bytes,
-            Limits(
-                settings.load_deadline,
-                settings.load_share,
-                settings.timeout,
-                int(settings.max_inflight_bytes),
-                settings.connections,
-                settings.failures,
-                settings.first_probe,
-                settings.longest_probe,
-            ),
+            limits_of(settings),
             time.monotonic,
             random.random,
             None if shares is None or keeps_accounts(settings) else Account(shares),

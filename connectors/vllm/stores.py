@@ -7,6 +7,7 @@ from types import ModuleType
 from vllm_cachescope.config import ConfigError, LMCacheTier, RedisTier, Tier
 from vllm_cachescope.shares import Shares
 from vllm_cachescope.tiers.keyspace import Keyspace
+from vllm_cachescope.tiers.remote import Limits
 from vllm_cachescope.tiers.store import Store
 
 
@@ -22,6 +23,20 @@ def check(settings: Tier) -> None:
             lmcache.parse(settings.adapter)
         except ConfigError as error:
             raise ConfigError(f"tier {settings.name}: {error}") from None
+
+
+def limits_of(settings: Tier) -> Limits:
+    """Return what a tier may cost."""
+    return Limits(
+        load_deadline_s=settings.load_deadline,
+        load_share=settings.load_share,
+        timeout_s=settings.timeout,
+        inflight_bytes=int(settings.max_inflight_bytes),
+        connections=settings.connections,
+        failures=settings.failures,
+        first_probe_s=settings.first_probe,
+        longest_probe_s=settings.longest_probe,
+    )
 
 
 def stores(

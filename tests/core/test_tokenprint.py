@@ -19,6 +19,14 @@ def test_what_two_prompts_share_is_found(common: int, mine: int, yours: int, blo
     assert one.shared_tokens(other) == other.shared_tokens(one) == common // step * step
 
 
+@given(st.integers(0, 500), st.integers(0, 500), st.integers(0, 600))
+def test_what_is_too_little_may_be_found_to_be_nothing(common: int, more: int, least: int) -> None:
+    one = print_tokens([*range(common), *[7] * more], 4, SECRET)
+    other = print_tokens([*range(common), *[8] * more], 4, SECRET)
+    shared = one.shared_tokens(other)
+    assert one.shared_tokens(other, least) in ((shared,) if least <= shared else (shared, 0))
+
+
 def test_a_long_prompt_is_cut_into_longer_pieces() -> None:
     tokens = random.Random(1).choices(range(150_000), k=100_000)
     long = print_tokens(tokens, 16, SECRET)

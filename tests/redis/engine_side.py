@@ -100,10 +100,10 @@ class EngineSide:
 
     def put(self, keys: list[bytes], ttl_s: int = 300, wait: bool = True) -> int:
         """Store `content` under each key; return the job's number."""
-        blocks = []
         for i, key in enumerate(keys):
             self.slot(i)[:] = content(key)
-            blocks.append(Outgoing(key, self.slot(i), ttl_s, time.monotonic() + ttl_s))
+        expires_at = time.monotonic() + ttl_s
+        blocks = [Outgoing(key, self.slot(i), ttl_s, expires_at) for i, key in enumerate(keys)]
         self._jobs += 1
         self.tier.store(self._jobs, blocks)
         if wait:

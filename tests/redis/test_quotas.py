@@ -1,5 +1,7 @@
 """What organisations may hold in a store that several engines share."""
 
+import time
+
 import pytest
 import redis
 
@@ -52,6 +54,23 @@ def test_engines_that_flood_a_store_together_lose_their_own_oldest(server, start
         assert 0 < server.client.pttl(name) <= 300_000, name
 
 
+@pytest.mark.parametrize("used", [False, True])
+def test_a_prompt_loses_its_end_before_its_beginning(server, start_engine_side, used):
+    side = start_engine_side(server.url, shares=QUOTA)
+    for i in range(4):
+        side.put(mine(ACME, i))
+    if used:
+        for i in range(4):
+            side.tier.used([(key, 600) for key in mine(ACME, i)])
+        soonest = (account(side, ACME), 0, 0)
+        ahead_us = 1e6 * (time.time() + 500)
+        wait_until(lambda: server.client.zrange(*soonest, withscores=True)[0][1] > ahead_us)
+    side.put(mine(ACME, 4)[:3], ttl_s=900)
+    left = [set(side.get(mine(ACME, i)).keys) for i in range(4)]
+    assert left == [set(mine(ACME, i)[: len(blocks)]) for i, blocks in enumerate(left)]
+    assert sum(map(len, left)) == 17
+
+
 def test_what_is_used_is_not_the_oldest(server, start_engine_side):
     a, b = (start_engine_side(server.url, shares=QUOTA) for _ in range(2))
     for i in range(4):
@@ -61,7 +80,7 @@ def test_what_is_used_is_not_the_oldest(server, start_engine_side):
     wait_until(
         lambda: (
             sum(
-                server.client.zscore(account(a, ACME), member) > score + 290_000
+                server.client.zscore(account(a, ACME), member) > score + 290_000_000
                 for member, score in scores.items()
             )
             == 5

@@ -2,7 +2,7 @@
 
 import threading
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from vllm_cachescope.eviction import LifetimeShare
 from vllm_cachescope.ledger import Ledger
@@ -29,18 +29,19 @@ class Account:
         self._ledger.follow(_TIER, self._order)
         self._lock = threading.Lock()
 
-    def stored(self, keys: Iterable[tuple[bytes, int]], now: float) -> list[bytes]:
+    def stored(self, keys: Sequence[tuple[bytes, int]], now: float) -> list[bytes]:
         """Count entries that were stored; return those that must go, oldest first, which are
         counted no longer.
 
         Args:
-            keys: their keys (see `keyspace.qualified`), each with its lifetime in seconds.
+            keys: their keys (see `keyspace.qualified`) in prompt order, each with its lifetime in
+                seconds.
             now: current time in seconds.
         """
         with self._lock:
             self._ledger.pop_expired(now)
             orgs = set()
-            for key, ttl_s in keys:
+            for key, ttl_s in reversed(keys):
                 self._ledger.touch(key, ttl_s, now, key[: len(NOBODY)])
                 self._ledger.place(key, _TIER)
                 orgs.add(org_of(key))
@@ -53,11 +54,12 @@ class Account:
                 gone += self._give_up(self._order.victims(over, now, lambda key: False) or [])
             return gone
 
-    def used(self, keys: Iterable[bytes], now: float) -> None:
-        """Note that entries were used; one that is not counted is ignored."""
+    def used(self, keys: Sequence[bytes], now: float) -> None:
+        """Note that entries were used, given in prompt order; one that is not counted is
+        ignored."""
         with self._lock:
             self._ledger.pop_expired(now)
-            for key in keys:
+            for key in reversed(keys):
                 if (entry := self._ledger.get(key)) is not None:
                     self._ledger.touch(key, entry.ttl_s, now)
 

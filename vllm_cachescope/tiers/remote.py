@@ -52,6 +52,10 @@ WRITE_BATCH_BYTES = 8 << 20
 """What a thread stores at once: so much that the pauses between batches, in which the answers are
 waited for and the next batch's checksums are made, hardly count."""
 
+STAGGER_S = 4e-6
+"""How much sooner a block expires than the one before it in its prompt, in seconds: where something
+must go, a prefix loses its end before its beginning."""
+
 
 class Found(Enum):
     """The answer to `RemoteTier.seek`."""
@@ -408,13 +412,14 @@ class RemoteTier:
 
     def used(self, keys: Iterable[tuple[bytes, int]]) -> None:
         """Each key was used just now and lives on for its lifetime (seconds), where the store
-        holds it."""
+        holds it. The keys are a prompt's, in order."""
         if not self.usable:
             return
         now = self._clock()
         with self._lock:
-            for key, ttl_s in keys:
-                self._uses[key] = max(now + ttl_s, self._uses.get(key, 0.0))
+            for place, (key, ttl_s) in enumerate(keys):
+                expires_at = now + ttl_s - place * STAGGER_S
+                self._uses[key] = max(expires_at, self._uses.get(key, 0.0))
             self._to_ask.notify()
 
     # Transfers.
@@ -465,7 +470,7 @@ class RemoteTier:
 
         Args:
             job_id: the job's number; `finished` tells when the slots are no longer needed.
-            blocks: the blocks, of which those at the end are dropped if there are too many.
+            blocks: the blocks in prompt order; those at the end are dropped if there are too many.
             complete: whether these are all blocks of the job.
         """
         with self._lock:
@@ -595,7 +600,7 @@ class RemoteTier:
                 if uses:
                     store.refresh(list(uses.items()), self._clock() + self._limits.timeout_s)
                     if self._account is not None:
-                        self._account.used(uses, self._clock())
+                        self._account.used(list(uses), self._clock())
                 self._count("reclaim", "expired", store.take_reclaimed())
             except StoreUnfit as error:
                 self._foreign = isinstance(error, ForeignSecret)
@@ -769,9 +774,9 @@ class RemoteTier:
             with self._lock:
                 if not self._stores:
                     continue
-                job, blocks = self._take_store()
+                job, first, blocks = self._take_store()
             try:
-                self._put(store, job, blocks)
+                self._put(store, job, first, blocks)
             finally:
                 self._batch_over()
         store.close()
@@ -793,16 +798,16 @@ class RemoteTier:
                 self._purges.remove(purge)
             purge.over = True
 
-    def _take_store(self) -> tuple[_Store, Sequence[Outgoing]]:
+    def _take_store(self) -> tuple[_Store, int, Sequence[Outgoing]]:
         job = self._stores[0]
         first = job.taken
         job.taken = min(len(job.blocks), first + max(1, WRITE_BATCH_BYTES // self._slot_bytes))
         if job.taken == len(job.blocks):
             self._stores.popleft()
         self._batches += 1
-        return job, job.blocks[first : job.taken]
+        return job, first, job.blocks[first : job.taken]
 
-    def _put(self, store: Store, job: _Store, blocks: Sequence[Outgoing]) -> None:
+    def _put(self, store: Store, job: _Store, first: int, blocks: Sequence[Outgoing]) -> None:
         outcomes: Counter[tuple[str, str]] = Counter()
         written: list[Written] = []
         fates: defaultdict[Fate, list[bytes]] = defaultdict(list)
@@ -812,9 +817,9 @@ class RemoteTier:
                     block.key,
                     envelope.header(block.key, block.slot, envelope.Lifetime(block.ttl_s)),
                     block.slot,
-                    block.expires_at,
+                    block.expires_at - place * STAGGER_S,
                 )
-                for block in blocks
+                for place, block in enumerate(blocks, first)
             ]
             written = store.write(values, self._clock() + self._limits.timeout_s)
             self._keep_quotas(store, blocks, written)
