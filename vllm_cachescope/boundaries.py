@@ -16,6 +16,8 @@ def common_prefix(a: Sequence[object], b: Sequence[object]) -> int:
     A binary search by slices: the comparing is done by the interpreter, not in a loop.
     """
     low, high = 0, min(len(a), len(b))
+    if a == b[: len(a)]:
+        return len(a)
     while low < high:
         middle = (low + high + 1) // 2
         if a[low:middle] == b[low:middle]:

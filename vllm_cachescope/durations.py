@@ -1,6 +1,7 @@
 """Durations as people write them: ``"5m"``, ``"1h"``, ``"90s"``, ``"250ms"``."""
 
 import re
+from functools import cache
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _DURATION = re.compile(r"(\d+)(s|m|h|d)")
@@ -37,6 +38,7 @@ def parse_wait(text: str) -> float:
         ) from None
 
 
+@cache
 def format_duration(seconds: int) -> str:
     """Return the shortest exact spelling of ``seconds``: 300 is ``"5m"``, 90 is ``"90s"``."""
     for unit in ("d", "h", "m"):

@@ -3,7 +3,6 @@
 import hashlib
 import hmac
 import json
-from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -55,9 +54,10 @@ class Plan:
         Args:
             block_end: position just past the block's last token.
         """
-        index = bisect_left(self.spans, block_end, key=lambda span: span.end)
-        if index < len(self.spans):
-            return self.spans[index]
+        # There are a handful of them, and this runs for every block.
+        for span in self.spans:
+            if block_end <= span.end:
+                return span
         last = self.spans[-1]
         return Span(block_end, last.scope, last.key, last.ttl_s, covered=False)
 

@@ -217,13 +217,14 @@ class Keeper:
             prompt.read += self._sources(prompt, request, external_tokens)
             self._explain(prompt, request, sum(tokens for _, tokens in prompt.read))
         prompt.registered = 0
+        found = prompt.local_tokens + external_tokens
         # Refreshed now and not when a load is done: what is in use must not expire meanwhile.
-        self._register(prompt, request, prompt.local_tokens + external_tokens, known_only=True)
-        self._refresh_remotes(prompt, request, prompt.local_tokens + external_tokens)
-        # `computed` does it all once more. What is loaded comes to the device only later, a
-        # request that was preempted computes again what it has lost, and a block that another
-        # request fills in this very step is that one's to create.
-        prompt.registered = 0
+        known = self._register(prompt, request, found, known_only=True)
+        self._refresh_remotes(prompt, request, found)
+        if external_tokens or not known:
+            # `computed` does it all once more. What is loaded comes to the device only later, and
+            # a block that another request fills in this very step is that one's to create.
+            prompt.registered = 0
 
     def computed(self, output: SchedulerOutput) -> None:
         """A step was scheduled: the blocks that it fills are in vLLM's prefix cache now."""
@@ -338,12 +339,12 @@ class Keeper:
 
     def _register(
         self, prompt: Prompt, request: Request, tokens: int, known_only: bool = False
-    ) -> None:
+    ) -> bool:
         """Start or refresh the lifetimes of the blocks in the first ``tokens`` tokens; with
-        ``known_only``, start none."""
+        ``known_only``, start none. Return whether the ledger knows all of them now."""
         if tokens - prompt.registered < self._layout.tokens_per_hash:
-            return
-        now = self._clock()
+            return True
+        now, known = self._clock(), True
         for index, (group, block_size) in enumerate(self._layout.groups):
             stride = block_size // self._layout.tokens_per_hash
             first = prompt.registered // block_size
@@ -365,6 +366,7 @@ class Keeper:
                         self._device.evict([key])
                     continue
                 if key not in self._ledger and (known_only or not on_device):
+                    known = False
                     continue
                 new = self._ledger.touch(key, span.ttl_s, now, prompt.plan.owner_in(span))
                 if new:
@@ -380,6 +382,7 @@ class Keeper:
                     prompt.created.extend(per_hash)
         self._changed(prompt.plan)
         prompt.registered = tokens // self._layout.tokens_per_hash * self._layout.tokens_per_hash
+        return known
 
     def _refresh(self, prompt: Prompt, request: Request) -> None:
         """The request has used its blocks until now."""

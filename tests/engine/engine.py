@@ -3,6 +3,7 @@
 import itertools
 import os
 import random
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -163,10 +164,8 @@ class Engine:
         torch.set_num_threads(1)
         self.args = EngineArgs(
             model=str(model),
-            dtype="float32",
             enforce_eager=True,
             max_model_len=4096,
-            num_gpu_blocks_override=DEVICE_BLOCKS + 1,
             max_num_batched_tokens=MAX_TOKENS_PER_STEP,
             max_num_seqs=MAX_REQUESTS,
             disable_log_stats=False,
@@ -180,13 +179,17 @@ class Engine:
                     **(config or {}),
                 },
             },
-            **options,
+            **{"dtype": "float32", "num_gpu_blocks_override": DEVICE_BLOCKS + 1, **options},
         )
         self._engine = LLMEngine.from_engine_args(self.args)
         self.scheduler = self._engine.engine_core.engine_core.scheduler
         self.connector = self.scheduler.connector
         self._ids = itertools.count()
         self._answers: dict[str, Answer] = {}
+
+    def skew(self, seconds: float) -> None:
+        """Let this process's time of day be wrong by ``seconds``."""
+        time.time = lambda: time.time_ns() / 1e9 + seconds
 
     def stop(self) -> None:
         """Shut the engine down."""

@@ -166,6 +166,32 @@ def test_an_expired_entry_is_a_miss_for_both(pair):
             assert answer.outcome("read_redis") == 0
 
 
+@pytest.mark.parametrize("skew_s", [3600.0, -3600.0])
+def test_a_replica_whose_time_of_day_is_wrong(pair, skew_s):
+    """The server keeps the time: nothing is served for longer, and nothing for shorter."""
+    client = pair.server.client
+    pair.b.call("skew", skew_s)
+    try:
+        tokens, expected = computed_by_a(pair, 21 if skew_s > 0 else 22)
+        (answer,) = pair.b.run(ask(tokens))
+        assert answer.outcome("read_redis") == 12 * BLOCK
+        assert answer.tokens == expected
+        # What it uses or stores itself has the lifetime it should have.
+        (own,) = pair.b.run(ask(draw_tokens(random.Random(23), 2 * BLOCK + 1), ttl_s=300))
+        assert own.outcome("created") == 2 * BLOCK
+        stored(pair, 14)
+        assert all(290_000 < client.pttl(name) <= 300_000 for name in pair.names())
+        for name in pair.names():
+            client.pexpire(name, 1)
+        wait_until(lambda: not pair.names())
+        pair.b.call("empty")
+        (answer,) = pair.b.run(ask(tokens))
+        assert answer.read == 0
+        assert answer.tokens == expected
+    finally:
+        pair.b.call("skew", 0.0)
+
+
 def test_entries_of_an_hour_stay_entries_of_an_hour(pair):
     """A prompt that asks for five minutes reads them, and takes nothing away."""
     tokens = draw_tokens(random.Random(11), 6 * BLOCK + 7)
