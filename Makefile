@@ -15,7 +15,9 @@ demo: setup ## serve a small model with the plugin and drive it with real client
 	@$(BIN)/python -m demo.run
 
 test: setup lint ## the checks and the suite, on a real engine
-	$(BIN)/pytest --ignore=tests/compat --ignore=tests/lmcache
+	@# What needs no engine runs on all cores; engines would take each other's.
+	$(BIN)/pytest -n auto tests/core
+	$(BIN)/pytest --ignore=tests/compat --ignore=tests/core --ignore=tests/lmcache
 	@# By itself: LMCache imports llvmlite, over which vLLM 0.32 falls when it starts on a CPU.
 	$(BIN)/pytest tests/lmcache
 

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-BENCHMARKS = ("boundaries", "cpu_tier", "overhead", "remote_tier", "shared_prefix")
+BENCHMARKS = ("boundaries", "cpu_tier", "diagnosis", "overhead", "remote_tier", "shared_prefix")
 
 
 def main() -> int:
