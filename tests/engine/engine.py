@@ -155,6 +155,8 @@ class Engine:
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",
+            # It keeps a kernel for each shape of batch it has seen: hundreds of MB, by and by.
+            "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8",
         }
         import torch
         from vllm import EngineArgs
