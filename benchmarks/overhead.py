@@ -131,10 +131,10 @@ class Cost:
     rate: Rate
 
 
-def compare() -> tuple[Cost, Cost]:
-    """Start a server without the plugin and one with it; return what each took."""
-    with server(plugin=False) as without, server(plugin=True) as with_plugin:
-        clients = Client(without, bodies()), Client(with_plugin, bodies())
+def compare(one: Server, other: Server) -> tuple[Cost, Cost]:
+    """Start two servers and stop them again; return what each took."""
+    with one, other:
+        clients = Client(one, bodies()), Client(other, bodies())
         for client in clients:
             client.fill()
         timings = pairs(
@@ -143,7 +143,7 @@ def compare() -> tuple[Cost, Cost]:
             lambda number: clients[1].ask(number // TRIES),
         )
         rates = pairs(BATCHES, lambda _: clients[0].batch(), lambda _: clients[1].batch())
-    plain, plugin = (
+    first, second = (
         Cost(
             _fastest([timing.first_s for timing in side]),
             _fastest([timing.last_s for timing in side]),
@@ -154,7 +154,32 @@ def compare() -> tuple[Cost, Cost]:
         )
         for side, batches in zip(zip(*timings, strict=True), zip(*rates, strict=True), strict=True)
     )
-    return plain, plugin
+    return first, second
+
+
+def add_rates(
+    result: Result, found: list[tuple[Cost, Cost]], one: str, other: str, least: float
+) -> None:
+    """Add the throughput of two kinds of servers to ``result``.
+
+    Args:
+        result: where to.
+        found: what pairs of them took.
+        one, other: what to call them.
+        least: the least that the second's throughput may be of the first's.
+    """
+    rates = [(a.rate, b.rate) for a, b in found]
+    result.add(f"throughput, {one}", [a.requests_per_s for a, _ in rates], "requests/s")
+    result.add(f"throughput, {other}", [b.requests_per_s for _, b in rates], "requests/s")
+    result.add(
+        f"throughput, {other} over {one}",
+        [b.requests_per_s / a.requests_per_s for a, b in rates],
+        "×",
+        f"at least {least}",
+        lambda ratio: ratio >= least,
+    )
+    # Tells the cost even where other work on the machine blurs the rates.
+    result.add(f"CPU time, {other} over {one}", [b.cpu_s / a.cpu_s for a, b in rates], "×")
 
 
 def _fastest(seconds: list[float]) -> float:
@@ -169,7 +194,7 @@ def main() -> int:
     options = arguments(__doc__ or "")
     result = Result("overhead", options.quick)
     console.print("overhead: pairs of servers, plain and with the plugin")
-    found = [compare() for _ in range(options.pairs)]
+    found = [compare(server(plugin=False), server(plugin=True)) for _ in range(options.pairs)]
     plain_ms = [1000 * plain.last_s for plain, _ in found]
     allowed_ms = max(2.0, 0.02 * statistics.median(plain_ms))
     result.add("a request, plain", plain_ms, "ms")
@@ -186,20 +211,7 @@ def main() -> int:
         [1000 * (plugin.first_s - plain.first_s) for plain, plugin in found],
         "ms",
     )
-    rates = [(plain.rate, plugin.rate) for plain, plugin in found]
-    result.add("throughput, plain", [plain.requests_per_s for plain, _ in rates], "requests/s")
-    result.add("throughput, plugin", [p.requests_per_s for _, p in rates], "requests/s")
-    result.add(
-        "throughput, plugin over plain",
-        [plugin.requests_per_s / plain.requests_per_s for plain, plugin in rates],
-        "×",
-        "at least 0.97",
-        lambda ratio: ratio >= 0.97,
-    )
-    # Tells what the plugin costs even where other work on the machine blurs the rates.
-    result.add(
-        "CPU time, plugin over plain", [plugin.cpu_s / plain.cpu_s for plain, plugin in rates], "×"
-    )
+    add_rates(result, found, "plain", "plugin", least=0.97)
     return finish(result, options.results)
 
 

@@ -20,8 +20,7 @@ from benchmarks.harness import (
     prompt,
     server,
 )
-from benchmarks.overhead import Client as LoadClient
-from benchmarks.overhead import bodies
+from benchmarks.overhead import add_rates, compare
 from benchmarks.peer import LMCacheServer
 from benchmarks.redis_clients import Client, Native, Ours, RedisPy
 from demo.client import AnthropicClient, empty_device_cache
@@ -210,26 +209,10 @@ def _serve_hits(
 
 def serve_beside_a_dead_tier(result: Result, count: int) -> None:
     """Add what a Redis that is not there costs the requests that do not need it."""
-    console.print("remote_tier: servers with the plugin, without a remote tier and with a dead one")
+    console.print("remote_tier: pairs of servers, without a remote tier and with a dead one")
     tiers = [{"type": "redis", "url": f"redis://127.0.0.1:{free_port()}"}]
-    with server(True) as without, server(True, secret=SECRET, tiers=tiers) as dead:
-        clients = LoadClient(without, bodies()), LoadClient(dead, bodies())
-        for client in clients:
-            client.fill()
-            client.batch()
-        rates = pairs(count, lambda pair: clients[0].batch(), lambda pair: clients[1].batch())
-    result.add("throughput, no remote tier", [a.requests_per_s for a, _ in rates], "requests/s")
-    result.add("throughput, dead Redis", [b.requests_per_s for _, b in rates], "requests/s")
-    result.add(
-        "throughput, dead Redis over no remote tier",
-        [b.requests_per_s / a.requests_per_s for a, b in rates],
-        "×",
-        "at least 0.98",
-        lambda ratio: ratio >= 0.98,
-    )
-    result.add(
-        "CPU time, dead Redis over no remote tier", [b.cpu_s / a.cpu_s for a, b in rates], "×"
-    )
+    found = [compare(server(True), server(True, secret=SECRET, tiers=tiers)) for _ in range(count)]
+    add_rates(result, found, "no remote tier", "dead Redis", least=0.98)
 
 
 def main() -> int:

@@ -186,7 +186,6 @@ class Breaks:
             # Without the engine's last word there is nothing to put its misses down to.
             self._lineages.answered(caller, entry, response_id)
             return
-        ancestor = case.placement.ancestor
         found = EngineReport(
             prompt_tokens=sum(report.prompt_tokens for report in reports),
             read_tokens=sum(report.read_tokens for report in reports),
@@ -195,25 +194,33 @@ class Breaks:
         )
         run = None
         if len(reports) == len(passages) == 1:
-            (report,), (passage,) = reports, passages
-            run = self._run(report, engine, passage)
-            found = replace(
-                found,
-                began=passage.began,
-                engine=engine,
-                unasked=report.unasked,
-                reach_s=report.reach_s,
-            )
-            held = self._lineages.held(caller, entry, run.tokens, engine, passage.began)
-            found = replace(found, held=held)
-            if ancestor is not None and ancestor.run is None:
-                # Whatever it was, it may never have been computed: only what others had counts.
-                found = replace(found, shared_tokens=held.shared_tokens if held else 0)
+            run = self._run(reports[0], engine, passages[0])
+            found = self._compared(case, found, reports[0], run, passages[0].began)
         self._lineages.answered(caller, entry, response_id, found.prompt_tokens, run)
-        case.diagnosis = conclude(case.diagnosis, found, ancestor)
+        case.diagnosis = conclude(case.diagnosis, found, case.placement.ancestor)
         self._unknown.inc(case.diagnosis.unknown_tokens)
         if not case.diagnosis.expected or case.diagnosis.kind.is_break:
             self._record(case)
+
+    def _compared(
+        self, case: Case, found: EngineReport, report: Report, run: Run, began: float
+    ) -> EngineReport:
+        """Complete what the engine found with what the session's other requests had left."""
+        ancestor = case.placement.ancestor
+        held = self._lineages.held(case.caller, case.placement.entry, run.tokens, run.engine, began)
+        shared = None
+        if ancestor is not None and ancestor.run is None:
+            # Whatever it was, it may never have been computed: only what others had counts.
+            shared = held.shared_tokens if held else 0
+        return replace(
+            found,
+            began=began,
+            engine=run.engine,
+            unasked=report.unasked,
+            reach_s=report.reach_s,
+            held=held,
+            shared_tokens=shared,
+        )
 
     def _run(self, report: Report, engine: EngineId, passage: Passage) -> Run:
         now = self._clock()

@@ -4,6 +4,7 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 from starlette.responses import JSONResponse, Response
@@ -111,18 +112,11 @@ class CacheScopeMiddleware(ABC):
         try:
             await self._run(exchange, scope, receive, reply.send)
         finally:
-
-            def explain(*_: object) -> None:
-                opened = case
-                if opened is None and exchange.reports:
-                    opened = self._open_case(exchange.caller, request, body, headers)
-                if opened is not None:
-                    self._close_case(opened, exchange, reply)
-
+            explain = partial(self._explain, exchange, reply, case, body, headers)
             if exchange.fetching is None:
                 explain()
             else:
-                exchange.fetching.add_done_callback(explain)
+                exchange.fetching.add_done_callback(lambda _: explain())
 
     async def _run(self, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
         token = current_exchange.set(exchange)
@@ -130,6 +124,20 @@ class CacheScopeMiddleware(ABC):
             await self._app(scope, receive, send)
         finally:
             current_exchange.reset(token)
+
+    def _explain(
+        self,
+        exchange: Exchange,
+        reply: Reply,
+        case: Case | None,
+        body: dict[str, Any],
+        headers: dict[str, str],
+    ) -> None:
+        """Diagnose a request that is over; ``case`` is None if that was put off until now."""
+        if case is None and exchange.reports and exchange.request is not None:
+            case = self._open_case(exchange.caller, exchange.request, body, headers)
+        if case is not None:
+            self._close_case(case, exchange, reply)
 
     def _open_case(
         self,
