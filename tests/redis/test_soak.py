@@ -26,8 +26,9 @@ still unless it is told otherwise."""
 MAX_PAUSE_S = 0.4
 """How long a server is dead, or hangs, at most: longer than a request waits for it."""
 
-FLAT_BYTES = 12 << 20
-"""What an engine's memory may grow by once it has warmed up: some 90 of its blocks."""
+FLAT_BYTES = 16 << 20
+"""What an engine's memory may grow by once it has warmed up: it still fills what it remembers of
+the last 4,096 prompts, some KB each."""
 
 
 @dataclass(frozen=True)
