@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import httpx
@@ -116,59 +117,58 @@ def bodies() -> list[bytes]:
     ]
 
 
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """What one server took.
-
-    Attributes:
-        first_s: time to the first token, in seconds; the mean over prompts.
-        last_s: time to the last token.
-        rate: its rate.
-    """
-
-    first_s: float
-    last_s: float
-    rate: Rate
-
-
-def compare(one: Server, other: Server) -> tuple[Cost, Cost]:
-    """Start two servers and stop them again; return what each took."""
+@contextmanager
+def filled(one: Server, other: Server) -> Iterator[tuple[Client, Client]]:
+    """Start two servers and have all prompts in their caches; stop them at the end."""
     with one, other:
         clients = Client(one, bodies()), Client(other, bodies())
         for client in clients:
             client.fill()
-        timings = pairs(
-            TRIES * PROMPTS,
-            lambda number: clients[0].ask(number // TRIES),
-            lambda number: clients[1].ask(number // TRIES),
-        )
-        rates = pairs(BATCHES, lambda _: clients[0].batch(), lambda _: clients[1].batch())
+        yield clients
+
+
+def compare_timings(clients: tuple[Client, Client]) -> tuple[Timing, Timing]:
+    """Return how long a request takes either server, each prompt's fastest of `TRIES`; the mean
+    over all prompts."""
+    timings = pairs(
+        TRIES * PROMPTS,
+        lambda number: clients[0].ask(number // TRIES),
+        lambda number: clients[1].ask(number // TRIES),
+    )
     first, second = (
-        Cost(
+        Timing(
             _fastest([timing.first_s for timing in side]),
             _fastest([timing.last_s for timing in side]),
-            Rate(
-                statistics.harmonic_mean([rate.requests_per_s for rate in batches]),
-                statistics.fmean([rate.cpu_s for rate in batches]),
-            ),
         )
-        for side, batches in zip(zip(*timings, strict=True), zip(*rates, strict=True), strict=True)
+        for side in zip(*timings, strict=True)
+    )
+    return first, second
+
+
+def compare_rates(clients: tuple[Client, Client]) -> tuple[Rate, Rate]:
+    """Return the mean rate of either server over `BATCHES` batches."""
+    rates = pairs(BATCHES, lambda _: clients[0].batch(), lambda _: clients[1].batch())
+    first, second = (
+        Rate(
+            statistics.harmonic_mean([rate.requests_per_s for rate in side]),
+            statistics.fmean([rate.cpu_s for rate in side]),
+        )
+        for side in zip(*rates, strict=True)
     )
     return first, second
 
 
 def add_rates(
-    result: Result, found: list[tuple[Cost, Cost]], one: str, other: str, least: float
+    result: Result, rates: list[tuple[Rate, Rate]], one: str, other: str, least: float
 ) -> None:
     """Add the throughput of two kinds of servers to ``result``.
 
     Args:
         result: where to.
-        found: what pairs of them took.
+        rates: the rates of pairs of them.
         one, other: what to call them.
         least: the least that the second's throughput may be of the first's.
     """
-    rates = [(a.rate, b.rate) for a, b in found]
     result.add(f"throughput, {one}", [a.requests_per_s for a, _ in rates], "requests/s")
     result.add(f"throughput, {other}", [b.requests_per_s for _, b in rates], "requests/s")
     result.add(
@@ -194,24 +194,28 @@ def main() -> int:
     options = arguments(__doc__ or "")
     result = Result("overhead", options.quick)
     console.print("overhead: pairs of servers, plain and with the plugin")
-    found = [compare(server(plugin=False), server(plugin=True)) for _ in range(options.pairs)]
-    plain_ms = [1000 * plain.last_s for plain, _ in found]
+    timings, rates = [], []
+    for _ in range(options.pairs):
+        with filled(server(plugin=False), server(plugin=True)) as clients:
+            timings.append(compare_timings(clients))
+            rates.append(compare_rates(clients))
+    plain_ms = [1000 * plain.last_s for plain, _ in timings]
     allowed_ms = max(2.0, 0.02 * statistics.median(plain_ms))
     result.add("a request, plain", plain_ms, "ms")
-    result.add("its first token, plain", [1000 * plain.first_s for plain, _ in found], "ms")
+    result.add("its first token, plain", [1000 * plain.first_s for plain, _ in timings], "ms")
     result.add(
         "added to a request",
-        [1000 * (plugin.last_s - plain.last_s) for plain, plugin in found],
+        [1000 * (plugin.last_s - plain.last_s) for plain, plugin in timings],
         "ms",
         f"at most {allowed_ms:.1f} ms",
         lambda added: added <= allowed_ms,
     )
     result.add(
         "added to its first token",
-        [1000 * (plugin.first_s - plain.first_s) for plain, plugin in found],
+        [1000 * (plugin.first_s - plain.first_s) for plain, plugin in timings],
         "ms",
     )
-    add_rates(result, found, "plain", "plugin", least=0.97)
+    add_rates(result, rates, "plain", "plugin", least=0.97)
     return finish(result, options.results)
 
 

@@ -20,7 +20,7 @@ from benchmarks.harness import (
     prompt,
     server,
 )
-from benchmarks.overhead import add_rates, compare
+from benchmarks.overhead import add_rates, compare_rates, filled
 from benchmarks.peer import LMCacheServer
 from benchmarks.redis_clients import Client, Native, Ours, RedisPy
 from demo.client import AnthropicClient, empty_device_cache
@@ -211,8 +211,11 @@ def serve_beside_a_dead_tier(result: Result, count: int) -> None:
     """Add what a Redis that is not there costs the requests that do not need it."""
     console.print("remote_tier: pairs of servers, without a remote tier and with a dead one")
     tiers = [{"type": "redis", "url": f"redis://127.0.0.1:{free_port()}"}]
-    found = [compare(server(True), server(True, secret=SECRET, tiers=tiers)) for _ in range(count)]
-    add_rates(result, found, "no remote tier", "dead Redis", least=0.98)
+    rates = []
+    for _ in range(count):
+        with filled(server(True), server(True, secret=SECRET, tiers=tiers)) as clients:
+            rates.append(compare_rates(clients))
+    add_rates(result, rates, "no remote tier", "dead Redis", least=0.98)
 
 
 def main() -> int:

@@ -124,7 +124,15 @@ def test_a_primary_that_is_demoted_is_left(service, start_engine_side):
     side = start_engine_side(url)
     side.put(keys(5))
     sentinel = redis.Redis(port=int(url.rpartition("/")[0].rpartition(":")[2]))
-    sentinel.execute_command("SENTINEL", "FAILOVER", "cache")
+
+    def hands_over() -> bool:
+        try:
+            return sentinel.execute_command("SENTINEL", "FAILOVER", "cache")
+        except redis.ResponseError:
+            # A replica that it has only just met it does not trust yet.
+            return False
+
+    wait_until(hands_over, 30)
     wait_until(lambda: primary.client.info("replication")["role"] == "slave", 30)
 
     def is_stored_there() -> bool:
