@@ -16,15 +16,22 @@ def ca() -> trustme.CA:
     return trustme.CA()
 
 
+def issued(ca: trustme.CA, name: str, directory: Path) -> tuple[Path, Path]:
+    """Issue a certificate to ``name``; return its file and its key's."""
+    cert, key = directory / f"{name}.pem", directory / f"{name}.key"
+    made = ca.issue_cert(name)
+    made.cert_chain_pems[0].write_to_path(cert)
+    made.private_key_pem.write_to_path(key)
+    return cert, key
+
+
 @pytest.fixture
 def tls_server(ca, start_server, tmp_path) -> tuple[int, Path]:
     """A server that takes TLS, from clients with a certificate of its authority; return its port
     and the file of the authority's own certificate."""
-    trusted, cert, key = tmp_path / "ca.pem", tmp_path / "server.pem", tmp_path / "server.key"
+    trusted = tmp_path / "ca.pem"
     ca.cert_pem.write_to_path(trusted)
-    issued = ca.issue_cert("localhost")
-    issued.cert_chain_pems[0].write_to_path(cert)
-    issued.private_key_pem.write_to_path(key)
+    cert, key = issued(ca, "localhost", tmp_path)
     port = free_port()
     start_server(
         *("--tls-port", str(port), "--tls-ca-cert-file", str(trusted)),
@@ -35,10 +42,7 @@ def tls_server(ca, start_server, tmp_path) -> tuple[int, Path]:
 
 def client_files(ca: trustme.CA, directory: Path) -> str:
     """Issue a client's certificate; return the part of a URL that names it."""
-    cert, key = directory / "client.pem", directory / "client.key"
-    issued = ca.issue_cert("client@example.com")
-    issued.cert_chain_pems[0].write_to_path(cert)
-    issued.private_key_pem.write_to_path(key)
+    cert, key = issued(ca, "client@example.com", directory)
     return f"ssl_certfile={cert}&ssl_keyfile={key}"
 
 

@@ -55,7 +55,7 @@ class Account:
             return gone
 
     def used(self, keys: Sequence[bytes], now: float) -> None:
-        """Note that entries were used, given in prompt order; one that is not counted is
+        """Note that entries were used, those to be kept longest first; one that is not counted is
         ignored."""
         with self._lock:
             self._ledger.pop_expired(now)

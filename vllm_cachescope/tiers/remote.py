@@ -600,7 +600,9 @@ class RemoteTier:
                 if uses:
                     store.refresh(list(uses.items()), self._clock() + self._limits.timeout_s)
                     if self._account is not None:
-                        self._account.used(list(uses), self._clock())
+                        # Of several prompts perhaps: by when they expire, the latest use first.
+                        latest = sorted(uses, key=uses.__getitem__, reverse=True)
+                        self._account.used(latest, self._clock())
                 self._count("reclaim", "expired", store.take_reclaimed())
             except StoreUnfit as error:
                 self._foreign = isinstance(error, ForeignSecret)
