@@ -1,4 +1,5 @@
-"""The stores of remote tiers by their type. What a type needs is imported for its users only."""
+"""Remote tiers' settings made into stores, by their type, and into limits. What a type needs is
+imported for its users only."""
 
 import time
 from collections.abc import Callable
