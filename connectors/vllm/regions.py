@@ -31,10 +31,17 @@ def claim(engine_id: str, directory: Path = Path("/dev/shm")) -> IO[bytes]:
         lock = open(path, "wb")  # noqa: SIM115
         # Another engine may be looking whether it is stale, and find so and remove it.
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
-                return lock
+        if _is_at(lock, path):
+            return lock
         lock.close()
+
+
+def _is_at(lock: IO[bytes], path: Path) -> bool:
+    """Whether the file that was opened at ``path`` is still the one there. Only its lock says
+    anything about the region, and only who holds it may remove either."""
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(lock.fileno()), path.stat())
+    return False
 
 
 def release(claimed: IO[bytes]) -> None:
@@ -54,6 +61,8 @@ def remove_stale(directory: Path = Path("/dev/shm")) -> list[Path]:
         with suppress(OSError), open(lock_path, "rb") as lock:
             # Fails while the engine lives.
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not _is_at(lock, lock_path):
+                continue  # Removed by another, and by now perhaps claimed anew.
             # From 0.33 on vLLM may spread a region over several files.
             for left_over in directory.glob(f"{region.name}*"):
                 left_over.unlink()

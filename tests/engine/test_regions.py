@@ -1,5 +1,6 @@
 """What a killed engine leaves in shared memory goes at the next start, and nothing else does."""
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -141,3 +142,22 @@ def test_a_claim_holds_whatever_others_remove_meanwhile(tmp_path):
         stopping.set()
         for remover in removers:
             remover.join()
+
+
+def test_a_region_claimed_anew_while_its_old_lock_was_being_looked_at_stays(tmp_path, monkeypatch):
+    regions.claim("cachescope-again", tmp_path).close()  # Its engine is killed.
+    region = tmp_path / "vllm_offload_cachescope-again.mmap"
+    held = []
+    lock_file = fcntl.flock
+
+    def others_were_faster(lock, operation):
+        monkeypatch.setattr(regions.fcntl, "flock", lock_file)
+        regions.remove_stale(tmp_path)
+        held.append(regions.claim("cachescope-again", tmp_path))
+        region.write_bytes(b"x")
+        lock_file(lock, operation)
+
+    monkeypatch.setattr(regions.fcntl, "flock", others_were_faster)
+    assert regions.remove_stale(tmp_path) == []
+    assert region.exists() and Path(held[0].name).exists()
+    held[0].close()
