@@ -40,6 +40,10 @@ MADE_UP = "made-up-"
 class ConfigError(ValueError):
     """The configuration is no good; the message names the key, the value and what is allowed."""
 
+    def __str__(self) -> str:
+        # It may stand alone in the log of a server that has many settings.
+        return f"CacheScope configuration: {self.args[0]}"
+
 
 def _duration(value: object) -> object:
     return parse_duration(value) if isinstance(value, str) else value
@@ -448,7 +452,7 @@ def _explain(error: ValidationError) -> str:
             message = detail["msg"].removeprefix("Value error, ")
             value = "" if key == "configuration" else f" (value {_shown(key, detail['input'])})"
             lines.append(f"{key}: {message}{value}")
-    return "CacheScope configuration: " + "; ".join(lines)
+    return "; ".join(lines)
 
 
 def _keys_beside(location: tuple[int | str, ...]) -> Iterable[str]:

@@ -59,7 +59,8 @@ class CacheScopeConnector(OffloadingConnector):
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
     ) -> None:
         config = startup.read(vllm_config.kv_transfer_config)
-        super().__init__(for_offloading(vllm_config, config), role, kv_cache_config)
+        with startup.ended_by_mistakes():
+            super().__init__(for_offloading(vllm_config, config), role, kv_cache_config)
         if role is not KVConnectorRole.SCHEDULER:
             return
         hashing.enforce(config.secret_bytes())

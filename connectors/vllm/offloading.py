@@ -13,11 +13,10 @@ from vllm.v1.kv_offload.base import (
     OffloadingMetricMetadata,
     OffloadingWorker,
 )
-from vllm.v1.kv_offload.config import OffloadingConfig
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
-from vllm_cachescope.config import Config
+from vllm_cachescope.config import Config, ConfigError
 from vllm_cachescope.connectors.vllm import regions
 from vllm_cachescope.connectors.vllm.cpu_worker import CpuCopyWorker
 from vllm_cachescope.connectors.vllm.identity import model_identity
@@ -71,17 +70,14 @@ class ScopeOffloadingSpec(TieringOffloadingSpec):
             metric.name: kinds[metric.kind](metric.help, metric.labels) for metric in METRICS
         }
 
-    def __init__(self, config: OffloadingConfig) -> None:
-        super().__init__(config)
-        if config.worker_kv_bytes_per_block > 0 and self.num_chunks == 0:
-            raise ValueError(
-                f"CacheScope configuration: cpu_bytes: {self.extra_config['cpu_bytes_to_use']} "
-                f"holds not even one chunk; allowed: {self.kv_bytes_per_chunk} or more"
-            )
-
     def get_manager(self) -> OffloadingManager:
         if self._manager is not None:
             return self._manager
+        if self.num_chunks == 0 and self.kv_bytes_per_chunk:
+            raise ConfigError(
+                f"cpu_bytes: {self.extra_config['cpu_bytes_to_use']} holds not even one chunk; "
+                f"allowed: {self.kv_bytes_per_chunk} or more with this model and block size"
+            )
         regions.remove_stale()
         claimed = regions.claim(self._engine_id)
         manager = super().get_manager()
@@ -90,6 +86,9 @@ class ScopeOffloadingSpec(TieringOffloadingSpec):
         return manager
 
     def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
+        # With none the engine does not start. Workers come first, and leave it to the manager to
+        # say so, once.
+        self.num_chunks = max(self.num_chunks, 1)
         if not current_platform.is_cpu():
             return super().get_worker(kv_caches)
         region = SharedOffloadRegion(

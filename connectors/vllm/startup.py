@@ -1,7 +1,12 @@
 """Finds mistakes in the configuration before vLLM loads anything, and says them in one message."""
 
+import gc
+import multiprocessing
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any
 
@@ -53,6 +58,19 @@ def _checked(create: Callable[..., Any]) -> Callable[..., Any]:
     return create_engine_config
 
 
+@contextmanager
+def ended_by_mistakes() -> Iterator[None]:
+    """For mistakes that only the engine can see. They end its process, if it has one of its own,
+    with nothing but the message."""
+    try:
+        yield
+    except ConfigError as error:
+        if multiprocessing.parent_process() is None:
+            raise
+        print(error, file=sys.stderr)
+        raise SystemExit(os.EX_CONFIG) from None
+
+
 def _without_traceback(inner: Callable[..., Any]) -> Callable[..., Any]:
     """A mistake of the operator's is no place in our code: the message says it all."""
 
@@ -61,7 +79,15 @@ def _without_traceback(inner: Callable[..., Any]) -> Callable[..., Any]:
     ) -> None:
         if isinstance(error, ConfigError):
             print(error, file=sys.stderr)
-        else:
+        elif not _was_said_by_an_engine():
             inner(kind, error, trace)
 
     return excepthook
+
+
+def _was_said_by_an_engine() -> bool:
+    # vLLM's own exception lists how the engine's processes ended, but not those that it has yet
+    # to wait for; the objects that stand for them know by now.
+    return any(
+        issubclass(type(it), BaseProcess) and it.exitcode == os.EX_CONFIG for it in gc.get_objects()
+    )

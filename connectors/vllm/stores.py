@@ -23,7 +23,7 @@ def check(settings: Tier) -> None:
         try:
             lmcache.parse(settings.adapter)
         except ConfigError as error:
-            raise ConfigError(f"tier {settings.name}: {error}") from None
+            raise ConfigError(f"tier {settings.name}: {error.args[0]}") from None
 
 
 def limits_of(settings: Tier) -> Limits:

@@ -2,6 +2,8 @@
 of it."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,27 +11,49 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.engine.engine import BLOCK_BYTES
 from vllm_cachescope.config import CONNECTOR, ConfigError
 from vllm_cachescope.connectors.vllm import startup
 
 
-def test_vllms_own_command_stops_with_one_message(tmp_path: Path) -> None:
+def start(model: Path, **extra: object) -> "subprocess.CompletedProcess[str]":
+    """Run vLLM's own command with ``extra`` configuration that stops it."""
     transfer = {
         "kv_connector": CONNECTOR,
         "kv_role": "kv_both",
-        "kv_connector_extra_config": {"cpu_bites": 1},
+        "kv_connector_extra_config": extra,
     }
-    module = "vllm.entrypoints.openai.api_server"
-    command = [sys.executable, "-m", module, "--model", str(tmp_path)]
-    ended = subprocess.run(
-        [*command, "--kv-transfer-config", json.dumps(transfer)],
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)),
+            *("--dtype", "float32", "--enforce-eager", "--num-gpu-blocks-override", "40"),
+            *("--max-model-len", "512", "--kv-transfer-config", json.dumps(transfer)),
+        ],
         capture_output=True,
         text=True,
         timeout=300,
+        check=False,
+        env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
     )
+
+
+def test_vllms_own_command_stops_with_one_message(tmp_path: Path) -> None:
+    ended = start(tmp_path, cpu_bites=1)
     assert ended.returncode == 1
     assert "cpu_bites: there is no such key (value 1); allowed: chunk_tokens" in ended.stderr
     assert "Traceback" not in ended.stderr + ended.stdout
+
+
+@pytest.mark.engine
+def test_what_only_the_engine_can_see_is_one_message_too(tiny_model: Path) -> None:
+    ended = start(tiny_model, cpu_bytes=4096)
+    said = ended.stderr + ended.stdout
+    assert ended.returncode == 1
+    assert re.findall(r"^.*holds not even.*$", said, re.MULTILINE) == [
+        "CacheScope configuration: cpu_bytes: 4096 holds not even one chunk; "
+        f"allowed: {BLOCK_BYTES} or more with this model and block size"
+    ]
+    assert "Traceback" not in said
 
 
 @pytest.mark.parametrize(
