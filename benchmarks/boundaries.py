@@ -109,7 +109,10 @@ async def measure(result: Result, pairs: int) -> None:
             counted.characters = 0
             with timed(finding):
                 ends = await boundaries.ends(
-                    request, stripped, plan, prompt["prompt_token_ids"], prompt["prompt"]
+                    await boundaries.cuts(request, stripped, plan),
+                    Protocol.CHAT,
+                    prompt["prompt_token_ids"],
+                    prompt["prompt"],
                 )
             again.append(100 * counted.characters / len(prompt["prompt"]))
         assert 0 < ends[0] < ends[-2] < ends[-1] == len(prompt["prompt_token_ids"])

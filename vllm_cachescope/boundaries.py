@@ -7,7 +7,9 @@ whatever the chat template does.
 """
 
 import re
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 
 def common_prefix(a: Sequence[object], b: Sequence[object]) -> int:
@@ -27,6 +29,20 @@ def common_prefix(a: Sequence[object], b: Sequence[object]) -> int:
     return low
 
 
+class Landmark(NamedTuple):
+    """A special token in a prompt.
+
+    Attributes:
+        start: the character of the prompt's text at which it starts.
+        end: the character after it.
+        token: its position in the prompt's tokens.
+    """
+
+    start: int
+    end: int
+    token: int
+
+
 class SpecialTokens:
     """The tokens a tokenizer cuts out of the text before anything else.
 
@@ -44,30 +60,37 @@ class SpecialTokens:
         texts = sorted(ids, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, texts))) if texts else None
 
-    def last_within(self, text: str, end: int, tokens: Sequence[int]) -> tuple[int, int] | None:
-        """Find the last special token that lies wholly in the first ``end`` characters.
+    def landmarks(self, text: str, tokens: Sequence[int]) -> list[Landmark]:
+        """Find the special tokens of a prompt, in order.
 
         Args:
             text: the prompt's text.
-            end: how many of its characters to look at.
-            tokens: the whole text's token ids.
+            tokens: its token ids.
 
         Returns:
-            ``(character, token)``: the positions at which it starts; None if there is none, or
-            if text and tokens do not tell the same story (a multimodal prompt, say).
+            None of them if text and tokens do not tell the same story (a multimodal prompt, say).
         """
         if self._pattern is None:
-            return None
+            return []
         matches = list(self._pattern.finditer(text))
-        positions = [i for i, token in enumerate(tokens) if token in self._id_set]
+        id_set = self._id_set
+        positions = [i for i, token in enumerate(tokens) if token in id_set]
         # A tokenizer may put special tokens of its own in front: they are in no text.
         added = len(positions) - len(matches)
         if added < 0 or positions[:added] != list(range(added)):
-            return None
-        inside = sum(match.end() <= end for match in matches)
-        if inside == 0:
-            return None
-        match, position = matches[inside - 1], positions[added + inside - 1]
-        if tokens[position] != self._ids[match.group()]:
-            return None
-        return match.start(), position
+            return []
+        found = [
+            Landmark(match.start(), match.end(), position)
+            for match, position in zip(matches, positions[added:], strict=True)
+        ]
+        same = all(
+            tokens[at.token] == self._ids[match.group()]
+            for match, at in zip(matches, found, strict=True)
+        )
+        return found if same else []
+
+
+def last_within(landmarks: Sequence[Landmark], end: int) -> Landmark | None:
+    """Return the last of ``landmarks`` that lies wholly in a text's first ``end`` characters."""
+    inside = bisect_right(landmarks, end, key=lambda landmark: landmark.end)
+    return landmarks[inside - 1] if inside else None

@@ -315,14 +315,18 @@ class Fingerprinter:
         secret: key of the hashes. Fingerprints made under different secrets are never equal.
         memo_tools: how many tools' prints to keep, so that a tool that comes with every request
             is analysed once. Looked up by the keyed hash of its full JSON.
+        memo_parts: likewise, of how many long parts to keep what they have inside; some 200
+            bytes each.
     """
 
-    def __init__(self, secret: bytes, memo_tools: int = 4096) -> None:
+    def __init__(self, secret: bytes, memo_tools: int = 4096, memo_parts: int = 16_384) -> None:
         # Keyed by what comes first: no more of a digest is kept than would let anyone go on from
         # it. Most servers have instructions for SHA-256, which make it the fastest hash there is.
         self._base = sha256(digest(secret, b"fingerprint", "sha256"))
         self._memo: OrderedDict[bytes, ToolPrint] = OrderedDict()
         self._memo_tools = memo_tools
+        self._inside: dict[bytes, bytes] = {}
+        self._memo_parts = memo_parts
 
     def __call__(
         self, request: PromptRequest, extra: Mapping[str, Any] | None = None
@@ -365,11 +369,38 @@ class Fingerprinter:
             previous_id=self._name(str(first[0].content)) if referred else None,
         )
 
-    def hash(self, data: bytes | memoryview) -> bytes:
-        """Return the keyed hash of ``data``."""
+    def hash(self, *data: bytes | memoryview) -> bytes:
+        """Return the keyed hash of ``data``, which may come in pieces."""
         state = self._base.copy()
-        state.update(data)
+        for piece in data:
+            state.update(piece)
         return state.digest()[:HASH_BYTES]
+
+    def inside(self, hash_: bytes, data: bytes, chunk_bytes: int) -> bytes:
+        """Return hashes of what is inside a part: of its two ends, zeros if it is short, and of
+        its leading pieces.
+
+        Args:
+            hash_: hash of the part.
+            data: its content.
+            chunk_bytes: length of a piece.
+        """
+        if len(data) < 2 * _EDGE_BYTES:
+            return bytes(2 * HASH_BYTES)
+        key = b"%b%d" % (hash_, chunk_bytes)
+        # Taken out and put in again: what was used last is last.
+        known = self._inside.pop(key, None)
+        if known is None:
+            view = memoryview(data)
+            hashes = [self.hash(view[:_EDGE_BYTES]), self.hash(view[-_EDGE_BYTES:])]
+            whole = min(len(data) // chunk_bytes, _MAX_CHUNKS)
+            for at in range(0, whole * chunk_bytes, chunk_bytes):
+                hashes.append(self.hash(view[at : at + chunk_bytes]))
+            known = b"".join(hashes)
+            if len(self._inside) >= self._memo_parts:
+                del self._inside[next(iter(self._inside))]
+        self._inside[key] = known
+        return known
 
     def tool(self, content: Any, ordered: bytes) -> ToolPrint:
         """Return the print of the tool ``content``; ``ordered`` is the hash of its JSON as sent."""
@@ -467,7 +498,7 @@ class _Packer:
             if message != self._message:
                 self._message = message
                 kind |= _STARTS
-        hash_ = self._digest(form + bytes((kind & _ROLE_BITS,)), data)
+        hash_ = self._owner.hash(form + bytes((kind & _ROLE_BITS,)), data)
         if part.region is Region.TOOLS:
             self.tools.append(self._owner.tool(part.content, hash_))
         self._tokens += _estimate(part.content, data)
@@ -479,26 +510,12 @@ class _Packer:
         self.kinds.append(kind)
         self.ends.append(min(self._tokens, 0xFFFFFFFF))
         self.chars.append(min(len(data) if text is None else len(text), 0xFFFFFFFF))
-        if len(data) >= 2 * _EDGE_BYTES:
-            self.edges.append(self._owner.hash(data[:_EDGE_BYTES]))
-            self.edges.append(self._owner.hash(data[-_EDGE_BYTES:]))
-        else:
-            self.edges.append(bytes(2 * HASH_BYTES))
+        inside = self._owner.inside(hash_, data, self._chunk_bytes)
+        self.edges.append(inside[: 2 * HASH_BYTES])
+        self.chunks.append(inside[2 * HASH_BYTES :])
+        self._n_chunks += len(inside) // HASH_BYTES - 2
         self.chunk_ends.append(self._n_chunks)
         self.paths.append(part.path)
-
-    def _digest(self, header: bytes, data: bytes) -> bytes:
-        """Hash a part in one pass: pieces first, then their hashes and what is left over."""
-        whole = min(len(data) // self._chunk_bytes, _MAX_CHUNKS)
-        if whole == 0:
-            return self._owner.hash(header + data)
-        size = self._chunk_bytes
-        view = memoryview(data)
-        hash_ = self._owner.hash
-        pieces = [hash_(view[at : at + size]) for at in range(0, whole * size, size)]
-        self.chunks += pieces
-        self._n_chunks += whole
-        return hash_(b"".join((b"c", header, *pieces, view[whole * size :])))
 
 
 def _at(packed: bytes, index: int) -> bytes:

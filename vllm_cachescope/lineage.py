@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from vllm_cachescope.changes import Change, ChangeKind, compare, compare_whole
-from vllm_cachescope.fingerprint import Fingerprint, Trait
+from vllm_cachescope.fingerprint import HASH_BYTES, Fingerprint, Trait
 from vllm_cachescope.latches import Latch, Latches
 from vllm_cachescope.overlap import (
     Overlap,
@@ -354,18 +354,21 @@ def _place(session: _Session, new: Fingerprint, now: float) -> Placement:
     """Find the nearest ancestor of ``new`` and how it stands to it. Does not keep it yet."""
     nearest: Entry | None = None
     shared = Overlap(0, 0, False)
-    overlaps: list[tuple[Entry, Overlap]] = []
+    agreed = b""
     for entry in reversed(session.entries):
+        # Most agree less far than the best so far, and need no closer look.
+        if not entry.fingerprint.hashes.startswith(agreed):
+            continue
         found = overlap(entry.fingerprint, new)
-        overlaps.append((entry, found))
         if nearest is None or (found.tokens, found.whole) > (shared.tokens, shared.whole):
             nearest, shared = entry, found
+            agreed = new.hashes[: shared.parts * HASH_BYTES]
     if nearest is None:
         return _begin(session, Relation.FIRST, new, now)
     # A request that an earlier one repeats in full misses nothing.
     if shared.parts < len(new):
         parent_known = shared.whole and shared.parts >= parent_parts(new)
-        if (broken := _broken(overlaps, new, shared, parent_known)) is not None:
+        if (broken := _broken(session, new, shared, parent_known)) is not None:
             changes = compare(broken.fingerprint, new)
             compacted = changes[:1] and changes[0].kind is ChangeKind.HISTORY_COMPACTED
             relation = Relation.COMPACTION if compacted else Relation.BREAK
@@ -377,17 +380,18 @@ def _place(session: _Session, new: Fingerprint, now: float) -> Placement:
 
 
 def _broken(
-    overlaps: list[tuple[Entry, Overlap]], new: Fingerprint, shared: Overlap, parent_known: bool
+    session: _Session, new: Fingerprint, shared: Overlap, parent_known: bool
 ) -> Entry | None:
     """Return the conversation that ``new`` would have shared more with, had it not changed."""
     best: Entry | None = None
     most = (shared.tokens, 0)
     beyond = range(shared.parts, len(new))
     messages = split(new, range(new.static_parts, len(new)))
-    for entry, found in overlaps:
+    for entry in reversed(session.entries):
         # With its parent known, only what came after that can have been in another one as well.
         if entry.superseded or (parent_known and not may_share(entry.fingerprint, new, beyond)):
             continue
+        found = overlap(entry.fingerprint, new)
         could = reusable(entry.fingerprint, new, found, parent_known, messages)
         if could > shared.tokens and (could, found.tokens) > most:
             best, most = entry, (could, found.tokens)

@@ -9,7 +9,7 @@ import copy
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,10 +18,10 @@ from vllm_cachescope.breakpoints import RegionDefault, Segment, segments
 from vllm_cachescope.config import Config
 from vllm_cachescope.connectors.vllm import commands
 from vllm_cachescope.connectors.vllm.hashing import PLAN_KEY
-from vllm_cachescope.connectors.vllm.rendering import Boundaries
+from vllm_cachescope.connectors.vllm.rendering import Boundaries, Cut
 from vllm_cachescope.owners import Owners
 from vllm_cachescope.plan import Plan, Span, seal
-from vllm_cachescope.prompt import Region
+from vllm_cachescope.prompt import PromptRequest, Region
 from vllm_cachescope.report import Outcome, Report, account
 from vllm_cachescope.scopes import Caller, Scope, ScopeKeys
 
@@ -42,7 +42,7 @@ class Admission:
         self._secret = secret
         self._keys = ScopeKeys(secret)
         self._owners = Owners(secret)
-        self._boundaries = Boundaries(state)
+        self._boundaries = Boundaries(state, self._start_rendering)
         self._defaults = {
             region: RegionDefault(config.regions.of(region).scope, config.regions.of(region).ttl)
             for region in Region
@@ -91,17 +91,19 @@ class Admission:
             return None
         if exchange.request is None:
             default = self._defaults[Region.MESSAGES]
-            cuts: tuple[Segment, ...] = (Segment(None, default.scope, default.ttl_s, True),)
+            planned: tuple[Segment, ...] = (Segment(None, default.scope, default.ttl_s, True),)
             ends = [len(tokens)]
         else:
-            cuts = segments(exchange.request, self._defaults)
+            self._start_rendering()
+            assert exchange.cuts is not None
+            planned, cuts = await exchange.cuts
             ends = await self._boundaries.ends(
-                exchange.request, exchange.body, cuts, tokens, prompt.get("prompt")
+                cuts, exchange.request.protocol, tokens, prompt.get("prompt")
             )
         caller = exchange.caller
         if session_id is not None:
             caller = replace(caller, session=session_id)
-        plan = self._spans(cuts, ends, caller)
+        plan = self._spans(planned, ends, caller)
         readable = plan.spans if caller.session is not None else _shared_spans(plan)
         exchange.passages[plan.nonce] = Passage(
             tokens,
@@ -111,10 +113,23 @@ class Admission:
         )
         return plan
 
-    def _spans(self, cuts: tuple[Segment, ...], ends: list[int], caller: Caller) -> Plan:
+    def _start_rendering(self) -> None:
+        """The server tokenises a prompt, in another thread: render its parts meanwhile in this."""
+        exchange = current_exchange.get()
+        if exchange is not None and exchange.request is not None and exchange.cuts is None:
+            cutting = self._cut(exchange.request, exchange.body)
+            exchange.cuts = asyncio.get_running_loop().create_task(cutting)
+
+    async def _cut(
+        self, request: PromptRequest, body: Mapping[str, Any]
+    ) -> tuple[tuple[Segment, ...], list[Cut | None]]:
+        planned = segments(request, self._defaults)
+        return planned, await self._boundaries.cuts(request, body, planned)
+
+    def _spans(self, planned: tuple[Segment, ...], ends: list[int], caller: Caller) -> Plan:
         nonce = secrets.token_hex(8)
         spans: list[Span] = []
-        for segment, end in zip(cuts, ends, strict=True):
+        for segment, end in zip(planned, ends, strict=True):
             if spans and end == spans[-1].end:
                 continue
             unreadable = segment.scope is Scope.SESSION and caller.session is None

@@ -3,15 +3,16 @@
 import hashlib
 import logging
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
-from vllm_cachescope.boundaries import SpecialTokens, common_prefix
+from vllm_cachescope.boundaries import Landmark, SpecialTokens, common_prefix, last_within
 from vllm_cachescope.breakpoints import Segment
 from vllm_cachescope.prompt import Part, PromptRequest, Protocol, Region
 from vllm_cachescope.wire.anthropic import is_dropped
@@ -44,14 +45,33 @@ class CannotRender(Exception):
     """The chat template does not take a request that ends where it was cut."""
 
 
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A request up to the end of one of its parts, rendered.
+
+    Attributes:
+        path: of that part.
+        body: the request's body without what comes after the part.
+        text: the text of its prompt; None if its tokens are known.
+        tokens: the tokens of its prompt; None if they can be found by the text. Where it cannot
+            be rendered there are none, which it then has in common with any prompt.
+    """
+
+    path: str
+    body: dict[str, Any]
+    text: str | None = None
+    tokens: list[int] | None = None
+
+
 class Boundaries:
     """Finds where the segments of a prompt end, in tokens.
 
     Args:
         state: the API server's state, with its renderer and endpoint handlers.
+        on_tokenizing: called when the server is about to tokenise a prompt.
     """
 
-    def __init__(self, state: Any) -> None:
+    def __init__(self, state: Any, on_tokenizing: Callable[[], None] = lambda: None) -> None:
         self._state = state
         self._renderer = state.online_renderer.renderer
         self._tokens: OrderedDict[bytes, list[int]] = OrderedDict()
@@ -65,15 +85,34 @@ class Boundaries:
         async def tokenize_prompts_async(prompts: Any, params: Any) -> Any:
             if _text_only.get() and len(prompts) == 1 and "prompt" in prompts[0]:
                 raise _Rendered(prompts[0]["prompt"])
+            on_tokenizing()
             return await tokenize(prompts, params)
 
         self._renderer.tokenize_prompts_async = tokenize_prompts_async
 
+    async def cuts(
+        self, request: PromptRequest, body: Mapping[str, Any], segments: tuple[Segment, ...]
+    ) -> list[Cut | None]:
+        """Render the request as far as each segment goes; None for one that goes to its end.
+
+        Takes no tokens of the prompt: it can be done while the server is still making them.
+
+        Args:
+            request: the request.
+            body: its body, without markers.
+            segments: its segments.
+        """
+        return [
+            None
+            if segment.after is None
+            else await self._cut(request.protocol, body, segment.after)
+            for segment in segments
+        ]
+
     async def ends(
         self,
-        request: PromptRequest,
-        body: Mapping[str, Any],
-        segments: tuple[Segment, ...],
+        cuts: Sequence[Cut | None],
+        protocol: Protocol,
         tokens: list[int],
         text: str | None,
     ) -> list[int]:
@@ -83,67 +122,69 @@ class Boundaries:
         of the next, narrower one.
 
         Args:
-            request: the request.
-            body: its body, without markers.
-            segments: its segments, of which the last ends where the prompt ends.
+            cuts: what `cuts` made of the segments.
+            protocol: the request's wire format.
             tokens: the prompt's token ids.
             text: the prompt's rendered text, if known.
         """
+        by_text = text is not None and any(cut is not None and cut.text is not None for cut in cuts)
+        landmarks = self._special.landmarks(text or "", tokens) if by_text else []
         ends: list[int] = []
-        for segment in segments:
-            if segment.after is None:
+        for cut in cuts:
+            if cut is None:
                 ends.append(len(tokens))
                 continue
             try:
-                end = await self._end(request, body, segment.after, tokens, text)
-            except CannotRender as error:
-                logger.debug("No boundary after %s: %s", segment.after.path, error)
-                end = 0
-            except Exception:
-                # A mistake of ours costs hits, never the request.
-                logger.exception("No boundary after %s", segment.after.path)
+                end = await self._end(cut, protocol, tokens, text, landmarks)
+            except Exception as error:
+                _warn(cut.path, error)
                 end = 0
             ends.append(max(end, ends[-1] if ends else 0))
         return ends
 
+    async def _cut(self, protocol: Protocol, body: Mapping[str, Any], after: Part) -> Cut:
+        cut = Cut(after.path, truncate(body, protocol, after))
+        try:
+            if after.region is Region.MESSAGES:
+                # Histories are long and never the same: find the end without tokenising one.
+                text = await self._render_text(cut.body, protocol)
+                if text is not None:
+                    return replace(cut, text=text)
+            return replace(cut, tokens=await self._tokens_of(cut.body, protocol))
+        except Exception as error:
+            _warn(after.path, error)
+            return replace(cut, tokens=[])
+
     async def _end(
         self,
-        request: PromptRequest,
-        body: Mapping[str, Any],
-        after: Part,
+        cut: Cut,
+        protocol: Protocol,
         tokens: list[int],
         text: str | None,
+        landmarks: Sequence[Landmark],
     ) -> int:
-        cut = truncate(body, request.protocol, after)
-        if after.region is Region.MESSAGES and text is not None:
-            # Histories are long and never the same: find the end without tokenising one.
-            found = await self._end_by_text(cut, request.protocol, tokens, text)
-            if found is not None:
-                return found
-        key = _content_key(cut, request.protocol)
-        rendered = self._tokens.get(key)
+        if cut.text is not None and text is not None:
+            last = last_within(landmarks, common_prefix(cut.text, text))
+            if last is not None:
+                params = self._renderer.default_chat_tok_params
+                (rest,) = await self._renderer.tokenize_prompts_async(
+                    [{"prompt": cut.text[last.start :]}], params
+                )
+                return last.token + common_prefix(rest["prompt_token_ids"], tokens[last.token :])
+        rendered = cut.tokens
         if rendered is None:
-            rendered = await self._render(cut, request.protocol)
-            self._remember(key, rendered)
-        else:
-            self._tokens.move_to_end(key)
+            rendered = await self._tokens_of(cut.body, protocol)
         return common_prefix(rendered, tokens)
 
-    async def _end_by_text(
-        self, cut: dict[str, Any], protocol: Protocol, tokens: list[int], text: str
-    ) -> int | None:
-        rendered = await self._render_text(cut, protocol)
-        if rendered is None:
-            return None
-        anchor = self._special.last_within(text, common_prefix(rendered, text), tokens)
-        if anchor is None:
-            return None
-        character, token = anchor
-        params = self._renderer.default_chat_tok_params
-        (rest,) = await self._renderer.tokenize_prompts_async(
-            [{"prompt": rendered[character:]}], params
-        )
-        return token + common_prefix(rest["prompt_token_ids"], tokens[token:])
+    async def _tokens_of(self, cut: dict[str, Any], protocol: Protocol) -> list[int]:
+        key = _content_key(cut, protocol)
+        tokens = self._tokens.get(key)
+        if tokens is None:
+            tokens = await self._render(cut, protocol)
+            self._remember(key, tokens)
+        else:
+            self._tokens.move_to_end(key)
+        return tokens
 
     async def _render_text(self, cut: dict[str, Any], protocol: Protocol) -> str | None:
         mode = _text_only.set(True)
@@ -205,6 +246,14 @@ class Boundaries:
         while self._token_count > REMEMBERED_TOKENS and len(self._tokens) > 1:
             _, dropped = self._tokens.popitem(last=False)
             self._token_count -= len(dropped)
+
+
+def _warn(path: str, error: Exception) -> None:
+    if isinstance(error, CannotRender):
+        logger.debug("No boundary after %s: %s", path, error)
+    else:
+        # A mistake of ours costs hits, never the request.
+        logger.error("No boundary after %s", path, exc_info=error)
 
 
 def _content_key(cut: Mapping[str, Any], protocol: Protocol) -> bytes:

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_cachescope.boundaries import SpecialTokens, common_prefix
+from vllm_cachescope.boundaries import SpecialTokens, common_prefix, last_within
 
 SPECIAL = {"<|a|>": 1, "<|b|>": 2, "<|b|>>": 3}
 tokens = SpecialTokens(SPECIAL)
@@ -38,7 +38,7 @@ def test_common_prefix_is_the_longest(start: str, one: str, other: str) -> None:
 @given(pieces, st.integers(0, 40))
 def test_the_anchor_is_a_special_token_at_both_positions(text: str, end: int) -> None:
     ids = tokenize(text)
-    found = tokens.last_within(text, end, ids)
+    found = last_within(tokens.landmarks(text, ids), end)
     starts = [i for i in range(len(text)) if tokenize(text[:i]) + tokenize(text[i:]) == ids]
     inside = [
         i
@@ -49,18 +49,18 @@ def test_the_anchor_is_a_special_token_at_both_positions(text: str, end: int) ->
     if not inside:
         assert found is None
     else:
-        character, token = found  # type: ignore[misc]
-        assert character == max(inside)
-        assert tokenize(text[:character]) == ids[:token]
+        assert found is not None
+        assert found.start == max(inside)
+        assert tokenize(text[: found.start]) == ids[: found.token]
 
 
 def test_tokens_that_the_tokenizer_puts_in_front_are_skipped() -> None:
-    assert tokens.last_within("x<|a|>y", 7, [2, *tokenize("x<|a|>y")]) == (1, 2)
+    assert tokens.landmarks("x<|a|>y", [2, *tokenize("x<|a|>y")]) == [(1, 6, 2)]
 
 
-def test_text_and_tokens_that_disagree_give_no_anchor() -> None:
+def test_text_and_tokens_that_disagree_give_no_landmark() -> None:
     ids = tokenize("x<|a|>y")
-    assert tokens.last_within("x<|a|>y", 7, [*ids, 2]) is None, "a special token the text lacks"
-    assert tokens.last_within("x<|a|>y", 7, ids[:1]) is None, "one the tokens lack"
-    assert tokens.last_within("x<|a|>y", 7, [ids[0], 2, ids[2]]) is None, "another one"
-    assert SpecialTokens({}).last_within("x", 1, [120]) is None
+    assert tokens.landmarks("x<|a|>y", [*ids, 2]) == [], "a special token the text lacks"
+    assert tokens.landmarks("x<|a|>y", ids[:1]) == [], "one the tokens lack"
+    assert tokens.landmarks("x<|a|>y", [ids[0], 2, ids[2]]) == [], "another one"
+    assert SpecialTokens({}).landmarks("x", [120]) == []

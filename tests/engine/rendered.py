@@ -87,6 +87,7 @@ class Rendering:
         """Return the prompt's tokens and text, its segments, and where they end."""
         tokens, text = await self.prompt(protocol, body)
         request = READERS[protocol](body, TTLS, 300)
-        cuts = segments(request, DEFAULTS)
-        ends = await self._boundaries.ends(request, strip(dict(body)), cuts, tokens, text)
-        return tokens, text, cuts, ends
+        planned = segments(request, DEFAULTS)
+        cuts = await self._boundaries.cuts(request, strip(dict(body)), planned)
+        ends = await self._boundaries.ends(cuts, protocol, tokens, text)
+        return tokens, text, planned, ends

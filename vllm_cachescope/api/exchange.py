@@ -39,6 +39,8 @@ class Exchange:
         request: the request as the cache sees it; None on a path whose body is not read, which
             is cached as one unmarked prompt.
         body: the body as the server sees it, without cache markers.
+        cuts: the task that renders its parts; None before it is started. What it returns is the
+            engine's side's own.
         reports: what became of each of its prompts, by the prompt's nonce. The engine's side
             puts in an estimate as soon as the first token is there and the truth when it knows.
         passages: how each of its prompts passed through the engine, by the same nonce.
@@ -49,6 +51,7 @@ class Exchange:
     caller: Caller
     request: PromptRequest | None = None
     body: Mapping[str, Any] = field(default_factory=dict)
+    cuts: Task[Any] | None = None
     reports: dict[str, Report] = field(default_factory=dict)
     passages: dict[str, Passage] = field(default_factory=dict)
     fetching: Task[None] | None = None
