@@ -1,5 +1,5 @@
 """How soon a prompt is served from Redis, next to the same vLLM with LMCache in front of the same
-Redis and to computing it again; how fast blocks move; and what a dead Redis costs."""
+Redis and to computing it again; how fast blocks move; and what a faulty or dead Redis costs."""
 
 import random
 import sys
@@ -9,6 +9,8 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+
+import httpx
 
 from benchmarks.harness import (
     BLOCK,
@@ -26,7 +28,7 @@ from benchmarks.redis_clients import Client, Native, Ours, RedisPy
 from demo.client import AnthropicClient, empty_device_cache
 from demo.model import SMALL
 from demo.server import Server, free_port
-from tests.redis.servers import RedisServer, wait_until
+from tests.redis.servers import Proxy, RedisServer, wait_until
 
 SECRET = "the secret of the benchmarks"
 BLOCK_BYTES = BLOCK * 2 * SMALL.layers * SMALL.kv_heads * SMALL.head_dim * 4
@@ -82,6 +84,16 @@ class Side:
             raise RuntimeError(
                 f"of {self._whole} tokens {answer.read} were read, {blocks * BLOCK} from Redis"
             )
+        return answer.ttft_s
+
+    def miss(self, body: dict[str, Any]) -> float:
+        """Ask for the prompt that was computed last where Redis cannot give all of it; return the
+        seconds to its first token."""
+        empty_device_cache(self._url, connector=True)
+        self._empty_memory()
+        answer = self._client.ask(body, "s", max_tokens=1)
+        if answer.read == self._whole:
+            raise RuntimeError("all of it was read, in spite of the fault")
         return answer.ttft_s
 
     def _stored(self) -> int:
@@ -207,6 +219,69 @@ def _serve_hits(
     )
 
 
+class Fault:
+    """Something that happens to a Redis while a prompt that it holds is asked for.
+
+    Args:
+        name: what happens.
+        begin: lets it happen.
+        end: undoes it.
+    """
+
+    def __init__(self, name: str, begin: Callable[[], None], end: Callable[[], None]) -> None:
+        self.name = name
+        self.begin = begin
+        self.end = end
+
+
+def faults(redis: RedisServer, proxy: Proxy) -> list[Fault]:
+    """Return what can happen to ``redis``, which engines reach through ``proxy``."""
+
+    def drip(chunk: int | None) -> None:
+        proxy.chunk, proxy.pause_s = chunk, 0.01
+
+    return [
+        Fault("hangs", redis.stop, redis.resume),
+        Fault("is killed", redis.kill, redis.start),
+        Fault("sends 1 kB each 10 ms", lambda: drip(1000), lambda: drip(None)),
+    ]
+
+
+def serve_under_faults(result: Result, count: int, directory: Path) -> None:
+    """Add what a fault of Redis adds to the first token of a prompt that Redis holds, over a prompt
+    that no tier holds."""
+    console.print("remote_tier: faults of Redis")
+    with closing(RedisServer(directory)) as redis, closing(Proxy(redis.port)) as proxy:
+        tiers = [{"type": "redis", "url": proxy.url, "first_probe": "50ms"}]
+        with server(True, cpu_bytes="1GiB", secret=SECRET, tiers=tiers) as plugin:
+            side = Side(plugin, redis)
+            side.compute(prompt("warm-up", tokens=5_000))
+            for fault in faults(redis, proxy):
+                added = []
+                for number in range(count):
+                    body = prompt(f"{fault.name} {number}", tokens=5_000)
+                    computed = side.compute(body)
+                    fault.begin()
+                    try:
+                        added.append(1000 * (side.miss(body) - computed))
+                    finally:
+                        fault.end()
+                    wait_until(lambda: _is_up(plugin), 30)
+                result.add(
+                    f"added to the first token: Redis {fault.name}",
+                    added,
+                    "ms",
+                    "at most the deadline, 250 ms",
+                    lambda milliseconds: milliseconds <= 250,
+                )
+
+
+def _is_up(plugin: Server) -> bool:
+    health = httpx.get(f"{plugin.url}/cachescope/health", timeout=60).json()
+    (tier,) = [tier for tier in health["tiers"] if tier["name"] == "redis"]
+    return bool(tier["up"])
+
+
 def serve_beside_a_dead_tier(result: Result, count: int) -> None:
     """Add what a Redis that is not there costs the requests that do not need it."""
     console.print("remote_tier: pairs of servers, without a remote tier and with a dead one")
@@ -225,6 +300,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="cachescope-") as directory:
         move_blocks(result, options.pairs, Path(directory))
         serve_hits(result, options.pairs, Path(directory))
+        serve_under_faults(result, options.pairs, Path(directory))
     serve_beside_a_dead_tier(result, options.pairs)
     return finish(result, options.results)
 

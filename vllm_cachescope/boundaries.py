@@ -11,6 +11,8 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+_CLOSING = 64  # elements of a rendering that may come of its having been cut off
+
 
 def common_prefix(a: Sequence[object], b: Sequence[object]) -> int:
     """Return how many leading elements two strings or lists share.
@@ -18,8 +20,10 @@ def common_prefix(a: Sequence[object], b: Sequence[object]) -> int:
     A binary search by slices: the comparing is done by the interpreter, not in a loop.
     """
     low, high = 0, min(len(a), len(b))
-    if a == b[: len(a)]:
-        return len(a)
+    # Renderings that part do so near the end of the shorter one: with what closes a template.
+    near = max(0, high - _CLOSING)
+    if a[:near] == b[:near]:
+        low = near
     while low < high:
         middle = (low + high + 1) // 2
         if a[low:middle] == b[low:middle]:

@@ -15,6 +15,7 @@ from vllm_cachescope.latches import Latch, Latches
 from vllm_cachescope.overlap import (
     Overlap,
     compaction,
+    departs_alike,
     is_answer_to_less,
     is_opening,
     may_share,
@@ -356,8 +357,10 @@ def _place(session: _Session, new: Fingerprint, now: float) -> Placement:
     shared = Overlap(0, 0, False)
     agreed = b""
     for entry in reversed(session.entries):
-        # Most agree less far than the best so far, and need no closer look.
+        # Most agree less far than the best so far, or like it and no further.
         if not entry.fingerprint.hashes.startswith(agreed):
+            continue
+        if nearest and departs_alike(entry.fingerprint, nearest.fingerprint, shared):
             continue
         found = overlap(entry.fingerprint, new)
         if nearest is None or (found.tokens, found.whole) > (shared.tokens, shared.whole):

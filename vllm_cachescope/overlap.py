@@ -71,6 +71,20 @@ def overlap(old: Fingerprint, new: Fingerprint) -> Overlap:
     return Overlap(parts, min(tokens, old.tokens, new.tokens), False)
 
 
+def departs_alike(old: Fingerprint, other: Fingerprint, shared: Overlap) -> bool:
+    """Whether a request agrees with ``old`` as far as with ``other``, which is ``shared``: the two
+    are the same up to the part at which it departs from them, and go on after it."""
+    parts = shared.parts + 1
+    return (
+        not shared.whole
+        and len(old) > parts < len(other)
+        and old.hashes[: parts * HASH_BYTES] == other.hashes[: parts * HASH_BYTES]
+        and old.kinds[:parts] == other.kinds[:parts]
+        and old.model == other.model
+        and old.params == other.params
+    )
+
+
 def _grew(old: Fingerprint, new: Fingerprint, part: int, inside: int) -> bool:
     """Whether a prompt that is one text went on where it ended, as far as its pieces show."""
     return (

@@ -143,8 +143,8 @@ class Boundaries:
         return ends
 
     async def _cut(self, protocol: Protocol, body: Mapping[str, Any], after: Part) -> Cut:
-        cut = Cut(after.path, truncate(body, protocol, after))
         try:
+            cut = Cut(after.path, truncate(body, protocol, after))
             if after.region is Region.MESSAGES:
                 # Histories are long and never the same: find the end without tokenising one.
                 text = await self._render_text(cut.body, protocol)
@@ -153,7 +153,7 @@ class Boundaries:
             return replace(cut, tokens=await self._tokens_of(cut.body, protocol))
         except Exception as error:
             _warn(after.path, error)
-            return replace(cut, tokens=[])
+            return Cut(after.path, {}, tokens=[])
 
     async def _end(
         self,

@@ -4,7 +4,7 @@ import pytest
 
 from demo.model import MODELS, TINY, build
 from tests.engine.engine import Engine
-from tests.engine.server import Api, serve, serve_scoped
+from tests.engine.server import ONE_PROCESS, Api, serve, serve_scoped
 
 
 @pytest.fixture(scope="session")
@@ -36,5 +36,5 @@ def api(tiny_model, tmp_path_factory) -> Iterator[Api]:
 @pytest.fixture(scope="module")
 def plain_url(tiny_model) -> Iterator[str]:
     """A server of the same model, by a vLLM that has never heard of the plugin."""
-    with serve(tiny_model, [], {"VLLM_PLUGINS": "none"}) as url:
+    with serve(tiny_model, [*ONE_PROCESS], {"VLLM_PLUGINS": "none"}) as url:
         yield url

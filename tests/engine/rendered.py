@@ -1,6 +1,7 @@
 """vLLM's renderer as the API server has it, with no engine behind it."""
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,7 @@ from vllm.renderers.online_renderer import OnlineRenderer
 
 from demo.model import TEMPLATES
 from vllm_cachescope.breakpoints import RegionDefault, Segment, segments
-from vllm_cachescope.connectors.vllm.rendering import Boundaries
+from vllm_cachescope.connectors.vllm.rendering import Boundaries, Cut
 from vllm_cachescope.prompt import Protocol, Region
 from vllm_cachescope.scopes import Scope
 from vllm_cachescope.wire import READERS, strip
@@ -32,6 +33,8 @@ class Rendering:
 
     Attributes:
         tokenized: the texts that went to the tokenizer, in order.
+        meanwhile: makes what the tokenizer waits for; None for nothing. Called as the server
+            begins to tokenise.
     """
 
     def __init__(self, model: str, template: str) -> None:
@@ -39,10 +42,14 @@ class Rendering:
         renderer = renderer_from_config(config)
         self.tokenizer = renderer.get_tokenizer()
         self.tokenized: list[str] = []
+        self.meanwhile: Callable[[], Awaitable[object]] | None = None
+        self._begun: Awaitable[object] | None = None
         tokenize = renderer.tokenize_prompts_async
 
         async def tokenize_prompts_async(prompts: Any, params: Any) -> Any:
             self.tokenized += [prompt["prompt"] for prompt in prompts if "prompt" in prompt]
+            if self._begun is not None:
+                await self._begun
             return await tokenize(prompts, params)
 
         renderer.tokenize_prompts_async = tokenize_prompts_async
@@ -60,9 +67,14 @@ class Rendering:
             _merge_inline_system=AnthropicServingMessages._should_merge_inline_system(self._online),
         )
         self._serving = serving
-        self._boundaries = Boundaries(
-            SimpleNamespace(online_renderer=self._online, anthropic_serving_messages=serving)
+        self.boundaries = Boundaries(
+            SimpleNamespace(online_renderer=self._online, anthropic_serving_messages=serving),
+            self._tokenizing,
         )
+
+    def _tokenizing(self) -> None:
+        if self.meanwhile is not None and self._begun is None:
+            self._begun = asyncio.ensure_future(self.meanwhile())
 
     async def prompt(self, protocol: Protocol, body: Mapping[str, Any]) -> tuple[list[int], str]:
         """Return the tokens and the text of the prompt that the server makes of ``body``."""
@@ -86,8 +98,13 @@ class Rendering:
     ) -> tuple[list[int], str, tuple[Segment, ...], list[int]]:
         """Return the prompt's tokens and text, its segments, and where they end."""
         tokens, text = await self.prompt(protocol, body)
+        planned, cuts = await self.rendered(protocol, body)
+        return tokens, text, planned, await self.boundaries.ends(cuts, protocol, tokens, text)
+
+    async def rendered(
+        self, protocol: Protocol, body: Mapping[str, Any]
+    ) -> tuple[tuple[Segment, ...], list[Cut | None]]:
+        """Return the segments of ``body``, and it rendered as far as each goes."""
         request = READERS[protocol](body, TTLS, 300)
         planned = segments(request, DEFAULTS)
-        cuts = await self._boundaries.cuts(request, strip(dict(body)), planned)
-        ends = await self._boundaries.ends(cuts, protocol, tokens, text)
-        return tokens, text, planned, ends
+        return planned, await self.boundaries.cuts(request, strip(dict(body)), planned)

@@ -26,6 +26,8 @@ ROOT = Path(__file__).parents[2]
 MODEL = "toy"
 OPERATOR_TOKEN = "the operator of the tests"
 NAMED_KEY = "key of the named"
+ONE_PROCESS = ("--distributed-executor-backend", "uni")
+"""For scheduler and worker: a server is up sooner than with one for each."""
 
 
 def plugin(**config: Any) -> list[str]:

@@ -1,5 +1,6 @@
 """Where breakpoints end in the tokens of real chat templates, rendered by vLLM itself."""
 
+import asyncio
 import copy
 import json
 import random
@@ -277,3 +278,25 @@ async def test_a_history_is_not_tokenised_again(renderings, template):
     assert extra[0] < 2 * tools_and_system + 0.1 * history
     allowed = 0.1 * history + (tools_and_system if template == "inst" else 0)
     assert max(extra[1:]) < allowed
+
+
+async def test_parts_are_rendered_while_the_server_tokenises(renderings):
+    rendering = renderings["chatml"]
+    session = agent_session(seed=2, turns=3, tools=2, rules=2)
+    body = marked({"model": "m", **session.body(2), "max_tokens": 4}, "messages", -1, "content", -1)
+    expected, rendered = await rendering.cut(Protocol.MESSAGES, body), []
+
+    async def render():
+        rendered.append(await rendering.rendered(Protocol.MESSAGES, body))
+
+    rendering.tokenized.clear()
+    rendering.meanwhile = render
+    try:
+        # Would never end if a part had to wait for the tokens of the whole.
+        tokens, text = await asyncio.wait_for(rendering.prompt(Protocol.MESSAGES, body), 30)
+    finally:
+        rendering.meanwhile = None
+    assert rendering.tokenized == [text]
+    ((planned, cuts),) = rendered
+    ends = await rendering.boundaries.ends(cuts, Protocol.MESSAGES, tokens, text)
+    assert (tokens, text, planned, ends) == expected

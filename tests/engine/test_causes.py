@@ -9,14 +9,14 @@ import httpx
 import openai
 import pytest
 
-from tests.engine.server import MODEL, OPERATOR_TOKEN, Api, serve_scoped
+from tests.engine.server import MODEL, ONE_PROCESS, OPERATOR_TOKEN, Api, serve_scoped
 from tests.engine.test_diagnostics import breaks, session
 from tests.engine.test_sdk import EPHEMERAL, block
 
 pytestmark = pytest.mark.engine
 
 CHUNK_BYTES = 2 * 2 * 2 * 32 * 4 * 128  # k and v, layers, heads, width, float32, tokens
-SMALL = ("--max-model-len", "4096", "--num-gpu-blocks-override", "40")
+SMALL = ("--max-model-len", "4096", "--num-gpu-blocks-override", "40", *ONE_PROCESS)
 
 
 @pytest.fixture(scope="module")
