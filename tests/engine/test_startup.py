@@ -45,7 +45,7 @@ def test_vllms_own_command_stops_with_one_message(tiny_model: Path) -> None:
         # How much a chunk takes is known to the engine only.
         too_small = pool.submit(start, tiny_model, cpu_bytes=4096)
     for ended, expected in (
-        (misspelt.result(), "cpu_bites: there is no such key (value 1); allowed: chunk_tokens, .*"),
+        (misspelt.result(), "cpu_bites: there is no such key (value 1); allowed: chunk_tokens, "),
         (
             too_small.result(),
             "cpu_bytes: 4096 holds not even one chunk; "
@@ -55,7 +55,7 @@ def test_vllms_own_command_stops_with_one_message(tiny_model: Path) -> None:
         said = ended.stderr + ended.stdout
         assert ended.returncode == 1
         found = re.findall("^CacheScope configuration: (.*)$", said, re.MULTILINE)
-        assert len(found) == 1 and re.fullmatch(expected, found[0]), found
+        assert len(found) == 1 and found[0].startswith(expected), found
         assert "Traceback" not in said
 
 
