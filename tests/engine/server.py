@@ -65,7 +65,10 @@ def serve(model: Path, arguments: list[str], environment: dict[str, str]) -> Ite
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_SERVER_DEV_MODE": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        # On a CPU vLLM makes a worker process all the same, unless it is told twice.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if set(ONE_PROCESS) <= set(arguments) else "1",
+        # What vLLM finds out about a model class, for which it starts a Python of its own.
+        "VLLM_CACHE_ROOT": str(ROOT / ".cache" / "vllm"),
     }
     with Server(command, own | environment) as server:
         yield server.url
