@@ -73,13 +73,16 @@ class ScopeOffloadingSpec(TieringOffloadingSpec):
     def get_manager(self) -> OffloadingManager:
         if self._manager is not None:
             return self._manager
+        regions.remove_stale()
+        claimed = regions.claim(self._engine_id)
         if self.num_chunks == 0 and self.kv_bytes_per_chunk:
+            # The workers came first and have a region each. What they are not given the time to
+            # remove goes at the next start, as after a crash.
+            claimed.close()
             raise ConfigError(
                 f"cpu_bytes: {self.extra_config['cpu_bytes_to_use']} holds not even one chunk; "
                 f"allowed: {self.kv_bytes_per_chunk} or more with this model and block size"
             )
-        regions.remove_stale()
-        claimed = regions.claim(self._engine_id)
         manager = super().get_manager()
         # On the manager, since vLLM lets go of this object once the engine has started.
         manager.claimed_region = claimed  # type: ignore[attr-defined]

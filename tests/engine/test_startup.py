@@ -15,7 +15,7 @@ import pytest
 from tests.engine.engine import BLOCK_BYTES
 from tests.engine.server import ROOT
 from vllm_cachescope.config import CONNECTOR, ConfigError
-from vllm_cachescope.connectors.vllm import startup
+from vllm_cachescope.connectors.vllm import regions, startup
 
 
 def start(model: Path, **extra: object) -> "subprocess.CompletedProcess[str]":
@@ -46,6 +46,7 @@ def start(model: Path, **extra: object) -> "subprocess.CompletedProcess[str]":
 
 @pytest.mark.engine
 def test_vllms_own_command_stops_with_one_message(tiny_model: Path) -> None:
+    before = set(Path("/dev/shm").glob("vllm_offload_*"))
     with ThreadPoolExecutor() as pool:
         misspelt = pool.submit(start, tiny_model, cpu_bites=1)
         # How much a chunk takes is known to the engine only.
@@ -63,6 +64,8 @@ def test_vllms_own_command_stops_with_one_message(tiny_model: Path) -> None:
         found = re.findall("^CacheScope configuration: (.*)$", said, re.MULTILINE)
         assert len(found) == 1 and found[0].startswith(expected), found
         assert "Traceback" not in said
+    regions.remove_stale()
+    assert set(Path("/dev/shm").glob("vllm_offload_*")) <= before
 
 
 @pytest.mark.parametrize(
