@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -219,19 +220,19 @@ def _serve_hits(
     )
 
 
+@dataclass(frozen=True, slots=True)
 class Fault:
     """Something that happens to a Redis while a prompt that it holds is asked for.
 
-    Args:
+    Attributes:
         name: what happens.
         begin: lets it happen.
         end: undoes it.
     """
 
-    def __init__(self, name: str, begin: Callable[[], None], end: Callable[[], None]) -> None:
-        self.name = name
-        self.begin = begin
-        self.end = end
+    name: str
+    begin: Callable[[], None]
+    end: Callable[[], None]
 
 
 def faults(redis: RedisServer, proxy: Proxy) -> list[Fault]:

@@ -8,12 +8,12 @@ secret, nobody can test a guess at a text against a fingerprint.
 import json
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum, IntFlag
 from hashlib import sha256
 from hmac import digest
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic_core import PydanticSerializationError, to_json
 
@@ -61,6 +61,8 @@ _SUMMARY_WORDS = (
 )
 _SUMMARY_HEAD = 400  # characters in which a summary says that it is one
 _BILLING = "x-anthropic-billing-header"
+
+_T = TypeVar("_T")
 
 
 class Role(IntEnum):
@@ -325,7 +327,7 @@ class Fingerprinter:
         self._base = sha256(digest(secret, b"fingerprint", "sha256"))
         self._memo: OrderedDict[bytes, ToolPrint] = OrderedDict()
         self._memo_tools = memo_tools
-        self._inside: dict[bytes, bytes] = {}
+        self._inside: OrderedDict[bytes, bytes] = OrderedDict()
         self._memo_parts = memo_parts
 
     def __call__(
@@ -387,32 +389,24 @@ class Fingerprinter:
         """
         if len(data) < 2 * _EDGE_BYTES:
             return bytes(2 * HASH_BYTES)
-        key = b"%b%d" % (hash_, chunk_bytes)
-        # Taken out and put in again: what was used last is last.
-        known = self._inside.pop(key, None)
-        if known is None:
-            view = memoryview(data)
-            hashes = [self.hash(view[:_EDGE_BYTES]), self.hash(view[-_EDGE_BYTES:])]
-            whole = min(len(data) // chunk_bytes, _MAX_CHUNKS)
-            for at in range(0, whole * chunk_bytes, chunk_bytes):
-                hashes.append(self.hash(view[at : at + chunk_bytes]))
-            known = b"".join(hashes)
-            if len(self._inside) >= self._memo_parts:
-                del self._inside[next(iter(self._inside))]
-        self._inside[key] = known
-        return known
+        return _remembered(
+            self._inside,
+            self._memo_parts,
+            b"%b%d" % (hash_, chunk_bytes),
+            lambda: self._look_inside(data, chunk_bytes),
+        )
 
     def tool(self, content: Any, ordered: bytes) -> ToolPrint:
         """Return the print of the tool ``content``; ``ordered`` is the hash of its JSON as sent."""
-        known = self._memo.get(ordered)
-        if known is not None:
-            self._memo.move_to_end(ordered)
-            return known
-        print_ = self._analyse(content, ordered)
-        self._memo[ordered] = print_
-        if len(self._memo) > self._memo_tools:
-            self._memo.popitem(last=False)
-        return print_
+        return _remembered(
+            self._memo, self._memo_tools, ordered, lambda: self._analyse(content, ordered)
+        )
+
+    def _look_inside(self, data: bytes, chunk_bytes: int) -> bytes:
+        view = memoryview(data)
+        whole = min(len(data) // chunk_bytes, _MAX_CHUNKS) * chunk_bytes
+        pieces = (view[at : at + chunk_bytes] for at in range(0, whole, chunk_bytes))
+        return b"".join(map(self.hash, (view[:_EDGE_BYTES], view[-_EDGE_BYTES:], *pieces)))
 
     def _analyse(self, content: Any, ordered: bytes) -> ToolPrint:
         fields: dict[str, Any] = {}
@@ -516,6 +510,20 @@ class _Packer:
         self._n_chunks += len(inside) // HASH_BYTES - 2
         self.chunk_ends.append(self._n_chunks)
         self.paths.append(part.path)
+
+
+def _remembered(
+    memo: "OrderedDict[bytes, _T]", most: int, key: bytes, make: Callable[[], _T]
+) -> _T:
+    """Return what is in ``memo`` under ``key``, or make it; what was used longest ago gives way."""
+    known = memo.get(key)
+    if known is not None:
+        memo.move_to_end(key)
+        return known
+    made = memo[key] = make()
+    if len(memo) > most:
+        memo.popitem(last=False)
+    return made
 
 
 def _at(packed: bytes, index: int) -> bytes:

@@ -5,7 +5,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
@@ -144,13 +144,13 @@ class Boundaries:
 
     async def _cut(self, protocol: Protocol, body: Mapping[str, Any], after: Part) -> Cut:
         try:
-            cut = Cut(after.path, truncate(body, protocol, after))
+            cut = truncate(body, protocol, after)
             if after.region is Region.MESSAGES:
                 # Histories are long and never the same: find the end without tokenising one.
-                text = await self._render_text(cut.body, protocol)
+                text = await self._render_text(cut, protocol)
                 if text is not None:
-                    return replace(cut, text=text)
-            return replace(cut, tokens=await self._tokens_of(cut.body, protocol))
+                    return Cut(after.path, cut, text=text)
+            return Cut(after.path, cut, tokens=await self._tokens_of(cut, protocol))
         except Exception as error:
             _warn(after.path, error)
             return Cut(after.path, {}, tokens=[])

@@ -106,6 +106,14 @@ def test_the_memo_is_bounded_and_changes_nothing() -> None:
     assert len(large._memo) == 24
 
 
+def test_what_parts_have_inside_is_remembered_within_bounds() -> None:
+    small, large = Fingerprinter(SECRET, memo_parts=3), Fingerprinter(SECRET)
+    request = anthropic.read(Agent("parts").body(), TTLS)
+    prints = [made(request) for made in (small, small, large, large)]
+    assert len(small._inside) == 3 < len(large._inside)
+    assert len({(found.edges, found.chunks, found.hashes) for found in prints}) == 1
+
+
 def test_key_order_counts_and_is_told_apart() -> None:
     made = Fingerprinter(SECRET)
     tool = Agent("order").tools[0]
