@@ -111,8 +111,10 @@ class CacheScopeConnector(OffloadingConnector):
 
     def shutdown(self) -> None:
         super().shutdown()
-        if self.connector_scheduler is not None:
-            regions.release(self.connector_scheduler.manager.claimed_region)
+        scheduler, worker = self.connector_scheduler, self.connector_worker
+        for user in (scheduler and scheduler.manager, worker and worker.worker):
+            if user is not None:
+                regions.release(user.claimed_region)
 
     def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
         super().bind_kv_cache_manager(kv_cache_manager)

@@ -74,15 +74,12 @@ class ScopeOffloadingSpec(TieringOffloadingSpec):
         if self._manager is not None:
             return self._manager
         regions.remove_stale()
-        claimed = regions.claim(self._engine_id)
         if self.num_chunks == 0 and self.kv_bytes_per_chunk:
-            # The workers came first and have a region each. What they are not given the time to
-            # remove goes at the next start, as after a crash.
-            claimed.close()
             raise ConfigError(
                 f"cpu_bytes: {self.extra_config['cpu_bytes_to_use']} holds not even one chunk; "
                 f"allowed: {self.kv_bytes_per_chunk} or more with this model and block size"
             )
+        claimed = regions.claim(self._engine_id)
         manager = super().get_manager()
         # On the manager, since vLLM lets go of this object once the engine has started.
         manager.claimed_region = claimed  # type: ignore[attr-defined]
@@ -92,8 +89,13 @@ class ScopeOffloadingSpec(TieringOffloadingSpec):
         # With none the engine does not start. Workers come first, and leave it to the manager to
         # say so, once.
         self.num_chunks = max(self.num_chunks, 1)
-        if not current_platform.is_cpu():
-            return super().get_worker(kv_caches)
+        claimed = regions.claim(self._engine_id)
+        cpu = current_platform.is_cpu()
+        worker = self._cpu_worker(kv_caches) if cpu else super().get_worker(kv_caches)
+        worker.claimed_region = claimed  # type: ignore[attr-defined]
+        return worker
+
+    def _cpu_worker(self, kv_caches: CanonicalKVCaches) -> CpuCopyWorker:
         region = SharedOffloadRegion(
             engine_id=self._engine_id,
             num_chunks=self.num_chunks,

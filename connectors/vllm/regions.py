@@ -1,8 +1,8 @@
 """The shared-memory files of the CPU tier: whose they are, and which are left over.
 
-An engine that is killed leaves its file behind, and the memory with it. Each engine therefore
-holds a lock on a file beside its region for as long as it lives; the kernel lets go of the lock
-however the engine ends, and in whatever container.
+An engine that is killed leaves its file behind, and the memory with it. Each process that uses a
+region, the scheduler and its workers, therefore shares a lock on a file beside it for as long as it
+lives; the kernel lets go of the lock however the process ends, and in whatever container.
 """
 
 import fcntl
@@ -25,12 +25,13 @@ def _region(engine_id: str, directory: Path) -> Path:
 
 def claim(engine_id: str, directory: Path = Path("/dev/shm")) -> IO[bytes]:
     """Mark the region of ``engine_id`` as in use until the returned file is closed or the
-    process ends. To be called before the region is made."""
+    process ends. To be called by each process that uses the region, before it makes or opens it.
+    """
     path = _region(engine_id, directory).with_suffix(".lock")
     while True:
         lock = open(path, "wb")  # noqa: SIM115
         # Another engine may be looking whether it is stale, and find so and remove it.
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.flock(lock, fcntl.LOCK_SH)
         if _is_at(lock, path):
             return lock
         lock.close()
@@ -59,7 +60,7 @@ def remove_stale(directory: Path = Path("/dev/shm")) -> list[Path]:
     for lock_path in directory.glob(f"vllm_offload_{PREFIX}*.lock"):
         region = lock_path.with_suffix(".mmap")
         with suppress(OSError), open(lock_path, "rb") as lock:
-            # Fails while the engine lives.
+            # Fails while any process of the engine lives.
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not _is_at(lock, lock_path):
                 continue  # Removed by another, and by now perhaps claimed anew.

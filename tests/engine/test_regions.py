@@ -64,6 +64,15 @@ def test_a_killed_engines_region_is_removed_and_a_live_ones_is_not(tmp_path, sta
     assert live.poll() is None
 
 
+def test_a_region_stays_while_any_process_of_its_engine_lives(tmp_path, start):
+    scheduler, worker = start("cachescope-parallel"), start("cachescope-parallel")
+    for process, expected in ((scheduler, []), (worker, ["vllm_offload_cachescope-parallel.mmap"])):
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        assert [path.name for path in regions.remove_stale(tmp_path)] == expected
+    assert names(tmp_path) == []
+
+
 def test_other_peoples_files_stay(tmp_path):
     for name in (
         "vllm_offload_1234.mmap",

@@ -12,9 +12,11 @@ from tests.lmcache.conftest import anywhere, everywhere, in_files
 from tests.lmcache.side import LMCacheSide, Wall
 from tests.redis.engine_side import SLOT, content, keys
 from tests.redis.servers import wait_until
-from vllm_cachescope.config import CONNECTOR, ConfigError
+from vllm_cachescope.config import CONNECTOR, ConfigError, Share
 from vllm_cachescope.connectors.lmcache import adapters, backend
 from vllm_cachescope.connectors.vllm import startup
+from vllm_cachescope.shares import Shares
+from vllm_cachescope.tiers.account import Account
 from vllm_cachescope.tiers.envelope import HEADER_BYTES
 
 
@@ -202,6 +204,30 @@ def test_an_adapter_that_lists_what_it_holds(start_side, wall, monkeypatch, tmp_
 
 
 ACME, OTHER = b"acme....", b"other..."
+
+
+@anywhere
+def test_over_its_quota_an_organisation_loses_its_own_oldest(place, start_side):
+    """Of these stores none keeps accounts, so each engine counts what it has stored itself."""
+    side = start_side(place.adapter, account=Account(Shares(SLOT, Share(quota=20 * SLOT), {})))
+
+    def prompt(owner: bytes, number: int) -> list[bytes]:
+        return keys(5, f"prompt {number}", owner + bytes(8))
+
+    def left(owner: bytes) -> list[int]:
+        return [n for n in range(9) if len(side.get_exact(prompt(owner, n)).keys) == 5]
+
+    for owner, prompts in ((OTHER, 3), (ACME, 8)):
+        for number in range(prompts):
+            side.put(prompt(owner, number))
+    assert left(OTHER) == [0, 1, 2]
+    assert left(ACME) == [4, 5, 6, 7]
+    assert side.tier.take_counts()["evict", "quota"] == 20
+    wait_until(lambda: len(place.values()) == len(place.records()) == 35)
+    # What is used is not the oldest.
+    side.tier.used([(key, 300) for key in prompt(ACME, 4)])
+    side.put(prompt(ACME, 8))
+    assert left(ACME) == [4, 6, 7, 8]
 
 
 @everywhere

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import redis
 
-REDIS_SERVER = shutil.which("redis-server")
+REDIS_SERVER = shutil.which(os.environ.get("REDIS_SERVER", "redis-server"))
+"""Path of the server to test with; ``REDIS_SERVER=valkey-server`` tests with Valkey."""
 
 
 def free_port() -> int:
