@@ -26,10 +26,12 @@ lint: setup ## ruff, and mypy --strict on the core
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-compat: setup ## the short engine test on vLLM 0.31 and 0.32
+compat: setup ## what other versions must do as well: vLLM 0.31, and Valkey where there is one
 	@scripts/setup.sh --venv .venv-0.31 --engine 0.31.0
-	.venv-0.31/bin/pytest tests/compat
+	.venv-0.31/bin/pytest tests/compat tests/redis/test_replicas.py
+	.venv-0.31/bin/pytest tests/lmcache/test_engines.py
 	$(BIN)/pytest tests/compat
+	! command -v valkey-server || REDIS_SERVER=valkey-server $(BIN)/pytest tests/redis
 
 bench: setup ## measure what the plugin costs and saves
 	@$(BIN)/python -m benchmarks

@@ -362,8 +362,8 @@ def _run(kind: ChangeKind, old: Fingerprint, gone: range, new: Fingerprint, came
         chars_after=sum(new.chars[came.start : came.stop]),
         parts_before=len(gone),
         parts_after=len(came),
-        value=b"".join(split(new, came[:8])),
-        old_value=b"".join(split(old, gone[:8])),
+        value=new.hashes_of(came[:8]),
+        old_value=old.hashes_of(gone[:8]),
     )
 
 

@@ -33,6 +33,7 @@ _PROMPT_CHUNK_BYTES = 512  # of a prompt that is one text: all there is to find 
 _MAX_CHUNKS = 1024
 
 _EDGE_BYTES = 128  # hashed at both ends of a part, to know an edited part from another one
+_NO_EDGES = bytes(2 * HASH_BYTES)  # of a part too short to have them
 _IMAGE_TOKENS = 1600  # about what vision models spend on a large image; its base64 tells nothing
 
 # Parts of a region beyond these counts are hashed as one, so that a body of a hundred thousand
@@ -211,6 +212,10 @@ class Fingerprint:
         """Return the hash of ``part``."""
         return _at(self.hashes, part)
 
+    def hashes_of(self, parts: range) -> bytes:
+        """Return the hashes of ``parts``, packed."""
+        return self.hashes[parts.start * HASH_BYTES : parts.stop * HASH_BYTES]
+
     def edges_of(self, part: int) -> tuple[bytes, bytes]:
         """Return the hashes of the beginning and the end of ``part``, zeros if it is short."""
         return _at(self.edges, 2 * part), _at(self.edges, 2 * part + 1)
@@ -379,16 +384,14 @@ class Fingerprinter:
         return state.digest()[:HASH_BYTES]
 
     def inside(self, hash_: bytes, data: bytes, chunk_bytes: int) -> bytes:
-        """Return hashes of what is inside a part: of its two ends, zeros if it is short, and of
-        its leading pieces.
+        """Return hashes of what is inside a part that is long enough to have two ends: of those,
+        and of its leading pieces.
 
         Args:
             hash_: hash of the part.
             data: its content.
             chunk_bytes: length of a piece.
         """
-        if len(data) < 2 * _EDGE_BYTES:
-            return bytes(2 * HASH_BYTES)
         return _remembered(
             self._inside,
             self._memo_parts,
@@ -479,35 +482,38 @@ class _Packer:
         self.marks: list[MarkPrint] = []
 
     def add(self, part: Part) -> None:
-        text = _text(part.content)
+        # Runs a hundred times and more for each request: what calls can be saved are.
+        owner, content = self._owner, part.content
+        text = _text(content)
         if text is not None:
             data, form = text.encode("utf-8", "surrogatepass"), b"t"
-        elif (strings := _strings(part.content)) is not None:
+        elif (strings := _strings(content)) is not None:
             data, form = strings, b"s"
         else:
-            data, form = _json(part.content), b"j"
+            data, form = _json(content), b"j"
         kind = _kind(part, text)
-        if part.region is not Region.TOOLS:
-            message = _message_of(part)
-            if message != self._message:
-                self._message = message
-                kind |= _STARTS
-        hash_ = self._owner.hash(form + bytes((kind & _ROLE_BITS,)), data)
+        hash_ = owner.hash(form + bytes((kind & _ROLE_BITS,)), data)
         if part.region is Region.TOOLS:
-            self.tools.append(self._owner.tool(part.content, hash_))
-        self._tokens += _estimate(part.content, data)
+            self.tools.append(owner.tool(content, hash_))
+        elif (message := _message_of(part)) != self._message:
+            self._message = message
+            kind |= _STARTS
         if part.mark is not None:
             mark = part.mark
             self.marks.append(MarkPrint(len(self.hashes), mark.path, mark.ttl_s, mark.scope))
+        self._tokens += _estimate(content, len(data))
         self.counts[part.region] += 1
         self.hashes.append(hash_)
         self.kinds.append(kind)
-        self.ends.append(min(self._tokens, 0xFFFFFFFF))
-        self.chars.append(min(len(data) if text is None else len(text), 0xFFFFFFFF))
-        inside = self._owner.inside(hash_, data, self._chunk_bytes)
-        self.edges.append(inside[: 2 * HASH_BYTES])
-        self.chunks.append(inside[2 * HASH_BYTES :])
-        self._n_chunks += len(inside) // HASH_BYTES - 2
+        self.ends.append(self._tokens)
+        self.chars.append(len(data) if text is None else len(text))
+        if len(data) < 2 * _EDGE_BYTES:
+            self.edges.append(_NO_EDGES)
+        else:
+            inside = owner.inside(hash_, data, self._chunk_bytes)
+            self.edges.append(inside[: len(_NO_EDGES)])
+            self.chunks.append(inside[len(_NO_EDGES) :])
+            self._n_chunks += len(inside) // HASH_BYTES - 2
         self.chunk_ends.append(self._n_chunks)
         self.paths.append(part.path)
 
@@ -598,8 +604,8 @@ def _message_of(part: Part) -> str:
     return part.path.partition("]")[0].removesuffix(".content")
 
 
-def _estimate(content: Any, data: bytes) -> int:
-    tokens = -(-len(data) // BYTES_PER_TOKEN)
+def _estimate(content: Any, nbytes: int) -> int:
+    tokens = -(-nbytes // BYTES_PER_TOKEN)
     if isinstance(content, dict) and content.get("type") in _IMAGE_TYPES:
         return min(tokens, _IMAGE_TOKENS)
     return tokens

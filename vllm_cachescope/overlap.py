@@ -119,7 +119,7 @@ def reusable(
     new: Fingerprint,
     shared: Overlap,
     parent_known: bool,
-    messages: Sequence[bytes],
+    messages: Sequence[int],
 ) -> int:
     """Return up to which token ``new`` would have agreed with ``old`` but for the divergence.
 
@@ -303,14 +303,13 @@ def _total(print_: Fingerprint, parts: range) -> int:
     return print_.start(parts.stop) - print_.start(parts.start) if parts else 0
 
 
-def split(print_: Fingerprint, parts: range) -> list[bytes]:
-    """Return the hash of each of ``parts``."""
-    hashes = print_.hashes
-    return [hashes[k * HASH_BYTES : (k + 1) * HASH_BYTES] for k in parts]
+def split(print_: Fingerprint, parts: range) -> list[int]:
+    """Return the hash of each of ``parts``, as numbers: they are quicker to make and compare."""
+    return memoryview(print_.hashes).cast("Q")[parts.start : parts.stop].tolist()
 
 
 def _last_common_turn(
-    old: Fingerprint, new: Fingerprint, theirs: Sequence[bytes], ours: Sequence[bytes]
+    old: Fingerprint, new: Fingerprint, theirs: Sequence[int], ours: Sequence[int]
 ) -> int | None:
     """Return the end in ``new`` of the last answer that stands in both beside one neighbour.
 

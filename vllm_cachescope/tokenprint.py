@@ -69,8 +69,11 @@ def print_tokens(tokens: Sequence[int], block_tokens: int, secret: bytes) -> Tok
     step = block_tokens
     while len(tokens) // step > MAX_HASHES:
         step *= 2
-    data = memoryview(array("I", tokens)).cast("B")
-    width = array("I").itemsize * step
+    ids = array("I")
+    # Unlike the constructor it counts no references to the tokens, which would be a write to each.
+    ids.fromlist(tokens if isinstance(tokens, list) else list(tokens))
+    data = memoryview(ids).cast("B")
+    width = ids.itemsize * step
     state = sha256(digest(secret, b"tokens", "sha256"))
     hashes = []
     for start in range(0, len(data) - width + 1, width):
