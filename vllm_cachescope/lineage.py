@@ -366,6 +366,8 @@ def _place(session: _Session, new: Fingerprint, now: float) -> Placement:
         if nearest is None or (found.tokens, found.whole) > (shared.tokens, shared.whole):
             nearest, shared = entry, found
             agreed = new.hashes[: shared.parts * HASH_BYTES]
+            if shared.whole and shared.parts == len(new):
+                break  # It is the same request.
     if nearest is None:
         return _begin(session, Relation.FIRST, new, now)
     # A request that an earlier one repeats in full misses nothing.
