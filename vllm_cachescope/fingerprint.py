@@ -376,6 +376,11 @@ class Fingerprinter:
             previous_id=self._name(str(first[0].content)) if referred else None,
         )
 
+    def forget(self) -> None:
+        """Forget what is remembered of the tools and parts of all requests."""
+        self._memo.clear()
+        self._inside.clear()
+
     def hash(self, *data: bytes | memoryview) -> bytes:
         """Return the keyed hash of ``data``, which may come in pieces."""
         state = self._base.copy()

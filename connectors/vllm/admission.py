@@ -51,6 +51,10 @@ class Admission:
         self._generate = self._engine.generate
         self._engine.generate = self.generate
 
+    def forget(self) -> None:
+        """Forget what is kept of prompts that were planned."""
+        self._boundaries.forget()
+
     async def generate(
         self, prompt: Any, sampling_params: Any, request_id: str, **options: Any
     ) -> AsyncGenerator[Any, None]:

@@ -90,6 +90,11 @@ class Boundaries:
 
         self._renderer.tokenize_prompts_async = tokenize_prompts_async
 
+    def forget(self) -> None:
+        """Forget what was rendered: the tools and system prompts of all organisations."""
+        self._tokens.clear()
+        self._token_count = 0
+
     async def cuts(
         self, request: PromptRequest, body: Mapping[str, Any], segments: tuple[Segment, ...]
     ) -> list[Cut | None]:

@@ -6,7 +6,7 @@ import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from vllm import envs
@@ -29,7 +29,7 @@ class Middleware(CacheScopeMiddleware):
 
     def attach(self, state: Any) -> Config:
         config = startup.read(state.engine_client.vllm_config.kv_transfer_config)
-        Admission(state, config, config.secret_bytes())
+        self._admission = Admission(state, config, config.secret_bytes())
         # vLLM kills its engine without letting it clean up; by the end of this process, which
         # does the killing, the engine is gone.
         atexit.register(regions.remove_stale)
@@ -42,7 +42,7 @@ class Middleware(CacheScopeMiddleware):
         return int(state.engine_client.vllm_config.cache_config.block_size)
 
     def engines(self, state: Any) -> Engines:
-        return EngineProcesses(state.engine_client)
+        return EngineProcesses(state.engine_client, self._admission.forget)
 
     def server_keys(self, state: Any) -> Iterable[str]:
         return [key for key in (state.args.api_key or [envs.VLLM_API_KEY]) if key]
@@ -53,15 +53,19 @@ class EngineProcesses(Engines):
 
     Args:
         client: the engine client.
+        forget: forgets what this process keeps of prompts.
     """
 
-    def __init__(self, client: Any) -> None:
+    def __init__(self, client: Any, forget: Callable[[], None]) -> None:
         self._client = client
+        self._forget = forget
 
     async def health(self) -> list[list[dict[str, Any]]]:
         return await self._call("health")
 
     async def purge(self, prefix: bytes) -> Purged:
+        # Whose a rendered prompt was is not kept, and it is soon rendered again: all of them go.
+        self._forget()
         purge_id = secrets.token_hex(8)
         entries: Counter[str] = Counter()
         for lost in await self._call("purge", prefix, purge_id):

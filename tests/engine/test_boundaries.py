@@ -280,6 +280,18 @@ async def test_a_history_is_not_tokenised_again(renderings, template):
     assert max(extra[1:]) < allowed
 
 
+async def test_what_was_rendered_is_forgotten_on_demand(renderings):
+    rendering = renderings["chatml"]
+    body = marked(golden_body(), "system", 1)
+    expected = await rendering.cut(Protocol.MESSAGES, body)
+    for forget, times in ((False, 1), (True, 2)):
+        if forget:
+            rendering.boundaries.forget()
+        rendering.tokenized.clear()
+        assert await rendering.cut(Protocol.MESSAGES, body) == expected
+        assert len(rendering.tokenized) == times
+
+
 async def test_parts_are_rendered_while_the_server_tokenises(renderings):
     rendering = renderings["chatml"]
     session = agent_session(seed=2, turns=3, tools=2, rules=2)

@@ -260,6 +260,7 @@ class Breaks:
             ),
             maxlen=REMEMBERED_BREAKS,
         )
+        self._fingerprint.forget()  # Tools' names are in it, and not whose they are.
         if self._diffs is not None:
             self._diffs.forget(org, session)
         return self._lineages.purge(org, session)
