@@ -10,18 +10,16 @@ import json
 import random
 import statistics
 import sys
-import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from importlib import resources
 from typing import Any
 
-from transformers import AutoTokenizer
+from transformers.integrations.mistral import convert_tekken_tokenizer
 
 from benchmarks.harness import Result, arguments, finish, pairs
-from demo.model import SMALL, build
 from demo.session import agent_session, marked
 from vllm_cachescope.diagnosis import EngineReport, Kind, conclude, diagnose
 from vllm_cachescope.fingerprint import Fingerprint, Fingerprinter
@@ -67,6 +65,14 @@ def conversation(seed: int, tools: int = 24) -> list[dict[str, Any]]:
 
 def _blocks(content: Any) -> list[dict[str, Any]]:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def production_tokenizer() -> Any:
+    """Return a tokenizer as large models have it: that of the demo's model, with its 2,048 entries,
+    would cut a text into far more tokens. Mistral's Tekken comes with vLLM."""
+    vocabulary = resources.files("mistral_common") / "data" / "tekken_240911.json"
+    with resources.as_file(vocabulary) as path:
+        return convert_tekken_tokenizer(str(path), chat_template="")
 
 
 def title(number: int) -> dict[str, Any]:
@@ -182,8 +188,7 @@ def main() -> int:
     assert len(bodies[-1]["messages"]) == _MESSAGES
     made = Fingerprinter(_SECRET)
     seen = background(made, bodies)
-    with tempfile.TemporaryDirectory(prefix="cachescope-") as scratch:
-        tokenizer = AutoTokenizer.from_pretrained(build(Path(scratch) / "model", SMALL))
+    tokenizer = production_tokenizer()
     text = json.dumps(bodies[-1], ensure_ascii=False)
     tokens = tokenizer(text)["input_ids"]
     measured = cases(bodies)

@@ -299,18 +299,19 @@ def _system(old: Fingerprint, new: Fingerprint) -> Iterator[Change]:
 
 
 def _messages(old: Fingerprint, new: Fingerprint) -> Iterator[Change]:
-    if compacted := compaction(old, new):
-        yield _run(ChangeKind.HISTORY_COMPACTED, old, compacted[0], new, compacted[1])
-        return
     of_old = range(old.static_parts, len(old))
     of_new = range(new.static_parts, len(new))
+    found = list(gaps(old, new, of_old, of_new))
+    if compacted := compaction(old, new, found):
+        yield _run(ChangeKind.HISTORY_COMPACTED, old, compacted[0], new, compacted[1])
+        return
     if (at := _reordered(old, new, of_old, of_new[: len(of_old)])) is not None:
         end = len(of_old)
         yield _run(ChangeKind.MESSAGES_REORDERED, old, of_old[at:], new, of_new[at:end])
         return
     kinds = (ChangeKind.MESSAGES_ADDED, ChangeKind.MESSAGES_REMOVED, ChangeKind.MESSAGES_CHANGED)
     edited = False
-    for gone, came, tail in gaps(old, new, of_old, of_new):
+    for gone, came, tail in found:
         if tail and not (gone and came):
             continue  # the conversation grew, or goes on from an earlier point
         edited = True

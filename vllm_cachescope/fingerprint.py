@@ -8,12 +8,13 @@ secret, nobody can test a guess at a text against a fingerprint.
 import json
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum, IntFlag
 from hashlib import sha256
 from hmac import digest
-from typing import Any, TypeVar
+from itertools import accumulate, chain, groupby
+from typing import Any, NamedTuple, TypeVar
 
 from pydantic_core import PydanticSerializationError, to_json
 
@@ -33,7 +34,6 @@ _PROMPT_CHUNK_BYTES = 512  # of a prompt that is one text: all there is to find 
 _MAX_CHUNKS = 1024
 
 _EDGE_BYTES = 128  # hashed at both ends of a part, to know an edited part from another one
-_NO_EDGES = bytes(2 * HASH_BYTES)  # of a part too short to have them
 _IMAGE_TOKENS = 1600  # about what vision models spend on a large image; its base64 tells nothing
 
 # Parts of a region beyond these counts are hashed as one, so that a body of a hundred thousand
@@ -315,6 +315,36 @@ class Fingerprint:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _Pack:
+    """What a fingerprint keeps of parts that stand together: the tools, the system prompt or one
+    message.
+
+    Attributes:
+        hashes, kinds, chars, edges, chunks, tools: as in `Fingerprint`, of these parts.
+        tokens: estimated tokens in each part.
+        n_chunks: how many of ``chunks`` each part has.
+    """
+
+    hashes: bytes
+    kinds: bytes
+    tokens: tuple[int, ...]
+    chars: tuple[int, ...]
+    edges: bytes
+    chunks: bytes
+    n_chunks: tuple[int, ...]
+    tools: tuple[ToolPrint, ...]
+
+
+class _Encoded(NamedTuple):
+    """A part as bytes: what they are made of, they, and its text if it is nothing else."""
+
+    part: Part
+    form: bytes
+    data: bytes
+    text: str | None
+
+
 class Fingerprinter:
     """Makes fingerprints under one secret.
 
@@ -322,18 +352,19 @@ class Fingerprinter:
         secret: key of the hashes. Fingerprints made under different secrets are never equal.
         memo_tools: how many tools' prints to keep, so that a tool that comes with every request
             is analysed once. Looked up by the keyed hash of its full JSON.
-        memo_parts: likewise, of how many long parts to keep what they have inside; some 200
-            bytes each.
+        memo_messages: likewise, of how many messages, lists of tools and system prompts to keep
+            what a fingerprint has of them, since a conversation repeats them with each turn; some
+            700 bytes each.
     """
 
-    def __init__(self, secret: bytes, memo_tools: int = 4096, memo_parts: int = 16_384) -> None:
+    def __init__(self, secret: bytes, memo_tools: int = 4096, memo_messages: int = 16_384) -> None:
         # Keyed by what comes first: no more of a digest is kept than would let anyone go on from
         # it. Most servers have instructions for SHA-256, which make it the fastest hash there is.
         self._base = sha256(digest(secret, b"fingerprint", "sha256"))
-        self._memo: OrderedDict[bytes, ToolPrint] = OrderedDict()
+        self._tools: OrderedDict[bytes, ToolPrint] = OrderedDict()
         self._memo_tools = memo_tools
-        self._inside: OrderedDict[bytes, bytes] = OrderedDict()
-        self._memo_parts = memo_parts
+        self._packs: OrderedDict[bytes, _Pack] = OrderedDict()
+        self._memo_messages = memo_messages
 
     def __call__(
         self, request: PromptRequest, extra: Mapping[str, Any] | None = None
@@ -346,30 +377,36 @@ class Fingerprinter:
                 or the service tier, by name.
         """
         prompt = request.protocol is Protocol.COMPLETIONS
-        packer = _Packer(self, _PROMPT_CHUNK_BYTES if prompt else CHUNK_BYTES)
+        chunk_bytes = _PROMPT_CHUNK_BYTES if prompt else CHUNK_BYTES
         by_region: dict[Region, list[Part]] = {region: [] for region in Region}
         for part in request.parts:
             by_region[part.region].append(part)
-        for region, parts in by_region.items():
-            for part in _folded(region, parts):
-                if (rendered := _rendered(request.protocol, part)) is not None:
-                    packer.add(rendered)
+        parts: list[Part] = []
+        packs: list[_Pack] = []
+        counts = [0, 0, 0]
+        for region, sent in by_region.items():
+            folded = _folded(region, sent)
+            rendered = [r for part in folded if (r := _rendered(request.protocol, part))]
+            together = groupby(rendered, _message_of)
+            packs += [self._pack(list(message), chunk_bytes) for _, message in together]
+            parts += rendered
+            counts[region] = len(rendered)
         first = by_region[Region.MESSAGES][:1]
         referred = bool(first) and first[0].path == "previous_response_id"
         return Fingerprint(
             protocol=request.protocol,
             model=self._name(request.model),
-            tools=tuple(packer.tools),
-            counts=(packer.counts[0], packer.counts[1], packer.counts[2]),
-            hashes=b"".join(packer.hashes),
-            kinds=bytes(packer.kinds),
-            ends=packer.ends,
-            chars=packer.chars,
-            edges=b"".join(packer.edges),
-            chunks=b"".join(packer.chunks),
-            chunk_ends=packer.chunk_ends,
-            paths="\n".join(packer.paths),
-            marks=tuple(packer.marks[:_MAX_MARKS]),
+            tools=_joined(pack.tools for pack in packs),
+            counts=(counts[0], counts[1], counts[2]),
+            hashes=b"".join([pack.hashes for pack in packs]),
+            kinds=b"".join([pack.kinds for pack in packs]),
+            ends=array("I", accumulate(_joined(pack.tokens for pack in packs))),
+            chars=array("I", _joined(pack.chars for pack in packs)),
+            edges=b"".join([pack.edges for pack in packs]),
+            chunks=b"".join([pack.chunks for pack in packs]),
+            chunk_ends=array("I", accumulate(_joined(pack.n_chunks for pack in packs))),
+            paths="\n".join([part.path for part in parts]),
+            marks=tuple(_marks(parts))[:_MAX_MARKS],
             params=self._params({**request.params, **(extra or {})}),
             automatic=request.automatic,
             ttl_s=request.ttl_s,
@@ -377,9 +414,59 @@ class Fingerprinter:
         )
 
     def forget(self) -> None:
-        """Forget what is remembered of the tools and parts of all requests."""
-        self._memo.clear()
-        self._inside.clear()
+        """Forget what is remembered of the tools and messages of all requests."""
+        self._tools.clear()
+        self._packs.clear()
+
+    def _pack(self, parts: list[Part], chunk_bytes: int) -> _Pack:
+        """Return what to keep of ``parts``, which stand together."""
+        encoded = list(map(_encoded, parts))
+        state = self._base.copy()
+        state.update(b"%d %d" % (chunk_bytes, parts[0].region))
+        for part, form, data, _ in encoded:
+            role = -1 if part.role is None else _ROLES.get(part.role, _OTHER)
+            state.update(b" %d%b%d:" % (role, form, len(data)))
+            state.update(data)
+        return _remembered(
+            self._packs,
+            self._memo_messages,
+            state.digest(),
+            lambda: self._pack_anew(encoded, chunk_bytes),
+        )
+
+    def _pack_anew(self, encoded: list[_Encoded], chunk_bytes: int) -> _Pack:
+        hashes: list[bytes] = []
+        kinds, tokens, chars = bytearray(), [], []
+        edges: list[bytes] = []
+        chunks: list[bytes] = []
+        n_chunks: list[int] = []
+        tools: list[ToolPrint] = []
+        for one in encoded:
+            content, data = one.part.content, one.data
+            kind = _kind(one.part, one.text)
+            hash_ = self.hash(one.form + bytes((kind & _ROLE_BITS,)), data)
+            if one.part.region is Region.TOOLS:
+                tools.append(self.tool(content, hash_))
+            elif not hashes:
+                kind |= _STARTS
+            hashes.append(hash_)
+            kinds.append(kind)
+            tokens.append(_estimate(content, data))
+            chars.append(len(data) if one.text is None else len(one.text))
+            pieces = self._pieces(data, chunk_bytes)
+            edges.append(self._edges(data))
+            chunks += pieces
+            n_chunks.append(len(pieces))
+        return _Pack(
+            b"".join(hashes),
+            bytes(kinds),
+            tuple(tokens),
+            tuple(chars),
+            b"".join(edges),
+            b"".join(chunks),
+            tuple(n_chunks),
+            tuple(tools),
+        )
 
     def hash(self, *data: bytes | memoryview) -> bytes:
         """Return the keyed hash of ``data``, which may come in pieces."""
@@ -388,33 +475,23 @@ class Fingerprinter:
             state.update(piece)
         return state.digest()[:HASH_BYTES]
 
-    def inside(self, hash_: bytes, data: bytes, chunk_bytes: int) -> bytes:
-        """Return hashes of what is inside a part that is long enough to have two ends: of those,
-        and of its leading pieces.
+    def _edges(self, data: bytes) -> bytes:
+        """Return the hashes of the two ends of a part, zeros if it is short."""
+        if len(data) < 2 * _EDGE_BYTES:
+            return bytes(2 * HASH_BYTES)
+        return self.hash(data[:_EDGE_BYTES]) + self.hash(data[-_EDGE_BYTES:])
 
-        Args:
-            hash_: hash of the part.
-            data: its content.
-            chunk_bytes: length of a piece.
-        """
-        return _remembered(
-            self._inside,
-            self._memo_parts,
-            b"%b%d" % (hash_, chunk_bytes),
-            lambda: self._look_inside(data, chunk_bytes),
-        )
+    def _pieces(self, data: bytes, chunk_bytes: int) -> list[bytes]:
+        """Return the hashes of the leading pieces of a part."""
+        view = memoryview(data)
+        whole = min(len(data) // chunk_bytes, _MAX_CHUNKS) * chunk_bytes
+        return [self.hash(view[at : at + chunk_bytes]) for at in range(0, whole, chunk_bytes)]
 
     def tool(self, content: Any, ordered: bytes) -> ToolPrint:
         """Return the print of the tool ``content``; ``ordered`` is the hash of its JSON as sent."""
         return _remembered(
-            self._memo, self._memo_tools, ordered, lambda: self._analyse(content, ordered)
+            self._tools, self._memo_tools, ordered, lambda: self._analyse(content, ordered)
         )
-
-    def _look_inside(self, data: bytes, chunk_bytes: int) -> bytes:
-        view = memoryview(data)
-        whole = min(len(data) // chunk_bytes, _MAX_CHUNKS) * chunk_bytes
-        pieces = (view[at : at + chunk_bytes] for at in range(0, whole, chunk_bytes))
-        return b"".join(map(self.hash, (view[:_EDGE_BYTES], view[-_EDGE_BYTES:], *pieces)))
 
     def _analyse(self, content: Any, ordered: bytes) -> ToolPrint:
         fields: dict[str, Any] = {}
@@ -465,62 +542,23 @@ class Fingerprinter:
         return f"{name[: _MAX_NAME - 17]}~{digest}"
 
 
-class _Packer:
-    """Collects the packed fields of one fingerprint, part by part."""
+def _encoded(part: Part) -> _Encoded:
+    text = _text(part.content)
+    if text is not None:
+        return _Encoded(part, b"t", text.encode("utf-8", "surrogatepass"), text)
+    if (strings := _strings(part.content)) is not None:
+        return _Encoded(part, b"s", strings, None)
+    return _Encoded(part, b"j", _json(part.content), None)
 
-    def __init__(self, owner: Fingerprinter, chunk_bytes: int) -> None:
-        self._owner = owner
-        self._chunk_bytes = chunk_bytes
-        self._message = ""
-        self._tokens = 0
-        self._n_chunks = 0
-        self.tools: list[ToolPrint] = []
-        self.counts = [0, 0, 0]
-        self.hashes: list[bytes] = []
-        self.kinds = bytearray()
-        self.ends = array("I")
-        self.chars = array("I")
-        self.edges: list[bytes] = []
-        self.chunks: list[bytes] = []
-        self.chunk_ends = array("I")
-        self.paths: list[str] = []
-        self.marks: list[MarkPrint] = []
 
-    def add(self, part: Part) -> None:
-        # Runs a hundred times and more for each request: what calls can be saved are.
-        owner, content = self._owner, part.content
-        text = _text(content)
-        if text is not None:
-            data, form = text.encode("utf-8", "surrogatepass"), b"t"
-        elif (strings := _strings(content)) is not None:
-            data, form = strings, b"s"
-        else:
-            data, form = _json(content), b"j"
-        kind = _kind(part, text)
-        hash_ = owner.hash(form + bytes((kind & _ROLE_BITS,)), data)
-        if part.region is Region.TOOLS:
-            self.tools.append(owner.tool(content, hash_))
-        elif (message := _message_of(part)) != self._message:
-            self._message = message
-            kind |= _STARTS
-        if part.mark is not None:
-            mark = part.mark
-            self.marks.append(MarkPrint(len(self.hashes), mark.path, mark.ttl_s, mark.scope))
-        self._tokens += _estimate(content, len(data))
-        self.counts[part.region] += 1
-        self.hashes.append(hash_)
-        self.kinds.append(kind)
-        self.ends.append(self._tokens)
-        self.chars.append(len(data) if text is None else len(text))
-        if len(data) < 2 * _EDGE_BYTES:
-            self.edges.append(_NO_EDGES)
-        else:
-            inside = owner.inside(hash_, data, self._chunk_bytes)
-            self.edges.append(inside[: len(_NO_EDGES)])
-            self.chunks.append(inside[len(_NO_EDGES) :])
-            self._n_chunks += len(inside) // HASH_BYTES - 2
-        self.chunk_ends.append(self._n_chunks)
-        self.paths.append(part.path)
+def _marks(parts: Iterable[Part]) -> Iterator[MarkPrint]:
+    for i, part in enumerate(parts):
+        if (mark := part.mark) is not None:
+            yield MarkPrint(i, mark.path, mark.ttl_s, mark.scope)
+
+
+def _joined(tuples: Iterable[tuple[_T, ...]]) -> tuple[_T, ...]:
+    return tuple(chain.from_iterable(tuples))
 
 
 def _remembered(
@@ -603,14 +641,17 @@ def _kind(part: Part, text: str | None) -> int:
 
 
 def _message_of(part: Part) -> str:
-    """Return what is equal for two parts of one message: ``messages[4`` or ``system``."""
+    """Return what is equal for two parts of one message: ``messages[4`` or ``system``. The tools
+    are taken together as well: as a rule none of them changes."""
+    if part.region is Region.TOOLS:
+        return "tools"
     if part.region is Region.SYSTEM and part.path.startswith("system"):
         return "system"
     return part.path.partition("]")[0].removesuffix(".content")
 
 
-def _estimate(content: Any, nbytes: int) -> int:
-    tokens = -(-nbytes // BYTES_PER_TOKEN)
+def _estimate(content: Any, data: bytes) -> int:
+    tokens = -(-len(data) // BYTES_PER_TOKEN)
     if isinstance(content, dict) and content.get("type") in _IMAGE_TYPES:
         return min(tokens, _IMAGE_TOKENS)
     return tokens

@@ -28,12 +28,17 @@ _FRONT_PARAMS = (
     "truncation",
 )
 
+_STARTS = int(Trait.STARTS)
 _PLACE = 0x1F  # of a part's kind: its role, and whether it starts a message
 
 _SIMILAR_CHARS = 32
 _SUMMARY_MIN_TOKENS = 100
 _SUMMARY_SURE_TOKENS = 512
 _COMPACTED_MIN_TURNS = 4
+
+
+Gap = tuple[range, range, bool]
+"""Parts that gave way to others, and whether nothing comes after them; see `gaps`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,20 +190,29 @@ def similar(old: Fingerprint, i: int, new: Fingerprint, j: int) -> bool:
     return large - small <= _SIMILAR_CHARS
 
 
-def compaction(old: Fingerprint, new: Fingerprint) -> tuple[range, range] | None:
+def compaction(
+    old: Fingerprint, new: Fingerprint, found: Sequence[Gap] | None = None
+) -> tuple[range, range] | None:
     """Return which parts of ``old`` gave way to which of ``new``, if that is a compaction.
 
     Model, tools and system are the same. Either the client declares it with a block of its own; or
     a run of turns gave way to something much shorter while later turns stayed; or no answer of
     the model is left, and what stands there instead says that it is a summary or, being long
     itself, is at most an eighth of what it replaced.
+
+    Args:
+        old: the earlier request.
+        new: the request.
+        found: the `gaps` between their messages, where they are known.
     """
     static = new.static_parts
     if old.counts[:2] != new.counts[:2] or old.model != new.model:
         return None
     if common_items(old.hashes, new.hashes) < static:
         return None
-    for gone, came, tail in gaps(old, new, range(static, len(old)), range(static, len(new))):
+    if found is None:
+        found = list(gaps(old, new, range(static, len(old)), range(static, len(new))))
+    for gone, came, tail in found:
         if gone and came and _is_compaction(old, gone, new, came, tail):
             return gone, came
     return None
@@ -323,8 +337,8 @@ def _last_common_turn(
     """
     if set(theirs).isdisjoint(ours):
         return None
-    first = len(old) - len(theirs) + 1
-    pairs = {pair for k, pair in enumerate(pairwise(theirs), first) if old.has(k, Trait.STARTS)}
+    kinds = old.kinds[len(old) - len(theirs) + 1 :]
+    pairs = {pair for pair, kind in zip(pairwise(theirs), kinds, strict=True) if kind & _STARTS}
     for k in reversed(range(len(ours) - 1)):
         if (ours[k], ours[k + 1]) not in pairs:
             continue
@@ -375,6 +389,8 @@ def ascending(order: Sequence[int], weights: Sequence[int] | None = None) -> lis
         order: distinct numbers.
         weights: what each of them weighs; None for the longest subsequence.
     """
+    if list(order) == sorted(order):
+        return list(range(len(order)))  # As a rule: nothing changed places.
     # Ends of subsequences worth going on from: as the last number grows, so does the weight.
     ends: list[int] = []
     best: list[tuple[int, int]] = []  # (weight, position) of the subsequence with that end
@@ -399,9 +415,7 @@ def ascending(order: Sequence[int], weights: Sequence[int] | None = None) -> lis
     return chain[::-1]
 
 
-def gaps(
-    old: Fingerprint, new: Fingerprint, of_old: range, of_new: range
-) -> Iterator[tuple[range, range, bool]]:
+def gaps(old: Fingerprint, new: Fingerprint, of_old: range, of_new: range) -> Iterator[Gap]:
     """Yield ``(gone, came, tail)``: the parts ``gone`` of ``old`` gave way to ``came`` of ``new``.
 
     Between gaps the parts are equal. Equal parts are found by those that occur once on each side

@@ -101,16 +101,16 @@ def test_the_memo_is_bounded_and_changes_nothing() -> None:
     agent = Agent("memo")
     request = anthropic.read(agent.body(), TTLS)
     first = small(request)
-    assert len(small._memo) == 3
+    assert len(small._tools) == 3
     assert small(request).tools == first.tools == large(request).tools == large(request).tools
-    assert len(large._memo) == 24
+    assert len(large._tools) == 24
 
 
-def test_what_parts_have_inside_is_remembered_within_bounds() -> None:
-    small, large = Fingerprinter(SECRET, memo_parts=3), Fingerprinter(SECRET)
+def test_messages_are_remembered_within_bounds() -> None:
+    small, large = Fingerprinter(SECRET, memo_messages=2), Fingerprinter(SECRET)
     request = anthropic.read(Agent("parts").body(), TTLS)
     prints = [made(request) for made in (small, small, large, large)]
-    assert len(small._inside) == 3 < len(large._inside)
+    assert len(small._packs) == 2 < len(large._packs)
     assert len({(found.edges, found.chunks, found.hashes) for found in prints}) == 1
 
 
@@ -309,7 +309,7 @@ def test_hostile_requests_cost_bounded_time_and_memory(name: str) -> None:
 
 
 def test_fingerprinting_keeps_no_more_than_the_fingerprint() -> None:
-    made = Fingerprinter(SECRET, memo_tools=16)
+    made = Fingerprinter(SECRET, memo_tools=16, memo_messages=16)
     requests = [anthropic.read(Agent(i, scale=0.2).body(), TTLS) for i in range(20)]
     tracemalloc.start()
     for request in requests:

@@ -7,23 +7,10 @@ import pytest
 
 from tests.lmcache.conftest import Place, everywhere
 from tests.lmcache.side import LMCacheSide
-from tests.redis.engine_side import SLOT, keys
+from tests.redis.engine_side import SLACK_S, SLOT, ask_until_left_alone, assert_in_time, keys
 from tests.redis.servers import RedisServer, wait_until
 
-SLACK_S = 0.25
-"""What the machine may add to a deadline while others use it."""
-
 resp = pytest.mark.parametrize("place", ["resp"], indirect=True)
-
-
-def ask_until_left_alone(side: LMCacheSide) -> None:
-    for _ in range(side.limits.failures + 3):
-        loaded = side.get_exact(keys(10))
-        assert loaded.seconds < side.limits.load_deadline_s + SLACK_S
-        health = side.tier.health()
-        if not health["readable"]:
-            return
-    raise AssertionError("the tier goes on asking")
 
 
 def assert_recovers(side: LMCacheSide) -> None:
@@ -103,7 +90,7 @@ def test_a_server_that_is_killed_while_it_is_used(place: Place, server: RedisSer
         killer = threading.Timer(0.004 * round_, server.kill)
         killer.start()
         loaded = side.get_exact(keys(60))
-        assert loaded.seconds < side.limits.load_deadline_s + SLACK_S
+        assert_in_time(side, loaded.seconds)
         killer.join()
         server.start()
         assert_recovers(side)
@@ -117,7 +104,7 @@ def test_a_full_server(place: Place, server: RedisServer, start_side):
     server.client.config_set("maxmemory", 1)
     assert not side.finished[side.put(keys(10, "more"))].complete
     for _ in range(5):
-        assert side.get_exact(keys(10)).seconds < side.limits.load_deadline_s + SLACK_S
+        assert_in_time(side, side.get_exact(keys(10)).seconds)
     server.client.config_set("maxmemory", 0)
     assert_recovers(side)
     assert len(side.get_exact(keys(10)).keys) == 10

@@ -26,6 +26,8 @@ LIMITS = Limits(
     longest_probe_s=0.2,
 )
 SECRET = b"a secret of the tests"
+SLACK_S = 0.25
+"""What the machine may add to a deadline while others use it."""
 
 
 def keys(count: int, seed: str = "k", owner: bytes = NOBODY) -> list[bytes]:
@@ -165,6 +167,21 @@ class EngineSide:
     def close(self) -> None:
         """End the tier."""
         self.tier.close()
+
+
+def assert_in_time(side: EngineSide, seconds: float) -> None:
+    """Assert that waiting for ``seconds`` is no more than a load's deadline allows."""
+    assert seconds < side.limits.load_deadline_s + SLACK_S
+
+
+def ask_until_left_alone(side: EngineSide) -> None:
+    """Ask for the first ten `keys`, in time, until the tier is not asked any more."""
+    for _ in range(side.limits.failures + 3):
+        loaded = side.get_exact(keys(10))
+        assert_in_time(side, loaded.seconds)
+        if not side.tier.health()["readable"]:
+            return
+    raise AssertionError("the tier goes on asking")
 
 
 def random_bytes(count: int) -> bytes:

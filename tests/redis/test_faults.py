@@ -6,25 +6,17 @@ import time
 
 import pytest
 
-from tests.redis.engine_side import SECRET, SLOT, EngineSide, keys
+from tests.redis.engine_side import (
+    SECRET,
+    SLACK_S,
+    SLOT,
+    EngineSide,
+    ask_until_left_alone,
+    assert_in_time,
+    keys,
+)
 from tests.redis.servers import Proxy, wait_until
 from vllm_cachescope.tiers.envelope import HEADER_BYTES
-
-SLACK_S = 0.25
-"""What the machine may add to a deadline while others use it."""
-
-
-def assert_in_time(side: EngineSide, seconds: float) -> None:
-    assert seconds < side.limits.load_deadline_s + SLACK_S
-
-
-def ask_until_left_alone(side: EngineSide) -> None:
-    for _ in range(side.limits.failures + 3):
-        loaded = side.get_exact(keys(10))
-        assert_in_time(side, loaded.seconds)
-        if not side.tier.health()["readable"]:
-            return
-    raise AssertionError("the tier goes on asking")
 
 
 def assert_recovers(side: EngineSide) -> None:
