@@ -7,8 +7,8 @@ secret, nobody can test a guess at a text against a fingerprint.
 
 import json
 from array import array
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import IntEnum, IntFlag
 from hashlib import sha256
@@ -16,6 +16,7 @@ from hmac import digest
 from itertools import accumulate, chain, groupby
 from typing import Any, NamedTuple, TypeVar
 
+from cachetools import LRUCache
 from pydantic_core import PydanticSerializationError, to_json
 
 from vllm_cachescope.prompt import Part, PromptRequest, Protocol, Region
@@ -115,6 +116,12 @@ class ToolPrint:
     unordered: bytes
     fields: tuple[str, ...]
     field_hashes: bytes
+
+    @property
+    def nbytes(self) -> int:
+        """About how much memory it takes, in bytes."""
+        fields = sum(50 + len(name) for name in self.fields)
+        return 300 + len(self.name) + fields + len(self.field_hashes)
 
     def field_map(self) -> dict[str, bytes]:
         """Return the hash of each field by its name."""
@@ -250,7 +257,7 @@ class Fingerprint:
         """About how much memory it takes, in bytes, shared tool prints counted in full."""
         packed = len(self.hashes) + len(self.kinds) + len(self.edges) + len(self.chunks)
         arrays = 4 * (len(self.ends) + len(self.chars) + len(self.chunk_ends))
-        tools = sum(320 + len(tool.name) + len(tool.field_hashes) for tool in self.tools)
+        tools = sum(tool.nbytes for tool in self.tools)
         return packed + arrays + len(self.paths) + tools + 160 * len(self.params) + 1500
 
     def after(self, parent: "Fingerprint") -> "Fingerprint":
@@ -335,6 +342,12 @@ class _Pack:
     n_chunks: tuple[int, ...]
     tools: tuple[ToolPrint, ...]
 
+    @property
+    def nbytes(self) -> int:
+        """About how much memory it takes, in bytes."""
+        packed = len(self.hashes) + len(self.kinds) + len(self.edges) + len(self.chunks)
+        return 700 + packed + 50 * len(self.kinds) + sum(tool.nbytes for tool in self.tools)
+
 
 class _Encoded(NamedTuple):
     """A part as bytes: what they are made of, they, and its text if it is nothing else."""
@@ -352,19 +365,17 @@ class Fingerprinter:
         secret: key of the hashes. Fingerprints made under different secrets are never equal.
         memo_tools: how many tools' prints to keep, so that a tool that comes with every request
             is analysed once. Looked up by the keyed hash of its full JSON.
-        memo_messages: likewise, of how many messages, lists of tools and system prompts to keep
-            what a fingerprint has of them, since a conversation repeats them with each turn; some
-            700 bytes each.
+        memo_bytes: how much memory to take for what fingerprints have of messages, lists of tools
+            and system prompts, since a conversation repeats them with each turn; a message takes
+            some 800 bytes.
     """
 
-    def __init__(self, secret: bytes, memo_tools: int = 4096, memo_messages: int = 16_384) -> None:
+    def __init__(self, secret: bytes, memo_tools: int = 4096, memo_bytes: int = 16 << 20) -> None:
         # Keyed by what comes first: no more of a digest is kept than would let anyone go on from
         # it. Most servers have instructions for SHA-256, which make it the fastest hash there is.
         self._base = sha256(digest(secret, b"fingerprint", "sha256"))
-        self._tools: OrderedDict[bytes, ToolPrint] = OrderedDict()
-        self._memo_tools = memo_tools
-        self._packs: OrderedDict[bytes, _Pack] = OrderedDict()
-        self._memo_messages = memo_messages
+        self._tools: LRUCache[bytes, ToolPrint] = LRUCache(memo_tools)
+        self._packs: LRUCache[bytes, _Pack] = LRUCache(memo_bytes, lambda pack: pack.nbytes)
 
     def __call__(
         self, request: PromptRequest, extra: Mapping[str, Any] | None = None
@@ -428,10 +439,7 @@ class Fingerprinter:
             state.update(b" %d%b%d:" % (role, form, len(data)))
             state.update(data)
         return _remembered(
-            self._packs,
-            self._memo_messages,
-            state.digest(),
-            lambda: self._pack_anew(encoded, chunk_bytes),
+            self._packs, state.digest(), lambda: self._pack_anew(encoded, chunk_bytes)
         )
 
     def _pack_anew(self, encoded: list[_Encoded], chunk_bytes: int) -> _Pack:
@@ -489,9 +497,7 @@ class Fingerprinter:
 
     def tool(self, content: Any, ordered: bytes) -> ToolPrint:
         """Return the print of the tool ``content``; ``ordered`` is the hash of its JSON as sent."""
-        return _remembered(
-            self._tools, self._memo_tools, ordered, lambda: self._analyse(content, ordered)
-        )
+        return _remembered(self._tools, ordered, lambda: self._analyse(content, ordered))
 
     def _analyse(self, content: Any, ordered: bytes) -> ToolPrint:
         fields: dict[str, Any] = {}
@@ -561,17 +567,14 @@ def _joined(tuples: Iterable[tuple[_T, ...]]) -> tuple[_T, ...]:
     return tuple(chain.from_iterable(tuples))
 
 
-def _remembered(
-    memo: "OrderedDict[bytes, _T]", most: int, key: bytes, make: Callable[[], _T]
-) -> _T:
-    """Return what is in ``memo`` under ``key``, or make it; what was used longest ago gives way."""
-    known = memo.get(key)
-    if known is not None:
-        memo.move_to_end(key)
-        return known
-    made = memo[key] = make()
-    if len(memo) > most:
-        memo.popitem(last=False)
+def _remembered(memo: "LRUCache[bytes, _T]", key: bytes, make: Callable[[], _T]) -> _T:
+    """Return what is in ``memo`` under ``key``, or make it."""
+    try:
+        return memo[key]
+    except KeyError:
+        made = make()
+    with suppress(ValueError):  # Larger than all that may be kept.
+        memo[key] = made
     return made
 
 

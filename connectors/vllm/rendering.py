@@ -2,12 +2,13 @@
 
 import hashlib
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+from cachetools import LRUCache
 from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
@@ -74,8 +75,7 @@ class Boundaries:
     def __init__(self, state: Any, on_tokenizing: Callable[[], None] = lambda: None) -> None:
         self._state = state
         self._renderer = state.online_renderer.renderer
-        self._tokens: OrderedDict[bytes, list[int]] = OrderedDict()
-        self._token_count = 0
+        self._tokens: LRUCache[bytes, list[int]] = LRUCache(REMEMBERED_TOKENS, len)
         try:
             self._special = SpecialTokens(self._renderer.get_tokenizer().get_added_vocab())
         except (AttributeError, NotImplementedError):
@@ -93,7 +93,6 @@ class Boundaries:
     def forget(self) -> None:
         """Forget what was rendered: the tools and system prompts of all organisations."""
         self._tokens.clear()
-        self._token_count = 0
 
     async def cuts(
         self, request: PromptRequest, body: Mapping[str, Any], segments: tuple[Segment, ...]
@@ -183,12 +182,12 @@ class Boundaries:
 
     async def _tokens_of(self, cut: dict[str, Any], protocol: Protocol) -> list[int]:
         key = _content_key(cut, protocol)
-        tokens = self._tokens.get(key)
-        if tokens is None:
+        try:
+            return self._tokens[key]
+        except KeyError:
             tokens = await self._render(cut, protocol)
-            self._remember(key, tokens)
-        else:
-            self._tokens.move_to_end(key)
+        with suppress(ValueError):  # Longer than all that may be kept.
+            self._tokens[key] = tokens
         return tokens
 
     async def _render_text(self, cut: dict[str, Any], protocol: Protocol) -> str | None:
@@ -244,13 +243,6 @@ class Boundaries:
         if hasattr(serving, "_get_disabled_thinking_effort"):
             options["disabled_thinking_effort"] = await serving._get_disabled_thinking_effort()
         return serving.to_chat_completion_request(request, **options)
-
-    def _remember(self, key: bytes, tokens: list[int]) -> None:
-        self._tokens[key] = tokens
-        self._token_count += len(tokens)
-        while self._token_count > REMEMBERED_TOKENS and len(self._tokens) > 1:
-            _, dropped = self._tokens.popitem(last=False)
-            self._token_count -= len(dropped)
 
 
 def _warn(path: str, error: Exception) -> None:

@@ -107,7 +107,7 @@ def test_the_memo_is_bounded_and_changes_nothing() -> None:
 
 
 def test_messages_are_remembered_within_bounds() -> None:
-    small, large = Fingerprinter(SECRET, memo_messages=2), Fingerprinter(SECRET)
+    small, large = Fingerprinter(SECRET, memo_bytes=9_000), Fingerprinter(SECRET)
     request = anthropic.read(Agent("parts").body(), TTLS)
     prints = [made(request) for made in (small, small, large, large)]
     assert len(small._packs) == 2 < len(large._packs)
@@ -309,7 +309,7 @@ def test_hostile_requests_cost_bounded_time_and_memory(name: str) -> None:
 
 
 def test_fingerprinting_keeps_no_more_than_the_fingerprint() -> None:
-    made = Fingerprinter(SECRET, memo_tools=16, memo_messages=16)
+    made = Fingerprinter(SECRET, memo_tools=16, memo_bytes=40_000)
     requests = [anthropic.read(Agent(i, scale=0.2).body(), TTLS) for i in range(20)]
     tracemalloc.start()
     for request in requests:
@@ -317,6 +317,29 @@ def test_fingerprinting_keeps_no_more_than_the_fingerprint() -> None:
     kept, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert kept < 200_000
+
+
+@pytest.mark.parametrize("many", ["tools", "blocks", "messages"])
+def test_what_is_remembered_takes_no_more_memory_than_it_may(many: str) -> None:
+    def body(number: int) -> dict[str, Any]:
+        blocks = [{"type": "text", "text": f"{number} {i}"} for i in range(500)]
+        messages: list[dict[str, Any]] = [{"role": "user", "content": "hello"}]
+        if many == "blocks":
+            messages = [{"role": "user", "content": blocks}]
+        elif many == "messages":
+            messages = [{"role": "user", "content": [block]} for block in blocks]
+        tools = [{"name": block["text"], "input_schema": {"type": "object"}} for block in blocks]
+        tools = tools if many == "tools" else []
+        return {"model": "m", "max_tokens": 1, "tools": tools, "messages": messages}
+
+    made = Fingerprinter(SECRET, memo_tools=16, memo_bytes=2_000_000)
+    requests = [anthropic.read(body(number), TTLS) for number in range(100)]
+    tracemalloc.start()
+    for request in requests:
+        made(request)
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert 0.4 * 2_000_000 < kept < 1.2 * 2_000_000
 
 
 def test_a_folded_tail_still_counts() -> None:
