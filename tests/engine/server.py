@@ -29,6 +29,14 @@ NAMED_KEY = "key of the named"
 ONE_PROCESS = ("--distributed-executor-backend", "uni")
 """For scheduler and worker: a server is up sooner than with one for each."""
 
+ENVIRONMENT = {
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    # What vLLM finds out about a model class, for which it starts a Python of its own.
+    "VLLM_CACHE_ROOT": str(ROOT / ".cache" / "vllm"),
+}
+"""Of every server."""
+
 
 def plugin(**config: Any) -> list[str]:
     """Return the arguments for the plugin, with further keys of its configuration."""
@@ -62,15 +70,11 @@ def serve(model: Path, arguments: list[str], environment: dict[str, str]) -> Ite
     own = {
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         "OMP_NUM_THREADS": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_SERVER_DEV_MODE": "1",
         # On a CPU vLLM makes a worker process all the same, unless it is told twice.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if set(ONE_PROCESS) <= set(arguments) else "1",
-        # What vLLM finds out about a model class, for which it starts a Python of its own.
-        "VLLM_CACHE_ROOT": str(ROOT / ".cache" / "vllm"),
     }
-    with Server(command, own | environment) as server:
+    with Server(command, ENVIRONMENT | own | environment) as server:
         yield server.url
 
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.engine.engine import BLOCK_BYTES
-from tests.engine.server import ROOT
+from tests.engine.server import ENVIRONMENT
 from vllm_cachescope.config import CONNECTOR, ConfigError
 from vllm_cachescope.connectors.vllm import regions, startup
 
@@ -35,12 +35,7 @@ def start(model: Path, **extra: object) -> "subprocess.CompletedProcess[str]":
         text=True,
         timeout=300,
         check=False,
-        env=os.environ
-        | {
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "VLLM_CACHE_ROOT": str(ROOT / ".cache" / "vllm"),
-        },
+        env=os.environ | ENVIRONMENT,
     )
 
 
