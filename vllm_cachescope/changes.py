@@ -255,11 +255,14 @@ def _tools(old: Fingerprint, new: Fingerprint) -> Iterator[Change]:
 
 def _by_name(tools: Sequence[ToolPrint]) -> dict[tuple[str, int], int]:
     """Index by name; a name that comes twice is told apart by its occurrence."""
+    names = [tool.name for tool in tools]
+    if len(set(names)) == len(names):
+        return {(name, 0): i for i, name in enumerate(names)}
     seen: Counter[str] = Counter()
     index: dict[tuple[str, int], int] = {}
-    for i, tool in enumerate(tools):
-        index[tool.name, seen[tool.name]] = i
-        seen[tool.name] += 1
+    for i, name in enumerate(names):
+        index[name, seen[name]] = i
+        seen[name] += 1
     return index
 
 
@@ -327,7 +330,8 @@ def _messages(old: Fingerprint, new: Fingerprint) -> Iterator[Change]:
 def _reordered(old: Fingerprint, new: Fingerprint, of_old: range, of_new: range) -> int | None:
     """Return the offset from which the parts of one list are those of the other, reordered."""
     theirs, ours = split(old, of_old), split(new, of_new)
-    if theirs == ours or Counter(theirs) != Counter(ours):
+    # Lists with other sums are not reorderings of each other, which is soon seen.
+    if theirs == ours or sum(theirs) != sum(ours) or Counter(theirs) != Counter(ours):
         return None
     return next(k for k, (a, b) in enumerate(zip(theirs, ours, strict=True)) if a != b)
 

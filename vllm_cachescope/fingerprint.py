@@ -7,15 +7,17 @@ secret, nobody can test a guess at a text against a fingerprint.
 
 import json
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import IntEnum, IntFlag
 from hashlib import sha256
 from hmac import digest
 from itertools import accumulate, chain, groupby
-from typing import Any, NamedTuple, TypeVar
+from operator import attrgetter
+from typing import Any, TypeVar
 
+import msgspec
 from cachetools import LRUCache
 from pydantic_core import PydanticSerializationError, to_json
 
@@ -65,6 +67,8 @@ _SUMMARY_HEAD = 400  # characters in which a summary says that it is one
 _BILLING = "x-anthropic-billing-header"
 
 _T = TypeVar("_T")
+
+_region_of = attrgetter("region")
 
 
 class Role(IntEnum):
@@ -120,7 +124,7 @@ class ToolPrint:
     @property
     def nbytes(self) -> int:
         """About how much memory it takes, in bytes."""
-        fields = sum(50 + len(name) for name in self.fields)
+        fields = 50 * len(self.fields) + sum(map(len, self.fields))
         return 300 + len(self.name) + fields + len(self.field_hashes)
 
     def field_map(self) -> dict[str, bytes]:
@@ -257,7 +261,7 @@ class Fingerprint:
         """About how much memory it takes, in bytes, shared tool prints counted in full."""
         packed = len(self.hashes) + len(self.kinds) + len(self.edges) + len(self.chunks)
         arrays = 4 * (len(self.ends) + len(self.chars) + len(self.chunk_ends))
-        tools = sum(tool.nbytes for tool in self.tools)
+        tools = sum([tool.nbytes for tool in self.tools])
         return packed + arrays + len(self.paths) + tools + 160 * len(self.params) + 1500
 
     def after(self, parent: "Fingerprint") -> "Fingerprint":
@@ -349,15 +353,6 @@ class _Pack:
         return 700 + packed + 50 * len(self.kinds) + sum(tool.nbytes for tool in self.tools)
 
 
-class _Encoded(NamedTuple):
-    """A part as bytes: what they are made of, they, and its text if it is nothing else."""
-
-    part: Part
-    form: bytes
-    data: bytes
-    text: str | None
-
-
 class Fingerprinter:
     """Makes fingerprints under one secret.
 
@@ -389,33 +384,28 @@ class Fingerprinter:
         """
         prompt = request.protocol is Protocol.COMPLETIONS
         chunk_bytes = _PROMPT_CHUNK_BYTES if prompt else CHUNK_BYTES
-        by_region: dict[Region, list[Part]] = {region: [] for region in Region}
-        for part in request.parts:
-            by_region[part.region].append(part)
         parts: list[Part] = []
         packs: list[_Pack] = []
         counts = [0, 0, 0]
-        for region, sent in by_region.items():
-            folded = _folded(region, sent)
-            rendered = [r for part in folded if (r := _rendered(request.protocol, part))]
-            together = groupby(rendered, _message_of)
-            packs += [self._pack(list(message), chunk_bytes) for _, message in together]
+        for region, sent in groupby(request.parts, _region_of):
+            rendered = _rendered(request.protocol, region, _folded(region, list(sent)))
+            packs += [self._pack(one, chunk_bytes) for one in _messages(region, rendered)]
             parts += rendered
             counts[region] = len(rendered)
-        first = by_region[Region.MESSAGES][:1]
+        first = parts[counts[0] + counts[1] :][:1]
         referred = bool(first) and first[0].path == "previous_response_id"
         return Fingerprint(
             protocol=request.protocol,
             model=self._name(request.model),
-            tools=_joined(pack.tools for pack in packs),
+            tools=tuple(chain.from_iterable([pack.tools for pack in packs])),
             counts=(counts[0], counts[1], counts[2]),
             hashes=b"".join([pack.hashes for pack in packs]),
             kinds=b"".join([pack.kinds for pack in packs]),
-            ends=array("I", accumulate(_joined(pack.tokens for pack in packs))),
-            chars=array("I", _joined(pack.chars for pack in packs)),
+            ends=array("I", accumulate(chain.from_iterable([pack.tokens for pack in packs]))),
+            chars=array("I", chain.from_iterable([pack.chars for pack in packs])),
             edges=b"".join([pack.edges for pack in packs]),
             chunks=b"".join([pack.chunks for pack in packs]),
-            chunk_ends=array("I", accumulate(_joined(pack.n_chunks for pack in packs))),
+            chunk_ends=array("I", accumulate(chain.from_iterable([p.n_chunks for p in packs]))),
             paths="\n".join([part.path for part in parts]),
             marks=tuple(_marks(parts))[:_MAX_MARKS],
             params=self._params({**request.params, **(extra or {})}),
@@ -431,36 +421,30 @@ class Fingerprinter:
 
     def _pack(self, parts: list[Part], chunk_bytes: int) -> _Pack:
         """Return what to keep of ``parts``, which stand together."""
-        encoded = list(map(_encoded, parts))
+        sent = [(part.role, part.content) for part in parts]
         state = self._base.copy()
-        state.update(b"%d %d" % (chunk_bytes, parts[0].region))
-        for part, form, data, _ in encoded:
-            role = -1 if part.role is None else _ROLES.get(part.role, _OTHER)
-            state.update(b" %d%b%d:" % (role, form, len(data)))
-            state.update(data)
-        return _remembered(
-            self._packs, state.digest(), lambda: self._pack_anew(encoded, chunk_bytes)
-        )
+        state.update(_packed((chunk_bytes, int(parts[0].region), sent)))
+        return _remembered(self._packs, state.digest(), lambda: self._pack_anew(parts, chunk_bytes))
 
-    def _pack_anew(self, encoded: list[_Encoded], chunk_bytes: int) -> _Pack:
+    def _pack_anew(self, parts: list[Part], chunk_bytes: int) -> _Pack:
         hashes: list[bytes] = []
         kinds, tokens, chars = bytearray(), [], []
         edges: list[bytes] = []
         chunks: list[bytes] = []
         n_chunks: list[int] = []
         tools: list[ToolPrint] = []
-        for one in encoded:
-            content, data = one.part.content, one.data
-            kind = _kind(one.part, one.text)
-            hash_ = self.hash(one.form + bytes((kind & _ROLE_BITS,)), data)
-            if one.part.region is Region.TOOLS:
-                tools.append(self.tool(content, hash_))
+        for part in parts:
+            form, data, text = _encoded(part.content)
+            kind = _kind(part, text)
+            hash_ = self.hash(form + bytes((kind & _ROLE_BITS,)), data)
+            if part.region is Region.TOOLS:
+                tools.append(self.tool(part.content, hash_))
             elif not hashes:
                 kind |= _STARTS
             hashes.append(hash_)
             kinds.append(kind)
-            tokens.append(_estimate(content, data))
-            chars.append(len(data) if one.text is None else len(one.text))
+            tokens.append(_estimate(part.content, data))
+            chars.append(len(data) if text is None else len(text))
             pieces = self._pieces(data, chunk_bytes)
             edges.append(self._edges(data))
             chunks += pieces
@@ -515,11 +499,11 @@ class Fingerprinter:
             "?",
         )
         kept = dict(list(fields.items())[:_MAX_FIELDS])
-        hashes = {key: self.hash(_json(value, sort_keys=True)) for key, value in kept.items()}
+        hashes = {key: self.hash(_packed(value, sort_keys=True)) for key, value in kept.items()}
         return ToolPrint(
             name=self._name(name),
             ordered=ordered,
-            unordered=self.hash(_json(content, sort_keys=True)),
+            unordered=self.hash(_packed(content, sort_keys=True)),
             fields=tuple(self._name(key) for key in hashes),
             field_hashes=b"".join(hashes.values()),
         )
@@ -534,10 +518,10 @@ class Fingerprinter:
                 flat[name] = value
         names = sorted(flat)
         kept = {
-            self._name(n): self.hash(_json(flat[n], sort_keys=True)) for n in names[:_MAX_PARAMS]
+            self._name(n): self.hash(_packed(flat[n], sort_keys=True)) for n in names[:_MAX_PARAMS]
         }
         if rest := names[_MAX_PARAMS:]:
-            kept["(others)"] = self.hash(_json({n: flat[n] for n in rest}, sort_keys=True))
+            kept["(others)"] = self.hash(_packed({n: flat[n] for n in rest}, sort_keys=True))
         return kept
 
     def _name(self, name: str) -> str:
@@ -548,23 +532,20 @@ class Fingerprinter:
         return f"{name[: _MAX_NAME - 17]}~{digest}"
 
 
-def _encoded(part: Part) -> _Encoded:
-    text = _text(part.content)
+def _encoded(content: Any) -> tuple[bytes, bytes, str | None]:
+    """Return what the bytes of a part are made of, they, and its text if it is nothing else."""
+    text = _text(content)
     if text is not None:
-        return _Encoded(part, b"t", text.encode("utf-8", "surrogatepass"), text)
-    if (strings := _strings(part.content)) is not None:
-        return _Encoded(part, b"s", strings, None)
-    return _Encoded(part, b"j", _json(part.content), None)
+        return b"t", text.encode("utf-8", "surrogatepass"), text
+    if (strings := _strings(content)) is not None:
+        return b"s", strings, None
+    return b"j", _json(content), None
 
 
 def _marks(parts: Iterable[Part]) -> Iterator[MarkPrint]:
     for i, part in enumerate(parts):
         if (mark := part.mark) is not None:
             yield MarkPrint(i, mark.path, mark.ttl_s, mark.scope)
-
-
-def _joined(tuples: Iterable[tuple[_T, ...]]) -> tuple[_T, ...]:
-    return tuple(chain.from_iterable(tuples))
 
 
 def _remembered(memo: "LRUCache[bytes, _T]", key: bytes, make: Callable[[], _T]) -> _T:
@@ -582,21 +563,29 @@ def _at(packed: bytes, index: int) -> bytes:
     return packed[index * HASH_BYTES : (index + 1) * HASH_BYTES]
 
 
-def _folded(region: Region, parts: Sequence[Part]) -> Iterable[Part]:
+def _folded(region: Region, parts: list[Part]) -> list[Part]:
     limit = _MAX_PARTS[region]
-    yield from parts[:limit]
-    if rest := parts[limit:]:
-        path = f"{rest[0].path}…"
-        yield Part(region, path, [part.content for part in rest], rest[0].role, rest[-1].mark)
+    if len(parts) <= limit:
+        return parts
+    kept, rest = parts[:limit], parts[limit:]
+    path = f"{rest[0].path}…"
+    last = Part(region, path, [part.content for part in rest], rest[0].role, rest[-1].mark)
+    return [*kept, last]
 
 
-def _rendered(protocol: Protocol, part: Part) -> Part | None:
-    """Return ``part`` as it reaches the prompt; None if vLLM leaves it out.
+def _rendered(protocol: Protocol, region: Region, parts: list[Part]) -> list[Part]:
+    """Return ``parts`` of one region as they reach the prompt, without what vLLM leaves out.
 
     Claude Code's billing header holds a nonce that changes with each request.
     """
-    if protocol is not Protocol.MESSAGES or part.region is Region.TOOLS:
-        return part
+    if protocol is not Protocol.MESSAGES or region is Region.TOOLS:
+        return parts
+    if region is Region.MESSAGES and "system" not in [part.role for part in parts]:
+        return parts
+    return [kept for part in parts if (kept := _without_billing(part))]
+
+
+def _without_billing(part: Part) -> Part | None:
     if part.region is Region.MESSAGES and part.role != "system":
         return part
     text = _text(part.content)
@@ -607,6 +596,21 @@ def _rendered(protocol: Protocol, part: Part) -> Part | None:
     if part.path == "system" or part.role == "system":
         return replace(part, content=text.partition("\n")[2])
     return part
+
+
+def _messages(region: Region, parts: list[Part]) -> Iterator[list[Part]]:
+    """Yield the parts of one region that stand together: those of one message, a system prompt's,
+    and all tools, since as a rule none of them changes."""
+    if region is Region.TOOLS or (parts and parts[0].path.startswith("system")):
+        yield parts
+        return
+    for _, together in groupby(parts, _message_of):
+        yield list(together)
+
+
+def _message_of(part: Part) -> str:
+    """Return what is equal for two parts of one message: ``messages[4``."""
+    return part.path.partition("]")[0]
 
 
 def _text(content: Any) -> str | None:
@@ -643,16 +647,6 @@ def _kind(part: Part, text: str | None) -> int:
     return kind
 
 
-def _message_of(part: Part) -> str:
-    """Return what is equal for two parts of one message: ``messages[4`` or ``system``. The tools
-    are taken together as well: as a rule none of them changes."""
-    if part.region is Region.TOOLS:
-        return "tools"
-    if part.region is Region.SYSTEM and part.path.startswith("system"):
-        return "system"
-    return part.path.partition("]")[0].removesuffix(".content")
-
-
 def _estimate(content: Any, data: bytes) -> int:
     tokens = -(-len(data) // BYTES_PER_TOKEN)
     if isinstance(content, dict) and content.get("type") in _IMAGE_TYPES:
@@ -674,6 +668,14 @@ def _strings(content: Any) -> bytes | None:
             return None
         strings += (f"{len(key)}:{len(value)}:", key, value)
     return "".join(strings).encode("utf-8", "surrogatepass")
+
+
+def _packed(value: Any, *, sort_keys: bool = False) -> bytes:
+    """Return bytes that only ``value`` has, several times as fast as `_json`."""
+    try:
+        return msgspec.msgpack.encode(value, order="sorted" if sort_keys else None)
+    except (OverflowError, RecursionError, TypeError, ValueError):
+        return _json(value, sort_keys=sort_keys)
 
 
 def _json(value: Any, *, sort_keys: bool = False) -> bytes:

@@ -18,6 +18,7 @@ from vllm_cachescope.overlap import (
     departs_alike,
     is_answer_to_less,
     is_opening,
+    is_unrelated,
     may_share,
     overlap,
     parent_parts,
@@ -71,6 +72,11 @@ class Run:
     computed_at: float
     used_at: float
 
+    @property
+    def nbytes(self) -> int:
+        """About how much memory it takes, in bytes."""
+        return 400 + len(self.tokens.hashes)
+
 
 @dataclass(frozen=True, slots=True)
 class Held:
@@ -114,7 +120,7 @@ class Entry:
     @property
     def nbytes(self) -> int:
         """About how much memory it takes, in bytes."""
-        return self.fingerprint.nbytes + (400 + len(self.run.tokens.hashes) if self.run else 0)
+        return self.fingerprint.nbytes + (self.run.nbytes if self.run else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,9 +235,8 @@ class LineageStore:
         if session is None or entry not in session.entries:
             return
         if run is not None and entry.run is None:
-            before = entry.nbytes
             entry.run = run
-            self._grow(caller.org, session, entry.nbytes - before)
+            self._grow(caller.org, session, run.nbytes)
         if response_id is not None:
             entry.response_id = response_id
             self._by_response[caller.org, response_id] = (caller.session, entry)
@@ -392,9 +397,12 @@ def _broken(
     most = (shared.tokens, 0)
     beyond = range(shared.parts, len(new))
     messages = split(new, range(new.static_parts, len(new)))
+    static, known = new.hashes_of(range(new.static_parts)), frozenset(messages)
     for entry in reversed(session.entries):
+        if entry.superseded or is_unrelated(entry.fingerprint, static, known):
+            continue
         # With its parent known, only what came after that can have been in another one as well.
-        if entry.superseded or (parent_known and not may_share(entry.fingerprint, new, beyond)):
+        if parent_known and not may_share(entry.fingerprint, new, beyond):
             continue
         found = overlap(entry.fingerprint, new)
         could = reusable(entry.fingerprint, new, found, parent_known, messages)

@@ -2,7 +2,7 @@
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -117,6 +117,19 @@ def may_share(old: Fingerprint, new: Fingerprint, parts: range) -> bool:
     """
     hashes = old.hashes
     return any(new.hash(part) in hashes for part in parts)
+
+
+def is_unrelated(old: Fingerprint, static: bytes, messages: frozenset[int]) -> bool:
+    """Whether ``old`` begins otherwise than a request and has no message in common with it.
+
+    Args:
+        old: the earlier request.
+        static: the hashes of the request's tools and system prompt, packed.
+        messages: the hashes of its messages, as `split` gives them.
+    """
+    if old.hashes.startswith(static) and old.static_parts * HASH_BYTES == len(static):
+        return False
+    return messages.isdisjoint(split(old, range(old.static_parts, len(old))))
 
 
 def reusable(
@@ -335,8 +348,6 @@ def _last_common_turn(
         theirs: the hashes of the last parts of ``old``.
         ours: the hashes of the last parts of ``new``.
     """
-    if set(theirs).isdisjoint(ours):
-        return None
     kinds = old.kinds[len(old) - len(theirs) + 1 :]
     pairs = {pair for pair, kind in zip(pairwise(theirs), kinds, strict=True) if kind & _STARTS}
     for k in reversed(range(len(ours) - 1)):
@@ -382,12 +393,12 @@ def _similar_tools(old: Fingerprint, new: Fingerprint) -> bool:
     return 2 * len(ours & theirs) >= len(ours | theirs)
 
 
-def ascending(order: Sequence[int], weights: Sequence[int] | None = None) -> list[int]:
+def ascending(order: Sequence[int], weight_of: Callable[[int], int] = lambda _: 1) -> list[int]:
     """Return the positions of the heaviest ascending subsequence, in O(n log n) comparisons.
 
     Args:
         order: distinct numbers.
-        weights: what each of them weighs; None for the longest subsequence.
+        weight_of: what the number at a position weighs; as it is, the longest subsequence wins.
     """
     if list(order) == sorted(order):
         return list(range(len(order)))  # As a rule: nothing changed places.
@@ -399,7 +410,7 @@ def ascending(order: Sequence[int], weights: Sequence[int] | None = None) -> lis
         at = bisect_left(ends, value)
         weight, last = best[at - 1] if at else (0, -1)
         before.append(last)
-        weight += 1 if weights is None else weights[k]
+        weight += weight_of(k)
         if at and best[at - 1][0] >= weight:
             continue
         beaten = at
@@ -429,10 +440,9 @@ def gaps(old: Fingerprint, new: Fingerprint, of_old: range, of_new: range) -> It
         of_new: the parts of ``new`` to look at.
     """
     theirs, ours = split(old, of_old), split(new, of_new)
-    head = next(
-        (k for k, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b),
-        min(len(theirs), len(ours)),
-    )
+    head = common_items(old.hashes_of(of_old), new.hashes_of(of_new))
+    if head == len(theirs) == len(ours):
+        return
     here, there = Counter(ours[head:]), Counter(theirs[head:])
     where = {item: k for k, item in enumerate(theirs[head:], head) if there[item] == 1}
     anchors = [
@@ -442,8 +452,8 @@ def gaps(old: Fingerprint, new: Fingerprint, of_old: range, of_new: range) -> It
     ]
     low_a, low_b = head, head
     # Where parts changed places, the larger one is taken to have stayed.
-    sizes = [new.size(of_new.start + b) for _, b in anchors]
-    for n in ascending([a for a, _ in anchors], sizes):
+    in_order = ascending([a for a, _ in anchors], lambda n: new.size(of_new[anchors[n][1]]))
+    for n in in_order:
         a, b = anchors[n]
         if a < low_a or b < low_b:
             continue  # swallowed by the run before it

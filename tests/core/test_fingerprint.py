@@ -235,6 +235,21 @@ def test_half_surrogates(value: Any) -> None:
     assert len(fingerprint(Part(Region.TOOLS, "tools[0]", tool)).tools[0].name) <= 100
 
 
+def test_whatever_a_message_holds_it_is_remembered_as_itself() -> None:
+    numbers = [0, 1, 1.0, True, 2**64, 2**64 + 1, -(2**64), float(2**64), math.inf]
+    texts = ["1", "\ud800", "\udc80", "?", "null"]
+    others = [None, [], {}, [[]], {"\ud800": 1}, {"?": 1}, nested(5000, "a"), nested(5000, "b")]
+    made = Fingerprinter(SECRET)
+    messages = [message([value]) for value in (*numbers, *texts, *others)]
+    first = [made(PromptRequest(Protocol.CHAT, "m", (part,))).hashes for part in messages]
+    again = [made(PromptRequest(Protocol.CHAT, "m", (part,))).hashes for part in messages]
+    alone = [
+        Fingerprinter(SECRET)(PromptRequest(Protocol.CHAT, "m", (part,))).hashes
+        for part in messages
+    ]
+    assert first == again == alone and len(set(first)) == len(messages) == len(made._packs)
+
+
 def test_numbers_json_does_not_have() -> None:
     hashes = {fingerprint(message([value])).hashes for value in (math.nan, math.inf, -math.inf, 0)}
     assert len(hashes) == 4
