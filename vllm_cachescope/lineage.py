@@ -405,6 +405,9 @@ def _broken(
         if parent_known and not may_share(entry.fingerprint, new, beyond):
             continue
         found = overlap(entry.fingerprint, new)
+        # Nor is that a loss where it was a side call's, under a prompt of its own.
+        if parent_known and not same_static(entry.fingerprint, new, found):
+            continue
         could = reusable(entry.fingerprint, new, found, parent_known, messages)
         if could > shared.tokens and (could, found.tokens) > most:
             best, most = entry, (could, found.tokens)

@@ -12,11 +12,13 @@ from vllm_cachescope.prompt import Protocol
 ROUTING_PARAMS = frozenset({"prompt_cache_key", "service_tier", "speed"})
 """Parameters that say where or how fast to run, and never reach the prompt."""
 
-# Parameters that a chat template renders at the start of the prompt, or that replace the template.
+# Parameters that a chat template renders at the start of the prompt, that replace the template, or
+# that change the hash of every block.
 # All others are taken to change the prompt from the messages on, as Anthropic's table of what
 # invalidates the cache has it for thinking and tool_choice.
 _FRONT_PARAMS = (
     "add_special_tokens",
+    "cache_salt",
     "chat_template",
     "chat_template_kwargs",
     "media_io_kwargs",
@@ -174,7 +176,8 @@ def reusable(
         return 0
     tools, system = _similar_tools(old, new), similar_system(old, new)
     if again or (end < len(new) and new.role(end) is Role.ASSISTANT):
-        return new.start(end) if tools or system else 0
+        # That neither has tools shows nothing.
+        return new.start(end) if system or (tools and new.tools) else 0
     # The same question in both, nothing more: a retry with a change, or a side call about it.
     return new.start(end) if end == len(new) and tools and system else 0
 

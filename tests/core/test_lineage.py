@@ -231,6 +231,41 @@ def test_a_reminder_at_the_very_end_costs_nothing() -> None:
             assert diagnosis.kind is Kind.CONTINUATION and diagnosis.lineage == 1
 
 
+@pytest.mark.parametrize("model", ["main-model", "small-model"])
+def test_after_a_side_call_that_repeats_it_with_its_answer_a_conversation_goes_on(
+    model: str,
+) -> None:
+    client, agent = Client(), Agent("recap")
+    for _ in range(3):
+        client.send(agent.turn().body())
+    agent.turn()
+    recap = agent.copy("recap")
+    recap.model = model
+    recap.system = [
+        {"type": "text", "text": "You suggest what to ask next." + words(agent.rng, 90)}
+    ]
+    recap.ask("Suggest.")
+    client.send(recap.body())
+    for _ in range(2):
+        diagnosis = client.send(agent.body())
+        assert diagnosis.kind is Kind.CONTINUATION and diagnosis.lineage == 1
+        assert diagnosis.expected and diagnosis.latch is None
+        agent.turn()
+
+
+def test_a_side_call_without_tools_is_a_lineage_of_its_own() -> None:
+    client, agent = Client(), Agent("chat", tools=[])
+    client.send(agent.turn().turn().body())
+    recap = agent.copy("recap").turn()
+    recap.system = [
+        {"type": "text", "text": "You suggest what to ask next." + words(agent.rng, 90)}
+    ]
+    assert client.send(recap.body()).kind is Kind.NEW_LINEAGE
+    # The same system prompt with something else in it is a changed one.
+    agent.system[2]["text"] += " It is ten."
+    assert client.send(agent.turn().body()).kind is Kind.SYSTEM_CHANGED
+
+
 def test_a_twin_conversation_is_no_break_but_says_what_kept_it_from_sharing() -> None:
     client = Client()
     for day in (1, 2):

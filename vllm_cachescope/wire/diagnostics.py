@@ -11,7 +11,8 @@ from vllm_cachescope.changes import Change, ChangeKind
 from vllm_cachescope.diagnosis import Diagnosis
 from vllm_cachescope.prompt import PromptRequest
 
-_EXTRA_FIELDS = ("service_tier", "speed", "verbosity", "prompt_cache_key")
+# vLLM mixes the salt into the hash of the first block.
+_EXTRA_FIELDS = ("service_tier", "speed", "verbosity", "prompt_cache_key", "cache_salt")
 _BETAS = "anthropic-beta"
 
 # `model_changed` covers speed, as the docstring of the `anthropic` package's type has it.
