@@ -208,6 +208,15 @@ class Fingerprint:
         return self.counts[Region.TOOLS] + self.counts[Region.SYSTEM]
 
     @property
+    def opening(self) -> bytes:
+        """How its messages begin: what the requests of one conversation have in common, whatever
+        becomes of its tools and system prompt. Empty without messages."""
+        first = self.static_parts
+        if first == len(self):
+            return b""
+        return self.chunks_of(first)[:HASH_BYTES] or self.hash(first)
+
+    @property
     def chunk_tokens(self) -> int:
         """Estimated tokens in one of ``chunks``."""
         size = _PROMPT_CHUNK_BYTES if self.protocol is Protocol.COMPLETIONS else CHUNK_BYTES

@@ -5,7 +5,7 @@ forks that share a prefix. A request is compared with its nearest ancestor in th
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -34,8 +34,14 @@ from vllm_cachescope.tokenprint import TokenPrint
 
 DEFAULT_TTL_S = 6 * 3600.0
 DEFAULT_REQUESTS = 64
+DEFAULT_ENDS = 1024
 DEFAULT_ORG_BYTES = 16 * 2**20
 DEFAULT_BYTES = 256 * 2**20
+
+MAX_ID = 256
+"""Characters of a response's id. Clients may choose theirs; a longer one is not remembered."""
+
+_MAX_ALIKE = 64
 
 
 class Relation(StrEnum):
@@ -120,7 +126,8 @@ class Entry:
     @property
     def nbytes(self) -> int:
         """About how much memory it takes, in bytes."""
-        return self.fingerprint.nbytes + (self.run.nbytes if self.run else 0)
+        named = _id_bytes(self.response_id) if self.response_id is not None else 0
+        return self.fingerprint.nbytes + named + (self.run.nbytes if self.run else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,10 +160,57 @@ class Placement:
 
 @dataclass(slots=True)
 class _Session:
+    """The requests of a session.
+
+    Attributes:
+        entries: the latest requests and ends of conversations, oldest first. A new request is
+            compared with all of them.
+        older: ends of conversations that have not gone on for longer, oldest first. A new request
+            is compared with those that open as it does.
+        by_opening: the same by how they open.
+        latches: its fields that keep changing.
+        lineages: how many it has had.
+        nbytes: what it takes, in bytes.
+    """
+
     entries: list[Entry] = field(default_factory=list)
+    older: dict[Entry, None] = field(default_factory=dict)
+    by_opening: dict[bytes, list[Entry]] = field(default_factory=dict)
     latches: Latches = field(default_factory=Latches)
     lineages: int = 0
     nbytes: int = 0
+
+    def __len__(self) -> int:
+        return len(self.entries) + len(self.older)
+
+    def __iter__(self) -> Iterator[Entry]:
+        yield from self.older
+        yield from self.entries
+
+    def __contains__(self, entry: Entry) -> bool:
+        return entry in self.older or entry in self.entries
+
+    def near(self, fingerprint: Fingerprint) -> list[Entry]:
+        """Return the requests to compare a new one with, oldest first."""
+        alike = self.by_opening.get(fingerprint.opening, ())
+        return [*alike[-_MAX_ALIKE:], *self.entries]
+
+    def shelve(self, entry: Entry) -> None:
+        """Move one of ``entries`` to ``older``."""
+        self.entries.remove(entry)
+        self.older[entry] = None
+        self.by_opening.setdefault(entry.fingerprint.opening, []).append(entry)
+
+    def remove(self, entry: Entry) -> None:
+        """Remove one of its requests."""
+        if entry not in self.older:
+            self.entries.remove(entry)
+            return
+        del self.older[entry]
+        alike = self.by_opening[entry.fingerprint.opening]
+        alike.remove(entry)
+        if not alike:
+            del self.by_opening[entry.fingerprint.opening]
 
 
 class LineageStore:
@@ -167,8 +221,10 @@ class LineageStore:
     Args:
         clock: returns seconds; must not run backwards.
         ttl_s: how long after its last request a session is kept, in seconds.
-        requests: how many requests are kept of a session. Those that a later one goes on from are
-            the first to be dropped.
+        requests: how many requests of a session are compared with each new one. Those that a later
+            one goes on from are the first to be dropped.
+        ends: how many ends of other conversations are kept of a session besides, to go on from: a
+            session may be all the traffic of clients that name none.
         org_bytes: memory for one organisation's sessions, in bytes; the least recently used
             session is dropped first.
         max_bytes: memory for all organisations together, in bytes.
@@ -180,12 +236,14 @@ class LineageStore:
         *,
         ttl_s: float = DEFAULT_TTL_S,
         requests: int = DEFAULT_REQUESTS,
+        ends: int = DEFAULT_ENDS,
         org_bytes: int = DEFAULT_ORG_BYTES,
         max_bytes: int = DEFAULT_BYTES,
     ) -> None:
         self._clock = clock
         self._ttl_s = ttl_s
         self._requests = requests
+        self._ends = ends
         self._org_bytes = org_bytes
         self._max_bytes = max_bytes
         self._orgs: dict[str, OrderedDict[str | None, _Session]] = {}
@@ -197,7 +255,7 @@ class LineageStore:
 
     def __len__(self) -> int:
         """Return the number of requests kept."""
-        return sum(len(session.entries) for org in self._orgs.values() for session in org.values())
+        return sum(len(session) for org in self._orgs.values() for session in org.values())
 
     def observe(self, caller: Caller, fingerprint: Fingerprint) -> Placement:
         """Place a request in its session's forest and keep it.
@@ -210,6 +268,9 @@ class LineageStore:
         chained = self._chained(caller.org, fingerprint)
         placement = _place(session, chained, now)
         self._keep(caller, session, placement.entry)
+        ancestor = placement.ancestor
+        if ancestor is not None and ancestor.superseded and ancestor in session.older:
+            self._drop(caller.org, session, ancestor)
         return placement
 
     def answered(
@@ -232,14 +293,17 @@ class LineageStore:
         if prompt_tokens is not None:
             entry.prompt_tokens = prompt_tokens
         session = self._find(caller)
-        if session is None or entry not in session.entries:
+        if session is None or entry not in session:
             return
+        grown = 0
         if run is not None and entry.run is None:
             entry.run = run
-            self._grow(caller.org, session, run.nbytes)
-        if response_id is not None:
+            grown += run.nbytes
+        if response_id is not None and entry.response_id is None and len(response_id) <= MAX_ID:
             entry.response_id = response_id
             self._by_response[caller.org, response_id] = (caller.session, entry)
+            grown += _id_bytes(response_id)
+        self._grow(caller.org, session, grown)
 
     def held(
         self, caller: Caller, entry: Entry, tokens: TokenPrint, engine: EngineId, began: float
@@ -257,7 +321,7 @@ class LineageStore:
         best: Held | None = None
         rank: tuple[int, bool, bool, float] | None = None
         # The latest first: one of them is likely to have most, and the others are soon ruled out.
-        for other in reversed(session.entries if session else ()):
+        for other in reversed(session.near(entry.fingerprint) if session else ()):
             if other is entry or (run := other.run) is None:
                 continue
             shared = run.tokens.shared_tokens(tokens, best.shared_tokens if best else 0)
@@ -311,16 +375,21 @@ class LineageStore:
         session.entries.append(entry)
         self._grow(caller.org, session, entry.nbytes)
         if len(session.entries) > self._requests:
-            oldest = next((e for e in session.entries if e.superseded), session.entries[0])
-            self._drop(caller.org, session, oldest)
+            superseded = next((e for e in session.entries if e.superseded), None)
+            if superseded is not None:
+                self._drop(caller.org, session, superseded)
+            else:
+                session.shelve(session.entries[0])
+        if len(session.older) > self._ends:
+            self._drop(caller.org, session, next(iter(session.older)))
         org = self._orgs[caller.org]
         while self._bytes_of[caller.org] > self._org_bytes and len(org) > 1:
             self._forget(caller.org, next(iter(org)))
         while self.nbytes > self._max_bytes and len(self._used) > 1:
             self._forget(*next(iter(self._used)))
         # A single session may be too large by itself; the newest request always stays.
-        while self._bytes_of[caller.org] > self._org_bytes and len(session.entries) > 1:
-            self._drop(caller.org, session, session.entries[0])
+        while self._bytes_of[caller.org] > self._org_bytes and len(session) > 1:
+            self._drop(caller.org, session, next(iter(session)))
 
     def _expire(self, now: float) -> None:
         while self._used:
@@ -332,7 +401,7 @@ class LineageStore:
     def _forget(self, org: str, name: str | None) -> None:
         session = self._orgs[org].pop(name)
         del self._used[org, name]
-        for entry in session.entries:
+        for entry in session:
             self._unname(org, entry)
         self._grow(org, session, -session.nbytes)
         if not self._orgs[org]:
@@ -340,7 +409,7 @@ class LineageStore:
             del self._bytes_of[org]
 
     def _drop(self, org: str, session: _Session, entry: Entry) -> None:
-        session.entries.remove(entry)
+        session.remove(entry)
         self._unname(org, entry)
         self._grow(org, session, -entry.nbytes)
 
@@ -356,12 +425,18 @@ class LineageStore:
         self.nbytes += nbytes
 
 
+def _id_bytes(response_id: str) -> int:
+    """About how much memory it takes to find a request by an id, in bytes."""
+    return 200 + len(response_id)
+
+
 def _place(session: _Session, new: Fingerprint, now: float) -> Placement:
     """Find the nearest ancestor of ``new`` and how it stands to it. Does not keep it yet."""
+    near = session.near(new)
     nearest: Entry | None = None
     shared = Overlap(0, 0, False)
     agreed = b""
-    for entry in reversed(session.entries):
+    for entry in reversed(near):
         # Most agree less far than the best so far, or like it and no further.
         if not entry.fingerprint.hashes.startswith(agreed):
             continue
@@ -378,19 +453,19 @@ def _place(session: _Session, new: Fingerprint, now: float) -> Placement:
     # A request that an earlier one repeats in full misses nothing.
     if shared.parts < len(new):
         parent_known = shared.whole and shared.parts >= parent_parts(new)
-        if (broken := _broken(session, new, shared, parent_known)) is not None:
+        if (broken := _broken(near, new, shared, parent_known)) is not None:
             changes = compare(broken.fingerprint, new)
             compacted = changes[:1] and changes[0].kind is ChangeKind.HISTORY_COMPACTED
             relation = Relation.COMPACTION if compacted else Relation.BREAK
             return _go_on(session, relation, broken, new, shared.tokens, changes, now)
-        if (old := _compacted(session, new, shared)) is not None:
+        if (old := _compacted(near, new, shared)) is not None:
             changes = compare(old.fingerprint, new)
             return _go_on(session, Relation.COMPACTION, old, new, shared.tokens, changes, now)
-    return _relate(session, nearest, new, shared, now)
+    return _relate(session, near, nearest, new, shared, now)
 
 
 def _broken(
-    session: _Session, new: Fingerprint, shared: Overlap, parent_known: bool
+    near: Sequence[Entry], new: Fingerprint, shared: Overlap, parent_known: bool
 ) -> Entry | None:
     """Return the conversation that ``new`` would have shared more with, had it not changed."""
     best: Entry | None = None
@@ -398,7 +473,7 @@ def _broken(
     beyond = range(shared.parts, len(new))
     messages = split(new, range(new.static_parts, len(new)))
     static, known = new.hashes_of(range(new.static_parts)), frozenset(messages)
-    for entry in reversed(session.entries):
+    for entry in reversed(near):
         if entry.superseded or is_unrelated(entry.fingerprint, static, known):
             continue
         # With its parent known, only what came after that can have been in another one as well.
@@ -414,7 +489,7 @@ def _broken(
     return best
 
 
-def _compacted(session: _Session, new: Fingerprint, shared: Overlap) -> Entry | None:
+def _compacted(near: Sequence[Entry], new: Fingerprint, shared: Overlap) -> Entry | None:
     """Return the conversation that ``new`` begins anew from a summary.
 
     A summary does not say of which conversation; the longest is the likeliest to be compacted.
@@ -424,14 +499,19 @@ def _compacted(session: _Session, new: Fingerprint, shared: Overlap) -> Entry | 
         return None
     compacted = [
         entry
-        for entry in reversed(session.entries)
+        for entry in reversed(near)
         if not entry.superseded and compaction(entry.fingerprint, new) is not None
     ]
     return max(compacted, key=lambda entry: entry.fingerprint.tokens, default=None)
 
 
 def _relate(
-    session: _Session, nearest: Entry, new: Fingerprint, shared: Overlap, now: float
+    session: _Session,
+    near: Sequence[Entry],
+    nearest: Entry,
+    new: Fingerprint,
+    shared: Overlap,
+    now: float,
 ) -> Placement:
     """Place a request that misses nothing an earlier one could have left it."""
     old, static = nearest.fingerprint, new.static_parts
@@ -451,7 +531,7 @@ def _relate(
     beyond = shared.tokens > new.start(static) or shared.parts == len(new) > 0
     if same_static(old, new, shared) and beyond:
         return _begin(session, Relation.FORK, new, now, nearest, shared.tokens)
-    twin = _twin(session, new)
+    twin = _twin(near, new)
     if twin is None:
         return _begin(session, Relation.NEW_LINEAGE, new, now, nearest, shared.tokens)
     changes = tuple(
@@ -486,10 +566,10 @@ def _still_cached(
     return kept
 
 
-def _twin(session: _Session, new: Fingerprint) -> Entry | None:
+def _twin(near: Sequence[Entry], new: Fingerprint) -> Entry | None:
     """Return a request of another conversation whose tools and system are nearly the same."""
     names = {tool.name for tool in new.tools}
-    for entry in reversed(session.entries):
+    for entry in reversed(near):
         old = entry.fingerprint
         if (
             old.model == new.model

@@ -422,11 +422,44 @@ def test_memory_is_bounded_per_organisation_and_in_all() -> None:
     assert client.store.find("org 5", "msg_59") is not None
     assert client.store.find("org 0", "msg_0") is None
     assert client.store.nbytes == sum(
-        entry.fingerprint.nbytes
+        entry.nbytes
         for org in client.store._orgs.values()
         for session in org.values()
-        for entry in session.entries
+        for entry in session
     )
+
+
+@pytest.mark.parametrize("conversations", [70, 300])
+def test_clients_that_name_no_session_go_on_all_the_same(conversations: int) -> None:
+    client = Client()
+    client.caller = Caller("org", None)
+    agents = [Agent(f"client {i}", tools=TOOL_NAMES[:2], scale=0.05) for i in range(conversations)]
+    for i, agent in enumerate(agents):
+        client.send(agent.body(), response_id=f"msg {i}")
+    for i, agent in enumerate(agents):
+        assert client.store.find("org", f"msg {i}") is not None
+        agent.turn()
+        if i % 5 == 0:
+            agent.tools[1]["description"] += " Again."
+        expected = Kind.TOOLS_CHANGED if i % 5 == 0 else Kind.CONTINUATION
+        assert client.send(agent.body()).kind is expected, i
+    # What has been gone on from is not kept for long, nor are more ends than were asked for.
+    assert conversations <= len(client.store) <= conversations + 64
+    small = Client(requests=4, ends=10)
+    for agent in agents:
+        small.send(agent.body())
+    assert len(small.store) == 14
+
+
+def test_an_id_of_any_length_takes_bounded_memory() -> None:
+    client, agent = Client(), Agent("ids", scale=0.1)
+    for i in range(3):
+        client.send(agent.turn().body(), response_id=f"{i}" * 10_000_000)
+        assert client.entry.response_id is None and not client.store._by_response
+    before = client.store.nbytes
+    client.send(agent.body(), response_id="x" * 256)
+    assert client.store.find("org", "x" * 256) is client.entry
+    assert client.store.nbytes - before >= client.entry.fingerprint.nbytes + 256
 
 
 def test_one_organisation_cannot_push_out_another() -> None:
