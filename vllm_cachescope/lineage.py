@@ -145,6 +145,7 @@ class Placement:
             are meant to differ.
         latch: set if the earliest change keeps changing.
         idle_s: seconds since ``ancestor`` came; None without one.
+        ancestor_was: whether ``ancestor`` was superseded and continued before.
     """
 
     relation: Relation
@@ -156,6 +157,7 @@ class Placement:
     changes: tuple[Change, ...]
     latch: Latch | None
     idle_s: float | None
+    ancestor_was: tuple[bool, bool] = (False, False)
 
 
 @dataclass(slots=True)
@@ -304,6 +306,15 @@ class LineageStore:
             self._by_response[caller.org, response_id] = (caller.session, entry)
             grown += _id_bytes(response_id)
         self._grow(caller.org, session, grown)
+
+    def retract(self, caller: Caller, placement: Placement) -> None:
+        """Forget a request that never ran: nothing can have been left to go on from."""
+        session = self._find(caller)
+        if session is None or placement.entry not in session:
+            return
+        self._drop(caller.org, session, placement.entry)
+        if placement.ancestor is not None and placement.entry.lineage == placement.ancestor.lineage:
+            placement.ancestor.superseded, placement.ancestor.continued = placement.ancestor_was
 
     def held(
         self, caller: Caller, entry: Entry, tokens: TokenPrint, engine: EngineId, began: float
@@ -592,6 +603,7 @@ def _go_on(
     now: float,
 ) -> Placement:
     """Place ``new`` in the lineage of ``ancestor``."""
+    was = (ancestor.superseded, ancestor.continued)
     # A conversation that was compacted by its looks alone may still go on.
     ancestor.superseded = relation is not Relation.COMPACTION or ancestor.superseded
     ancestor.continued |= relation in (Relation.CONTINUATION, Relation.RETRY)
@@ -610,6 +622,7 @@ def _go_on(
         changes,
         latch,
         now - ancestor.at,
+        was,
     )
 
 

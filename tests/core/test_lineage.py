@@ -462,6 +462,23 @@ def test_an_id_of_any_length_takes_bounded_memory() -> None:
     assert client.store.nbytes - before >= client.entry.fingerprint.nbytes + 256
 
 
+def test_what_never_ran_is_nothing_to_go_on_from() -> None:
+    client, agent = Client(), Agent("refused", scale=0.1)
+    client.send(agent.body())
+    refused = agent.turn().body()
+    refused["tools"][3]["input_schema"] = "not a schema"
+    assert client.send(refused).kind is Kind.TOOLS_CHANGED
+    client.store.retract(client.caller, client.placement)
+    client.store.retract(client.caller, client.placement)
+    assert len(client.store) == 1
+    diagnosis = client.send(agent.body())
+    assert diagnosis.kind is Kind.CONTINUATION and diagnosis.lineage == 1
+    client.store.retract(Caller("other", "s"), client.placement)
+    client.store.purge("org")
+    client.store.retract(client.caller, client.placement)
+    assert client.store.nbytes == 0
+
+
 def test_one_organisation_cannot_push_out_another() -> None:
     client = Client(org_bytes=100_000, max_bytes=10_000_000)
     agent = Agent("victim", scale=0.1)
