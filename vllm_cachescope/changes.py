@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import islice
 
 from vllm_cachescope.durations import format_duration
 from vllm_cachescope.fingerprint import HASH_BYTES, Fingerprint, MarkPrint, ToolPrint
@@ -156,9 +157,9 @@ def compare(old: Fingerprint, new: Fingerprint) -> tuple[Change, ...]:
     changes = [
         *_model(old, new),
         *_params(old, new),
-        *_tools(old, new),
-        *_system(old, new),
-        *_messages(old, new),
+        *islice(_tools(old, new), MAX_CHANGES),
+        *islice(_system(old, new), MAX_CHANGES),
+        *islice(_messages(old, new), MAX_CHANGES),
         *_marks(old, new),
     ]
     # Stable: at one token, model before parameters before tools and so on.
@@ -367,8 +368,9 @@ def _run(kind: ChangeKind, old: Fingerprint, gone: range, new: Fingerprint, came
         chars_after=sum(new.chars[came.start : came.stop]),
         parts_before=len(gone),
         parts_after=len(came),
-        value=new.hashes_of(came[:8]),
-        old_value=old.hashes_of(gone[:8]),
+        # What is gone is told from what else goes from this place: only the same thing comes back.
+        value=new.hashes_of(came[:8]) or _ABSENT + old.hashes_of(gone[:8]),
+        old_value=old.hashes_of(gone[:8]) or _ABSENT + new.hashes_of(came[:8]),
     )
 
 

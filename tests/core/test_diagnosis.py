@@ -10,7 +10,7 @@ from openai.types.responses.response import PromptCacheDiagnostics
 from pydantic import TypeAdapter
 
 from tests.core.agent_session import TTLS, Agent, Body, Client, words
-from vllm_cachescope.changes import ChangeKind
+from vllm_cachescope.changes import MAX_CHANGES, ChangeKind, compare
 from vllm_cachescope.diagnosis import (
     NEW_CONTENT,
     Diagnosis,
@@ -19,6 +19,7 @@ from vllm_cachescope.diagnosis import (
     conclude,
     diagnose_against,
 )
+from vllm_cachescope.fingerprint import Fingerprint
 from vllm_cachescope.misses import EngineCause, EngineMiss
 from vllm_cachescope.prompt import Protocol
 from vllm_cachescope.wire import anthropic, openai_responses
@@ -390,6 +391,34 @@ def test_everything_at_once() -> None:
         C.PARAM_CHANGED,
         C.MESSAGES_CHANGED,
     ]
+
+
+def test_what_slides_away_is_not_said_to_come_back() -> None:
+    client, agent = Client(), Agent("slides", scale=0.1)
+    latches = []
+    for _ in range(6):
+        client.send(agent.turn().turn().body())
+        del agent.messages[1:3]
+        latches.append(client.send(agent.body()).latch)
+    assert [latch.returns for latch in latches if latch] == [False] * 5
+
+    client, agent = Client(), Agent("comes and goes", scale=0.1)
+    block = {"type": "text", "text": "You may use the network. " * 20}
+    latches = []
+    for i in range(6):
+        agent.system = [*agent.system, block] if i % 2 else agent.system[:3]
+        latches.append(client.send(agent.turn().body()).latch)
+    assert [latch.returns for latch in latches if latch] == [True] * 4
+
+
+def test_no_more_changes_are_worked_out_than_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    old = [{"role": "user" if i % 2 else "assistant", "content": f"{i}"} for i in range(4090)]
+    new = [{**m, "content": m["content"] + "!" * (i % 2)} for i, m in enumerate(old)]
+    client, named = Client(), []
+    prints = [client.fingerprint({"model": "m", "messages": m}) for m in (old, new)]
+    path = Fingerprint.path
+    monkeypatch.setattr(Fingerprint, "path", lambda *args: named.append(args) or path(*args))
+    assert len(compare(*prints)) == len(named) == MAX_CHANGES
 
 
 def test_a_flapping_field_is_latched() -> None:
