@@ -443,7 +443,8 @@ class Fingerprinter:
         n_chunks: list[int] = []
         tools: list[ToolPrint] = []
         for part in parts:
-            form, data, text = _encoded(part.content)
+            content = part.content if part.region is Region.TOOLS else _spelt(part.content)
+            form, data, text = _encoded(content)
             kind = _kind(part, text)
             hash_ = self.hash(form + bytes((kind & _ROLE_BITS,)), data)
             if part.region is Region.TOOLS:
@@ -452,7 +453,7 @@ class Fingerprinter:
                 kind |= _STARTS
             hashes.append(hash_)
             kinds.append(kind)
-            tokens.append(_estimate(part.content, data))
+            tokens.append(_estimate(content, data))
             chars.append(len(data) if text is None else len(text))
             pieces = self._pieces(data, chunk_bytes)
             edges.append(self._edges(data))
@@ -587,7 +588,12 @@ def _rendered(protocol: Protocol, region: Region, parts: list[Part]) -> list[Par
 
     Claude Code's billing header holds a nonce that changes with each request.
     """
-    if protocol is not Protocol.MESSAGES or region is Region.TOOLS:
+    if region is Region.TOOLS:
+        return parts
+    if protocol is Protocol.CHAT:
+        # To vLLM, null is the same as no content.
+        return [part for part in parts if part.content is not None]
+    if protocol is not Protocol.MESSAGES:
         return parts
     if region is Region.MESSAGES and "system" not in [part.role for part in parts]:
         return parts
@@ -632,6 +638,42 @@ def _text(content: Any) -> str | None:
     return None
 
 
+def _spelt(content: Any) -> Any:
+    """Return ``content`` in one of the spellings that vLLM reads alike.
+
+    Of a tool's call and its result the order of the fields means nothing; a result is the same as
+    a string and as a text block; vLLM parses a call's arguments where they are JSON in a string
+    (`AnthropicServingMessages` and the chat renderer of vLLM 0.32). Clients change from one to the
+    other: a result becomes a block when a breakpoint is put on it.
+    """
+    if isinstance(content, list):
+        return [_spelt(one) if isinstance(one, dict) else one for one in content]
+    if not isinstance(content, dict):
+        return content
+    if content.get("type") == "tool_result":
+        fields = {name: value for name, value in sorted(content.items()) if value is not None}
+        if fields.get("is_error") is False:
+            del fields["is_error"]
+        inner = fields.get("content")
+        if isinstance(inner, list) and len(inner) == 1 and (text := _text(inner[0])) is not None:
+            fields["content"] = text
+        return fields
+    if content.get("type") == "tool_use":
+        return dict(sorted(content.items()))
+    if content.get("type") == "function" and isinstance(call := content.get("function"), dict):
+        return {**dict(sorted(content.items())), "function": _call(call)}
+    return content
+
+
+def _call(function: Mapping[str, Any]) -> dict[str, Any]:
+    call = dict(sorted(function.items()))
+    if isinstance(arguments := call.get("arguments"), str):
+        # Left as they are where they are not JSON: the server will say so.
+        with suppress(ValueError, RecursionError):
+            call["arguments"] = [json.loads(arguments)]
+    return call
+
+
 def _kind(part: Part, text: str | None) -> int:
     if part.region is Region.TOOLS:
         return _NONE
@@ -658,9 +700,24 @@ def _kind(part: Part, text: str | None) -> int:
 
 def _estimate(content: Any, data: bytes) -> int:
     tokens = -(-len(data) // BYTES_PER_TOKEN)
-    if isinstance(content, dict) and content.get("type") in _IMAGE_TYPES:
+    if not isinstance(content, dict):
+        return tokens
+    if _is_media(content):
         return min(tokens, _IMAGE_TOKENS)
+    inner = content.get("content")
+    for block in inner if isinstance(inner, list) else ():
+        if isinstance(block, dict) and _is_media(block):
+            tokens -= max(0, len(_json(block)) // BYTES_PER_TOKEN - _IMAGE_TOKENS)
     return tokens
+
+
+def _is_media(block: Mapping[str, Any]) -> bool:
+    source = block.get("source")
+    return block.get("type") in _IMAGE_TYPES or (
+        block.get("type") == "document"
+        and isinstance(source, dict)
+        and source.get("type") == "base64"
+    )
 
 
 def _strings(content: Any) -> bytes | None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tests.core.agent_session import TTLS, Agent, Client, words
 from vllm_cachescope.fingerprint import HASH_BYTES, Fingerprint, Fingerprinter, Role, Trait
 from vllm_cachescope.prompt import Part, PromptRequest, Protocol, Region
-from vllm_cachescope.wire import anthropic
+from vllm_cachescope.wire import anthropic, openai_chat
 
 SECRET = b"a secret of the operator"
 
@@ -377,3 +377,72 @@ def test_chunks_find_the_place_inside_a_text() -> None:
     while one.chunks_of(0)[shared * 8 : shared * 8 + 8] == two.chunks_of(0)[shared * 8 :][:8]:
         shared += 1
     assert shared * one.chunk_tokens * 4 <= at < (shared + 1) * one.chunk_tokens * 4
+
+
+def tool_result(**fields: Any) -> dict[str, Any]:
+    return {"type": "tool_result", "tool_use_id": "toolu_1", "content": "done", **fields}
+
+
+def chat_call(arguments: str) -> list[dict[str, Any]]:
+    function = {"name": "Read", "arguments": arguments}
+    return [{"id": "call_1", "type": "function", "function": function}]
+
+
+USE = {"type": "tool_use", "id": "toolu_1", "name": "Read", "input": {"a": 1, "b": 2}}
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (tool_result(), tool_result(content=[{"type": "text", "text": "done"}])),
+        (tool_result(), tool_result(is_error=False)),
+        (tool_result(), dict(reversed(tool_result().items()))),
+        (USE, dict(reversed(USE.items()))),
+        (chat_call('{"a": 1}'), chat_call('{ "a":1 }')),
+        (chat_call('{"a": 1}'), [dict(reversed(chat_call('{"a": 1}')[0].items()))]),
+    ],
+)
+def test_spellings_that_render_alike_are_one(one: Any, other: Any) -> None:
+    assert fingerprint(message(one)).hashes == fingerprint(message(other)).hashes
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (tool_result(), tool_result(content="undone")),
+        (tool_result(), tool_result(is_error=True)),
+        (tool_result(), tool_result(content=[{"type": "text", "text": "done"}] * 2)),
+        (tool_result(), {**tool_result(), "type": "other"}),
+        (USE, {**USE, "input": {"b": 2, "a": 1}}),
+        (chat_call('{"a": 1, "b": 2}'), chat_call('{"b": 2, "a": 1}')),
+        (chat_call("{"), chat_call("{ ")),
+        (chat_call("[1]"), chat_call("1")),
+    ],
+)
+def test_what_renders_otherwise_is_told_apart(one: Any, other: Any) -> None:
+    assert fingerprint(message(one)).hashes != fingerprint(message(other)).hashes
+
+
+def test_no_content_and_null_are_one_to_chat() -> None:
+    made = Fingerprinter(SECRET)
+    answer = {"role": "assistant", "tool_calls": chat_call("{}")}
+    one, other = (
+        made(
+            openai_chat.read(
+                {"model": "m", "messages": [{"role": "user", "content": "x"}, a]}, TTLS
+            )
+        )
+        for a in (answer, {**answer, "content": None})
+    )
+    assert one.hashes == other.hashes and one.kinds == other.kinds and one.paths == other.paths
+
+
+def test_media_count_what_models_spend_on_them_wherever_they_stand() -> None:
+    data = {"type": "base64", "media_type": "image/png", "data": "A" * 1_000_000}
+    for kind in ("image", "document"):
+        block = {"type": kind, "source": data}
+        nested = tool_result(content=[{"type": "text", "text": "Here:"}, block])
+        for content in (block, nested):
+            assert 1_500 < fingerprint(message(content)).tokens < 2_000
+    text = {"type": "document", "source": {"type": "text", "data": "word " * 10_000}}
+    assert fingerprint(message(text)).tokens > 12_000
