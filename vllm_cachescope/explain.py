@@ -194,7 +194,7 @@ def explain_blocks(calls: Iterable[BlockCall], ttl_s: float | None = None) -> It
             kind = Kind.CONTINUATION
         elif known == len(before.blocks) - 1 and before.tokens % BLOCK_TOKENS:
             kind = Kind.CONTINUATION
-            partial = min(before.tokens, call.tokens) - known * BLOCK_TOKENS
+            partial = max(0, min(before.tokens, call.tokens) - known * BLOCK_TOKENS)
         else:
             kind = Kind.FORK
         if kind in (Kind.CONTINUATION, Kind.RETRY):
@@ -278,11 +278,24 @@ def add_command(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
     )
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help=_FILE_HELP)
     parser.add_argument("--json", action="store_true", help="print every call as JSON")
-    parser.add_argument("--max-breaks", type=int, metavar="N", help="unexpected breaks to allow")
+    parser.add_argument("--max-breaks", type=_count, metavar="N", help="unexpected breaks to allow")
     parser.add_argument(
-        "--ttl", type=parse_duration, metavar="TTL", help="let cached prefixes expire, as in 5m"
+        "--ttl", type=_duration, metavar="TTL", help="let cached prefixes expire, as in 5m"
     )
     parser.set_defaults(run=run)
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a count: write a number, 0 or more")
+    return int(text)
+
+
+def _duration(text: str) -> int:
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 _FILE_HELP = (
@@ -301,10 +314,13 @@ def run(args: argparse.Namespace) -> int:
         print(f"cachescope explain: {error}", file=sys.stderr)
         return 2
     if args.json:
-        json.dump(explanation.to_dict(), sys.stdout, indent=2)
-        print()
+        print(json.dumps(explanation.to_dict(), indent=2))
     else:
-        render(explanation, Console())
+        console = Console()
+        # Printed by Python itself: rich would end the program at a closed pipe, and with 1.
+        with console.capture() as rendered:
+            render(explanation, console)
+        print(rendered.get(), end="")
     unexpected = len(explanation.unexpected)
     return int(args.max_breaks is not None and unexpected > args.max_breaks)
 
@@ -330,7 +346,7 @@ def render(explanation: Explanation, console: Console) -> None:
         by_lineage.setdefault((call.session, call.diagnosis.lineage), []).append(call)
     for (session, lineage), calls in by_lineage.items():
         name = f"session {session}, lineage {lineage}" if session else f"lineage {lineage}"
-        console.print(name, style="bold", markup=False, highlight=False)
+        console.print(name, style="bold", markup=False, highlight=False, soft_wrap=True)
         for call in calls:
             _render_break(call, console)
     if not by_lineage:
@@ -346,7 +362,8 @@ def render(explanation: Explanation, console: Console) -> None:
     share = f"{reusable / tokens:.1%}" if tokens else "none"
     console.print(
         f"{len(explanation.calls):,} calls, {tokens:,} prompt tokens, {share} reusable; "
-        f"{len(explanation.breaks)} breaks, {len(explanation.unexpected)} of them unexpected."
+        f"{len(explanation.breaks)} breaks, {len(explanation.unexpected)} of them unexpected.",
+        soft_wrap=True,
     )
 
 
@@ -357,11 +374,11 @@ def _render_break(call: Explained, console: Console) -> None:
     line = Text(f"  {call.source}  ")
     line.append(diagnosis.kind, style="yellow" if diagnosis.expected else "bold red")
     line.append(f"{place}; {diagnosis.missed_tokens:,} tokens missed")
-    console.print(line, highlight=False)
+    console.print(line, highlight=False, soft_wrap=True)
     details = [str(change) for change in diagnosis.changes[:_SHOWN_CHANGES]]
     if more := len(diagnosis.changes) - len(details):
         details.append(f"and {more} more changes")
     if diagnosis.suggestion:
         details.append(f"→ {diagnosis.suggestion}")
     for detail in details:
-        console.print(f"      {detail}", markup=False, highlight=False)
+        console.print(f"      {detail}", markup=False, highlight=False, soft_wrap=True)

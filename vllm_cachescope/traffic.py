@@ -11,9 +11,11 @@ is shows in its keys:
   equal prefixes), ``input_length`` and ``timestamp`` in milliseconds.
 """
 
+import codecs
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -30,6 +32,7 @@ BLOCK_TOKENS = 512
 """Tokens per hash id in Mooncake's traces."""
 
 _TTLS = (300, 1800, 3600, 43200, 86400)
+_MAX_SECONDS = 253_402_300_800.0  # the year 10000: no time of day is later
 _ROLE = re.compile(r"(system|developer|user|assistant|tool): ")
 
 
@@ -42,8 +45,8 @@ class Call:
     """A recorded request.
 
     Attributes:
-        source: file and line, as in ``traffic.jsonl:12``.
-        at: when it was made, in seconds; None if not recorded.
+        source: file and line, as in ``logs/traffic.jsonl:12``.
+        at: when it was made, in seconds; None if not recorded, or no time that can be.
         session: the session it belongs to; None if it names none.
         request: what it asked.
         extra: what else to compare, as `wire.diagnostics.extra_fields` has it.
@@ -92,7 +95,7 @@ def read_traffic(path: Path) -> list[Call] | list[BlockCall]:
         else:
             calls.append(_call(source, record))
     if calls and block_calls:
-        raise TrafficError(f"{path.name}: holds both requests and block hashes; use two files")
+        raise TrafficError(f"{path}: holds both requests and block hashes; use two files")
     if block_calls:
         return sorted(block_calls, key=lambda call: call.at)
     # Recorders write a call when it ends; what it could reuse depends on when it began.
@@ -161,7 +164,9 @@ def _is_chat(body: Mapping[str, Any], messages: list[Any]) -> bool:
 def _records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
         for number, raw in enumerate(_lines(lines, path), 1):
-            source = f"{path.name}:{number}"
+            source = f"{path}:{number}"
+            if number == 1:
+                raw = raw.removeprefix(codecs.BOM_UTF8)
             if not raw.strip():
                 continue
             try:
@@ -176,8 +181,8 @@ def _records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 def _lines(lines: Iterable[bytes], path: Path) -> Iterator[bytes]:
     try:
         yield from lines
-    except EOFError as error:
-        raise TrafficError(f"{path.name}: {error}") from None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise TrafficError(f"{path}: {error}") from None
 
 
 def _call(source: str, record: Mapping[str, Any]) -> Call:
@@ -213,16 +218,22 @@ def _call(source: str, record: Mapping[str, Any]) -> Call:
 
 def _block_call(source: str, record: Mapping[str, Any]) -> BlockCall:
     at, tokens, blocks = (record.get(key) for key in ("timestamp", "input_length", "hash_ids"))
+    at = _in_range(at, 1e3) if isinstance(at, int | float) else None
     if not (
-        isinstance(at, int | float)
+        at is not None
         and isinstance(tokens, int)
         and isinstance(blocks, list)
         and all(isinstance(block, int) for block in blocks)
     ):
         raise TrafficError(
-            f"{source}: timestamp, input_length or hash_ids is missing or not a number"
+            f"{source}: timestamp, input_length or hash_ids is missing, not a number or no time"
         )
-    return BlockCall(source, at / 1000, tokens, tuple(blocks))
+    if not 0 <= tokens <= len(blocks) * BLOCK_TOKENS:
+        raise TrafficError(
+            f"{source}: input_length {tokens} does not fit {len(blocks)} hash_ids of "
+            f"{BLOCK_TOKENS} tokens"
+        )
+    return BlockCall(source, at, tokens, tuple(blocks))
 
 
 def _text(value: object) -> str | None:
@@ -234,11 +245,15 @@ def _seconds(value: object) -> float | None:
     if isinstance(value, str):
         try:
             return datetime.fromisoformat(value).timestamp()
-        except ValueError:
+        except (OverflowError, ValueError):
             return None
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    for unit in (1e9, 1e6, 1e3):
-        if value > 1e8 * unit:
-            return value / unit
-    return float(value)
+    unit = next((unit for unit in (1e9, 1e6, 1e3) if value > 1e8 * unit), 1.0)
+    return _in_range(value, unit)
+
+
+def _in_range(value: float, unit: float) -> float | None:
+    """Return ``value / unit`` seconds; None if that is no time: not finite, or past any year."""
+    # An integer of hundreds of digits can be compared with a float, but not made one.
+    return value / unit if abs(value) < _MAX_SECONDS * unit else None

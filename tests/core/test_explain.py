@@ -1,13 +1,17 @@
 import argparse
 import gzip
 import json
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.core.agent_session import Agent, Body, words
+from vllm_cachescope import cli
 from vllm_cachescope import explain as command
 from vllm_cachescope.diagnosis import NEW_CONTENT, Kind
 from vllm_cachescope.explain import Explanation, explain_blocks, explain_file
@@ -60,6 +64,7 @@ def check_complete(explanation: Explanation) -> None:
         lost = sum(m.tokens for m in diagnosis.engine if m.cause is EngineCause.EXPIRED)
         assert uncached == diagnosis.prompt_tokens - diagnosis.shared_tokens + lost
         assert diagnosis.unknown_tokens == 0
+        assert all(tokens > 0 for _, tokens in diagnosis.uncached)
         assert diagnosis.cause
 
 
@@ -73,7 +78,7 @@ def test_bodies_by_themselves(tmp_path: Path) -> None:
     ]
     assert len(explanation.breaks) == len(explanation.unexpected) == 2
     first = explanation.breaks[0]
-    assert first.source == "bodies.jsonl:2"
+    assert first.source == f"{tmp_path}/bodies.jsonl:2"
     assert first.diagnosis.changes[0].path == "tools[4]"
     assert first.diagnosis.changes[0].fields == ("description",)
     totals = explanation.totals()
@@ -101,6 +106,23 @@ def test_envelopes(tmp_path: Path) -> None:
     kinds = [call.diagnosis.kind for call in explained(tmp_path / "calls.jsonl.gz").calls]
     assert kinds[:2] == [Kind.FIRST_REQUEST] * 2
     assert kinds[2:] == [Kind.PARAMS_CHANGED, Kind.PARAMS_CHANGED]
+
+
+@pytest.mark.parametrize(
+    "timestamp",
+    ["1" + "0" * 400, "NaN", "Infinity", "-Infinity", "1e999", "-1e300", '"0001-01-01T00:00:00"'],
+)
+def test_a_time_that_cannot_be_is_none(
+    timestamp: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "calls.jsonl"
+    path.write_text(f'{{"timestamp": {timestamp}, "body": {{"prompt": "x"}}}}\n' * 2)
+    assert run(str(path), "--json", "--ttl", "5m") == 0
+    calls = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["calls"]
+    assert [(call["at"], call["kind"]) for call in calls] == [
+        (None, Kind.FIRST_REQUEST),
+        (None, Kind.RETRY),
+    ]
 
 
 def test_calls_are_put_in_the_order_in_which_they_were_made(tmp_path: Path) -> None:
@@ -303,14 +325,28 @@ def test_max_breaks_guards_a_prompt(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert run(clean, path, "--max-breaks", "1") == 1
 
 
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--max-breaks=-1", "'-1' is not a count"),
+        ("--max-breaks=many", "'many' is not a count"),
+        ("--ttl=5", "'5' is not a duration: write a positive whole number and s, m, h or d"),
+    ],
+)
+def test_wrong_arguments(argument: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run("calls.jsonl", argument)
+    assert message in capsys.readouterr().err
+
+
 def test_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(str(write(tmp_path / "bodies.jsonl", session(1))))
-    printed = " ".join(capsys.readouterr().out.split())
+    printed = capsys.readouterr().out
     for part in (
         "lineage 1",
-        "bodies.jsonl:2 tools_changed at tools[4]",
+        f"{tmp_path}/bodies.jsonl:2  tools_changed at tools[4], token 535; 3,537 tokens missed\n",
         "tool_changed at tools[4]: Fetch (description)",
-        "Keep description of Fetch fixed",
+        "Keep description of Fetch fixed; move what varies into a message.\n",
         "6 calls",
         "1 breaks, 1 of them unexpected",
     ):
@@ -339,6 +375,14 @@ def test_json_for_machines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         (b'{"prompt": "x"}\n{"hash_ids": [1], "timestamp": 1, "input_length": 5}', "holds both"),
         (b'{"messages": [], "cache_control": {"type": "x"}}', "cache_control.type"),
         (b"[" * 100_000, "not JSON"),
+        *(
+            (b'{"hash_ids": [1], "timestamp": %s, "input_length": 5}' % at, "calls.jsonl:1: times")
+            for at in (b"NaN", b"Infinity", b"1" + b"0" * 400)
+        ),
+        *(
+            (b'{"hash_ids": [1], "timestamp": 1, "input_length": %d}' % n, "calls.jsonl:1: input_l")
+            for n in (-5, 513)
+        ),
     ],
 )
 def test_files_that_cannot_be_read(
@@ -357,8 +401,13 @@ def test_a_missing_or_truncated_file(tmp_path: Path, capsys: pytest.CaptureFixtu
     cut = tmp_path / "cut.jsonl.gz"
     cut.write_bytes(gzip.compress(json.dumps(session(0)[0]).encode())[:-40])
     assert run(str(cut)) == 2
-    cut.write_bytes(b"not gzip")
-    assert run(str(cut)) == 2
+    whole = bytearray(gzip.compress(json.dumps(session(0)[0]).encode()))
+    whole[60:200] = bytes(140)
+    for content in (b"not gzip", whole):
+        cut.write_bytes(content)
+        capsys.readouterr()
+        assert run(str(cut)) == 2
+        assert f"{cut}: " in capsys.readouterr().err
 
 
 def test_bytes_that_are_not_utf8(tmp_path: Path) -> None:
@@ -368,6 +417,55 @@ def test_bytes_that_are_not_utf8(tmp_path: Path) -> None:
         Kind.FIRST_REQUEST,
         Kind.RETRY,
     ]
+
+
+def test_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "calls.jsonl"
+    path.write_text('{"prompt": "x"}\n', encoding="utf-8-sig")
+    assert len(read_traffic(path)) == 1
+
+
+def test_more_hash_ids_than_tokens() -> None:
+    rows = [(0.0, 100, (1, 2)), (1.0, 700, (1, 3))]
+    check_complete(Explanation(list(explain_blocks(block_calls(rows)))))
+
+
+# The process
+
+
+@pytest.fixture(params=["explain", "lint"])
+def awkward(request: pytest.FixtureRequest, tmp_path: Path) -> list[str]:
+    """A command line that prints half a surrogate pair."""
+    bodies = session(0, 2)
+    for i, body in enumerate(bodies):
+        body["tools"][0]["name"] = f"\ud800 {i}"
+        body["tools"][1]["\ud800"] = "2026-11-21"
+        body["tools"][1]["description"] = {"\ud800" * 10: f"{i} {'x' * i}"}
+    lines = [{"session_id": "\ud800", "body": body} for body in bodies]
+    path = write(tmp_path / "calls.jsonl", lines)
+    return [sys.executable, "-m", "vllm_cachescope.cli", request.param, str(path)]
+
+
+def test_what_cannot_be_encoded_is_escaped(
+    awkward: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(awkward[3:]) in (0, 1)
+    assert r"\ud800" in capsys.readouterr().out
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(awkward, env=environment, capture_output=True, text=True)
+    assert (done.returncode in (0, 1), done.stderr) == (True, "")
+    assert r"\ud800" in done.stdout
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_pipe_that_nobody_reads(awkward: list[str], options: list[str]) -> None:
+    with subprocess.Popen(
+        [*awkward, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 128 + 13
 
 
 def test_an_empty_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
