@@ -5,7 +5,8 @@ is shows in its keys:
 
 - the body of a Messages, Chat, Responses or Completions request;
 - an envelope around one: ``body`` or ``request``, with ``timestamp``, ``session_id``, ``headers``,
-  ``path`` and ``response_id`` as far as they are known;
+  ``path`` (or ``url``, as OpenAI's batch files have it) and ``response_id`` as far as they are
+  known;
 - a call of a text trace: ``input`` (the whole prompt as text), ``timestamp``, ``session_id``;
 - a call of a block trace, as Mooncake publishes them: ``hash_ids`` (one per 512 tokens, equal for
   equal prefixes), ``input_length`` and ``timestamp`` in milliseconds.
@@ -33,6 +34,28 @@ BLOCK_TOKENS = 512
 
 _TTLS = (300, 1800, 3600, 43200, 86400)
 _MAX_SECONDS = 253_402_300_800.0  # the year 10000: no time of day is later
+
+# Which of the two a body of messages is, where neither its tools nor its messages show it: the
+# fields of one in the `openai` and `anthropic` packages and vLLM that the other does not have.
+_CHAT_FIELDS = frozenset(
+    {
+        *("add_generation_prompt", "add_special_tokens", "audio", "chat_template"),
+        *("continue_final_message", "documents", "frequency_penalty", "function_call", "functions"),
+        *("logit_bias", "logprobs", "max_completion_tokens", "media_io_kwargs", "modalities"),
+        *("mm_processor_kwargs", "moderation", "n", "parallel_tool_calls", "prediction"),
+        *("presence_penalty", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
+        *("reasoning_effort", "response_format", "safety_identifier", "seed", "stop", "store"),
+        *("stream_options", "top_logprobs", "truncate_prompt_tokens", "truncation_side", "user"),
+        *("verbosity", "web_search_options"),
+    }
+)
+_MESSAGES_FIELDS = frozenset(
+    {
+        *("cache_control", "container", "context_management", "diagnostics", "inference_geo"),
+        *("mcp_servers", "output_config", "output_format", "speed", "stop_sequences", "thinking"),
+    }
+)
+
 _ROLE = re.compile(r"(system|developer|user|assistant|tool): ")
 
 
@@ -92,8 +115,8 @@ def read_traffic(path: Path) -> list[Call] | list[BlockCall]:
     for source, record in _records(path):
         if isinstance(record.get("hash_ids"), list):
             block_calls.append(_block_call(source, record))
-        else:
-            calls.append(_call(source, record))
+        elif (call := _call(source, record)) is not None:
+            calls.append(call)
     if calls and block_calls:
         raise TrafficError(f"{path}: holds both requests and block hashes; use two files")
     if block_calls:
@@ -129,13 +152,13 @@ def protocol_of(body: Mapping[str, Any], path: str | None = None) -> Protocol:
 
     Args:
         body: the body.
-        path: the path it was sent to, if known. Without it the fields decide; a body that is
-            legal in both Messages and Chat means the same in both.
+        path: the path or URL it was sent to, if known. Without it the fields decide; a body that
+            is legal in both Messages and Chat means the same in both.
 
     Raises:
         ValueError: if it is none.
     """
-    if path is not None and (protocol := wire.protocol_of(path.partition("?")[0])):
+    if path is not None and (protocol := _served_at(path)) is not None:
         return protocol
     messages = body.get("messages")
     if isinstance(messages, list):
@@ -147,6 +170,13 @@ def protocol_of(body: Mapping[str, Any], path: str | None = None) -> Protocol:
     raise ValueError("no messages, input or prompt")
 
 
+def _served_at(path: str) -> Protocol | None:
+    path = path.partition("?")[0]
+    # Azure has /openai/deployments/NAME/chat/completions, and /chat/completions in batch files.
+    tail = "/".join(path.strip("/").split("/")[-2:])
+    return wire.protocol_of(path) or wire.protocol_of(f"/v1/{tail}")
+
+
 def _is_chat(body: Mapping[str, Any], messages: list[Any]) -> bool:
     tools = body.get("tools")
     tools = tools if isinstance(tools, list) else []
@@ -154,11 +184,15 @@ def _is_chat(body: Mapping[str, Any], messages: list[Any]) -> bool:
         return False
     if any(isinstance(tool, Mapping) and "function" in tool for tool in tools):
         return True
-    return any(
+    if any(
         isinstance(message, Mapping)
         and (message.get("role") in ("system", "developer", "tool") or "tool_calls" in message)
         for message in messages
-    )
+    ):
+        return True
+    metadata = body.get("metadata")
+    names_user = isinstance(metadata, Mapping) and "user_id" in metadata
+    return len(body.keys() & _CHAT_FIELDS) > len(body.keys() & _MESSAGES_FIELDS) + names_user
 
 
 def _records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -185,7 +219,8 @@ def _lines(lines: Iterable[bytes], path: Path) -> Iterator[bytes]:
         raise TrafficError(f"{path}: {error}") from None
 
 
-def _call(source: str, record: Mapping[str, Any]) -> Call:
+def _call(source: str, record: Mapping[str, Any]) -> Call | None:
+    """Return the call in ``record``; None if it went to an endpoint that has no prompt to read."""
     at, session = _seconds(record.get("timestamp")), _text(record.get("session_id"))
     text = record.get("input")
     if isinstance(text, str) and "model" not in record:
@@ -198,8 +233,11 @@ def _call(source: str, record: Mapping[str, Any]) -> Call:
     headers = headers if isinstance(headers, Mapping) else {}
     headers = {str(name).lower(): str(value) for name, value in headers.items()}
     body = record if body is None else body
+    path = _text(envelope.get("path")) or _text(envelope.get("url"))
+    if path is not None and _served_at(path) is None:
+        return None
     try:
-        protocol = protocol_of(body, _text(envelope.get("path")))
+        protocol = protocol_of(body, path)
         request = wire.READERS[protocol](body, _TTLS)
     except BadRequest as error:
         raise TrafficError(f"{source}: {error}") from None
