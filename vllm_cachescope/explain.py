@@ -61,6 +61,16 @@ class Explained:
             self.diagnosis.missed_tokens > 0 or not self.diagnosis.expected
         )
 
+    @property
+    def could_share(self) -> bool:
+        """Whether it begins a conversation whose tools and system prompt nearly equal another's."""
+        return not self.is_break and self.diagnosis.missed_tokens > 0
+
+    @property
+    def file(self) -> str:
+        """The file it is from."""
+        return self.source.rpartition(":")[0]
+
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain data for JSON."""
         return {
@@ -96,6 +106,11 @@ class Explanation:
         """The breaks that should not have happened."""
         return [call for call in self.breaks if not call.diagnosis.expected]
 
+    @property
+    def could_share(self) -> list[Explained]:
+        """The calls that begin a conversation and could have shared more with another."""
+        return [call for call in self.calls if call.could_share]
+
     def totals(self) -> dict[str, Total]:
         """Return what each cause cost, the costliest first."""
         calls = Counter(call.diagnosis.cause for call in self.calls)
@@ -128,6 +143,7 @@ class Explanation:
             "reusable_tokens": self.reusable_tokens,
             "breaks": len(self.breaks),
             "unexpected_breaks": len(self.unexpected),
+            "could_share": len(self.could_share),
         }
 
 
@@ -340,17 +356,20 @@ def explain_file(path: Path, ttl_s: float | None = None) -> Iterator[Explained]:
 
 
 def render(explanation: Explanation, console: Console) -> None:
-    """Print the breaks lineage by lineage, then the totals by cause."""
-    by_lineage: dict[tuple[str | None, int], list[Explained]] = {}
+    """Print the breaks lineage by lineage, what could have shared more, and totals by cause."""
+    several = len({call.file for call in explanation.calls}) > 1
+    by_lineage: dict[str, list[Explained]] = {}
     for call in explanation.breaks:
-        by_lineage.setdefault((call.session, call.diagnosis.lineage), []).append(call)
-    for (session, lineage), calls in by_lineage.items():
-        name = f"session {session}, lineage {lineage}" if session else f"lineage {lineage}"
-        console.print(name, style="bold", markup=False, highlight=False, soft_wrap=True)
-        for call in calls:
-            _render_break(call, console)
+        names = [call.file] if several else []
+        names += [f"session {call.session}"] if call.session else []
+        names += [f"lineage {call.diagnosis.lineage}"]
+        by_lineage.setdefault(", ".join(names), []).append(call)
+    for name, calls in by_lineage.items():
+        _render_calls(name, calls, console)
     if not by_lineage:
         console.print("No prefix broke.")
+    if alike := explanation.could_share:
+        _render_calls("new lineages that could have shared more", alike, console)
     table = Table(title="Uncached tokens by cause", title_justify="left")
     table.add_column("cause")
     table.add_column("calls", justify="right")
@@ -362,12 +381,19 @@ def render(explanation: Explanation, console: Console) -> None:
     share = f"{reusable / tokens:.1%}" if tokens else "none"
     console.print(
         f"{len(explanation.calls):,} calls, {tokens:,} prompt tokens, {share} reusable; "
-        f"{len(explanation.breaks)} breaks, {len(explanation.unexpected)} of them unexpected.",
+        f"{len(explanation.breaks)} breaks, {len(explanation.unexpected)} of them unexpected; "
+        f"{len(explanation.could_share)} new lineages could have shared more.",
         soft_wrap=True,
     )
 
 
-def _render_break(call: Explained, console: Console) -> None:
+def _render_calls(heading: str, calls: list[Explained], console: Console) -> None:
+    console.print(heading, style="bold", markup=False, highlight=False, soft_wrap=True)
+    for call in calls:
+        _render_call(call, console)
+
+
+def _render_call(call: Explained, console: Console) -> None:
     diagnosis = call.diagnosis
     where = diagnosis.where
     place = f" at {where.path}, token {where.token:,}" if where else ""

@@ -353,6 +353,49 @@ def test_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert part in printed
 
 
+def test_files_of_one_name_are_told_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "calls.jsonl", session(1, 2))
+    files = [f"{tmp_path}/{name}/calls.jsonl" for name in "ab"]
+    run(*files)
+    lines = capsys.readouterr().out.splitlines()
+    for file in files:
+        assert lines[lines.index(f"{file}, lineage 1") + 1].startswith(f"  {file}:2  tools_changed")
+
+
+def test_conversations_that_could_have_shared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = random.Random(3)
+    rules = words(rng, 4000)
+    bodies = [
+        {
+            "model": "m",
+            "system": [{"type": "text", "text": f"It is 10:15:3{i}. {rules}"}],
+            "messages": [{"role": "user", "content": words(rng, 200)}],
+        }
+        for i in range(3)
+    ]
+    path = str(write(tmp_path / "prompts.jsonl", bodies))
+    assert run(path, "--max-breaks", "0") == 0
+    printed = capsys.readouterr().out
+    for part in (
+        "No prefix broke.\nnew lineages that could have shared more\n",
+        f"  {path}:2  new_lineage at system[0], token 0; ",
+        "      system_changed at system[0]: ",
+        "      → Move the value that varies in system[0] into the latest message.\n",
+        f"  {path}:3  new_lineage",
+        "0 breaks, 0 of them unexpected; 2 new lineages could have shared more.",
+    ):
+        assert part in printed
+    run(path, "--json")
+    data = json.loads(capsys.readouterr().out)
+    assert (data["could_share"], data["breaks"]) == (2, 0)
+
+
 def test_json_for_machines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(str(write(tmp_path / "bodies.jsonl", session(1))), "--json")
     data = json.loads(capsys.readouterr().out)
