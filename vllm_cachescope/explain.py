@@ -2,10 +2,11 @@
 
 import argparse
 import json
+import math
 import secrets
 import sys
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,10 @@ from vllm_cachescope.diagnosis import (
     diagnose,
 )
 from vllm_cachescope.durations import parse_duration
-from vllm_cachescope.fingerprint import Fingerprinter
-from vllm_cachescope.lineage import Entry, LineageStore
+from vllm_cachescope.fingerprint import Fingerprint, Fingerprinter
+from vllm_cachescope.lineage import Entry, LineageStore, Placement
 from vllm_cachescope.misses import EngineCause, EngineMiss
+from vllm_cachescope.overlap import overlap
 from vllm_cachescope.scopes import Caller
 from vllm_cachescope.traffic import BLOCK_TOKENS, BlockCall, Call, TrafficError, read_traffic
 
@@ -154,8 +156,8 @@ def explain(calls: Iterable[Call], ttl_s: float | None = None) -> Iterator[Expla
 
     Args:
         calls: the calls.
-        ttl_s: the lifetime of what is cached, in seconds; None for no end. Calls without a
-            timestamp never expire.
+        ttl_s: the lifetime in seconds, since its last use, of what names none of its own; None
+            for no end, whatever is named. Nothing expires for a call without a timestamp.
     """
     now = 0.0
 
@@ -167,21 +169,97 @@ def explain(calls: Iterable[Call], ttl_s: float | None = None) -> Iterator[Expla
     )
     fingerprint = Fingerprinter(secrets.token_bytes(32))
     texts: dict[Entry, str] = {}
+    lifetimes: dict[str | None, _Lifetimes] = {}
     for call in calls:
         now = max(now, call.at or now)
         caller = Caller("traffic", call.session)
         placement = store.observe(caller, fingerprint(call.request, call.extra))
         store.answered(caller, placement.entry, call.response_id)
         diagnosis = diagnose(placement)
-        idle = placement.idle_s
-        if ttl_s is not None and call.at is not None and idle is not None and idle > ttl_s:
-            diagnosis = _expired(diagnosis, ttl_s, idle)
+        if ttl_s is not None:
+            expired = lifetimes.setdefault(call.session, _Lifetimes(ttl_s)).use(placement)
+            if expired and call.at is not None:
+                diagnosis = _with_expired(diagnosis, expired)
         char = None
         if call.text is not None:
             texts[placement.entry] = call.text
             before = texts.get(placement.ancestor, "") if placement.ancestor else ""
             char = common_prefix(before, call.text)
         yield Explained(call.source, call.session, call.at, diagnosis, char)
+
+
+@dataclass(frozen=True, slots=True)
+class _Use:
+    """A call as far as it keeps something in the cache.
+
+    Attributes:
+        fingerprint: its prompt.
+        at: when it was made, in seconds.
+        kept: how many of its leading tokens it keeps for each lifetime, in seconds.
+    """
+
+    fingerprint: Fingerprint
+    at: float
+    kept: Mapping[float, int]
+
+
+class _Lifetimes:
+    """Which prefixes of a session are still cached: those that any call used recently enough.
+
+    As in the ledger of the server, a use refreshes all that two prompts share, and the longest
+    lifetime counts that any call gave it.
+    """
+
+    def __init__(self, ttl_s: float) -> None:
+        self._ttl_s = ttl_s
+        self._uses: deque[_Use] = deque(maxlen=_REQUESTS)
+
+    def use(self, placement: Placement) -> list[EngineMiss]:
+        """Note a call and return what of its shared tokens had expired, in prompt order."""
+        now, kept = placement.entry.at, self._asked(placement.entry.fingerprint)
+        left = self._left(placement)
+        read = 0
+        for tokens, ttl_s, at in left:
+            if now - at <= ttl_s:
+                read = max(read, tokens)
+                kept[ttl_s] = max(tokens, kept.get(ttl_s, 0))
+        self._uses.append(_Use(placement.entry.fingerprint, now, kept))
+        misses: list[EngineMiss] = []
+        while read < placement.shared_tokens:
+            # Of several lifetimes that the next token had, the one that ended last was its end.
+            behind = [one for one in left if one[0] > read]
+            end, ttl_s, at = max(behind, key=lambda one: one[1] + one[2])
+            age_s = round(now - at - ttl_s, 3)
+            misses.append(
+                EngineMiss(EngineCause.EXPIRED, end - read, ttl_s=round(ttl_s), age_s=age_s)
+            )
+            read = end
+        return misses
+
+    def _asked(self, new: Fingerprint) -> dict[float, int]:
+        """Return how many leading tokens are to be kept for how long, by what the client asked."""
+        default = new.ttl_s or self._ttl_s
+        kept: dict[float, int] = {}
+        shortest = math.inf
+        # Past the last breakpoint, everything: estimates do not agree on where a prompt ends.
+        marks = [(new.ends[mark.part], mark.ttl_s) for mark in new.marks]
+        for tokens, ttl_s in (*marks, (sys.maxsize, None)):
+            shortest = min(shortest, ttl_s or default)
+            kept[shortest] = tokens
+        return kept
+
+    def _left(self, placement: Placement) -> list[tuple[int, float, float]]:
+        """Return what earlier calls left of what a call shares: tokens, lifetime, last use."""
+        new, shared = placement.entry.fingerprint, placement.shared_tokens
+        left: list[tuple[int, float, float]] = []
+        for use in reversed(self._uses):
+            common = min(overlap(use.fingerprint, new).tokens, shared)
+            left += [(min(tokens, common), ttl_s, use.at) for ttl_s, tokens in use.kept.items()]
+            if common == shared:
+                return left  # It refreshed what those before it had left.
+        if placement.ancestor is not None:
+            left.append((shared, self._ttl_s, placement.ancestor.at))
+        return left
 
 
 def explain_blocks(calls: Iterable[BlockCall], ttl_s: float | None = None) -> Iterator[Explained]:
@@ -274,12 +352,10 @@ def _of_blocks(
     )
 
 
-def _expired(diagnosis: Diagnosis, ttl_s: float, idle_s: float) -> Diagnosis:
+def _with_expired(diagnosis: Diagnosis, misses: Sequence[EngineMiss]) -> Diagnosis:
     shared = diagnosis.shared_tokens
-    miss = EngineMiss(
-        EngineCause.EXPIRED, shared, ttl_s=round(ttl_s), age_s=round(idle_s - ttl_s, 3)
-    )
-    report = EngineReport(diagnosis.prompt_tokens, 0, 1, (miss,), shared_tokens=shared)
+    read = shared - sum(miss.tokens for miss in misses)
+    report = EngineReport(diagnosis.prompt_tokens, read, 1, tuple(misses), shared_tokens=shared)
     return conclude(diagnosis, report)
 
 

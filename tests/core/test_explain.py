@@ -150,6 +150,60 @@ def test_a_lifetime_explains_what_expired(tmp_path: Path) -> None:
     check_complete(explanation)
 
 
+def prompt(system: str, question: str, ttl: str | None = None) -> Body:
+    """A body with a breakpoint at the end of its system prompt, and one of its message."""
+
+    def block(text: str, **marker: str) -> list[Body]:
+        return [{"type": "text", "text": text, "cache_control": {"type": "ephemeral", **marker}}]
+
+    return {
+        "model": "m",
+        "system": block(system, **({"ttl": ttl} if ttl else {})),
+        "messages": [{"role": "user", "content": block(question)}],
+    }
+
+
+@pytest.mark.parametrize(
+    ("calls", "expired"),
+    [
+        # Another conversation keeps the system prompt from expiring, and nothing else.
+        ([(0, "a", None), (240, "b", None), (480, "a", None)], [("question", 300, 180)]),
+        ([(0, "a", None), (240, "a", None), (480, "a", None)], []),
+        ([(0, "a", None), (240, "b", None), (600, "a", None)],
+         [("system", 300, 60), ("question", 300, 300)]),
+        # What asks for an hour has one, also where a later use asks for less.
+        ([(0, "a", "1h"), (600, "a", "1h")], [("question", 300, 300)]),
+        ([(0, "a", "1h"), (3000, "b", None), (6000, "a", None)], [("question", 300, 5700)]),
+        ([(0, "a", "1h"), (3700, "a", None)], [("system", 3600, 100), ("question", 300, 3400)]),
+    ],
+)  # fmt: skip
+def test_any_use_counts_and_so_do_lifetimes_of_its_own(
+    calls: list[tuple[int, str, str | None]], expired: list[tuple[str, int, int]], tmp_path: Path
+) -> None:
+    rng = random.Random(9)
+    system, questions = words(rng, 12_000), {name: words(rng, 8000) for name in "ab"}
+    lines = [
+        {"timestamp": at, "session_id": "s", "body": prompt(system, questions[name], ttl)}
+        for at, name, ttl in calls
+    ]
+    explanation = explained(write(tmp_path / "calls.jsonl", lines), 300)
+    tokens = {"system": len(system) / 4, "question": len(questions["a"]) / 4}
+    *_, last = explanation.calls
+    misses = [miss for miss in last.diagnosis.engine if miss.cause is EngineCause.EXPIRED]
+    for miss, (what, ttl_s, age_s) in zip(misses, expired, strict=True):
+        assert (miss.ttl_s, miss.age_s) == (ttl_s, age_s)
+        assert miss.tokens == pytest.approx(tokens[what], abs=3)
+
+
+def test_a_lifetime_of_the_whole_request(tmp_path: Path) -> None:
+    body = {"model": "m", "prompt": "x" * 4000, "prompt_cache_retention": "24h"}
+    lines = [{"timestamp": at, "body": body} for at in (0, 86_000, 200_000)]
+    _, second, third = explained(write(tmp_path / "calls.jsonl", lines), 300).calls
+    assert second.diagnosis.engine == ()
+    assert third.diagnosis.engine[0].ttl_s == 86_400
+    assert "a longer lifetime" in third.diagnosis.suggestion
+
+
 @pytest.mark.parametrize("protocol", [Protocol.CHAT, Protocol.RESPONSES, Protocol.COMPLETIONS])
 def test_other_formats(protocol: Protocol, tmp_path: Path) -> None:
     rng = random.Random(8)
