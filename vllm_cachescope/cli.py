@@ -1,9 +1,11 @@
 """The command ``cachescope``."""
 
 import argparse
+import io
 import json
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -50,11 +52,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     lint.add_command(commands)
     purge.add_command(commands)
     arguments, rest = parser.parse_known_args(argv)
-    if arguments.command == "serve":
-        return _serve(arguments, rest)
-    if rest:
+    if rest and arguments.command != "serve":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    status: int = arguments.run(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # What is printed of a client's request may be half a surrogate pair.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        if arguments.command == "serve":
+            return _serve(arguments, rest)
+        status: int = arguments.run(arguments)
+        print(end="", flush=True)
+    except BrokenPipeError:
+        # Nobody reads on, as with `| head -1`. Python flushes once more when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     return status
 
 

@@ -2,10 +2,11 @@
 
 import argparse
 import json
+import math
 import secrets
 import sys
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,10 @@ from vllm_cachescope.diagnosis import (
     diagnose,
 )
 from vllm_cachescope.durations import parse_duration
-from vllm_cachescope.fingerprint import Fingerprinter
-from vllm_cachescope.lineage import Entry, LineageStore
+from vllm_cachescope.fingerprint import Fingerprint, Fingerprinter
+from vllm_cachescope.lineage import Entry, LineageStore, Placement
 from vllm_cachescope.misses import EngineCause, EngineMiss
+from vllm_cachescope.overlap import overlap
 from vllm_cachescope.scopes import Caller
 from vllm_cachescope.traffic import BLOCK_TOKENS, BlockCall, Call, TrafficError, read_traffic
 
@@ -60,6 +62,16 @@ class Explained:
         return self.diagnosis.kind.is_break and (
             self.diagnosis.missed_tokens > 0 or not self.diagnosis.expected
         )
+
+    @property
+    def could_share(self) -> bool:
+        """Whether it begins a conversation whose tools and system prompt nearly equal another's."""
+        return not self.is_break and self.diagnosis.missed_tokens > 0
+
+    @property
+    def file(self) -> str:
+        """The file it is from."""
+        return self.source.rpartition(":")[0]
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain data for JSON."""
@@ -96,6 +108,11 @@ class Explanation:
         """The breaks that should not have happened."""
         return [call for call in self.breaks if not call.diagnosis.expected]
 
+    @property
+    def could_share(self) -> list[Explained]:
+        """The calls that begin a conversation and could have shared more with another."""
+        return [call for call in self.calls if call.could_share]
+
     def totals(self) -> dict[str, Total]:
         """Return what each cause cost, the costliest first."""
         calls = Counter(call.diagnosis.cause for call in self.calls)
@@ -128,6 +145,7 @@ class Explanation:
             "reusable_tokens": self.reusable_tokens,
             "breaks": len(self.breaks),
             "unexpected_breaks": len(self.unexpected),
+            "could_share": len(self.could_share),
         }
 
 
@@ -138,8 +156,8 @@ def explain(calls: Iterable[Call], ttl_s: float | None = None) -> Iterator[Expla
 
     Args:
         calls: the calls.
-        ttl_s: the lifetime of what is cached, in seconds; None for no end. Calls without a
-            timestamp never expire.
+        ttl_s: the lifetime in seconds, since its last use, of what names none of its own; None
+            for no end, whatever is named. Nothing expires for a call without a timestamp.
     """
     now = 0.0
 
@@ -151,21 +169,97 @@ def explain(calls: Iterable[Call], ttl_s: float | None = None) -> Iterator[Expla
     )
     fingerprint = Fingerprinter(secrets.token_bytes(32))
     texts: dict[Entry, str] = {}
+    lifetimes: dict[str | None, _Lifetimes] = {}
     for call in calls:
         now = max(now, call.at or now)
         caller = Caller("traffic", call.session)
         placement = store.observe(caller, fingerprint(call.request, call.extra))
         store.answered(caller, placement.entry, call.response_id)
         diagnosis = diagnose(placement)
-        idle = placement.idle_s
-        if ttl_s is not None and call.at is not None and idle is not None and idle > ttl_s:
-            diagnosis = _expired(diagnosis, ttl_s, idle)
+        if ttl_s is not None:
+            expired = lifetimes.setdefault(call.session, _Lifetimes(ttl_s)).use(placement)
+            if expired and call.at is not None:
+                diagnosis = _with_expired(diagnosis, expired)
         char = None
         if call.text is not None:
             texts[placement.entry] = call.text
             before = texts.get(placement.ancestor, "") if placement.ancestor else ""
             char = common_prefix(before, call.text)
         yield Explained(call.source, call.session, call.at, diagnosis, char)
+
+
+@dataclass(frozen=True, slots=True)
+class _Use:
+    """A call as far as it keeps something in the cache.
+
+    Attributes:
+        fingerprint: its prompt.
+        at: when it was made, in seconds.
+        kept: how many of its leading tokens it keeps for each lifetime, in seconds.
+    """
+
+    fingerprint: Fingerprint
+    at: float
+    kept: Mapping[float, int]
+
+
+class _Lifetimes:
+    """Which prefixes of a session are still cached: those that any call used recently enough.
+
+    As in the ledger of the server, a use refreshes all that two prompts share, and the longest
+    lifetime counts that any call gave it.
+    """
+
+    def __init__(self, ttl_s: float) -> None:
+        self._ttl_s = ttl_s
+        self._uses: deque[_Use] = deque(maxlen=_REQUESTS)
+
+    def use(self, placement: Placement) -> list[EngineMiss]:
+        """Note a call and return what of its shared tokens had expired, in prompt order."""
+        now, kept = placement.entry.at, self._asked(placement.entry.fingerprint)
+        left = self._left(placement)
+        read = 0
+        for tokens, ttl_s, at in left:
+            if now - at <= ttl_s:
+                read = max(read, tokens)
+                kept[ttl_s] = max(tokens, kept.get(ttl_s, 0))
+        self._uses.append(_Use(placement.entry.fingerprint, now, kept))
+        misses: list[EngineMiss] = []
+        while read < placement.shared_tokens:
+            # Of several lifetimes that the next token had, the one that ended last was its end.
+            behind = [one for one in left if one[0] > read]
+            end, ttl_s, at = max(behind, key=lambda one: one[1] + one[2])
+            age_s = round(now - at - ttl_s, 3)
+            misses.append(
+                EngineMiss(EngineCause.EXPIRED, end - read, ttl_s=round(ttl_s), age_s=age_s)
+            )
+            read = end
+        return misses
+
+    def _asked(self, new: Fingerprint) -> dict[float, int]:
+        """Return how many leading tokens are to be kept for how long, by what the client asked."""
+        default = new.ttl_s or self._ttl_s
+        kept: dict[float, int] = {}
+        shortest = math.inf
+        # Past the last breakpoint, everything: estimates do not agree on where a prompt ends.
+        marks = [(new.ends[mark.part], mark.ttl_s) for mark in new.marks]
+        for tokens, ttl_s in (*marks, (sys.maxsize, None)):
+            shortest = min(shortest, ttl_s or default)
+            kept[shortest] = tokens
+        return kept
+
+    def _left(self, placement: Placement) -> list[tuple[int, float, float]]:
+        """Return what earlier calls left of what a call shares: tokens, lifetime, last use."""
+        new, shared = placement.entry.fingerprint, placement.shared_tokens
+        left: list[tuple[int, float, float]] = []
+        for use in reversed(self._uses):
+            common = min(overlap(use.fingerprint, new).tokens, shared)
+            left += [(min(tokens, common), ttl_s, use.at) for ttl_s, tokens in use.kept.items()]
+            if common == shared:
+                return left  # It refreshed what those before it had left.
+        if placement.ancestor is not None:
+            left.append((shared, self._ttl_s, placement.ancestor.at))
+        return left
 
 
 def explain_blocks(calls: Iterable[BlockCall], ttl_s: float | None = None) -> Iterator[Explained]:
@@ -194,7 +288,7 @@ def explain_blocks(calls: Iterable[BlockCall], ttl_s: float | None = None) -> It
             kind = Kind.CONTINUATION
         elif known == len(before.blocks) - 1 and before.tokens % BLOCK_TOKENS:
             kind = Kind.CONTINUATION
-            partial = min(before.tokens, call.tokens) - known * BLOCK_TOKENS
+            partial = max(0, min(before.tokens, call.tokens) - known * BLOCK_TOKENS)
         else:
             kind = Kind.FORK
         if kind in (Kind.CONTINUATION, Kind.RETRY):
@@ -258,12 +352,10 @@ def _of_blocks(
     )
 
 
-def _expired(diagnosis: Diagnosis, ttl_s: float, idle_s: float) -> Diagnosis:
+def _with_expired(diagnosis: Diagnosis, misses: Sequence[EngineMiss]) -> Diagnosis:
     shared = diagnosis.shared_tokens
-    miss = EngineMiss(
-        EngineCause.EXPIRED, shared, ttl_s=round(ttl_s), age_s=round(idle_s - ttl_s, 3)
-    )
-    report = EngineReport(diagnosis.prompt_tokens, 0, 1, (miss,), shared_tokens=shared)
+    read = shared - sum(miss.tokens for miss in misses)
+    report = EngineReport(diagnosis.prompt_tokens, read, 1, tuple(misses), shared_tokens=shared)
     return conclude(diagnosis, report)
 
 
@@ -278,11 +370,24 @@ def add_command(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
     )
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help=_FILE_HELP)
     parser.add_argument("--json", action="store_true", help="print every call as JSON")
-    parser.add_argument("--max-breaks", type=int, metavar="N", help="unexpected breaks to allow")
+    parser.add_argument("--max-breaks", type=_count, metavar="N", help="unexpected breaks to allow")
     parser.add_argument(
-        "--ttl", type=parse_duration, metavar="TTL", help="let cached prefixes expire, as in 5m"
+        "--ttl", type=_duration, metavar="TTL", help="let cached prefixes expire, as in 5m"
     )
     parser.set_defaults(run=run)
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a count: write a number, 0 or more")
+    return int(text)
+
+
+def _duration(text: str) -> int:
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 _FILE_HELP = (
@@ -301,10 +406,13 @@ def run(args: argparse.Namespace) -> int:
         print(f"cachescope explain: {error}", file=sys.stderr)
         return 2
     if args.json:
-        json.dump(explanation.to_dict(), sys.stdout, indent=2)
-        print()
+        print(json.dumps(explanation.to_dict(), indent=2))
     else:
-        render(explanation, Console())
+        console = Console()
+        # Printed by Python itself: rich would end the program at a closed pipe, and with 1.
+        with console.capture() as rendered:
+            render(explanation, console)
+        print(rendered.get(), end="")
     unexpected = len(explanation.unexpected)
     return int(args.max_breaks is not None and unexpected > args.max_breaks)
 
@@ -324,17 +432,20 @@ def explain_file(path: Path, ttl_s: float | None = None) -> Iterator[Explained]:
 
 
 def render(explanation: Explanation, console: Console) -> None:
-    """Print the breaks lineage by lineage, then the totals by cause."""
-    by_lineage: dict[tuple[str | None, int], list[Explained]] = {}
+    """Print the breaks lineage by lineage, what could have shared more, and totals by cause."""
+    several = len({call.file for call in explanation.calls}) > 1
+    by_lineage: dict[str, list[Explained]] = {}
     for call in explanation.breaks:
-        by_lineage.setdefault((call.session, call.diagnosis.lineage), []).append(call)
-    for (session, lineage), calls in by_lineage.items():
-        name = f"session {session}, lineage {lineage}" if session else f"lineage {lineage}"
-        console.print(name, style="bold", markup=False, highlight=False)
-        for call in calls:
-            _render_break(call, console)
+        names = [call.file] if several else []
+        names += [f"session {call.session}"] if call.session else []
+        names += [f"lineage {call.diagnosis.lineage}"]
+        by_lineage.setdefault(", ".join(names), []).append(call)
+    for name, calls in by_lineage.items():
+        _render_calls(name, calls, console)
     if not by_lineage:
         console.print("No prefix broke.")
+    if alike := explanation.could_share:
+        _render_calls("new lineages that could have shared more", alike, console)
     table = Table(title="Uncached tokens by cause", title_justify="left")
     table.add_column("cause")
     table.add_column("calls", justify="right")
@@ -346,22 +457,30 @@ def render(explanation: Explanation, console: Console) -> None:
     share = f"{reusable / tokens:.1%}" if tokens else "none"
     console.print(
         f"{len(explanation.calls):,} calls, {tokens:,} prompt tokens, {share} reusable; "
-        f"{len(explanation.breaks)} breaks, {len(explanation.unexpected)} of them unexpected."
+        f"{len(explanation.breaks)} breaks, {len(explanation.unexpected)} of them unexpected; "
+        f"{len(explanation.could_share)} new lineages could have shared more.",
+        soft_wrap=True,
     )
 
 
-def _render_break(call: Explained, console: Console) -> None:
+def _render_calls(heading: str, calls: list[Explained], console: Console) -> None:
+    console.print(heading, style="bold", markup=False, highlight=False, soft_wrap=True)
+    for call in calls:
+        _render_call(call, console)
+
+
+def _render_call(call: Explained, console: Console) -> None:
     diagnosis = call.diagnosis
     where = diagnosis.where
     place = f" at {where.path}, token {where.token:,}" if where else ""
     line = Text(f"  {call.source}  ")
     line.append(diagnosis.kind, style="yellow" if diagnosis.expected else "bold red")
     line.append(f"{place}; {diagnosis.missed_tokens:,} tokens missed")
-    console.print(line, highlight=False)
+    console.print(line, highlight=False, soft_wrap=True)
     details = [str(change) for change in diagnosis.changes[:_SHOWN_CHANGES]]
     if more := len(diagnosis.changes) - len(details):
         details.append(f"and {more} more changes")
     if diagnosis.suggestion:
         details.append(f"→ {diagnosis.suggestion}")
     for detail in details:
-        console.print(f"      {detail}", markup=False, highlight=False)
+        console.print(f"      {detail}", markup=False, highlight=False, soft_wrap=True)

@@ -22,7 +22,7 @@ from rich.text import Text
 
 from vllm_cachescope.fingerprint import Fingerprinter
 from vllm_cachescope.prompt import Part, Protocol, Region
-from vllm_cachescope.traffic import BlockCall, Call, TrafficError, read_traffic
+from vllm_cachescope.traffic import Call, TrafficError, read_traffic
 from vllm_cachescope.wire.anthropic import is_dropped
 
 _MAX_SCAN = 200_000  # characters of one string that are looked at
@@ -294,17 +294,23 @@ def add_command(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
 def run(args: argparse.Namespace) -> int:
     """Run ``cachescope lint`` and return its exit code."""
     try:
-        calls = [call for call in read_traffic(args.file) if not isinstance(call, BlockCall)]
+        traffic = read_traffic(args.file)
+        calls = [call for call in traffic if isinstance(call, Call)]
+        if len(calls) < len(traffic):
+            raise TrafficError(f"{args.file}: holds hashes of blocks, and no text to look at")
     except (OSError, TrafficError) as error:
         print(f"cachescope lint: {error}", file=sys.stderr)
         return 2
     findings = lint(calls)
     if args.json:
         plain = [{**asdict(f), "severity": f.severity.name.lower()} for f in findings]
-        json.dump({"requests": len(calls), "findings": plain}, sys.stdout, indent=2)
-        print()
+        print(json.dumps({"requests": len(calls), "findings": plain}, indent=2))
     else:
-        render(findings, len(calls), Console())
+        console = Console()
+        # As for explain: a closed pipe is for the caller to deal with.
+        with console.capture() as rendered:
+            render(findings, len(calls), console)
+        print(rendered.get(), end="")
     return int(any(finding.severity is Severity.WARNING for finding in findings))
 
 
@@ -317,6 +323,6 @@ def render(findings: list[Finding], requests: int, console: Console) -> None:
         line.append(f" at {finding.path}: {finding.message}")
         if finding.requests > 1:
             line.append(f" ({finding.requests} requests)")
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, soft_wrap=True)
     warnings = sum(finding.severity is Severity.WARNING for finding in findings)
     console.print(f"{requests:,} requests, {warnings} warnings, {len(findings) - warnings} notes.")

@@ -5,15 +5,18 @@ is shows in its keys:
 
 - the body of a Messages, Chat, Responses or Completions request;
 - an envelope around one: ``body`` or ``request``, with ``timestamp``, ``session_id``, ``headers``,
-  ``path`` and ``response_id`` as far as they are known;
+  ``path`` (or ``url``, as OpenAI's batch files have it) and ``response_id`` as far as they are
+  known;
 - a call of a text trace: ``input`` (the whole prompt as text), ``timestamp``, ``session_id``;
 - a call of a block trace, as Mooncake publishes them: ``hash_ids`` (one per 512 tokens, equal for
   equal prefixes), ``input_length`` and ``timestamp`` in milliseconds.
 """
 
+import codecs
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -30,6 +33,29 @@ BLOCK_TOKENS = 512
 """Tokens per hash id in Mooncake's traces."""
 
 _TTLS = (300, 1800, 3600, 43200, 86400)
+_MAX_SECONDS = 253_402_300_800.0  # the year 10000: no time of day is later
+
+# Which of the two a body of messages is, where neither its tools nor its messages show it: the
+# fields of one in the `openai` and `anthropic` packages and vLLM that the other does not have.
+_CHAT_FIELDS = frozenset(
+    {
+        *("add_generation_prompt", "add_special_tokens", "audio", "chat_template"),
+        *("continue_final_message", "documents", "frequency_penalty", "function_call", "functions"),
+        *("logit_bias", "logprobs", "max_completion_tokens", "media_io_kwargs", "modalities"),
+        *("mm_processor_kwargs", "moderation", "n", "parallel_tool_calls", "prediction"),
+        *("presence_penalty", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
+        *("reasoning_effort", "response_format", "safety_identifier", "seed", "stop", "store"),
+        *("stream_options", "top_logprobs", "truncate_prompt_tokens", "truncation_side", "user"),
+        *("verbosity", "web_search_options"),
+    }
+)
+_MESSAGES_FIELDS = frozenset(
+    {
+        *("cache_control", "container", "context_management", "diagnostics", "inference_geo"),
+        *("mcp_servers", "output_config", "output_format", "speed", "stop_sequences", "thinking"),
+    }
+)
+
 _ROLE = re.compile(r"(system|developer|user|assistant|tool): ")
 
 
@@ -42,8 +68,8 @@ class Call:
     """A recorded request.
 
     Attributes:
-        source: file and line, as in ``traffic.jsonl:12``.
-        at: when it was made, in seconds; None if not recorded.
+        source: file and line, as in ``logs/traffic.jsonl:12``.
+        at: when it was made, in seconds; None if not recorded, or no time that can be.
         session: the session it belongs to; None if it names none.
         request: what it asked.
         extra: what else to compare, as `wire.diagnostics.extra_fields` has it.
@@ -89,10 +115,10 @@ def read_traffic(path: Path) -> list[Call] | list[BlockCall]:
     for source, record in _records(path):
         if isinstance(record.get("hash_ids"), list):
             block_calls.append(_block_call(source, record))
-        else:
-            calls.append(_call(source, record))
+        elif (call := _call(source, record)) is not None:
+            calls.append(call)
     if calls and block_calls:
-        raise TrafficError(f"{path.name}: holds both requests and block hashes; use two files")
+        raise TrafficError(f"{path}: holds both requests and block hashes; use two files")
     if block_calls:
         return sorted(block_calls, key=lambda call: call.at)
     # Recorders write a call when it ends; what it could reuse depends on when it began.
@@ -126,13 +152,13 @@ def protocol_of(body: Mapping[str, Any], path: str | None = None) -> Protocol:
 
     Args:
         body: the body.
-        path: the path it was sent to, if known. Without it the fields decide; a body that is
-            legal in both Messages and Chat means the same in both.
+        path: the path or URL it was sent to, if known. Without it the fields decide; a body that
+            is legal in both Messages and Chat means the same in both.
 
     Raises:
         ValueError: if it is none.
     """
-    if path is not None and (protocol := wire.protocol_of(path.partition("?")[0])):
+    if path is not None and (protocol := _served_at(path)) is not None:
         return protocol
     messages = body.get("messages")
     if isinstance(messages, list):
@@ -144,6 +170,13 @@ def protocol_of(body: Mapping[str, Any], path: str | None = None) -> Protocol:
     raise ValueError("no messages, input or prompt")
 
 
+def _served_at(path: str) -> Protocol | None:
+    path = path.partition("?")[0]
+    # Azure has /openai/deployments/NAME/chat/completions, and /chat/completions in batch files.
+    tail = "/".join(path.strip("/").split("/")[-2:])
+    return wire.protocol_of(path) or wire.protocol_of(f"/v1/{tail}")
+
+
 def _is_chat(body: Mapping[str, Any], messages: list[Any]) -> bool:
     tools = body.get("tools")
     tools = tools if isinstance(tools, list) else []
@@ -151,17 +184,23 @@ def _is_chat(body: Mapping[str, Any], messages: list[Any]) -> bool:
         return False
     if any(isinstance(tool, Mapping) and "function" in tool for tool in tools):
         return True
-    return any(
+    if any(
         isinstance(message, Mapping)
         and (message.get("role") in ("system", "developer", "tool") or "tool_calls" in message)
         for message in messages
-    )
+    ):
+        return True
+    metadata = body.get("metadata")
+    names_user = isinstance(metadata, Mapping) and "user_id" in metadata
+    return len(body.keys() & _CHAT_FIELDS) > len(body.keys() & _MESSAGES_FIELDS) + names_user
 
 
 def _records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
         for number, raw in enumerate(_lines(lines, path), 1):
-            source = f"{path.name}:{number}"
+            source = f"{path}:{number}"
+            if number == 1:
+                raw = raw.removeprefix(codecs.BOM_UTF8)
             if not raw.strip():
                 continue
             try:
@@ -176,11 +215,12 @@ def _records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 def _lines(lines: Iterable[bytes], path: Path) -> Iterator[bytes]:
     try:
         yield from lines
-    except EOFError as error:
-        raise TrafficError(f"{path.name}: {error}") from None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise TrafficError(f"{path}: {error}") from None
 
 
-def _call(source: str, record: Mapping[str, Any]) -> Call:
+def _call(source: str, record: Mapping[str, Any]) -> Call | None:
+    """Return the call in ``record``; None if it went to an endpoint that has no prompt to read."""
     at, session = _seconds(record.get("timestamp")), _text(record.get("session_id"))
     text = record.get("input")
     if isinstance(text, str) and "model" not in record:
@@ -193,8 +233,11 @@ def _call(source: str, record: Mapping[str, Any]) -> Call:
     headers = headers if isinstance(headers, Mapping) else {}
     headers = {str(name).lower(): str(value) for name, value in headers.items()}
     body = record if body is None else body
+    path = _text(envelope.get("path")) or _text(envelope.get("url"))
+    if path is not None and _served_at(path) is None:
+        return None
     try:
-        protocol = protocol_of(body, _text(envelope.get("path")))
+        protocol = protocol_of(body, path)
         request = wire.READERS[protocol](body, _TTLS)
     except BadRequest as error:
         raise TrafficError(f"{source}: {error}") from None
@@ -213,16 +256,22 @@ def _call(source: str, record: Mapping[str, Any]) -> Call:
 
 def _block_call(source: str, record: Mapping[str, Any]) -> BlockCall:
     at, tokens, blocks = (record.get(key) for key in ("timestamp", "input_length", "hash_ids"))
+    at = _in_range(at, 1e3) if isinstance(at, int | float) else None
     if not (
-        isinstance(at, int | float)
+        at is not None
         and isinstance(tokens, int)
         and isinstance(blocks, list)
         and all(isinstance(block, int) for block in blocks)
     ):
         raise TrafficError(
-            f"{source}: timestamp, input_length or hash_ids is missing or not a number"
+            f"{source}: timestamp, input_length or hash_ids is missing, not a number or no time"
         )
-    return BlockCall(source, at / 1000, tokens, tuple(blocks))
+    if not 0 <= tokens <= len(blocks) * BLOCK_TOKENS:
+        raise TrafficError(
+            f"{source}: input_length {tokens} does not fit {len(blocks)} hash_ids of "
+            f"{BLOCK_TOKENS} tokens"
+        )
+    return BlockCall(source, at, tokens, tuple(blocks))
 
 
 def _text(value: object) -> str | None:
@@ -234,11 +283,15 @@ def _seconds(value: object) -> float | None:
     if isinstance(value, str):
         try:
             return datetime.fromisoformat(value).timestamp()
-        except ValueError:
+        except (OverflowError, ValueError):
             return None
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    for unit in (1e9, 1e6, 1e3):
-        if value > 1e8 * unit:
-            return value / unit
-    return float(value)
+    unit = next((unit for unit in (1e9, 1e6, 1e3) if value > 1e8 * unit), 1.0)
+    return _in_range(value, unit)
+
+
+def _in_range(value: float, unit: float) -> float | None:
+    """Return ``value / unit`` seconds; None if that is no time: not finite, or past any year."""
+    # An integer of hundreds of digits can be compared with a float, but not made one.
+    return value / unit if abs(value) < _MAX_SECONDS * unit else None

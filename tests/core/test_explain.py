@@ -1,13 +1,17 @@
 import argparse
 import gzip
 import json
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.core.agent_session import Agent, Body, words
+from vllm_cachescope import cli
 from vllm_cachescope import explain as command
 from vllm_cachescope.diagnosis import NEW_CONTENT, Kind
 from vllm_cachescope.explain import Explanation, explain_blocks, explain_file
@@ -60,6 +64,7 @@ def check_complete(explanation: Explanation) -> None:
         lost = sum(m.tokens for m in diagnosis.engine if m.cause is EngineCause.EXPIRED)
         assert uncached == diagnosis.prompt_tokens - diagnosis.shared_tokens + lost
         assert diagnosis.unknown_tokens == 0
+        assert all(tokens > 0 for _, tokens in diagnosis.uncached)
         assert diagnosis.cause
 
 
@@ -73,7 +78,7 @@ def test_bodies_by_themselves(tmp_path: Path) -> None:
     ]
     assert len(explanation.breaks) == len(explanation.unexpected) == 2
     first = explanation.breaks[0]
-    assert first.source == "bodies.jsonl:2"
+    assert first.source == f"{tmp_path}/bodies.jsonl:2"
     assert first.diagnosis.changes[0].path == "tools[4]"
     assert first.diagnosis.changes[0].fields == ("description",)
     totals = explanation.totals()
@@ -103,6 +108,23 @@ def test_envelopes(tmp_path: Path) -> None:
     assert kinds[2:] == [Kind.PARAMS_CHANGED, Kind.PARAMS_CHANGED]
 
 
+@pytest.mark.parametrize(
+    "timestamp",
+    ["1" + "0" * 400, "NaN", "Infinity", "-Infinity", "1e999", "-1e300", '"0001-01-01T00:00:00"'],
+)
+def test_a_time_that_cannot_be_is_none(
+    timestamp: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "calls.jsonl"
+    path.write_text(f'{{"timestamp": {timestamp}, "body": {{"prompt": "x"}}}}\n' * 2)
+    assert run(str(path), "--json", "--ttl", "5m") == 0
+    calls = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["calls"]
+    assert [(call["at"], call["kind"]) for call in calls] == [
+        (None, Kind.FIRST_REQUEST),
+        (None, Kind.RETRY),
+    ]
+
+
 def test_calls_are_put_in_the_order_in_which_they_were_made(tmp_path: Path) -> None:
     bodies = session(0)
     lines = [{"timestamp": 100 + i, "session_id": "s", "body": b} for i, b in enumerate(bodies)]
@@ -126,6 +148,60 @@ def test_a_lifetime_explains_what_expired(tmp_path: Path) -> None:
     assert last.engine[0].ttl_s == 300 and last.engine[0].age_s == 200
     assert "1h" in last.suggestion
     check_complete(explanation)
+
+
+def prompt(system: str, question: str, ttl: str | None = None) -> Body:
+    """A body with a breakpoint at the end of its system prompt, and one of its message."""
+
+    def block(text: str, **marker: str) -> list[Body]:
+        return [{"type": "text", "text": text, "cache_control": {"type": "ephemeral", **marker}}]
+
+    return {
+        "model": "m",
+        "system": block(system, **({"ttl": ttl} if ttl else {})),
+        "messages": [{"role": "user", "content": block(question)}],
+    }
+
+
+@pytest.mark.parametrize(
+    ("calls", "expired"),
+    [
+        # Another conversation keeps the system prompt from expiring, and nothing else.
+        ([(0, "a", None), (240, "b", None), (480, "a", None)], [("question", 300, 180)]),
+        ([(0, "a", None), (240, "a", None), (480, "a", None)], []),
+        ([(0, "a", None), (240, "b", None), (600, "a", None)],
+         [("system", 300, 60), ("question", 300, 300)]),
+        # What asks for an hour has one, also where a later use asks for less.
+        ([(0, "a", "1h"), (600, "a", "1h")], [("question", 300, 300)]),
+        ([(0, "a", "1h"), (3000, "b", None), (6000, "a", None)], [("question", 300, 5700)]),
+        ([(0, "a", "1h"), (3700, "a", None)], [("system", 3600, 100), ("question", 300, 3400)]),
+    ],
+)  # fmt: skip
+def test_any_use_counts_and_so_do_lifetimes_of_its_own(
+    calls: list[tuple[int, str, str | None]], expired: list[tuple[str, int, int]], tmp_path: Path
+) -> None:
+    rng = random.Random(9)
+    system, questions = words(rng, 12_000), {name: words(rng, 8000) for name in "ab"}
+    lines = [
+        {"timestamp": at, "session_id": "s", "body": prompt(system, questions[name], ttl)}
+        for at, name, ttl in calls
+    ]
+    explanation = explained(write(tmp_path / "calls.jsonl", lines), 300)
+    tokens = {"system": len(system) / 4, "question": len(questions["a"]) / 4}
+    *_, last = explanation.calls
+    misses = [miss for miss in last.diagnosis.engine if miss.cause is EngineCause.EXPIRED]
+    for miss, (what, ttl_s, age_s) in zip(misses, expired, strict=True):
+        assert (miss.ttl_s, miss.age_s) == (ttl_s, age_s)
+        assert miss.tokens == pytest.approx(tokens[what], abs=3)
+
+
+def test_a_lifetime_of_the_whole_request(tmp_path: Path) -> None:
+    body = {"model": "m", "prompt": "x" * 4000, "prompt_cache_retention": "24h"}
+    lines = [{"timestamp": at, "body": body} for at in (0, 86_000, 200_000)]
+    _, second, third = explained(write(tmp_path / "calls.jsonl", lines), 300).calls
+    assert second.diagnosis.engine == ()
+    assert third.diagnosis.engine[0].ttl_s == 86_400
+    assert "a longer lifetime" in third.diagnosis.suggestion
 
 
 @pytest.mark.parametrize("protocol", [Protocol.CHAT, Protocol.RESPONSES, Protocol.COMPLETIONS])
@@ -303,18 +379,75 @@ def test_max_breaks_guards_a_prompt(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert run(clean, path, "--max-breaks", "1") == 1
 
 
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--max-breaks=-1", "'-1' is not a count"),
+        ("--max-breaks=many", "'many' is not a count"),
+        ("--ttl=5", "'5' is not a duration: write a positive whole number and s, m, h or d"),
+    ],
+)
+def test_wrong_arguments(argument: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run("calls.jsonl", argument)
+    assert message in capsys.readouterr().err
+
+
 def test_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(str(write(tmp_path / "bodies.jsonl", session(1))))
-    printed = " ".join(capsys.readouterr().out.split())
+    printed = capsys.readouterr().out
     for part in (
         "lineage 1",
-        "bodies.jsonl:2 tools_changed at tools[4]",
+        f"{tmp_path}/bodies.jsonl:2  tools_changed at tools[4], token 535; 3,537 tokens missed\n",
         "tool_changed at tools[4]: Fetch (description)",
-        "Keep description of Fetch fixed",
+        "Keep description of Fetch fixed; move what varies into a message.\n",
         "6 calls",
         "1 breaks, 1 of them unexpected",
     ):
         assert part in printed
+
+
+def test_files_of_one_name_are_told_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "calls.jsonl", session(1, 2))
+    files = [f"{tmp_path}/{name}/calls.jsonl" for name in "ab"]
+    run(*files)
+    lines = capsys.readouterr().out.splitlines()
+    for file in files:
+        assert lines[lines.index(f"{file}, lineage 1") + 1].startswith(f"  {file}:2  tools_changed")
+
+
+def test_conversations_that_could_have_shared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = random.Random(3)
+    rules = words(rng, 4000)
+    bodies = [
+        {
+            "model": "m",
+            "system": [{"type": "text", "text": f"It is 10:15:3{i}. {rules}"}],
+            "messages": [{"role": "user", "content": words(rng, 200)}],
+        }
+        for i in range(3)
+    ]
+    path = str(write(tmp_path / "prompts.jsonl", bodies))
+    assert run(path, "--max-breaks", "0") == 0
+    printed = capsys.readouterr().out
+    for part in (
+        "No prefix broke.\nnew lineages that could have shared more\n",
+        f"  {path}:2  new_lineage at system[0], token 0; ",
+        "      system_changed at system[0]: ",
+        "      → Move the value that varies in system[0] into the latest message.\n",
+        f"  {path}:3  new_lineage",
+        "0 breaks, 0 of them unexpected; 2 new lineages could have shared more.",
+    ):
+        assert part in printed
+    run(path, "--json")
+    data = json.loads(capsys.readouterr().out)
+    assert (data["could_share"], data["breaks"]) == (2, 0)
 
 
 def test_json_for_machines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -339,6 +472,14 @@ def test_json_for_machines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         (b'{"prompt": "x"}\n{"hash_ids": [1], "timestamp": 1, "input_length": 5}', "holds both"),
         (b'{"messages": [], "cache_control": {"type": "x"}}', "cache_control.type"),
         (b"[" * 100_000, "not JSON"),
+        *(
+            (b'{"hash_ids": [1], "timestamp": %s, "input_length": 5}' % at, "calls.jsonl:1: times")
+            for at in (b"NaN", b"Infinity", b"1" + b"0" * 400)
+        ),
+        *(
+            (b'{"hash_ids": [1], "timestamp": 1, "input_length": %d}' % n, "calls.jsonl:1: input_l")
+            for n in (-5, 513)
+        ),
     ],
 )
 def test_files_that_cannot_be_read(
@@ -357,8 +498,13 @@ def test_a_missing_or_truncated_file(tmp_path: Path, capsys: pytest.CaptureFixtu
     cut = tmp_path / "cut.jsonl.gz"
     cut.write_bytes(gzip.compress(json.dumps(session(0)[0]).encode())[:-40])
     assert run(str(cut)) == 2
-    cut.write_bytes(b"not gzip")
-    assert run(str(cut)) == 2
+    whole = bytearray(gzip.compress(json.dumps(session(0)[0]).encode()))
+    whole[60:200] = bytes(140)
+    for content in (b"not gzip", whole):
+        cut.write_bytes(content)
+        capsys.readouterr()
+        assert run(str(cut)) == 2
+        assert f"{cut}: " in capsys.readouterr().err
 
 
 def test_bytes_that_are_not_utf8(tmp_path: Path) -> None:
@@ -368,6 +514,55 @@ def test_bytes_that_are_not_utf8(tmp_path: Path) -> None:
         Kind.FIRST_REQUEST,
         Kind.RETRY,
     ]
+
+
+def test_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "calls.jsonl"
+    path.write_text('{"prompt": "x"}\n', encoding="utf-8-sig")
+    assert len(read_traffic(path)) == 1
+
+
+def test_more_hash_ids_than_tokens() -> None:
+    rows = [(0.0, 100, (1, 2)), (1.0, 700, (1, 3))]
+    check_complete(Explanation(list(explain_blocks(block_calls(rows)))))
+
+
+# The process
+
+
+@pytest.fixture(params=["explain", "lint"])
+def awkward(request: pytest.FixtureRequest, tmp_path: Path) -> list[str]:
+    """A command line that prints half a surrogate pair."""
+    bodies = session(0, 2)
+    for i, body in enumerate(bodies):
+        body["tools"][0]["name"] = f"\ud800 {i}"
+        body["tools"][1]["\ud800"] = "2026-11-21"
+        body["tools"][1]["description"] = {"\ud800" * 10: f"{i} {'x' * i}"}
+    lines = [{"session_id": "\ud800", "body": body} for body in bodies]
+    path = write(tmp_path / "calls.jsonl", lines)
+    return [sys.executable, "-m", "vllm_cachescope.cli", request.param, str(path)]
+
+
+def test_what_cannot_be_encoded_is_escaped(
+    awkward: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(awkward[3:]) in (0, 1)
+    assert r"\ud800" in capsys.readouterr().out
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(awkward, env=environment, capture_output=True, text=True)
+    assert (done.returncode in (0, 1), done.stderr) == (True, "")
+    assert r"\ud800" in done.stdout
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_pipe_that_nobody_reads(awkward: list[str], options: list[str]) -> None:
+    with subprocess.Popen(
+        [*awkward, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 128 + 13
 
 
 def test_an_empty_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

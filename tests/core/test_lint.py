@@ -175,8 +175,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     path = tmp_path / "calls.jsonl"
     path.write_text(json.dumps(agent("Today is 2026-11-21.").body()) + "\n")
     assert run(str(path)) == 1
-    printed = " ".join(capsys.readouterr().out.split())
-    assert "calls.jsonl:1 date at system[1]: an absolute date: '2026-11-21'" in printed
+    printed = capsys.readouterr().out
+    line = f"{path}:1  date at system[1]: an absolute date: '2026-11-21'; move it into the latest"
+    assert f"{line} message\n" in printed
     assert "1 requests, 2 warnings, 0 notes." in printed
     assert run(str(path), "--json") == 1
     data = json.loads(capsys.readouterr().out)
@@ -188,3 +189,6 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     path.write_text("{")
     assert run(str(path)) == 2
     assert "calls.jsonl:1: not JSON" in capsys.readouterr().err
+    path.write_text('{"hash_ids": [1], "timestamp": 1, "input_length": 5}')
+    assert run(str(path)) == 2
+    assert "holds hashes of blocks" in capsys.readouterr().err
