@@ -33,6 +33,7 @@ from vllm_cachescope.scopes import Caller
 from vllm_cachescope.traffic import BLOCK_TOKENS, BlockCall, Call, TrafficError, read_traffic
 
 _REQUESTS = 256
+_ENDS = 2**16
 _SESSION_TTL_S = 7 * 86400.0
 _BYTES = 2**30
 _SHOWN_CHANGES = 10
@@ -165,7 +166,12 @@ def explain(calls: Iterable[Call], ttl_s: float | None = None) -> Iterator[Expla
         return now
 
     store = LineageStore(
-        clock, ttl_s=_SESSION_TTL_S, requests=_REQUESTS, org_bytes=_BYTES, max_bytes=_BYTES
+        clock,
+        ttl_s=_SESSION_TTL_S,
+        requests=_REQUESTS,
+        ends=_ENDS,
+        org_bytes=_BYTES,
+        max_bytes=_BYTES,
     )
     fingerprint = Fingerprinter(secrets.token_bytes(32))
     texts: dict[Entry, str] = {}
