@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from itertools import islice
+from itertools import chain, islice
 
 from vllm_cachescope.durations import format_duration
 from vllm_cachescope.fingerprint import HASH_BYTES, Fingerprint, MarkPrint, ToolPrint
@@ -154,17 +154,27 @@ def compare(old: Fingerprint, new: Fingerprint) -> tuple[Change, ...]:
 
     Messages that ``new`` has after everything in ``old`` are no difference: a conversation grows.
     """
+    # A summary may stand last in the system prompt.
+    summary = None if _same_static(old, new) else compaction(old, new)
+    if summary:
+        texts = iter([_run(ChangeKind.HISTORY_COMPACTED, old, summary[0], new, summary[1])])
+    else:
+        texts = chain(_system(old, new), _messages(old, new))
     changes = [
         *_model(old, new),
         *_params(old, new),
         *islice(_tools(old, new), MAX_CHANGES),
-        *islice(_system(old, new), MAX_CHANGES),
-        *islice(_messages(old, new), MAX_CHANGES),
+        *islice(texts, MAX_CHANGES),
         *_marks(old, new),
     ]
     # Stable: at one token, model before parameters before tools and so on.
     changes.sort(key=lambda change: (not change.diverges, change.token))
     return tuple(changes[:MAX_CHANGES])
+
+
+def _same_static(old: Fingerprint, new: Fingerprint) -> bool:
+    static = range(old.static_parts), range(new.static_parts)
+    return old.counts[:2] == new.counts[:2] and old.hashes_of(static[0]) == new.hashes_of(static[1])
 
 
 def compare_whole(old: Fingerprint, new: Fingerprint) -> tuple[Change, ...]:
@@ -306,7 +316,7 @@ def _messages(old: Fingerprint, new: Fingerprint) -> Iterator[Change]:
     of_old = range(old.static_parts, len(old))
     of_new = range(new.static_parts, len(new))
     found = list(gaps(old, new, of_old, of_new))
-    if compacted := compaction(old, new, found):
+    if _same_static(old, new) and (compacted := compaction(old, new, found)):
         yield _run(ChangeKind.HISTORY_COMPACTED, old, compacted[0], new, compacted[1])
         return
     if (at := _reordered(old, new, of_old, of_new[: len(of_old)])) is not None:

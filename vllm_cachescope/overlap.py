@@ -211,7 +211,8 @@ def compaction(
 ) -> tuple[range, range] | None:
     """Return which parts of ``old`` gave way to which of ``new``, if that is a compaction.
 
-    Model, tools and system are the same. Either the client declares it with a block of its own; or
+    Model, tools and system are the same, but for a summary that stands last in the system prompt.
+    Either the client declares it with a block of its own; or
     a run of turns gave way to something much shorter while later turns stayed; or no answer of
     the model is left, and what stands there instead says that it is a summary or, being long
     itself, is at most an eighth of what it replaced.
@@ -219,12 +220,10 @@ def compaction(
     Args:
         old: the earlier request.
         new: the request.
-        found: the `gaps` between their messages, where they are known.
+        found: the `gaps` between them after the system prompt of ``old``, where they are known.
     """
-    static = new.static_parts
-    if old.counts[:2] != new.counts[:2] or old.model != new.model:
-        return None
-    if common_items(old.hashes, new.hashes) < static:
+    static = _before_summary(old, new)
+    if static is None:
         return None
     if found is None:
         found = list(gaps(old, new, range(static, len(old)), range(static, len(new))))
@@ -232,6 +231,18 @@ def compaction(
         if gone and came and _is_compaction(old, gone, new, came, tail):
             return gone, came
     return None
+
+
+def _before_summary(old: Fingerprint, new: Fingerprint) -> int | None:
+    """Return the number of parts before the messages, or before a summary in front of them; None
+    if not all of them are the same."""
+    if old.model != new.model or old.counts[0] != new.counts[0]:
+        return None
+    static = max(old.static_parts, new.static_parts)
+    same = min(common_items(old.hashes, new.hashes), old.static_parts, new.static_parts)
+    if same == static:
+        return static
+    return same if same == static - 1 > new.counts[0] else None
 
 
 def _is_compaction(

@@ -154,6 +154,24 @@ def test_a_compaction_is_an_expected_break(keep: int) -> None:
         assert client.send(agent.turn().body()).kind is Kind.CONTINUATION
 
 
+def test_a_summary_that_stands_last_in_the_system_prompt() -> None:
+    """Some frameworks keep the latest turns and put the summary before them as a system message."""
+    client, agent = Client(), Agent("running summary")
+    system = agent.system
+    for round_ in range(3):
+        for _ in range(8):
+            client.send(agent.turn().body())
+        agent.messages = agent.messages[-4:]
+        agent.system = [*system, {"type": "text", "text": SUMMARY + words(agent.rng, 400)}]
+        diagnosis = client.send(agent.body())
+        assert diagnosis.kind is Kind.CONTEXT_COMPACTED and diagnosis.expected, round_
+        assert diagnosis.where is not None and diagnosis.where.path == "system[3]"
+        assert diagnosis.lineage == 1
+    # The same turns under a longer system prompt are no compaction.
+    agent.system[3]["text"] += " And mind the gap."
+    assert client.send(agent.turn().body()).kind is Kind.SYSTEM_CHANGED
+
+
 def test_a_long_summary_is_known_without_its_words() -> None:
     client, agent = Client(), Agent("wordless")
     for _ in range(30):
