@@ -1,5 +1,7 @@
 """Diffs of what broke a prefix: what is written, what is left out, and how little of it is kept."""
 
+import errno
+import io
 import json
 import stat
 import time
@@ -217,6 +219,39 @@ def test_a_purge_takes_texts_and_files(side: Side) -> None:
         side.diffs.flush()
         assert len(list(side.directory.iterdir())) == left
     assert not [text for text in strings_behind(side.breaks) if PLANTED in text]
+
+
+def test_a_damaged_file_keeps_no_other_from_a_purge(
+    side: Side, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert side.directory is not None and side.diffs is not None
+    for i, data in enumerate((b"", b"# []", b"\xff{")):
+        (side.directory / f"0-{i:08}.diff").write_bytes(data)
+    side.ask(body("a"))
+    side.ask(body("b"))
+    side.last()
+    side.breaks.forget("acme")
+    side.diffs.flush()
+    assert sorted(path.name for path in side.directory.iterdir()) == [
+        f"0-{i:08}.diff" for i in range(3)
+    ]
+    assert caplog.text.count("could not be deleted") == 3
+    side.breaks.forget(None)
+    side.diffs.flush()
+    assert not list(side.directory.iterdir())
+
+
+def test_what_could_not_be_finished_is_removed(side: Side, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(io.FileIO):
+        def write(self, data: Any) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    side.ask(body("a"))
+    assert side.directory is not None and side.diffs is not None
+    monkeypatch.setattr(module, "open", Full, raising=False)
+    side.ask(body("b"))
+    side.diffs.flush()
+    assert not list(side.directory.iterdir())
 
 
 def test_memory_is_bounded(side: Side, monkeypatch: pytest.MonkeyPatch) -> None:

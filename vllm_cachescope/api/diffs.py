@@ -195,14 +195,22 @@ class Diffs:
                 lines += ["", f"# {change}".splitlines()[0], *_diff(change.path, before, after)]
             data = "\n".join([*lines, ""]).encode("utf-8", "replace")[: self._max_bytes]
             self._make_room(len(data))
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-            descriptor = os.open(self._directory / name, flags, 0o600)
-            with open(descriptor, "wb") as file:
-                file.write(data)
+            self._create(self._directory / name, data)
         except Exception as error:
             logger.warning("The diff %s could not be written: %s", name, error)
         finally:
             self._pending.release()
+
+    def _create(self, path: Path, data: bytes) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        descriptor = os.open(path, flags, 0o600)
+        try:
+            with open(descriptor, "wb") as file:
+                file.write(data)
+        except OSError:
+            # Half a file may lack the line that says whose it is.
+            path.unlink(missing_ok=True)
+            raise
 
     def _make_room(self, nbytes: int) -> None:
         files = [(path, path.stat().st_size) for path in self._files()]
@@ -214,14 +222,17 @@ class Diffs:
             used, count = used - size, count - 1
 
     def _delete(self, org: str | None, session: str | None) -> None:
-        try:
-            for path in self._files():
-                with open(path, encoding="utf-8", errors="replace") as file:
-                    head = json.loads(file.readline().removeprefix("# "))
-                if org in (None, head["org"]) and session in (None, head["session"]):
-                    path.unlink(missing_ok=True)
-        except Exception as error:
-            logger.warning("Diffs in %s could not be deleted: %s", self._directory, error)
+        for path in self._files():
+            try:
+                # Where all is purged, so is what nobody can say the owner of.
+                if (org, session) != (None, None):
+                    with open(path, encoding="utf-8", errors="replace") as file:
+                        head = json.loads(file.readline().removeprefix("# "))
+                    if org not in (None, head["org"]) or session not in (None, head["session"]):
+                        continue
+                path.unlink(missing_ok=True)
+            except Exception as error:
+                logger.warning("The diff %s could not be deleted: %s", path.name, error)
 
     def _files(self) -> list[Path]:
         """Return the files of ours, the oldest first."""
