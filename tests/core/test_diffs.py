@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import re
 import stat
 import time
 from collections.abc import Iterator
@@ -138,20 +139,45 @@ SECRETS = [
     "someone.else+lists@mail.example.org",
     "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N_XgL0n3I9P",
     "-----BEGIN RSA PRIVATE KEY-----\nMIIEowIBAAKCAQEA\n-----END",
+    "-----BEGIN RSA PRIVATE KEY-----\nProc-Type: 4,ENCRYPTED\n\nMIIEowIBAAKCAQEA\n-----END",
+    r"-----BEGIN PRIVATE KEY-----\nMIIEowIBAAKCAQEA\n-----END PRIVATE KEY-----\n",
+    'password = "hunter2 hunter2"',
+    r"{\"client_secret\": \"0123456789abcdef\"}",
+    "AWS_SECRET_ACCESS_KEY=wJalrXUtnFEMI/K7MDENG",
+    "access_key: 0123456789abcdef",
+    "pwd=hunter2hunter2",
+    "postgres://admin:hunter2secret@localhost/db",
+    "npm_abcdefghijklmnopqrstuvwxyz0123456789",
     "project aurora",
 ]
 
 
+@pytest.mark.parametrize("where", ["system", "description"])
 @pytest.mark.parametrize("secret", SECRETS)
-def test_what_is_secret_is_left_out_of_both_sides(side: Side, secret: str) -> None:
-    side.ask(body(f"Old and {secret} here."))
-    side.ask(body(f"New and {secret} here."))
+def test_what_is_secret_is_left_out_of_both_sides(side: Side, secret: str, where: str) -> None:
+    side.ask(body(**{where: f"Old and {secret} here."}))
+    side.ask(body(**{where: f"New and {secret} here."}))
     _, text = side.last()
-    assert "-Old and" in text and "+New and" in text
+    assert re.search("^-.*Old and", text, re.M) and re.search(r"^\+.*New and", text, re.M)
     assert text.count(REDACTED) == 2
     for word in secret.split():
         assert len(word) < 8 or word not in text
     assert not [kept for kept in strings_behind(side.breaks) if secret in kept]
+
+
+def test_what_a_field_with_the_name_of_a_secret_holds_is_left_out(side: Side) -> None:
+    for word in ("Old", "New"):
+        asked = body()
+        field = {"type": "string", "description": f"{word} key.", "enum": [word * 4, 70001, None]}
+        asked["tools"][0]["input_schema"]["properties"] |= {
+            "apiKey": field,
+            "max_tokens": {"default": f"{word} default"},
+        }
+        side.ask(asked)
+    _, text = side.last()
+    assert '"description": "New key."' in text and '"default": "New default"' in text
+    assert "NewNew" not in text and "OldOld" not in text and "70001" not in text
+    assert not [kept for kept in strings_behind(side.breaks) if "OldOld" in kept]
 
 
 def test_a_change_in_a_secret_only_is_said_to_be_one(side: Side) -> None:

@@ -31,6 +31,9 @@ KEPT_BYTES = 64 * 2**20
 MAX_CHARACTERS = 200_000
 """Kept of one tool or system block."""
 
+MAX_DEPTH = 32
+"""Levels of a tool that are kept; of a list or an object below them, that there is one."""
+
 MAX_LINES = 1000
 """Compared of one tool or system block: those after the first that differs."""
 
@@ -43,17 +46,33 @@ MAX_PENDING = 16
 SUFFIX = ".diff"
 REDACTED = "[redacted]"
 
-# None reads far and then fails: a client must not be able to make these slow.
-_SECRETS = (
-    r"-----BEGIN [A-Z ]{0,40}PRIVATE KEY-----[\sA-Za-z0-9+/=]{0,8000}(?:-----END[A-Z -]{0,60})?",
-    r"\beyJ[\w-]{8,4000}(?:\.[\w-]{1,4000}){0,2}",
-    r"\b(?:sk|pk|rk|xox[abprs]|gh[opsu]|github_pat|glpat|hf|key)[-_][\w-]{12,400}",
-    r"\b(?:AKIA|ASIA|AIza)[\w-]{12,100}",
-    r"(?i)\b(?:bearer|basic)\s{1,8}[\w.~+/=-]{8,4000}",
-    r"(?i)(?:api[_-]?key|token|secret|passw(?:or)?d|authorization)[\"']?\s{0,8}[:=]\s{0,8}"
-    r"[\"']?[^\s\"',;]{6,4000}",
-    r"[\w.%+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63}){1,8}",
+# A first letter is spelled in both cases, and the rest ignores case: the engine of `re` can then
+# skip to it, which takes a quarter of the time.
+_NAME = (
+    r"[ACPSTacpst](?i:(?:pi|ccess|ccount|rivate|ecret|igning|hared)[ _-]?keys?|oken|ecrets?"
+    r"|ass(?:wo?r)?ds?|assphrase|wd|uthorization|redentials?|ookie)"
 )
+
+# None reads far and then fails, or far again from the next character on: a client must not be
+# able to make these slow. Strings of a tool stand in the text as they are, but a string may
+# itself hold JSON, hence the backslashes.
+_SECRETS = (
+    r"-----BEGIN [A-Z ]{0,40}PRIVATE KEY(?: BLOCK)?-----"
+    r"(?:[\s\\rn]{1,8}[A-Z][A-Za-z-]{2,20}:[^\n\\]{0,200}){0,4}"
+    r"[\s\\A-Za-z0-9+/=]{0,16000}(?:-----END[A-Z -]{0,60})?",
+    r"eyJ[\w-]{8,}(?:\.[\w-]+){0,2}",
+    r"://[^\s/@\"'<>]{1,1000}+@",
+    r"\b(?:(?:sk|pk|rk|xox[abprs]|gh[opsu]|github_pat|glpat|npm|hf|key)[-_]|AKIA|ASIA|AIza)"
+    r"[\w-]{12,}",
+    r"[Bb](?i:(?<=\bb)(?:earer|asic))\s{1,8}[\w.~+/=-]{8,}",
+    _NAME + r"\\{0,3}[\"']?\s{0,8}[:=>]{1,2}\s{0,8}"
+    r"(?:\\{0,3}\"[^\"\n]{6,}|\\{0,3}'[^'\n]{6,}|[^\s\"',;]{6,})",
+    r"(?<![\w.%+-])[\w.%+-]++@[\w-]+(?:\.[\w-]+){1,8}",
+)
+
+_SECRET_FIELD = re.compile(_NAME + r"\d{0,4}$")
+_SHOWN_FIELDS = frozenset({"type", "title", "description", "format"})
+"""Of a schema, shown even where its name is that of a secret."""
 
 _KINDS = frozenset(
     {
@@ -67,6 +86,7 @@ _KINDS = frozenset(
 )
 
 _CONTEXT = 3
+_PIECE = 16  # what a short piece of JSON counts as, in characters, since it takes the time of them
 
 logger = logging.getLogger(__name__)
 
@@ -259,10 +279,43 @@ def _text(content: Any) -> str:
         content = content["text"]
     if isinstance(content, str):
         return content[:MAX_CHARACTERS]
-    try:
-        return json.dumps(content, indent=2, ensure_ascii=False)[:MAX_CHARACTERS]
-    except RecursionError:
-        return "(nested too deeply to be shown)"
+    pieces, size = [], 0
+    for piece in _pieces(content):
+        pieces.append(piece)
+        size += max(len(piece), _PIECE)
+        if size >= MAX_CHARACTERS:
+            break
+    return "".join(pieces)[:MAX_CHARACTERS]
+
+
+def _pieces(value: Any, line: str = "\n", hidden: bool = False) -> Iterator[str]:
+    """Yield ``value`` as JSON with an indent, except that strings are not escaped.
+
+    Escapes would hide a secret from the patterns, and hinder whoever reads a diff of long texts.
+
+    Args:
+        value: what JSON can hold.
+        line: a line break, and the indent of the line that the value begins on.
+        hidden: whether it is a secret by the name of a field that it is in.
+    """
+    if isinstance(value, str):
+        yield f'"{REDACTED if hidden else value[:MAX_CHARACTERS]}"'
+    elif not isinstance(value, dict | list) or not value:
+        yield REDACTED if hidden and type(value) in (int, float) else json.dumps(value)
+    elif len(line) > 2 * MAX_DEPTH:
+        yield "(nested too deeply to be shown)"
+    elif isinstance(value, dict):
+        for i, (key, inner) in enumerate(value.items()):
+            name = key[:MAX_CHARACTERS]
+            yield f'{"," if i else "{"}{line}  "{name}": '
+            secret = _SECRET_FIELD.search(name) or (hidden and name not in _SHOWN_FIELDS)
+            yield from _pieces(inner, f"{line}  ", bool(secret))
+        yield f"{line}}}"
+    else:
+        for i, inner in enumerate(value):
+            yield f"{',' if i else '['}{line}  "
+            yield from _pieces(inner, f"{line}  ", hidden)
+        yield f"{line}]"
 
 
 def _diff(path: str, before: str, after: str) -> Iterator[str]:
