@@ -19,6 +19,7 @@ from vllm_cachescope.api.breaks import Break, Breaks
 from vllm_cachescope.api.diffs import REDACTED, Diffs
 from vllm_cachescope.api.exchange import Passage
 from vllm_cachescope.config import ConfigError, DiffSettings
+from vllm_cachescope.fingerprint import Fingerprinter
 from vllm_cachescope.prompt import Protocol
 from vllm_cachescope.report import EngineId, Report, Row
 from vllm_cachescope.scopes import Caller, Scope
@@ -305,6 +306,45 @@ def test_hostile_texts_take_bounded_time(side: Side, name: str) -> None:
     assert side.diffs is not None
     side.diffs.flush()
     assert time.process_time() - begun < 5
+
+
+@pytest.mark.parametrize("name", ["deep tools", "long tools", "one letter", "at signs"])
+def test_a_hostile_body_takes_bounded_time(side: Side, name: str) -> None:
+    deep: Any = 1
+    for _ in range(180):
+        deep = {"a": deep}
+    bodies: dict[str, dict[str, Any]] = {
+        "deep tools": {"tools": [{"name": f"{i}", "input_schema": deep} for i in range(512)]},
+        "long tools": {"tools": [{"name": f"{i}", "enum": [[]] * 20_000} for i in range(100)]},
+        "one letter": {
+            "system": [{"type": "text", "text": f"{'a_' * 10**5}{i}"} for i in range(90)]
+        },
+        "at signs": {"system": [{"type": "text", "text": f"{i}{'a@' * 10**5}"} for i in range(90)]},
+    }
+    request = READERS[Protocol.MESSAGES]({**body(), **bodies[name]}, (300, 3600))
+    fingerprint = Fingerprinter(b"a secret of tests")(request)
+    assert side.diffs is not None
+    begun = time.process_time()
+    side.diffs.keep(ACME, request, fingerprint)
+    assert time.process_time() - begun < 0.5
+    assert side.diffs._texts
+
+
+def test_what_one_request_leaves_the_next_takes_in(
+    side: Side, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = body()
+    # Of one tool, both the name and the text of a field are as long as what is kept of it.
+    asked["tools"].append({"a" * 199_000: "b" * 200_000})
+    asked["system"] = [{"type": "text", "text": f"{i}" * 150_000} for i in range(3)]
+    assert side.diffs is not None
+    taken = []
+    for _ in range(5):
+        side.ask(asked)
+        taken.append(len(side.diffs._texts))
+    assert taken == [2, 3, 4, 5, 5]
+    monkeypatch.setattr(module, "_text", None)  # What is known costs nothing.
+    side.ask(asked)
 
 
 def strings_behind(root: object) -> Iterator[str]:

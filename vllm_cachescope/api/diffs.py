@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,9 @@ KEPT_BYTES = 64 * 2**20
 
 MAX_CHARACTERS = 200_000
 """Kept of one tool or system block."""
+
+MAX_NEW_CHARACTERS = 2**18
+"""Taken in with one request, which waits for it; what is left is, with the next that has it."""
 
 MAX_DEPTH = 32
 """Levels of a tool that are kept; of a list or an object below them, that there is one."""
@@ -86,7 +90,8 @@ _KINDS = frozenset(
 )
 
 _CONTEXT = 3
-_PIECE = 16  # what a short piece of JSON counts as, in characters, since it takes the time of them
+_PART = 256  # least cost of a part, in characters
+_PIECE = 32  # least cost of a number, a name or a bracket in a tool, in characters
 
 logger = logging.getLogger(__name__)
 
@@ -130,13 +135,18 @@ class Diffs:
         now = self._clock()
         by_path = {part.path: part for part in request.parts if part.region < Region.MESSAGES}
         paths = fingerprint.paths.split("\n", fingerprint.static_parts)
+        left = MAX_NEW_CHARACTERS
         for i, path in enumerate(paths[: fingerprint.static_parts]):
             key = (caller.org, caller.session, fingerprint.hash(i))
             known = self._texts.pop(key, None)
             if known is not None:
                 self._texts[key] = known[0], now
-            elif (part := by_path.get(path)) is not None:
-                text = self._redacted(_text(part.content))
+            elif left > 0 and (part := by_path.get(path)) is not None:
+                text, cost = _text(part.content)
+                left -= cost
+                if left < 0:
+                    continue
+                text = self._redacted(text)
                 self._texts[key] = text, now
                 self._kept_bytes += len(text)
         while self._texts:
@@ -160,19 +170,20 @@ class Diffs:
         Returns:
             The file's name; None if there is no text to compare.
         """
-        pairs = [
+        found = (
             (change, before, after)
             for change in changes
             if change.kind in _KINDS
             and (before := self._find(caller, change.old_value)) is not None
             and (after := self._find(caller, change.value)) is not None
-        ]
+        )
+        pairs = list(islice(found, MAX_CHANGES))
         if not pairs or not self._pending.acquire(blocking=False):
             return None
         moment = datetime.fromtimestamp(at, UTC).strftime("%Y%m%dT%H%M%S%f")
         name = f"{moment}-{secrets.token_hex(4)}{SUFFIX}"
         head = {"at": at, "org": caller.org, "session": caller.session, **details}
-        self._pool.submit(self._save, name, head, pairs[:MAX_CHANGES])
+        self._pool.submit(self._save, name, head, pairs)
         return name
 
     def forget(self, org: str | None, session: str | None = None) -> None:
@@ -273,19 +284,23 @@ def _prepare(directory: Path) -> None:
         raise ConfigError(f"diffs.directory: {directory} cannot be written to")
 
 
-def _text(content: Any) -> str:
-    """Return a tool or a system block as text of many short lines."""
+def _text(content: Any) -> tuple[str, int]:
+    """Return a tool or a system block as text of many short lines, and what it cost.
+
+    The cost is in characters of a long text that take as much time, redaction included.
+    """
     if isinstance(content, dict) and len(content) == 2 and isinstance(content.get("text"), str):
         content = content["text"]
     if isinstance(content, str):
-        return content[:MAX_CHARACTERS]
-    pieces, size = [], 0
+        text = content[:MAX_CHARACTERS]
+        return text, _PART + len(text)
+    pieces, cost = [], 0
     for piece in _pieces(content):
         pieces.append(piece)
-        size += max(len(piece), _PIECE)
-        if size >= MAX_CHARACTERS:
+        cost += max(len(piece), _PIECE)
+        if cost >= MAX_CHARACTERS:
             break
-    return "".join(pieces)[:MAX_CHARACTERS]
+    return "".join(pieces)[:MAX_CHARACTERS], _PART + min(cost, MAX_CHARACTERS)
 
 
 def _pieces(value: Any, line: str = "\n", hidden: bool = False) -> Iterator[str]:
