@@ -6,6 +6,7 @@ import json
 import re
 import stat
 import time
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -286,8 +287,34 @@ def test_memory_is_bounded(side: Side, monkeypatch: pytest.MonkeyPatch) -> None:
     assert side.diffs is not None
     for i in range(40):
         side.ask(body(str(i)), Caller("acme", str(i)))
-        assert sum(len(text) for text, _ in side.diffs._texts.values()) <= 20_000
-    assert side.diffs._kept_bytes == sum(len(text) for text, _ in side.diffs._texts.values())
+        assert 0 < side.diffs._kept_bytes <= 20_000
+    side.diffs.forget(None)
+    assert side.diffs._kept_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("blocks", "requests"),
+    [([f"{i:03}" for i in range(256)], 40), (["\U0001f600" * 190_000], 3)],
+    ids=["tiny blocks", "wide characters"],
+)
+def test_what_is_counted_is_what_is_taken(side: Side, blocks: list[str], requests: int) -> None:
+    raw = json.dumps(body() | {"system": [{"type": "text", "text": text} for text in blocks]})
+    fingerprinter = Fingerprinter(b"a secret of tests")
+    assert side.diffs is not None
+    tracemalloc.start()
+    try:
+        for i in range(requests):
+            # Read anew each time, since a text may be one with the request's.
+            request = READERS[Protocol.MESSAGES](json.loads(raw), (300, 3600))
+            fingerprint = fingerprinter(request)
+            side.diffs.keep(Caller("acme", f"session {i}"), request, fingerprint)
+        before, _ = tracemalloc.get_traced_memory()
+        counted = side.diffs._kept_bytes
+        side.diffs._texts.clear()
+        taken = before - tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert 0.6 < counted / taken < 1.6, counted
 
 
 @pytest.mark.parametrize("name", ["one line", "many lines", "repeated lines", "at signs", "keys"])

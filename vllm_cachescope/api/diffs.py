@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import stat
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,6 +29,10 @@ from vllm_cachescope.scopes import Caller
 
 KEPT_BYTES = 64 * 2**20
 """Memory for texts, of all organisations together, in bytes."""
+
+ENTRY_BYTES = 240
+"""Memory that a text takes besides itself and its session's name: its key with the hash, the time
+of its last use, and its place in the table."""
 
 MAX_CHARACTERS = 200_000
 """Kept of one tool or system block."""
@@ -148,7 +153,7 @@ class Diffs:
                     continue
                 text = self._redacted(text)
                 self._texts[key] = text, now
-                self._kept_bytes += len(text)
+                self._kept_bytes += _nbytes(key, text)
         while self._texts:
             oldest = next(iter(self._texts))
             _, used = self._texts[oldest]
@@ -208,7 +213,7 @@ class Diffs:
 
     def _drop(self, key: _Key) -> None:
         text, _ = self._texts.pop(key)
-        self._kept_bytes -= len(text)
+        self._kept_bytes -= _nbytes(key, text)
 
     def _redacted(self, text: str) -> str:
         for rule in self._rules:
@@ -282,6 +287,11 @@ def _prepare(directory: Path) -> None:
         )
     if not os.access(directory, os.R_OK | os.W_OK | os.X_OK):
         raise ConfigError(f"diffs.directory: {directory} cannot be written to")
+
+
+def _nbytes(key: _Key, text: str) -> int:
+    """Return about how much memory a text takes, in bytes, a session's name counted with each."""
+    return ENTRY_BYTES + sys.getsizeof(key[1]) + sys.getsizeof(text)
 
 
 def _text(content: Any) -> tuple[str, int]:
