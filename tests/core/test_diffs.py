@@ -1,8 +1,12 @@
 """Diffs of what broke a prefix: what is written, what is left out, and how little of it is kept."""
 
+import errno
+import io
 import json
+import re
 import stat
 import time
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +20,7 @@ from vllm_cachescope.api.breaks import Break, Breaks
 from vllm_cachescope.api.diffs import REDACTED, Diffs
 from vllm_cachescope.api.exchange import Passage
 from vllm_cachescope.config import ConfigError, DiffSettings
+from vllm_cachescope.fingerprint import Fingerprinter
 from vllm_cachescope.prompt import Protocol
 from vllm_cachescope.report import EngineId, Report, Row
 from vllm_cachescope.scopes import Caller, Scope
@@ -136,20 +141,45 @@ SECRETS = [
     "someone.else+lists@mail.example.org",
     "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N_XgL0n3I9P",
     "-----BEGIN RSA PRIVATE KEY-----\nMIIEowIBAAKCAQEA\n-----END",
+    "-----BEGIN RSA PRIVATE KEY-----\nProc-Type: 4,ENCRYPTED\n\nMIIEowIBAAKCAQEA\n-----END",
+    r"-----BEGIN PRIVATE KEY-----\nMIIEowIBAAKCAQEA\n-----END PRIVATE KEY-----\n",
+    'password = "hunter2 hunter2"',
+    r"{\"client_secret\": \"0123456789abcdef\"}",
+    "AWS_SECRET_ACCESS_KEY=wJalrXUtnFEMI/K7MDENG",
+    "access_key: 0123456789abcdef",
+    "pwd=hunter2hunter2",
+    "postgres://admin:hunter2secret@localhost/db",
+    "npm_abcdefghijklmnopqrstuvwxyz0123456789",
     "project aurora",
 ]
 
 
+@pytest.mark.parametrize("where", ["system", "description"])
 @pytest.mark.parametrize("secret", SECRETS)
-def test_what_is_secret_is_left_out_of_both_sides(side: Side, secret: str) -> None:
-    side.ask(body(f"Old and {secret} here."))
-    side.ask(body(f"New and {secret} here."))
+def test_what_is_secret_is_left_out_of_both_sides(side: Side, secret: str, where: str) -> None:
+    side.ask(body(**{where: f"Old and {secret} here."}))
+    side.ask(body(**{where: f"New and {secret} here."}))
     _, text = side.last()
-    assert "-Old and" in text and "+New and" in text
+    assert re.search("^-.*Old and", text, re.M) and re.search(r"^\+.*New and", text, re.M)
     assert text.count(REDACTED) == 2
     for word in secret.split():
         assert len(word) < 8 or word not in text
     assert not [kept for kept in strings_behind(side.breaks) if secret in kept]
+
+
+def test_what_a_field_with_the_name_of_a_secret_holds_is_left_out(side: Side) -> None:
+    for word in ("Old", "New"):
+        asked = body()
+        field = {"type": "string", "description": f"{word} key.", "enum": [word * 4, 70001, None]}
+        asked["tools"][0]["input_schema"]["properties"] |= {
+            "apiKey": field,
+            "max_tokens": {"default": f"{word} default"},
+        }
+        side.ask(asked)
+    _, text = side.last()
+    assert '"description": "New key."' in text and '"default": "New default"' in text
+    assert "NewNew" not in text and "OldOld" not in text and "70001" not in text
+    assert not [kept for kept in strings_behind(side.breaks) if "OldOld" in kept]
 
 
 def test_a_change_in_a_secret_only_is_said_to_be_one(side: Side) -> None:
@@ -219,13 +249,72 @@ def test_a_purge_takes_texts_and_files(side: Side) -> None:
     assert not [text for text in strings_behind(side.breaks) if PLANTED in text]
 
 
+def test_a_damaged_file_keeps_no_other_from_a_purge(
+    side: Side, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert side.directory is not None and side.diffs is not None
+    for i, data in enumerate((b"", b"# []", b"\xff{")):
+        (side.directory / f"0-{i:08}.diff").write_bytes(data)
+    side.ask(body("a"))
+    side.ask(body("b"))
+    side.last()
+    side.breaks.forget("acme")
+    side.diffs.flush()
+    assert sorted(path.name for path in side.directory.iterdir()) == [
+        f"0-{i:08}.diff" for i in range(3)
+    ]
+    assert caplog.text.count("could not be deleted") == 3
+    side.breaks.forget(None)
+    side.diffs.flush()
+    assert not list(side.directory.iterdir())
+
+
+def test_what_could_not_be_finished_is_removed(side: Side, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(io.FileIO):
+        def write(self, data: Any) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    side.ask(body("a"))
+    assert side.directory is not None and side.diffs is not None
+    monkeypatch.setattr(module, "open", Full, raising=False)
+    side.ask(body("b"))
+    side.diffs.flush()
+    assert not list(side.directory.iterdir())
+
+
 def test_memory_is_bounded(side: Side, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "KEPT_BYTES", 20_000)
     assert side.diffs is not None
     for i in range(40):
         side.ask(body(str(i)), Caller("acme", str(i)))
-        assert sum(len(text) for text, _ in side.diffs._texts.values()) <= 20_000
-    assert side.diffs._kept_bytes == sum(len(text) for text, _ in side.diffs._texts.values())
+        assert 0 < side.diffs._kept_bytes <= 20_000
+    side.diffs.forget(None)
+    assert side.diffs._kept_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("blocks", "requests"),
+    [([f"{i:03}" for i in range(256)], 40), (["\U0001f600" * 190_000], 3)],
+    ids=["tiny blocks", "wide characters"],
+)
+def test_what_is_counted_is_what_is_taken(side: Side, blocks: list[str], requests: int) -> None:
+    raw = json.dumps(body() | {"system": [{"type": "text", "text": text} for text in blocks]})
+    fingerprinter = Fingerprinter(b"a secret of tests")
+    assert side.diffs is not None
+    tracemalloc.start()
+    try:
+        for i in range(requests):
+            # Read anew each time, since a text may be one with the request's.
+            request = READERS[Protocol.MESSAGES](json.loads(raw), (300, 3600))
+            fingerprint = fingerprinter(request)
+            side.diffs.keep(Caller("acme", f"session {i}"), request, fingerprint)
+        before, _ = tracemalloc.get_traced_memory()
+        counted = side.diffs._kept_bytes
+        side.diffs._texts.clear()
+        taken = before - tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert 0.6 < counted / taken < 1.6, counted
 
 
 @pytest.mark.parametrize("name", ["one line", "many lines", "repeated lines", "at signs", "keys"])
@@ -244,6 +333,45 @@ def test_hostile_texts_take_bounded_time(side: Side, name: str) -> None:
     assert side.diffs is not None
     side.diffs.flush()
     assert time.process_time() - begun < 5
+
+
+@pytest.mark.parametrize("name", ["deep tools", "long tools", "one letter", "at signs"])
+def test_a_hostile_body_takes_bounded_time(side: Side, name: str) -> None:
+    deep: Any = 1
+    for _ in range(180):
+        deep = {"a": deep}
+    bodies: dict[str, dict[str, Any]] = {
+        "deep tools": {"tools": [{"name": f"{i}", "input_schema": deep} for i in range(512)]},
+        "long tools": {"tools": [{"name": f"{i}", "enum": [[]] * 20_000} for i in range(100)]},
+        "one letter": {
+            "system": [{"type": "text", "text": f"{'a_' * 10**5}{i}"} for i in range(90)]
+        },
+        "at signs": {"system": [{"type": "text", "text": f"{i}{'a@' * 10**5}"} for i in range(90)]},
+    }
+    request = READERS[Protocol.MESSAGES]({**body(), **bodies[name]}, (300, 3600))
+    fingerprint = Fingerprinter(b"a secret of tests")(request)
+    assert side.diffs is not None
+    begun = time.process_time()
+    side.diffs.keep(ACME, request, fingerprint)
+    assert time.process_time() - begun < 0.5
+    assert side.diffs._texts
+
+
+def test_what_one_request_leaves_the_next_takes_in(
+    side: Side, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = body()
+    # Of one tool, both the name and the text of a field are as long as what is kept of it.
+    asked["tools"].append({"a" * 199_000: "b" * 200_000})
+    asked["system"] = [{"type": "text", "text": f"{i}" * 150_000} for i in range(3)]
+    assert side.diffs is not None
+    taken = []
+    for _ in range(5):
+        side.ask(asked)
+        taken.append(len(side.diffs._texts))
+    assert taken == [2, 3, 4, 5, 5]
+    monkeypatch.setattr(module, "_text", None)  # What is known costs nothing.
+    side.ask(asked)
 
 
 def strings_behind(root: object) -> Iterator[str]:
