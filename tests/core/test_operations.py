@@ -204,6 +204,24 @@ async def test_a_purge_forgets_the_requests_and_breaks_as_well(ask, breaks) -> N
         assert set(breaks.orgs()) == {org for org, _ in left}
 
 
+@pytest.mark.parametrize("key", ["acme's key", TOKEN])
+async def test_breaks_are_answered_whatever_a_client_calls_its_tools(ask, breaks, key) -> None:
+    half = "\ud800"
+    for value in (1, 2):
+        tool = {"name": half, "input_schema": {"type": "object"}, half: value}
+        body = {"model": half, "max_tokens": 1, "tools": [tool],
+                "messages": [{"role": "user", "content": "hello " * 99}]}  # fmt: skip
+        read = READERS[Protocol.MESSAGES](body, (300,), 300)
+        case = breaks.open(Caller("name:acme", "half"), read, body, {})
+        report = Report((Row(Outcome.CREATED, Scope.ORG, 300, 200),), engine=EngineId(0, "epoch"))
+        breaks.close(case, [report], None)
+    status, answer = await ask("GET", "/cachescope/breaks", key=key)
+    assert (status, answer["breaks"][0]["changes"][0]["fields"]) == (200, [half])
+    body = {"org": "acme", "session": half}
+    assert (await ask("POST", "/cachescope/purge", body, TOKEN))[0] == 200
+    breaks.forget(None)
+
+
 async def test_a_purge_that_did_not_reach_a_tier_says_so(ask) -> None:
     body, engines = {"all": True}, Recorded(UP, DOWN)
     status, answer = await ask("POST", "/cachescope/purge", body, TOKEN, engines)
