@@ -1,6 +1,9 @@
 """Breaks on the API's side: what is recorded, for whom, and what clients are answered."""
 
 import copy
+import io
+import json
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +14,7 @@ from pydantic import TypeAdapter
 
 from demo.session import agent_session
 from vllm_cachescope.api.breaks import Breaks, Case
+from vllm_cachescope.connectors.vllm.plugin import log_as_vllm
 from vllm_cachescope.misses import EngineCause, EngineMiss
 from vllm_cachescope.prompt import Protocol
 from vllm_cachescope.report import EngineId, Report, Row
@@ -125,3 +129,24 @@ def test_another_organisations_message_is_not_found(breaks: Breaks) -> None:
     asked = body(1, diagnostics={"previous_message_id": "msg_1"})
     answer = ask(breaks, asked, OTHER).answer()
     assert answer == {"cache_miss_reason": {"type": "previous_message_not_found"}}
+
+
+def test_breaks_are_logged_where_vllm_logs(breaks: Breaks, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = io.StringIO()
+    for name in ("vllm", "vllm_cachescope", "cachescope.breaks"):
+        logger = logging.getLogger(name)
+        monkeypatch.setattr(logger, "handlers", [])
+        monkeypatch.setattr(logger, "level", logging.NOTSET)
+    log_as_vllm()
+    # vLLM configures its logger later, and nobody else's.
+    logging.getLogger("vllm").setLevel(logging.INFO)
+    logging.getLogger("vllm").addHandler(logging.StreamHandler(log))
+    monkeypatch.setattr(logging.getLogger(), "level", logging.ERROR)
+    # A change that cost nothing, so that it is no warning; and a name that cannot be encoded.
+    ask(breaks, body(1))
+    ask(breaks, body(1, model="\ud800"), read=6400)
+    (line,) = log.getvalue().splitlines()
+    assert line.isascii()
+    seen = json.loads(line.removeprefix("cache break "))
+    assert (seen["kind"], seen["expected"]) == ("model_changed", True)
+    logging.getLogger("vllm").setLevel(logging.NOTSET)  # And forget who was enabled.
