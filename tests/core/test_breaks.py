@@ -48,14 +48,16 @@ def ask(
     prompt: int = 6400,
 ) -> Case:
     """Put a request through, of whose ``prompt`` tokens the engine read the first ``read``."""
-    request = READERS[Protocol.MESSAGES](given, (300, 3600))
-    case = breaks.open(caller, request, given, {})
+    protocol = Protocol.MESSAGES if "max_tokens" in given else Protocol.RESPONSES
+    request = READERS[protocol](given, (300, 3600))
+    reports: dict[str, Report] = {}
+    case = breaks.open(caller, request, given, {}, reports)
     rows = (
         Row("read_device", Scope.ORG, 300, read),
         Row("created", Scope.ORG, 300, prompt - read),
     )
-    report = Report(rows, (miss,) if miss else (), engine=ENGINE)
-    breaks.close(case, [report], response_id)
+    reports["nonce"] = Report(rows, (miss,) if miss else (), engine=ENGINE)
+    breaks.close(case, reports.values(), response_id)
     return case
 
 
@@ -122,6 +124,25 @@ def test_the_diagnostics_asked_for_are_what_the_client_expects(breaks: Breaks) -
     parsed = TypeAdapter(Diagnostics).validate_python(answer)
     assert parsed.cache_miss_reason is not None
     assert parsed.cache_miss_reason.type == "system_changed"
+
+
+def test_the_tokens_in_an_answer_are_the_engines(breaks: Breaks) -> None:
+    """The prompt is estimated at several thousand tokens, and has 160."""
+    ask(breaks, body(1), response_id="msg_1", prompt=160)
+    changed = body(1, diagnostics={"previous_message_id": "msg_1"})
+    changed["tools"][0]["description"] += " Updated."
+    reason = ask(breaks, changed, prompt=160).answer(0)["cache_miss_reason"]  # type: ignore[index]
+    assert reason == {"type": "tools_changed", "cache_missed_input_tokens": 144}
+
+    said = {"model": "m", "instructions": "Be brief. " * 400, "input": "tide " * 600}
+    ask(breaks, said, response_id="resp_1", prompt=160)
+    compare = {"prompt_cache_options": {"comparison_response_id": "resp_1"}}
+    changed = {**said, **compare, "input": "ebb and tide " * 200}
+    answer = ask(breaks, changed, prompt=160, read=80).answer(80)
+    assert answer is not None and answer["reason"] == "input_changed"
+    reusable, missed = answer["comparison_reusable_tokens"], answer["cache_missed_tokens"]
+    # 4,000 of about 7,000 characters come before the change.
+    assert 80 <= reusable <= 110 and missed == 144 - reusable
 
 
 def test_another_organisations_message_is_not_found(breaks: Breaks) -> None:

@@ -561,9 +561,23 @@ def test_a_change_explains_what_it_cost_and_no_more() -> None:
     final = conclude_last(client, diagnosis, EngineReport(10000, read, 128))
     causes = dict(final.uncached)
     assert final.cause == Kind.SYSTEM_CHANGED and not final.expected
+    (change,), place = final.changes, final.where
+    assert place is not None and change.token == place.token == round(
+        diagnosis.changes[0].token * scale
+    )
     assert causes[Kind.SYSTEM_CHANGED] == final.missed_tokens > 1000
     assert EngineCause.UNKNOWN not in causes
     check_sums(final, read)
+
+
+def test_a_harmless_change_may_cost_the_last_block_where_the_prompt_ends_with_it() -> None:
+    client = Client()
+    client.send(first_body())
+    client.entry.prompt_tokens = 8192
+    body = first_body()
+    body["tool_choice"]["type"] = "any"
+    final = conclude_last(client, client.send(body), EngineReport(8192, 8064, 128))
+    assert final.expected and final.missed_tokens == 0
 
 
 def test_a_retry_recomputes_its_last_block() -> None:

@@ -18,9 +18,10 @@ from vllm_cachescope.diagnosis import (
     conclude,
     diagnose,
     diagnose_against,
+    measure,
 )
 from vllm_cachescope.fingerprint import Fingerprinter
-from vllm_cachescope.lineage import LineageStore, Placement, Run
+from vllm_cachescope.lineage import Entry, LineageStore, Placement, Run
 from vllm_cachescope.prompt import PromptRequest, Protocol
 from vllm_cachescope.report import EngineId, Report
 from vllm_cachescope.scopes import Caller
@@ -45,16 +46,22 @@ class Case:
         caller: whose it is.
         request: the request.
         placement: where it belongs among its session's requests.
-        compared: how it differs from the request that the client named; None if it named none,
-            or none of its organisation's.
+        named: the request that the client named; None if it named none, or none of its
+            organisation's.
+        compared: how it differs from that one; token counts are estimates.
         diagnosis: what the requests' shapes say, and once the engine has reported, the engine.
+        block_tokens: tokens per block of the engine.
+        reports: what became of each of its prompts; the engine's side puts it in as it learns.
     """
 
     caller: Caller
     request: PromptRequest
     placement: Placement
+    named: Entry | None
     compared: Diagnosis | None
     diagnosis: Diagnosis
+    block_tokens: int
+    reports: Mapping[str, Report]
 
     def answer(self, read_tokens: int | None = None) -> dict[str, Any] | None:
         """Return the diagnostics for the response, in the protocol's own shape; None for none.
@@ -62,9 +69,15 @@ class Case:
         Args:
             read_tokens: tokens read from the cache, once known.
         """
+        compared = self.compared
+        if compared is not None and read_tokens is not None:
+            prompt = sum(report.prompt_tokens for report in self.reports.values())
+            compared = measure(
+                compared, EngineReport(prompt, read_tokens, self.block_tokens), self.named
+            )
         if self.request.protocol is Protocol.MESSAGES:
-            return anthropic_diagnostics(self.request, self.compared)
-        return openai_diagnostics(self.request, self.compared, read_tokens=read_tokens)
+            return anthropic_diagnostics(self.request, compared)
+        return openai_diagnostics(self.request, compared, read_tokens=read_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +154,7 @@ class Breaks:
         request: PromptRequest,
         body: Mapping[str, Any],
         headers: Mapping[str, str],
+        reports: Mapping[str, Report] | None = None,
     ) -> Case:
         """Take in a request before it runs.
 
@@ -149,18 +163,29 @@ class Breaks:
             request: the request.
             body: its body.
             headers: its headers, names in lower case.
+            reports: where the engine's reports on it will be; None if no answer will need them.
         """
         fingerprint = self._fingerprint(request, extra_fields(body, headers))
         # Found before the request is kept itself, which might push the other one out.
-        previous = None
+        named = None
         if request.previous_id is not None:
-            previous = self._lineages.find(caller.org, request.previous_id)
+            named = self._lineages.find(caller.org, request.previous_id)
         placement = self._lineages.observe(caller, fingerprint)
         compared = None
-        if previous is not None:
+        if named is not None:
             # As it is kept: with the turns it goes on from, where it only names them.
-            compared = diagnose_against(previous.fingerprint, placement.entry.fingerprint)
-        return Case(caller, request, placement, compared, diagnose(placement))
+            compared = diagnose_against(named.fingerprint, placement.entry.fingerprint)
+        return Case(
+            caller,
+            request,
+            placement,
+            named,
+            compared,
+            diagnose(placement),
+            self._block_tokens,
+            # Empty as yet, most often, and the exchange's own all the same.
+            {} if reports is None else reports,
+        )
 
     def close(
         self,
