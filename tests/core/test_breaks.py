@@ -13,7 +13,13 @@ from anthropic.types import Diagnostics
 from pydantic import TypeAdapter
 
 from demo.session import agent_session
-from vllm_cachescope.api.breaks import Breaks, Case
+from vllm_cachescope.api.breaks import (
+    LISTED_CHANGES,
+    REMEMBERED_BREAKS,
+    REMEMBERED_ORGS,
+    Breaks,
+    Case,
+)
 from vllm_cachescope.connectors.vllm.plugin import log_as_vllm
 from vllm_cachescope.misses import EngineCause, EngineMiss
 from vllm_cachescope.prompt import Protocol
@@ -102,6 +108,45 @@ def test_breaks_are_listed_for_their_organisation_newest_first(breaks: Breaks) -
     assert [seen.model for seen in breaks.recent("acme")] == ["m3", "m2"]
     assert {seen.caller.org for seen in breaks.recent("acme")} == {"acme"}
     assert len(breaks.recent(None)) == 4 and len(breaks.recent(None, limit=3)) == 3
+
+
+def test_an_organisation_pushes_out_no_others_breaks(breaks: Breaks) -> None:
+    said = {"model": "m", "input": "tide " * 100}
+
+    def flip(caller: Caller, times: int) -> None:
+        for i in range(times + 1):
+            ask(breaks, {**said, "model": f"m{i}"}, caller, prompt=160)
+
+    flip(OTHER, 1)
+    flip(ACME, REMEMBERED_BREAKS + 5)
+    assert len(breaks.recent("other")) == 1
+    kept = breaks.recent("acme", REMEMBERED_BREAKS + 5)
+    assert len(kept) == REMEMBERED_BREAKS and kept[0].model == f"m{REMEMBERED_BREAKS + 5}"
+    assert [seen.caller for seen in breaks.recent(None, 200)].count(OTHER) == 1
+    # Whose latest break is the longest ago has to go.
+    for i in range(REMEMBERED_ORGS - 1):
+        flip(Caller(f"org {i}", "s"), 1)
+    assert not breaks.recent("other") and breaks.recent("acme")
+
+
+def test_a_break_lists_so_much_and_counts_the_rest(
+    breaks: Breaks, caplog: pytest.LogCaptureFixture
+) -> None:
+    for turn in range(2):
+        tools = [{"name": f"{turn}-{i}"} for i in range(40)] + [
+            {"name": f"tool {i}", **{f"{i}-{j}".ljust(99): turn for j in range(15)}}
+            for i in range(100)
+        ]
+        ask(breaks, body(1, tools=tools))
+    (seen,) = breaks.recent(None)
+    data = seen.to_dict()
+    by_kind = {change["kind"]: change for change in data["changes"]}
+    added, changed = by_kind["tools_added"], by_kind["tool_changed"]
+    assert (len(data["changes"]), data["more_changes"]) == (LISTED_CHANGES, 100 - LISTED_CHANGES)
+    assert (len(added["names"]), added["more_names"]) == (10, 30)
+    assert (len(changed["fields"]), changed["more_fields"]) == (10, 5)
+    assert "more_fields" not in added and "more_names" not in changed
+    assert len(caplog.records[-1].getMessage()) < 40_000
 
 
 @pytest.mark.parametrize("cause", [EngineCause.EXPIRED, EngineCause.EVICTED])
