@@ -8,6 +8,7 @@ import pytest
 from prometheus_client import REGISTRY
 
 from vllm_cachescope.api.breaks import Breaks
+from vllm_cachescope.api.middleware import _headers
 from vllm_cachescope.api.operations import Engines, Operations, Purged
 from vllm_cachescope.config import Config, load
 from vllm_cachescope.identity import Directory
@@ -16,6 +17,7 @@ from vllm_cachescope.prompt import Protocol
 from vllm_cachescope.report import EngineId, Outcome, Report, Row
 from vllm_cachescope.scopes import Caller, Scope
 from vllm_cachescope.wire import READERS
+from vllm_cachescope.wire.diagnostics import extra_fields
 
 SECRET = "a secret of the tests"
 OWNERS = Owners(SECRET.encode())
@@ -166,6 +168,22 @@ async def test_without_a_token_in_the_configuration_nobody_is_the_operator(ask) 
         options = {"engines": engines, "operator_token": None}
         status, _ = await ask("POST", "/cachescope/purge", {"all": True}, key, **options)
         assert (status, engines.purged) == (403, [])
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"), [("ein langer schlüssel", 200), ("ein langer schlussel", 403)]
+)
+async def test_the_operators_token_is_compared_byte_by_byte(ask, sent, status) -> None:
+    headers = _headers({"headers": [(b"X-API-Key", sent.encode())]})
+    options = {"headers": headers, "operator_token": "ein langer schlüssel"}
+    assert (await ask("POST", "/cachescope/purge", {"all": True}, **options))[0] == status
+
+
+def test_headers_of_one_name_are_one_list() -> None:
+    sent = [(b"anthropic-beta", b"b, a"), (b"x-session-id", b"s"), (b"Anthropic-Beta", b"c")]
+    headers = _headers({"headers": sent})
+    assert headers == {"anthropic-beta": "b, a, c", "x-session-id": "s"}
+    assert extra_fields({}, headers) == {"anthropic-beta": ["a", "b", "c"]}
 
 
 async def test_a_key_the_server_does_not_know_may_nothing_but_see_the_state(ask) -> None:

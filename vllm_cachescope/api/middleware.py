@@ -205,8 +205,13 @@ class CacheScopeMiddleware(ABC):
 
 
 def _headers(scope: Scope) -> dict[str, str]:
-    """Return the request's headers, names in lower case."""
-    return {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in scope["headers"]}
+    """Return the request's headers, names in lower case. Each character is a byte."""
+    headers: dict[str, str] = {}
+    for name, value in scope["headers"]:
+        key, text = name.decode("latin-1").lower(), value.decode("latin-1")
+        # Lines of one name are a list, in their order (RFC 9110, 5.2 and 5.3).
+        headers[key] = f"{headers[key]}, {text}" if key in headers else text
+    return headers
 
 
 def _filling_only(body: dict[str, Any]) -> dict[str, Any]:

@@ -124,7 +124,7 @@ class Operations:
         Args:
             method: its method.
             path: its path, which ends with one of `PATHS`.
-            headers: its headers, names in lower case.
+            headers: its headers, names in lower case, each character a byte.
             is_known: whether the server itself would let the caller in.
             read_body: reads its body.
         """
@@ -153,7 +153,8 @@ class Operations:
         token, presented = self._operator_token, api_key(headers)
         if token is None or presented is None:
             return False
-        return hmac.compare_digest(token.get_secret_value().encode(), presented.encode())
+        # A header's characters are the bytes that came.
+        return hmac.compare_digest(token.get_secret_value().encode(), presented.encode("latin-1"))
 
     async def _health(self, is_operator: bool) -> Answer:
         """Answer 200 whatever the tiers' state is: without them requests run all the same."""
