@@ -1,6 +1,7 @@
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,20 @@ def test_tools_may_give_examples() -> None:
     ]
 
 
+def test_what_changes_in_a_tool_is_volatile() -> None:
+    bodies = [agent().body() for _ in range(3)]
+    for i, body in enumerate(bodies):
+        text = f"Such as 2026-01-31. Generated at 2026-11-21T10:15:3{i}"
+        body["tools"][2]["description"] = text
+    at = "tools[2].description"
+    assert warnings(bodies[0], bodies[0]) == set()
+    late = ("breakpoint_after_volatile", "system[1].cache_control")
+    assert warnings(*bodies) == {("timestamp", at), late}
+    assert ("date", at, INFO) in found(*bodies)
+    by_rule = {f.rule: f.requests for f in lint(map(call, bodies))}
+    assert by_rule == {"timestamp": 3, "date": 3, "breakpoint_after_volatile": 2}
+
+
 def test_the_billing_header_is_left_out_of_the_prompt_for_messages_only() -> None:
     assert found(agent().body()) == []
     header = agent().system[0]["text"]
@@ -134,13 +149,39 @@ def test_unsorted_json() -> None:
     assert warnings(second) == set()
 
 
+@pytest.mark.parametrize("key", ["required", "enum"])
+def test_lists_whose_order_changes(key: str) -> None:
+    bodies = [agent().body() for _ in range(3)]
+    for body, names in zip(bodies, (["a", "b"], ["b", "a"], ["b", "a", "c"]), strict=True):
+        body["tools"][1]["input_schema"][key] = names
+        body["tools"][1] = dict(sorted(body["tools"][1].items()))
+    assert warnings(*bodies) == {("unsorted_json", f"tools[1].input_schema.{key}")}
+    assert warnings(bodies[0], bodies[2]) == set()
+
+
 def test_tool_order_that_changes() -> None:
     made = agent()
     first = made.body()
     made.tools.reverse()
     assert warnings(first, made.body()) == {("tool_order", "tools[0]")}
     made.tools.pop()
-    assert warnings(first, made.body()) == set()
+    assert warnings(first, made.body()) == {("tool_order", "tools[0]")}
+
+
+def test_tool_order_between_sessions_and_as_tools_come_and_go() -> None:
+    bodies = [agent().body() for _ in range(4)]
+    tools = bodies[0]["tools"]
+    bodies[1]["tools"] = [*tools[1:], {"name": "New", "input_schema": {}}]
+    bodies[2]["tools"] = [tools[0], tools[2], tools[1], tools[3]]
+    bodies[3]["tools"] = [tools[3], tools[0]]
+    calls = [replace(call(body), session=f"s{i}") for i, body in enumerate(bodies)]
+    assert [f.path for f in lint(calls[:2]) if f.rule == "tool_order"] == []
+    assert [f.path for f in lint(calls[1:3]) if f.rule == "tool_order"] == ["tools[1]"]
+    assert [f.path for f in lint([calls[0], calls[3]]) if f.rule == "tool_order"] == ["tools[0]"]
+    # An agent with other tools, of which one happens to be the same, is another agent.
+    other = [{"name": name, "input_schema": {}} for name in ("Ask", "Zip", "Xor")]
+    bodies[1]["tools"] = [tools[1], *other, tools[0]]
+    assert [f.path for f in lint([calls[0], call(bodies[1])]) if f.rule == "tool_order"] == []
 
 
 def test_findings_are_counted_and_the_worst_come_first() -> None:
