@@ -22,17 +22,29 @@ from rich.console import Console
 from rich.text import Text
 
 from vllm_cachescope.fingerprint import Fingerprinter, ToolPrint
-from vllm_cachescope.prompt import Part, PromptRequest, Protocol, Region
+from vllm_cachescope.prompt import Part, Protocol, Region
 from vllm_cachescope.traffic import Call, TrafficError, read_traffic
 from vllm_cachescope.wire.anthropic import is_dropped
 
 _MAX_SCAN = 200_000  # characters of one string that are looked at
 _MAX_VALUES = 10_000  # values of one part that are looked at
+_MAX_TOOLS = 512  # tools that are compared; of more, a fingerprint takes the last ones as one
 _MAX_ORDERS = 64  # orders of tools that others are compared with
 _MAX_PER_STRING = 5
 _EXCERPT = 48
 
-_MONTHS = "Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec"
+_BEFORE = 40  # characters in front of a value, on its line, that may say what it is
+
+# Spaces as JavaScript writes them into a time of day are no breaks.
+_SPACE = "[ \u00a0\u202f]"
+_YEAR, _MONTH, _DAY = r"(?:20\d\d)", r"(?:0?[1-9]|1[0-2])", r"(?:0?[1-9]|[12]\d|3[01])"
+_HOUR, _MINUTE = r"(?:[01]?\d|2[0-3])", r"[0-5]\d"
+_ORDINAL = r"\d{1,2}(?:st|nd|rd|th)?"
+_MONTH_NAME = (
+    r"(?:jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?"
+    r"|sept?(?:ember)?|oct(?:ober)?|nov(?:ember)?|dec(?:ember)?)\.?"
+)
+_WEEKDAY = r"(?:mon|tue(?:s)?|wed(?:nes)?|thu(?:rs)?|fri|sat(?:ur)?|sun)(?:day)?\.?"
 
 
 class Severity(IntEnum):
@@ -44,47 +56,107 @@ class Severity(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A kind of volatile text: its name, how it looks, what it is called in a message."""
+    """A kind of volatile text.
+
+    Attributes:
+        name: its name.
+        words: what it is called in a message.
+        pattern: how it looks.
+        after: what has to stand before it, within `_BEFORE` characters of its line; None for
+            anything.
+        unless: what may not.
+    """
 
     name: str
-    pattern: "re.Pattern[str]"
     words: str
+    pattern: "re.Pattern[str]"
+    after: "re.Pattern[str] | None" = None
+    unless: "re.Pattern[str] | None" = None
 
 
-# In this order: a date inside a timestamp, or hex digits inside a UUID, are not found again.
+def _pattern(*alternatives: str) -> "re.Pattern[str]":
+    """Return a pattern for any of ``alternatives``, in any case, as whole words.
+
+    Words are of ASCII: Chinese and Japanese leave no space before a date.
+    """
+    return re.compile(rf"\b(?:{'|'.join(alternatives)})(?!\w)", re.ASCII | re.IGNORECASE)
+
+
+# Whether a time of day is now, or eight digits are a date, only the words before it can say.
+_NOW = re.compile(
+    r"\b(?:now|current|currently|today|date|datetime|timestamp|epoch|clock|started|generated"
+    r"|created|updated|as of|it is|it's|time(?!\s?(?:limit|out|frame|span|zone)))\b"
+    r"(?!.*\b(?:such as|e\.g\.|example|format|like)(?!\w))",
+    re.IGNORECASE,
+)
+_CONSTANT = re.compile(
+    r"(?:version\W{0,4}|\b(?:gpt|claude)[\w.-]{0,32}-)\Z", re.ASCII | re.IGNORECASE
+)
+_CLOCK, _DATE = ("timestamp", "a point in time"), ("date", "an absolute date")
+_NONCE = ("nonce", "a nonce or random id")
+
+# In this order: a date inside a timestamp, or hex digits inside a UUID, are not found again. All
+# repetitions are bounded, and all patterns start at the start of a word.
 RULES = (
+    Rule("uuid", "a UUID", _pattern(r"[\da-f]{8}-(?:[\da-f]{4}-){3}[\da-f]{12}")),
     Rule(
-        "uuid",
-        re.compile(r"\b[0-9a-fA-F]{8}-(?:[0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}\b"),
-        "a UUID",
+        *_CLOCK,
+        _pattern(
+            rf"{_YEAR}([-/.])\d\d\1\d\d[T ]\d\d:\d\d(?::\d\d(?:[.,]\d{{1,9}})?)?Z?",
+            rf"{_YEAR}(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])[T_-]{_HOUR}{_MINUTE}"
+            rf"(?:{_MINUTE}(?:[.,]\d{{1,9}})?)?Z?",
+            # On the full or half hour it may be anybody's office hours.
+            rf"(?:0?\d|1[0-2]):(?![03]0{_SPACE}?[ap]){_MINUTE}(?::{_MINUTE})?{_SPACE}?[ap]\.?m",
+            # Seconds, milli-, micro- and nanoseconds since 1970.
+            r"1[6-9]\d{8}|1[5-9]\d{11}(?:\d{3}){0,2}",
+        ),
     ),
     Rule(
-        "timestamp",
-        re.compile(
-            r"\b20\d\d-\d\d-\d\d[T ]\d\d:\d\d(?::\d\d)?"
-            r"|\b(?:[01]?\d|2[0-3]):[0-5]\d:[0-5]\d\b"
-            r"|\b1[5-9]\d{8}(?:\d{3})?\b"
-        ),
-        "a point in time",
+        *_CLOCK,
+        _pattern(rf"{_HOUR}:{_MINUTE}(?::{_MINUTE}(?:[.,]\d{{1,9}})?)?", r"1[4-9]\d{8}"),
+        after=_NOW,
     ),
     Rule(
-        "date",
-        re.compile(
-            r"\b20\d\d[-/]\d{1,2}[-/]\d{1,2}\b"
-            r"|\b\d{1,2}[-/.]\d{1,2}[-/.]20\d\d\b"
-            rf"|\b(?:{_MONTHS})[a-z]{{0,6}}\.? \d{{1,2}}(?:st|nd|rd|th)?,? 20\d\d\b"
-            rf"|\b\d{{1,2}}\.? (?:{_MONTHS})[a-z]{{0,6}}\.?,? 20\d\d\b"
+        *_DATE,
+        _pattern(
+            rf"{_YEAR}([-/.]){_MONTH}\1{_DAY}(?!\.\d)",
+            rf"{_MONTH}([-/.]){_DAY}\2{_YEAR}",
+            rf"{_DAY}([-/.]){_MONTH}\3{_YEAR}",
+            rf"{_MONTH}/{_DAY}/[23]\d(?!/)",
+            rf"{_DAY}/{_MONTH}/[23]\d(?!/)",
+            rf"{_YEAR} ?年 ?{_MONTH} ?月 ?{_DAY} ?日",
+            rf"{_MONTH_NAME} {_ORDINAL},? {_YEAR}",
+            rf"{_ORDINAL}\.?(?:-| (?:of )?){_MONTH_NAME}(?:-|,? ){_YEAR}",
+            rf"{_WEEKDAY},? {_MONTH_NAME} {_ORDINAL}",
+            rf"{_WEEKDAY},? {_ORDINAL}\.? (?:of )?{_MONTH_NAME}",
         ),
-        "an absolute date",
+        unless=_CONSTANT,
+    ),
+    Rule(*_DATE, _pattern(r"20\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])"), after=_NOW),
+    Rule(
+        *_NONCE,
+        # A value with a digit and a letter, or many digits; the type of one is none.
+        re.compile(
+            r"(?<![A-Za-z])(?i:(?:nonce|cch|salt|(?:conversation|correlation|invocation|request|run"
+            r"|session|span|thread|trace|transaction)[-_ ]?id)\b[\"']?\s{0,3}(?:[:=>]|\bis\b)"
+            r"\s{0,3}[\"']?(?!(?:u?int|float|sha|md|base|utf|uuid|v)-?\d{1,3}\b|\d{1,2}-[a-z]+\b))"
+            r"(?:(?=[\w-]{0,63}\d)(?=[\w-]{0,63}[A-Za-z])[\w-]{4,64}|\d{6,64}\b)",
+            re.ASCII,
+        ),
     ),
     Rule(
-        "nonce",
+        *_NONCE,
         re.compile(
-            r"(?i:\b(?:nonce|cch|trace[-_ ]?id|request[-_ ]?id|run[-_ ]?id|salt)\b[\"']?"
-            r"\s{0,3}[:=]\s{0,3}[\"']?[\w-]{4,64})"
-            r"|\b(?=[0-9a-f]{0,63}\d)(?=[0-9a-f]{0,63}[a-f])[0-9a-f]{16,64}\b"
+            r"\b(?=[0-9a-f]{0,63}\d)(?=[0-9a-f]{0,63}[a-f])[0-9a-f]{16,64}\b"
+            r"|\b(?=[0-9A-F]{0,63}\d)(?=[0-9A-F]{0,63}[A-F])[0-9A-F]{32,64}\b"
+            r"|\b0x(?=[0-9A-Fa-f]{0,15}\d)(?=[0-9A-Fa-f]{0,15}[A-Fa-f])[0-9A-Fa-f]{9,16}\b"
+            # ULIDs, and ids as the servers of language models give them.
+            r"|\b[0-7](?=\d{0,24}[A-Z])[0-9A-HJKMNP-TV-Z]{25}\b"
+            r"|\b(?:req|msg|resp|chatcmpl|toolu|call|run|thread|sess|session|conv|batch|trace)[_-]"
+            r"(?=[A-Za-z]{0,63}\d)(?=[a-z\d]{0,63}[A-Z])[A-Za-z\d]{10,64}\b"
+            r"|/tmp/tmp(?:[a-z0-9_]{8}|\.[A-Za-z0-9]{10})\b",
+            re.ASCII,
         ),
-        "a nonce or random id",
     ),
 )
 
@@ -153,11 +225,9 @@ def lint(calls: Iterable[Call]) -> list[Finding]:
 
 
 def _tools(call: Call, fingerprint: Fingerprinter) -> list[tuple[Part, ToolPrint]]:
-    request = call.request
-    parts = [part for part in request.parts if part.region is Region.TOOLS]
-    # One by one: of very many, a fingerprint takes the last ones together.
-    prints = [fingerprint(PromptRequest(request.protocol, "", (part,))) for part in parts]
-    return [(part, print_.tools[0]) for part, print_ in zip(parts, prints, strict=True)]
+    parts = [part for part in call.request.parts if part.region is Region.TOOLS][:_MAX_TOOLS]
+    tools = fingerprint(replace(call.request, parts=tuple(parts))).tools
+    return list(zip(parts, tools, strict=True))
 
 
 def _volatile(call: Call, tools: list[tuple[Part, ToolPrint]], seen: _Seen) -> Iterator[Finding]:
@@ -170,9 +240,9 @@ def _volatile(call: Call, tools: list[tuple[Part, ToolPrint]], seen: _Seen) -> I
             continue  # vLLM leaves it out of the prompt
         for path, text in _strings(part.path, part.content):
             values = _matches(text[:_MAX_SCAN])
-            constant: tuple[tuple[Rule, str], ...] = ()
+            # A tool may describe a format by an example, which never changes.
+            constant = values if part.region is Region.TOOLS else ()
             if part.path in names:
-                # A tool may describe a format by an example, which never changes.
                 inside = path.removeprefix(part.path)
                 constant = seen.values.setdefault((names[part.path], inside), values)
             for value in values:
@@ -219,7 +289,7 @@ def _matches(text: str) -> tuple[tuple[Rule, str], ...]:
         count = 0
         for match in rule.pattern.finditer(text):
             start, end = match.span()
-            if any(start < b and a < end for a, b in taken):
+            if any(start < b and a < end for a, b in taken) or not _fits(rule, text, start):
                 continue
             taken.append((start, end))
             found.append((rule, match[0]))
@@ -227,6 +297,14 @@ def _matches(text: str) -> tuple[tuple[Rule, str], ...]:
             if count == _MAX_PER_STRING:
                 break
     return tuple(found)
+
+
+def _fits(rule: Rule, text: str, start: int) -> bool:
+    """Whether what stands before ``start`` on its line lets it be what ``rule`` finds."""
+    before = text[max(0, start - _BEFORE) : start].rpartition("\n")[2]
+    return (rule.after is None or rule.after.search(before) is not None) and (
+        rule.unless is None or rule.unless.search(before) is None
+    )
 
 
 def _strings(path: str, value: Any) -> Iterator[tuple[str, str]]:
