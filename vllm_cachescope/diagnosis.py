@@ -99,7 +99,8 @@ class Place:
     Attributes:
         region: ``model``, ``params``, ``tools``, ``system``, ``messages`` or ``markers``.
         path: where in the client's body, as in ``tools[7]`` or ``messages[12].content[0]``.
-        token: tokens of the prompt before it; an estimate.
+        token: tokens of the prompt before it; an estimate, scaled to the prompt's true length once
+            that is known.
     """
 
     region: str
@@ -250,35 +251,91 @@ def conclude(
         report: from the engine.
         ancestor: the request it was compared with, from its `Placement`.
     """
-    prompt, read = report.prompt_tokens, min(report.read_tokens, report.prompt_tokens)
-    scale = prompt / diagnosis.prompt_tokens if diagnosis.prompt_tokens else 1.0
+    read = min(report.read_tokens, report.prompt_tokens)
+    scale = _scale(diagnosis, report)
     known = ancestor.prompt_tokens if ancestor else None
     shared, exact = _shared(diagnosis, report, known, scale)
     missed = 0
     if diagnosis.missed_tokens:
-        estimate = round((diagnosis.shared_tokens + diagnosis.missed_tokens) * scale)
-        reach = min(prompt, estimate if known is None else known)
-        # Only whole blocks could have been read.
-        missed = max(0, reach - reach % report.block_tokens - max(read, shared))
+        reach = _reach(diagnosis, report, known, scale)
+        missed = max(0, _readable(reach, report) - max(read, shared))
     covered = _covered(report, ancestor, scale)
     engine = _divide(diagnosis.kind, report, read, shared, covered, exact)
     shared = read + sum(miss.tokens for miss in engine) if shared > read else shared
 
     avoidable = any(miss.cause not in _UNAVOIDABLE for miss in engine)
     harmless = diagnosis.kind.is_break and not missed
-    where = diagnosis.where
     concluded = replace(
-        diagnosis,
+        _scaled(diagnosis, report, scale),
         expected=(diagnosis.expected or harmless) and not avoidable,
-        where=where and replace(where, token=min(prompt, round(where.token * scale))),
         shared_tokens=shared,
         missed_tokens=missed,
-        prompt_tokens=prompt,
         engine=tuple(engine),
         suggestion=diagnosis.suggestion if missed else _engine_advice(engine),
-        measured=True,
     )
     return replace(concluded, uncached=_uncached(concluded, read, engine))
+
+
+def measure(diagnosis: Diagnosis, report: EngineReport, named: Entry | None = None) -> Diagnosis:
+    """Scale a comparison to what the engine found, as `conclude` does, with no word on the cache.
+
+    What the engine read was not missed. Where the two prompts do not part ways, all of what they
+    share and the engine did not read was.
+
+    Args:
+        diagnosis: from `diagnose_against`.
+        report: from the engine.
+        named: the request that it was compared with.
+    """
+    read, scale = min(report.read_tokens, report.prompt_tokens), _scale(diagnosis, report)
+    known = named.prompt_tokens if named else None
+    shared, _ = _shared(diagnosis, report, known, scale)
+    reach = _reach(diagnosis, report, known, scale)
+    parts_ways = diagnosis.kind.is_break
+    past = max(read, shared) if parts_ways else read
+    missed = max(0, _readable(reach if parts_ways else shared, report) - past)
+    measured = replace(
+        _scaled(diagnosis, report, scale),
+        shared_tokens=min(reach, max(read, shared)),
+        missed_tokens=missed,
+    )
+    return replace(measured, uncached=_uncached(measured, read, ()))
+
+
+def _scale(diagnosis: Diagnosis, report: EngineReport) -> float:
+    """Return the prompt's tokens for each estimated one."""
+    return report.prompt_tokens / diagnosis.prompt_tokens if diagnosis.prompt_tokens else 1.0
+
+
+def _scaled(diagnosis: Diagnosis, report: EngineReport, scale: float) -> Diagnosis:
+    """Put the prompt's length and every place in it into the engine's tokens."""
+
+    def token(estimate: int) -> int:
+        return min(report.prompt_tokens, round(estimate * scale))
+
+    where = diagnosis.where
+    return replace(
+        diagnosis,
+        where=where and replace(where, token=token(where.token)),
+        changes=tuple(replace(c, token=token(c.token)) for c in diagnosis.changes),
+        prompt_tokens=report.prompt_tokens,
+        measured=True,
+    )
+
+
+def _reach(
+    diagnosis: Diagnosis, report: EngineReport, ancestor_tokens: int | None, scale: float
+) -> int:
+    """Return how many tokens the prompt would share with its ancestor's but for the change."""
+    estimate = round((diagnosis.shared_tokens + diagnosis.missed_tokens) * scale)
+    return min(report.prompt_tokens, estimate if ancestor_tokens is None else ancestor_tokens)
+
+
+def _readable(tokens: int, report: EngineReport) -> int:
+    """Return how many of the prompt's first ``tokens`` could be read: whole blocks, and never the
+    last token, from which the answer starts."""
+    tokens = min(tokens, report.prompt_tokens - 1)
+    return tokens - tokens % report.block_tokens
 
 
 def _shared(

@@ -12,25 +12,39 @@ import secrets
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from enum import IntEnum
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
-from vllm_cachescope.fingerprint import Fingerprinter
+from vllm_cachescope.fingerprint import Fingerprinter, ToolPrint
 from vllm_cachescope.prompt import Part, Protocol, Region
 from vllm_cachescope.traffic import Call, TrafficError, read_traffic
 from vllm_cachescope.wire.anthropic import is_dropped
 
 _MAX_SCAN = 200_000  # characters of one string that are looked at
-_MAX_LEAVES = 10_000  # strings of one part that are looked at
+_MAX_VALUES = 10_000  # values of one part that are looked at
+_MAX_TOOLS = 512  # tools that are compared; of more, a fingerprint takes the last ones as one
+_MAX_ORDERS = 64  # orders of tools that others are compared with
 _MAX_PER_STRING = 5
 _EXCERPT = 48
 
-_MONTHS = "Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec"
+_BEFORE = 40  # characters in front of a value, on its line, that may say what it is
+
+# Spaces as JavaScript writes them into a time of day are no breaks.
+_SPACE = "[ \u00a0\u202f]"
+_YEAR, _MONTH, _DAY = r"(?:20\d\d)", r"(?:0?[1-9]|1[0-2])", r"(?:0?[1-9]|[12]\d|3[01])"
+_HOUR, _MINUTE = r"(?:[01]?\d|2[0-3])", r"[0-5]\d"
+_ORDINAL = r"\d{1,2}(?:st|nd|rd|th)?"
+_MONTH_NAME = (
+    r"(?:jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?"
+    r"|sept?(?:ember)?|oct(?:ober)?|nov(?:ember)?|dec(?:ember)?)\.?"
+)
+_WEEKDAY = r"(?:mon|tue(?:s)?|wed(?:nes)?|thu(?:rs)?|fri|sat(?:ur)?|sun)(?:day)?\.?"
 
 
 class Severity(IntEnum):
@@ -42,47 +56,107 @@ class Severity(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A kind of volatile text: its name, how it looks, what it is called in a message."""
+    """A kind of volatile text.
+
+    Attributes:
+        name: its name.
+        words: what it is called in a message.
+        pattern: how it looks.
+        after: what has to stand before it, within `_BEFORE` characters of its line; None for
+            anything.
+        unless: what may not.
+    """
 
     name: str
-    pattern: "re.Pattern[str]"
     words: str
+    pattern: "re.Pattern[str]"
+    after: "re.Pattern[str] | None" = None
+    unless: "re.Pattern[str] | None" = None
 
 
-# In this order: a date inside a timestamp, or hex digits inside a UUID, are not found again.
+def _pattern(*alternatives: str) -> "re.Pattern[str]":
+    """Return a pattern for any of ``alternatives``, in any case, as whole words.
+
+    Words are of ASCII: Chinese and Japanese leave no space before a date.
+    """
+    return re.compile(rf"\b(?:{'|'.join(alternatives)})(?!\w)", re.ASCII | re.IGNORECASE)
+
+
+# Whether a time of day is now, or eight digits are a date, only the words before it can say.
+_NOW = re.compile(
+    r"\b(?:now|current|currently|today|date|datetime|timestamp|epoch|clock|started|generated"
+    r"|created|updated|as of|it is|it's|time(?!\s?(?:limit|out|frame|span|zone)))\b"
+    r"(?!.*\b(?:such as|e\.g\.|example|format|like)(?!\w))",
+    re.IGNORECASE,
+)
+_CONSTANT = re.compile(
+    r"(?:version\W{0,4}|\b(?:gpt|claude)[\w.-]{0,32}-)\Z", re.ASCII | re.IGNORECASE
+)
+_CLOCK, _DATE = ("timestamp", "a point in time"), ("date", "an absolute date")
+_NONCE = ("nonce", "a nonce or random id")
+
+# In this order: a date inside a timestamp, or hex digits inside a UUID, are not found again. All
+# repetitions are bounded, and all patterns start at the start of a word.
 RULES = (
+    Rule("uuid", "a UUID", _pattern(r"[\da-f]{8}-(?:[\da-f]{4}-){3}[\da-f]{12}")),
     Rule(
-        "uuid",
-        re.compile(r"\b[0-9a-fA-F]{8}-(?:[0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}\b"),
-        "a UUID",
+        *_CLOCK,
+        _pattern(
+            rf"{_YEAR}([-/.])\d\d\1\d\d[T ]\d\d:\d\d(?::\d\d(?:[.,]\d{{1,9}})?)?Z?",
+            rf"{_YEAR}(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])[T_-]{_HOUR}{_MINUTE}"
+            rf"(?:{_MINUTE}(?:[.,]\d{{1,9}})?)?Z?",
+            # On the full or half hour it may be anybody's office hours.
+            rf"(?:0?\d|1[0-2]):(?![03]0{_SPACE}?[ap]){_MINUTE}(?::{_MINUTE})?{_SPACE}?[ap]\.?m",
+            # Seconds, milli-, micro- and nanoseconds since 1970.
+            r"1[6-9]\d{8}|1[5-9]\d{11}(?:\d{3}){0,2}",
+        ),
     ),
     Rule(
-        "timestamp",
-        re.compile(
-            r"\b20\d\d-\d\d-\d\d[T ]\d\d:\d\d(?::\d\d)?"
-            r"|\b(?:[01]?\d|2[0-3]):[0-5]\d:[0-5]\d\b"
-            r"|\b1[5-9]\d{8}(?:\d{3})?\b"
-        ),
-        "a point in time",
+        *_CLOCK,
+        _pattern(rf"{_HOUR}:{_MINUTE}(?::{_MINUTE}(?:[.,]\d{{1,9}})?)?", r"1[4-9]\d{8}"),
+        after=_NOW,
     ),
     Rule(
-        "date",
-        re.compile(
-            r"\b20\d\d[-/]\d{1,2}[-/]\d{1,2}\b"
-            r"|\b\d{1,2}[-/.]\d{1,2}[-/.]20\d\d\b"
-            rf"|\b(?:{_MONTHS})[a-z]{{0,6}}\.? \d{{1,2}}(?:st|nd|rd|th)?,? 20\d\d\b"
-            rf"|\b\d{{1,2}}\.? (?:{_MONTHS})[a-z]{{0,6}}\.?,? 20\d\d\b"
+        *_DATE,
+        _pattern(
+            rf"{_YEAR}([-/.]){_MONTH}\1{_DAY}(?!\.\d)",
+            rf"{_MONTH}([-/.]){_DAY}\2{_YEAR}",
+            rf"{_DAY}([-/.]){_MONTH}\3{_YEAR}",
+            rf"{_MONTH}/{_DAY}/[23]\d(?!/)",
+            rf"{_DAY}/{_MONTH}/[23]\d(?!/)",
+            rf"{_YEAR} ?年 ?{_MONTH} ?月 ?{_DAY} ?日",
+            rf"{_MONTH_NAME} {_ORDINAL},? {_YEAR}",
+            rf"{_ORDINAL}\.?(?:-| (?:of )?){_MONTH_NAME}(?:-|,? ){_YEAR}",
+            rf"{_WEEKDAY},? {_MONTH_NAME} {_ORDINAL}",
+            rf"{_WEEKDAY},? {_ORDINAL}\.? (?:of )?{_MONTH_NAME}",
         ),
-        "an absolute date",
+        unless=_CONSTANT,
+    ),
+    Rule(*_DATE, _pattern(r"20\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])"), after=_NOW),
+    Rule(
+        *_NONCE,
+        # A value with a digit and a letter, or many digits; the type of one is none.
+        re.compile(
+            r"(?<![A-Za-z])(?i:(?:nonce|cch|salt|(?:conversation|correlation|invocation|request|run"
+            r"|session|span|thread|trace|transaction)[-_ ]?id)\b[\"']?\s{0,3}(?:[:=>]|\bis\b)"
+            r"\s{0,3}[\"']?(?!(?:u?int|float|sha|md|base|utf|uuid|v)-?\d{1,3}\b|\d{1,2}-[a-z]+\b))"
+            r"(?:(?=[\w-]{0,63}\d)(?=[\w-]{0,63}[A-Za-z])[\w-]{4,64}|\d{6,64}\b)",
+            re.ASCII,
+        ),
     ),
     Rule(
-        "nonce",
+        *_NONCE,
         re.compile(
-            r"(?i:\b(?:nonce|cch|trace[-_ ]?id|request[-_ ]?id|run[-_ ]?id|salt)\b[\"']?"
-            r"\s{0,3}[:=]\s{0,3}[\"']?[\w-]{4,64})"
-            r"|\b(?=[0-9a-f]{0,63}\d)(?=[0-9a-f]{0,63}[a-f])[0-9a-f]{16,64}\b"
+            r"\b(?=[0-9a-f]{0,63}\d)(?=[0-9a-f]{0,63}[a-f])[0-9a-f]{16,64}\b"
+            r"|\b(?=[0-9A-F]{0,63}\d)(?=[0-9A-F]{0,63}[A-F])[0-9A-F]{32,64}\b"
+            r"|\b0x(?=[0-9A-Fa-f]{0,15}\d)(?=[0-9A-Fa-f]{0,15}[A-Fa-f])[0-9A-Fa-f]{9,16}\b"
+            # ULIDs, and ids as the servers of language models give them.
+            r"|\b[0-7](?=\d{0,24}[A-Z])[0-9A-HJKMNP-TV-Z]{25}\b"
+            r"|\b(?:req|msg|resp|chatcmpl|toolu|call|run|thread|sess|session|conv|batch|trace)[_-]"
+            r"(?=[A-Za-z]{0,63}\d)(?=[a-z\d]{0,63}[A-Z])[A-Za-z\d]{10,64}\b"
+            r"|/tmp/tmp(?:[a-z0-9_]{8}|\.[A-Za-z0-9]{10})\b",
+            re.ASCII,
         ),
-        "a nonce or random id",
     ),
 )
 
@@ -109,44 +183,71 @@ class Finding:
     requests: int = 1
 
 
+@dataclass(slots=True)
+class _Seen:
+    """What earlier requests had, to tell what changes from what only looks as if it might.
+
+    Attributes:
+        tools: each tool's JSON as it was first sent, by its name and its JSON with sorted keys.
+        lists: the order of each list of strings in a tool, by the tool's name, the path in it and
+            what is in the list.
+        values: the volatile values of each string in a tool, by the tool's name and the path in it.
+        orders: the orders in which tools came, with the two that had changed places by then.
+    """
+
+    tools: dict[tuple[str, bytes], bytes] = field(default_factory=dict)
+    lists: dict[tuple[str, str, tuple[str, ...]], list[str]] = field(default_factory=dict)
+    values: dict[tuple[str, str], tuple[tuple[Rule, str], ...]] = field(default_factory=dict)
+    orders: dict[tuple[str, ...], tuple[str, str] | None] = field(default_factory=dict)
+
+
 def lint(calls: Iterable[Call]) -> list[Finding]:
     """Return what is found in the calls, the worst first, each finding once per place."""
     fingerprint = Fingerprinter(secrets.token_bytes(32))
+    seen = _Seen()
     found: dict[tuple[str, str], Finding] = {}
     times: Counter[tuple[str, str]] = Counter()
-    orders: dict[tuple[str | None, frozenset[str]], list[str]] = {}
-    tools: dict[tuple[str, bytes], bytes] = {}
     for call in calls:
-        for finding in [
-            *_volatile(call),
-            *_key_order(call, fingerprint, tools),
-            *_tool_order(call, fingerprint, orders),
-        ]:
+        tools = _tools(call, fingerprint)
+        findings = [
+            *_volatile(call, tools, seen),
+            *_json_order(call, tools, seen),
+            *_tool_order(call, tools, seen),
+        ]
+        times.update({(finding.rule, finding.path) for finding in findings})
+        for finding in findings:
             key = (finding.rule, finding.path)
-            times[key] += 1
             known = found.setdefault(key, finding)
             if finding.severity > known.severity:
                 found[key] = finding
-    counted = [
-        Finding(f.rule, f.severity, f.path, f.message, f.source, times[key])
-        for key, f in found.items()
-    ]
+    counted = [replace(finding, requests=times[key]) for key, finding in found.items()]
     return sorted(counted, key=lambda finding: -finding.severity)
 
 
-def _volatile(call: Call) -> Iterator[Finding]:
+def _tools(call: Call, fingerprint: Fingerprinter) -> list[tuple[Part, ToolPrint]]:
+    parts = [part for part in call.request.parts if part.region is Region.TOOLS][:_MAX_TOOLS]
+    tools = fingerprint(replace(call.request, parts=tuple(parts))).tools
+    return list(zip(parts, tools, strict=True))
+
+
+def _volatile(call: Call, tools: list[tuple[Part, ToolPrint]], seen: _Seen) -> Iterator[Finding]:
+    names = {part.path: tool.name for part, tool in tools}
     worst: Part | None = None
     for part in call.request.parts:
         if part.region is Region.MESSAGES:
             break
         if call.request.protocol is Protocol.MESSAGES and is_dropped(part):
             continue  # vLLM leaves it out of the prompt
-        # A tool may describe a format by an example, which never changes.
-        severity = Severity.INFO if part.region is Region.TOOLS else Severity.WARNING
         for path, text in _strings(part.path, part.content):
-            for rule, excerpt in _matches(text):
-                message = f"{rule.words}: {excerpt!r}; move it into the latest message"
-                yield Finding(rule.name, severity, path, message, call.source)
+            values = _matches(text[:_MAX_SCAN])
+            # A tool may describe a format by an example, which never changes.
+            constant = values if part.region is Region.TOOLS else ()
+            if part.path in names:
+                inside = path.removeprefix(part.path)
+                constant = seen.values.setdefault((names[part.path], inside), values)
+            for value in values:
+                severity = Severity.INFO if value in constant else Severity.WARNING
+                yield _found(call, path, value, severity)
                 if worst is None and severity is Severity.WARNING:
                     worst = part
         if worst is not None and part.mark is not None:
@@ -158,6 +259,12 @@ def _volatile(call: Call) -> Iterator[Finding]:
         if part.region is Region.MESSAGES and part.mark is not None:
             yield _covered(call, part, worst)
             return
+
+
+def _found(call: Call, path: str, value: tuple[Rule, str], severity: Severity) -> Finding:
+    rule, text = value
+    message = f"{rule.words}: {text[:_EXCERPT]!r}; move it into the latest message"
+    return Finding(rule.name, severity, path, message, call.source)
 
 
 def _covered(call: Call, part: Part, volatile: Part) -> Finding:
@@ -172,49 +279,62 @@ def _covered(call: Call, part: Part, volatile: Part) -> Finding:
     )
 
 
-def _matches(text: str) -> Iterator[tuple[Rule, str]]:
-    text = text[:_MAX_SCAN]
+# A request repeats the tools and the system prompt of the one before.
+@lru_cache(maxsize=512)
+def _matches(text: str) -> tuple[tuple[Rule, str], ...]:
+    """Return what is volatile in a text, each with its rule."""
+    found: list[tuple[Rule, str]] = []
     taken: list[tuple[int, int]] = []
     for rule in RULES:
         count = 0
         for match in rule.pattern.finditer(text):
             start, end = match.span()
-            if any(start < b and a < end for a, b in taken):
+            if any(start < b and a < end for a, b in taken) or not _fits(rule, text, start):
                 continue
             taken.append((start, end))
-            yield rule, text[start : min(end, start + _EXCERPT)]
+            found.append((rule, match[0]))
             count += 1
             if count == _MAX_PER_STRING:
                 break
+    return tuple(found)
+
+
+def _fits(rule: Rule, text: str, start: int) -> bool:
+    """Whether what stands before ``start`` on its line lets it be what ``rule`` finds."""
+    before = text[max(0, start - _BEFORE) : start].rpartition("\n")[2]
+    return (rule.after is None or rule.after.search(before) is not None) and (
+        rule.unless is None or rule.unless.search(before) is None
+    )
 
 
 def _strings(path: str, value: Any) -> Iterator[tuple[str, str]]:
-    """Yield the strings inside a JSON value with their paths, without recursion."""
+    """Yield the strings inside a JSON value with their paths."""
     if isinstance(value, Mapping) and set(value) == {"type", "text"}:
         value = value["text"]
-    stack, seen = [(path, value)], 0
-    while stack and seen < _MAX_LEAVES:
-        where, item = stack.pop()
-        seen += 1
+    for where, item in _walk(path, value):
         if isinstance(item, str):
             yield where, item
-        elif isinstance(item, Mapping):
+
+
+def _walk(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield all values inside a JSON value with their paths, without recursion."""
+    stack, seen = [(path, value)], 0
+    while stack and seen < _MAX_VALUES:
+        where, item = stack.pop()
+        seen += 1
+        yield where, item
+        if isinstance(item, Mapping):
             stack += [(f"{where}.{key}", inner) for key, inner in reversed(list(item.items()))]
         elif isinstance(item, list):
-            room = _MAX_LEAVES - seen
+            room = _MAX_VALUES - seen
             stack += reversed([(f"{where}[{i}]", inner) for i, inner in enumerate(item[:room])])
 
 
-def _key_order(
-    call: Call, fingerprint: Fingerprinter, known: dict[tuple[str, bytes], bytes]
-) -> Iterator[Finding]:
-    """Find tools that came before with the same content and their keys in another order."""
+def _json_order(call: Call, tools: list[tuple[Part, ToolPrint]], seen: _Seen) -> Iterator[Finding]:
+    """Find tools that came before with the same content in another order."""
     unsorted: list[str] = []
-    for part in call.request.parts:
-        if part.region is not Region.TOOLS:
-            break
-        tool = fingerprint.tool(part.content, fingerprint.hash(_dump(part.content)))
-        first = known.setdefault((tool.name, tool.unordered), tool.ordered)
+    for part, tool in tools:
+        first = seen.tools.setdefault((tool.name, tool.unordered), tool.ordered)
         if first != tool.ordered:
             yield Finding(
                 "unsorted_json",
@@ -225,6 +345,18 @@ def _key_order(
             )
         elif not _is_sorted(part.content):
             unsorted.append(tool.name)
+        for path, item in _walk(part.path, part.content):
+            if not _is_list_of_strings(item):
+                continue
+            inside = path.removeprefix(part.path)
+            if seen.lists.setdefault((tool.name, inside, tuple(sorted(item))), item) != item:
+                yield Finding(
+                    "unsorted_json",
+                    Severity.WARNING,
+                    path,
+                    f"a list of {tool.name} comes in another order than before; sort it",
+                    call.source,
+                )
     if unsorted:
         names = ", ".join(unsorted[:3]) + (", …" if len(unsorted) > 3 else "")
         yield Finding(
@@ -237,29 +369,41 @@ def _key_order(
         )
 
 
-def _tool_order(
-    call: Call,
-    fingerprint: Fingerprinter,
-    orders: dict[tuple[str | None, frozenset[str]], list[str]],
-) -> Iterator[Finding]:
-    parts = [part for part in call.request.parts if part.region is Region.TOOLS]
-    names = [
-        fingerprint.tool(part.content, fingerprint.hash(_dump(part.content))).name for part in parts
-    ]
-    before = orders.setdefault((call.session, frozenset(names)), names)
-    if before != names and sorted(before) == sorted(names):
-        at = next(i for i, (a, b) in enumerate(zip(before, names, strict=True)) if a != b)
+def _is_list_of_strings(item: Any) -> bool:
+    return (
+        isinstance(item, list)
+        and 1 < len(item) < _MAX_VALUES
+        and all(isinstance(inner, str) for inner in item)
+    )
+
+
+def _tool_order(call: Call, tools: list[tuple[Part, ToolPrint]], seen: _Seen) -> Iterator[Finding]:
+    """Find tools that stand in another order than in an earlier request of any session."""
+    names = tuple(dict.fromkeys(tool.name for _, tool in tools))
+    if names in seen.orders:
+        moved = seen.orders[names]
+    else:
+        moved = next((m for before in seen.orders if (m := _moved(before, names))), None)
+        if len(seen.orders) < _MAX_ORDERS:
+            seen.orders[names] = moved
+    if moved is not None:
+        name, other = moved
         yield Finding(
             "tool_order",
             Severity.WARNING,
-            parts[at].path,
-            f"{names[at]} stands where {before[at]} stood before; sort the tools by name",
+            next(part.path for part, tool in tools if tool.name == name),
+            f"{name} stands before {other}, and came after it before; sort the tools by name",
             call.source,
         )
 
 
-def _dump(value: Any) -> bytes:
-    return json.dumps(value).encode()
+def _moved(before: tuple[str, ...], names: tuple[str, ...]) -> tuple[str, str] | None:
+    """Return two tools that changed places; None if none did, or these are other tools."""
+    common = set(before) & set(names)
+    if 2 * len(common) < len({*before, *names}):
+        return None
+    ours, theirs = ([n for n in order if n in common] for order in (names, before))
+    return next(((a, b) for a, b in zip(ours, theirs, strict=True) if a != b), None)
 
 
 def _is_sorted(value: Any) -> bool:

@@ -1,6 +1,9 @@
 """Breaks on the API's side: what is recorded, for whom, and what clients are answered."""
 
 import copy
+import io
+import json
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +13,14 @@ from anthropic.types import Diagnostics
 from pydantic import TypeAdapter
 
 from demo.session import agent_session
-from vllm_cachescope.api.breaks import Breaks, Case
+from vllm_cachescope.api.breaks import (
+    LISTED_CHANGES,
+    REMEMBERED_BREAKS,
+    REMEMBERED_ORGS,
+    Breaks,
+    Case,
+)
+from vllm_cachescope.connectors.vllm.plugin import log_as_vllm
 from vllm_cachescope.misses import EngineCause, EngineMiss
 from vllm_cachescope.prompt import Protocol
 from vllm_cachescope.report import EngineId, Report, Row
@@ -44,14 +54,16 @@ def ask(
     prompt: int = 6400,
 ) -> Case:
     """Put a request through, of whose ``prompt`` tokens the engine read the first ``read``."""
-    request = READERS[Protocol.MESSAGES](given, (300, 3600))
-    case = breaks.open(caller, request, given, {})
+    protocol = Protocol.MESSAGES if "max_tokens" in given else Protocol.RESPONSES
+    request = READERS[protocol](given, (300, 3600))
+    reports: dict[str, Report] = {}
+    case = breaks.open(caller, request, given, {}, reports)
     rows = (
         Row("read_device", Scope.ORG, 300, read),
         Row("created", Scope.ORG, 300, prompt - read),
     )
-    report = Report(rows, (miss,) if miss else (), engine=ENGINE)
-    breaks.close(case, [report], response_id)
+    reports["nonce"] = Report(rows, (miss,) if miss else (), engine=ENGINE)
+    breaks.close(case, reports.values(), response_id)
     return case
 
 
@@ -98,6 +110,45 @@ def test_breaks_are_listed_for_their_organisation_newest_first(breaks: Breaks) -
     assert len(breaks.recent(None)) == 4 and len(breaks.recent(None, limit=3)) == 3
 
 
+def test_an_organisation_pushes_out_no_others_breaks(breaks: Breaks) -> None:
+    said = {"model": "m", "input": "tide " * 100}
+
+    def flip(caller: Caller, times: int) -> None:
+        for i in range(times + 1):
+            ask(breaks, {**said, "model": f"m{i}"}, caller, prompt=160)
+
+    flip(OTHER, 1)
+    flip(ACME, REMEMBERED_BREAKS + 5)
+    assert len(breaks.recent("other")) == 1
+    kept = breaks.recent("acme", REMEMBERED_BREAKS + 5)
+    assert len(kept) == REMEMBERED_BREAKS and kept[0].model == f"m{REMEMBERED_BREAKS + 5}"
+    assert [seen.caller for seen in breaks.recent(None, 200)].count(OTHER) == 1
+    # Whose latest break is the longest ago has to go.
+    for i in range(REMEMBERED_ORGS - 1):
+        flip(Caller(f"org {i}", "s"), 1)
+    assert not breaks.recent("other") and breaks.recent("acme")
+
+
+def test_a_break_lists_so_much_and_counts_the_rest(
+    breaks: Breaks, caplog: pytest.LogCaptureFixture
+) -> None:
+    for turn in range(2):
+        tools = [{"name": f"{turn}-{i}"} for i in range(40)] + [
+            {"name": f"tool {i}", **{f"{i}-{j}".ljust(99): turn for j in range(15)}}
+            for i in range(100)
+        ]
+        ask(breaks, body(1, tools=tools))
+    (seen,) = breaks.recent(None)
+    data = seen.to_dict()
+    by_kind = {change["kind"]: change for change in data["changes"]}
+    added, changed = by_kind["tools_added"], by_kind["tool_changed"]
+    assert (len(data["changes"]), data["more_changes"]) == (LISTED_CHANGES, 100 - LISTED_CHANGES)
+    assert (len(added["names"]), added["more_names"]) == (10, 30)
+    assert (len(changed["fields"]), changed["more_fields"]) == (10, 5)
+    assert "more_fields" not in added and "more_names" not in changed
+    assert len(caplog.records[-1].getMessage()) < 40_000
+
+
 @pytest.mark.parametrize("cause", [EngineCause.EXPIRED, EngineCause.EVICTED])
 def test_what_the_cache_did_is_named_when_the_client_changed_nothing(
     breaks: Breaks, cause: EngineCause
@@ -120,8 +171,48 @@ def test_the_diagnostics_asked_for_are_what_the_client_expects(breaks: Breaks) -
     assert parsed.cache_miss_reason.type == "system_changed"
 
 
+def test_the_tokens_in_an_answer_are_the_engines(breaks: Breaks) -> None:
+    """The prompt is estimated at several thousand tokens, and has 160."""
+    ask(breaks, body(1), response_id="msg_1", prompt=160)
+    changed = body(1, diagnostics={"previous_message_id": "msg_1"})
+    changed["tools"][0]["description"] += " Updated."
+    reason = ask(breaks, changed, prompt=160).answer(0)["cache_miss_reason"]  # type: ignore[index]
+    assert reason == {"type": "tools_changed", "cache_missed_input_tokens": 144}
+
+    said = {"model": "m", "instructions": "Be brief. " * 400, "input": "tide " * 600}
+    ask(breaks, said, response_id="resp_1", prompt=160)
+    compare = {"prompt_cache_options": {"comparison_response_id": "resp_1"}}
+    changed = {**said, **compare, "input": "ebb and tide " * 200}
+    answer = ask(breaks, changed, prompt=160, read=80).answer(80)
+    assert answer is not None and answer["reason"] == "input_changed"
+    reusable, missed = answer["comparison_reusable_tokens"], answer["cache_missed_tokens"]
+    # 4,000 of about 7,000 characters come before the change.
+    assert 80 <= reusable <= 110 and missed == 144 - reusable
+
+
 def test_another_organisations_message_is_not_found(breaks: Breaks) -> None:
     ask(breaks, body(1), response_id="msg_1")
     asked = body(1, diagnostics={"previous_message_id": "msg_1"})
     answer = ask(breaks, asked, OTHER).answer()
     assert answer == {"cache_miss_reason": {"type": "previous_message_not_found"}}
+
+
+def test_breaks_are_logged_where_vllm_logs(breaks: Breaks, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = io.StringIO()
+    for name in ("vllm", "vllm_cachescope", "cachescope.breaks"):
+        logger = logging.getLogger(name)
+        monkeypatch.setattr(logger, "handlers", [])
+        monkeypatch.setattr(logger, "level", logging.NOTSET)
+    log_as_vllm()
+    # vLLM configures its logger later, and nobody else's.
+    logging.getLogger("vllm").setLevel(logging.INFO)
+    logging.getLogger("vllm").addHandler(logging.StreamHandler(log))
+    monkeypatch.setattr(logging.getLogger(), "level", logging.ERROR)
+    # A change that cost nothing, so that it is no warning; and a name that cannot be encoded.
+    ask(breaks, body(1))
+    ask(breaks, body(1, model="\ud800"), read=6400)
+    (line,) = log.getvalue().splitlines()
+    assert line.isascii()
+    seen = json.loads(line.removeprefix("cache break "))
+    assert (seen["kind"], seen["expected"]) == ("model_changed", True)
+    logging.getLogger("vllm").setLevel(logging.NOTSET)  # And forget who was enabled.

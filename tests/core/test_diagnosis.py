@@ -18,11 +18,12 @@ from vllm_cachescope.diagnosis import (
     Kind,
     conclude,
     diagnose_against,
+    measure,
 )
 from vllm_cachescope.fingerprint import Fingerprint
 from vllm_cachescope.misses import EngineCause, EngineMiss
 from vllm_cachescope.prompt import Protocol
-from vllm_cachescope.wire import anthropic, openai_responses
+from vllm_cachescope.wire import READERS, anthropic, openai_responses
 from vllm_cachescope.wire.diagnostics import anthropic_diagnostics, openai_diagnostics
 
 BETAS = {"anthropic-beta": "context-management-2025-06-27,claude-code-20250219"}
@@ -590,9 +591,23 @@ def test_a_change_explains_what_it_cost_and_no_more() -> None:
     final = conclude_last(client, diagnosis, EngineReport(10000, read, 128))
     causes = dict(final.uncached)
     assert final.cause == Kind.SYSTEM_CHANGED and not final.expected
+    (change,), place = final.changes, final.where
+    assert place is not None and change.token == place.token == round(
+        diagnosis.changes[0].token * scale
+    )
     assert causes[Kind.SYSTEM_CHANGED] == final.missed_tokens > 1000
     assert EngineCause.UNKNOWN not in causes
     check_sums(final, read)
+
+
+def test_a_harmless_change_may_cost_the_last_block_where_the_prompt_ends_with_it() -> None:
+    client = Client()
+    client.send(first_body())
+    client.entry.prompt_tokens = 8192
+    body = first_body()
+    body["tool_choice"]["type"] = "any"
+    final = conclude_last(client, client.send(body), EngineReport(8192, 8064, 128))
+    assert final.expected and final.missed_tokens == 0
 
 
 def test_a_retry_recomputes_its_last_block() -> None:
@@ -770,6 +785,118 @@ def test_openai_reasons(change: Callable[[Body], None], reason: str) -> None:
     data = openai_diagnostics(openai_responses.read(body, TTLS), diagnosis)
     assert data is not None and (data["type"], data.get("reason")) == ("cache_miss", reason)
     OPENAI.validate_python(data, strict=True)
+
+
+def chat_body(turns: int = 2) -> Body:
+    body = responses_body(turns)
+    messages = [{"role": "system", "content": body.pop("instructions")}]
+    for item in body.pop("input"):
+        if "role" in item:
+            messages.append(item)
+        elif item["type"] == "function_call_output":
+            call = {"id": item["call_id"], "type": "function", "function": {"name": "read"}}
+            messages += [
+                {"role": "assistant", "tool_calls": [call]},
+                {"role": "tool", "tool_call_id": item["call_id"], "content": item["output"]},
+            ]
+    tools = [{"type": "function", "function": {"name": tool["name"]}} for tool in body["tools"]]
+    effort, text = body.pop("reasoning")["effort"], body.pop("text")
+    return {
+        **body,
+        "tools": tools,
+        "messages": messages,
+        "reasoning_effort": effort,
+        "verbosity": text["verbosity"],
+        "response_format": text["format"],
+    }
+
+
+def schema(name: str) -> Body:
+    return {"type": "json_schema", "json_schema": {"name": name, "schema": {"type": "object"}}}
+
+
+def compacted_chat(body: Body) -> None:
+    body["messages"][2:6] = [{"role": "user", "content": [{"type": "compaction", "text": "…"}]}]
+
+
+@pytest.mark.parametrize(
+    ("protocol", "change", "reason"),
+    [
+        (Protocol.CHAT, set_at("model", "other"), "model_changed"),
+        (Protocol.CHAT, set_at("prompt_cache_key", "other"), "prompt_cache_key_changed"),
+        (Protocol.CHAT, lambda b: b.pop("prompt_cache_key"), "prompt_cache_key_changed"),
+        (Protocol.CHAT, lambda b: swap(b["tools"], 0, 1), "tools_changed"),
+        (Protocol.CHAT, set_at("response_format", {"type": "json_object"}), "text_format_changed"),
+        (Protocol.CHAT, set_at("response_format", schema("a")), "text_format_changed"),
+        (Protocol.CHAT, lambda b: b.pop("response_format"), "text_format_changed"),
+        (Protocol.CHAT, set_at("reasoning_effort", "high"), "reasoning_effort_changed"),
+        (Protocol.CHAT, lambda b: b.pop("reasoning_effort"), "reasoning_effort_changed"),
+        (Protocol.CHAT, set_at("verbosity", "high"), "verbosity_changed"),
+        (Protocol.CHAT, lambda b: b.pop("verbosity"), "verbosity_changed"),
+        (Protocol.CHAT, compacted_chat, "context_compacted"),
+        (Protocol.CHAT, edit_at("messages/0/content"), "input_changed"),
+        (Protocol.CHAT, edit_at("messages/3/content"), "input_changed"),
+        (Protocol.CHAT, set_at("service_tier", "flex"), "service_tier_changed"),
+        (Protocol.CHAT, lambda b: b.pop("service_tier"), "service_tier_changed"),
+        (Protocol.RESPONSES, lambda b: b.pop("prompt_cache_key"), "prompt_cache_key_changed"),
+        (Protocol.RESPONSES, set_at("text/format", schema("a")), "text_format_changed"),
+        (Protocol.RESPONSES, lambda b: b["text"].pop("format"), "text_format_changed"),
+        (Protocol.RESPONSES, lambda b: b.pop("reasoning"), "reasoning_effort_changed"),
+        (Protocol.RESPONSES, lambda b: b["text"].pop("verbosity"), "verbosity_changed"),
+        (Protocol.RESPONSES, set_at("verbosity", "high"), "verbosity_changed"),
+        (Protocol.RESPONSES, lambda b: b.pop("service_tier"), "service_tier_changed"),
+    ],
+)
+def test_openai_reasons_as_the_parameters_arrive(
+    protocol: Protocol, change: Callable[[Body], None], reason: str
+) -> None:
+    client, made = Client(), chat_body if protocol is Protocol.CHAT else responses_body
+    body = made(3)
+    change(body)
+    old, new = client.fingerprint(made(), protocol), client.fingerprint(body, protocol)
+    data = openai_diagnostics(READERS[protocol](body, TTLS), diagnose_against(old, new))
+    assert data is not None and (data["type"], data.get("reason")) == ("cache_miss", reason)
+    OPENAI.validate_python(data, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "reason"),
+    [
+        ("reasoning_effort", "high", "reasoning_effort_changed"),
+        ("prompt_cache_key", "other", "prompt_cache_key_changed"),
+        ("service_tier", "flex", "service_tier_changed"),
+        ("model", "other", "model_changed"),
+        ("tool_choice", "required", None),
+        ("prompt_cache_options/ttl", "1h", None),
+    ],
+)
+def test_openai_has_a_reason_only_for_what_was_not_read(
+    path: str, value: str, reason: str | None
+) -> None:
+    client, body = Client(), chat_body(3)
+    set_at(path, value)(body)
+    request = READERS[Protocol.CHAT](body, TTLS)
+    client.send(chat_body(), Protocol.CHAT)
+    client.entry.prompt_tokens = 1500
+    new = client.fingerprint(body, Protocol.CHAT)
+    compared = diagnose_against(client.entry.fingerprint, new)
+
+    def told(read: int) -> Body | None:
+        measured = measure(compared, EngineReport(1600, read, 16), client.entry)
+        return openai_diagnostics(request, measured, read_tokens=read)
+
+    assert told(1488) == {"type": "cache_hit"}
+    missed = told(160)
+    assert missed is not None
+    if reason is None:
+        hit = path.startswith("prompt_cache_options")
+        assert missed == {"type": "cache_hit" if hit else "unavailable"}
+        return
+    assert (missed["type"], missed["reason"]) == ("cache_miss", reason)
+    routed = path in ("prompt_cache_key", "service_tier")
+    shared = 1500 if routed else 160
+    assert missed["comparison_reusable_tokens"] == shared
+    assert missed["cache_missed_tokens"] == 1488 - 160
 
 
 def test_openai_states() -> None:

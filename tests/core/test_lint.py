@@ -1,6 +1,7 @@
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,42 @@ def test_a_clean_request() -> None:
         ("Today is 11/21/2026.", "date"),
         ("Today is 21.11.2026.", "date"),
         ("Session 6fa459ea-ee8a-3ca4-894e-db77e160355e.", "uuid"),
+        ("It is 10:15 AM.", "timestamp"),
+        ("It is 9:30:12\u202fp.m. in Berlin.", "timestamp"),
+        ("Current time: 10:15", "timestamp"),
+        ("Now: 10:15:30.123", "timestamp"),
+        ("The time is 9:00 AM.", "timestamp"),
+        ("Log 20261121T101530Z.", "timestamp"),
+        ("Log 20261121-101530.log", "timestamp"),
+        ("epoch: 1500000000", "timestamp"),
+        ("1795255530123456", "timestamp"),
+        ("1795255530123456789", "timestamp"),
+        ("2026.11.21.", "date"),
+        ("Today is 20261121.", "date"),
+        ("21-Nov-2026", "date"),
+        ("Saturday, November 21", "date"),
+        ("It is Sat, 21 Nov", "date"),
+        ("SATURDAY, NOVEMBER 21, 2026", "date"),
+        ("on november 21, 2026", "date"),
+        ("21st of November 2026", "date"),
+        ("今天是2026年11月21日。", "date"),
+        ("今天是2026-11-21。", "date"),
+        ("11/21/26", "date"),
+        ("21/11/26", "date"),
         ("nonce=ab12cd", "nonce"),
+        ("session_id: abc123def", "nonce"),
+        ("sessionId=8ab3f2", "nonce"),
+        ("Your session id is k3j9x2.", "nonce"),
+        ("<session_id>k3j9x2</session_id>", "nonce"),
+        ('"conversation_id": "c-4711"', "nonce"),
+        ("X-Correlation-Id: 44a7-bc", "nonce"),
+        ("run_id=84729104", "nonce"),
+        ("0AF7651916CD43DD8448EB211C80319C", "nonce"),
+        ("01ARZ3NDEKTSV4RRFFQ69G5FAV", "nonce"),
+        ("req_011CSHoEeqs5C35K2UUqR7Fy", "nonce"),
+        ("msg_01XFDUDYJgAACzvnptvVoYEL", "nonce"),
+        ("Work in /tmp/tmpab12cd3x/repo.", "nonce"),
+        ("<Agent object at 0x7f3c2a1b9d40>", "nonce"),
         ("Request-Id: 7f3k-22", "nonce"),
         ("trace_id: 0af7651916cd43dd", "nonce"),
         ("commit 4b825dc642cb6eb9a060e54bf8d69288fbee4904", "nonce"),
@@ -78,6 +114,16 @@ def test_volatile_text_in_the_system_prompt(text: str, rule: str) -> None:
         "Call deadbeef or 0123456789012345 if a facade decade is feed.",
         "Ratios such as 10:1 and 16:9; a request identifier is optional.",
         "In 2026 we moved from 5-6 people to 20.",
+        "request id: must be unique; run id: string, the id of the run; trace id = your id",
+        "salt: 1000 grams, session id: uuid4, trace_id: int64, run id: 3-letter code",
+        "Business hours are 09:00:00 to 17:30, from 9:00 AM to 5:30PM.",
+        "ratio 1:20:30, phone 1555123456, order 20261121",
+        "anthropic-version: 2023-06-01, api_version=2024-10-21",
+        'Use gpt-4o-2024-08-06 or {"version": "2025-03-26"}.',
+        "The time format is HH:MM:SS, such as 09:00:00; the time limit is 00:05:00.",
+        "Color 0xFFFFFFFF, mask 0x00ff00ff; msg_handlers, run_benchmark, call_later.",
+        "The run is done\nat 10:15; it may be 2 or 3 tests in march or may 20.",
+        "Version 1.2.2026.1 of a/1/2/25/b; ABCDEFGHJKMNPQRSTVWXYZABCD; 01234567890123456789012345",
     ],
 )
 def test_plain_text_is_not_volatile(text: str) -> None:
@@ -96,6 +142,20 @@ def test_tools_may_give_examples() -> None:
     assert found(made.body()) == [
         ("date", "tools[2].input_schema.properties.path.description", INFO)
     ]
+
+
+def test_what_changes_in_a_tool_is_volatile() -> None:
+    bodies = [agent().body() for _ in range(3)]
+    for i, body in enumerate(bodies):
+        text = f"Such as 2026-01-31. Generated at 2026-11-21T10:15:3{i}"
+        body["tools"][2]["description"] = text
+    at = "tools[2].description"
+    assert warnings(bodies[0], bodies[0]) == set()
+    late = ("breakpoint_after_volatile", "system[1].cache_control")
+    assert warnings(*bodies) == {("timestamp", at), late}
+    assert ("date", at, INFO) in found(*bodies)
+    by_rule = {f.rule: f.requests for f in lint(map(call, bodies))}
+    assert by_rule == {"timestamp": 3, "date": 3, "breakpoint_after_volatile": 2}
 
 
 def test_the_billing_header_is_left_out_of_the_prompt_for_messages_only() -> None:
@@ -134,13 +194,39 @@ def test_unsorted_json() -> None:
     assert warnings(second) == set()
 
 
+@pytest.mark.parametrize("key", ["required", "enum"])
+def test_lists_whose_order_changes(key: str) -> None:
+    bodies = [agent().body() for _ in range(3)]
+    for body, names in zip(bodies, (["a", "b"], ["b", "a"], ["b", "a", "c"]), strict=True):
+        body["tools"][1]["input_schema"][key] = names
+        body["tools"][1] = dict(sorted(body["tools"][1].items()))
+    assert warnings(*bodies) == {("unsorted_json", f"tools[1].input_schema.{key}")}
+    assert warnings(bodies[0], bodies[2]) == set()
+
+
 def test_tool_order_that_changes() -> None:
     made = agent()
     first = made.body()
     made.tools.reverse()
     assert warnings(first, made.body()) == {("tool_order", "tools[0]")}
     made.tools.pop()
-    assert warnings(first, made.body()) == set()
+    assert warnings(first, made.body()) == {("tool_order", "tools[0]")}
+
+
+def test_tool_order_between_sessions_and_as_tools_come_and_go() -> None:
+    bodies = [agent().body() for _ in range(4)]
+    tools = bodies[0]["tools"]
+    bodies[1]["tools"] = [*tools[1:], {"name": "New", "input_schema": {}}]
+    bodies[2]["tools"] = [tools[0], tools[2], tools[1], tools[3]]
+    bodies[3]["tools"] = [tools[3], tools[0]]
+    calls = [replace(call(body), session=f"s{i}") for i, body in enumerate(bodies)]
+    assert [f.path for f in lint(calls[:2]) if f.rule == "tool_order"] == []
+    assert [f.path for f in lint(calls[1:3]) if f.rule == "tool_order"] == ["tools[1]"]
+    assert [f.path for f in lint([calls[0], calls[3]]) if f.rule == "tool_order"] == ["tools[0]"]
+    # An agent with other tools, of which one happens to be the same, is another agent.
+    other = [{"name": name, "input_schema": {}} for name in ("Ask", "Zip", "Xor")]
+    bodies[1]["tools"] = [tools[1], *other, tools[0]]
+    assert [f.path for f in lint([calls[0], call(bodies[1])]) if f.rule == "tool_order"] == []
 
 
 def test_findings_are_counted_and_the_worst_come_first() -> None:
@@ -154,6 +240,9 @@ def test_findings_are_counted_and_the_worst_come_first() -> None:
 
 def test_hostile_requests_take_bounded_time() -> None:
     texts = ["a" * 10_000_000, "0" * 10_000_000, "2026-" * 2_000_000, "nonce" * 2_000_000]
+    short = ("now 1:23 ", "10:15 ", "20261121 ", "Sat, Nov ", "1 of may ", "1/1/", "req_a1", "req-")
+    short += ("run id=-", "aA0", "0x0", "0:", "_", "/tmp/tmp", "version 2026-11-21 ")
+    texts += [text * (200_000 // len(text)) for text in short]
     start = time.thread_time()
     for text in texts:
         lint([call({"model": "m", "system": text, "messages": []})])

@@ -8,6 +8,7 @@ import pytest
 from prometheus_client import REGISTRY
 
 from vllm_cachescope.api.breaks import Breaks
+from vllm_cachescope.api.middleware import _headers
 from vllm_cachescope.api.operations import Engines, Operations, Purged
 from vllm_cachescope.config import Config, load
 from vllm_cachescope.identity import Directory
@@ -16,6 +17,7 @@ from vllm_cachescope.prompt import Protocol
 from vllm_cachescope.report import EngineId, Outcome, Report, Row
 from vllm_cachescope.scopes import Caller, Scope
 from vllm_cachescope.wire import READERS
+from vllm_cachescope.wire.diagnostics import extra_fields
 
 SECRET = "a secret of the tests"
 OWNERS = Owners(SECRET.encode())
@@ -168,6 +170,22 @@ async def test_without_a_token_in_the_configuration_nobody_is_the_operator(ask) 
         assert (status, engines.purged) == (403, [])
 
 
+@pytest.mark.parametrize(
+    ("sent", "status"), [("ein langer schlüssel", 200), ("ein langer schlussel", 403)]
+)
+async def test_the_operators_token_is_compared_byte_by_byte(ask, sent, status) -> None:
+    headers = _headers({"headers": [(b"X-API-Key", sent.encode())]})
+    options = {"headers": headers, "operator_token": "ein langer schlüssel"}
+    assert (await ask("POST", "/cachescope/purge", {"all": True}, **options))[0] == status
+
+
+def test_headers_of_one_name_are_one_list() -> None:
+    sent = [(b"anthropic-beta", b"b, a"), (b"x-session-id", b"s"), (b"Anthropic-Beta", b"c")]
+    headers = _headers({"headers": sent})
+    assert headers == {"anthropic-beta": "b, a, c", "x-session-id": "s"}
+    assert extra_fields({}, headers) == {"anthropic-beta": ["a", "b", "c"]}
+
+
 async def test_a_key_the_server_does_not_know_may_nothing_but_see_the_state(ask) -> None:
     engines = Recorded(UP)
     options = {"key": "acme's key", "engines": engines, "known": False}
@@ -202,6 +220,24 @@ async def test_a_purge_forgets_the_requests_and_breaks_as_well(ask, breaks) -> N
         assert not breaks._fingerprint._packs and not breaks._fingerprint._tools
         assert {(seen.caller.org, seen.caller.session) for seen in breaks.recent(None)} == left
         assert set(breaks.orgs()) == {org for org, _ in left}
+
+
+@pytest.mark.parametrize("key", ["acme's key", TOKEN])
+async def test_breaks_are_answered_whatever_a_client_calls_its_tools(ask, breaks, key) -> None:
+    half = "\ud800"
+    for value in (1, 2):
+        tool = {"name": half, "input_schema": {"type": "object"}, half: value}
+        body = {"model": half, "max_tokens": 1, "tools": [tool],
+                "messages": [{"role": "user", "content": "hello " * 99}]}  # fmt: skip
+        read = READERS[Protocol.MESSAGES](body, (300,), 300)
+        case = breaks.open(Caller("name:acme", "half"), read, body, {})
+        report = Report((Row(Outcome.CREATED, Scope.ORG, 300, 200),), engine=EngineId(0, "epoch"))
+        breaks.close(case, [report], None)
+    status, answer = await ask("GET", "/cachescope/breaks", key=key)
+    assert (status, answer["breaks"][0]["changes"][0]["fields"]) == (200, [half])
+    body = {"org": "acme", "session": half}
+    assert (await ask("POST", "/cachescope/purge", body, TOKEN))[0] == 200
+    breaks.forget(None)
 
 
 async def test_a_purge_that_did_not_reach_a_tier_says_so(ask) -> None:

@@ -1,6 +1,10 @@
 """Why a prompt was not read, told by a real server to real clients."""
 
+import json
+from pathlib import Path
+
 import httpx
+import psutil
 import pytest
 
 from tests.engine.server import MODEL, Api
@@ -33,6 +37,14 @@ def breaks(api: Api, key: str) -> list[dict]:
     return response.raise_for_status().json()["breaks"]
 
 
+def log(api: Api) -> str:
+    """Return what the server has written so far."""
+    port = int(api.url.rpartition(":")[2])
+    listening = (c for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN)
+    pid = next(c.pid for c in listening if c.laddr.port == port)
+    return Path(f"/proc/{pid}/fd/1").read_text(errors="replace")
+
+
 def session(name: str) -> dict[str, str]:
     return {"X-CacheScope-Session": name}
 
@@ -55,6 +67,23 @@ def test_the_client_hears_what_it_changed(api: Api, streamed: bool) -> None:
     assert (seen["cause"], seen["expected"]) == ("tools_changed", False)
     assert seen["where"]["path"].startswith("tools[0]")
     assert breaks(api, "key of someone else") == []
+
+
+@pytest.mark.parametrize("expected", [False, True])
+def test_a_break_is_in_the_servers_log(api: Api, expected: bool) -> None:
+    key, name = "key of the logged", f"logged, expected {expected}"
+    client = api.anthropic(key)
+    # The template renders nothing of the beta's name: a break that costs nothing.
+    change = {} if expected else {"tool": "Weighs anything."}
+    for fields, beta in (({}, "one"), (change, "other")):
+        headers = session(name) | {"anthropic-beta": beta}
+        client.messages.create(**body(name, **fields), extra_headers=headers)
+    (seen,) = (b for b in breaks(api, key) if b["session"] == name)
+    assert seen["expected"] == expected
+    (line,) = (line for line in log(api).splitlines() if name in line)
+    before, _, data = line.partition("cache break ")
+    assert ("INFO" if expected else "WARNING") in before
+    assert json.loads(data) == seen
 
 
 def test_what_did_not_change_is_not_reported(api: Api) -> None:

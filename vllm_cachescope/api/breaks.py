@@ -1,11 +1,14 @@
 """Diagnoses every request, and keeps the breaks for whoever asks."""
 
+import heapq
+import itertools
 import json
 import logging
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Any
 
 from prometheus_client import Counter
@@ -18,9 +21,10 @@ from vllm_cachescope.diagnosis import (
     conclude,
     diagnose,
     diagnose_against,
+    measure,
 )
 from vllm_cachescope.fingerprint import Fingerprinter
-from vllm_cachescope.lineage import LineageStore, Placement, Run
+from vllm_cachescope.lineage import Entry, LineageStore, Placement, Run
 from vllm_cachescope.prompt import PromptRequest, Protocol
 from vllm_cachescope.report import EngineId, Report
 from vllm_cachescope.scopes import Caller
@@ -31,8 +35,17 @@ from vllm_cachescope.wire.diagnostics import (
     openai_diagnostics,
 )
 
-REMEMBERED_BREAKS = 1000
-"""How many breaks are kept, of all organisations together."""
+REMEMBERED_BREAKS = 100
+"""How many breaks are kept of one organisation, the latest."""
+
+REMEMBERED_ORGS = 100
+"""Of how many organisations, those that had a break last."""
+
+LISTED_CHANGES = 20
+"""How many changes a break lists, the earliest in the prompt."""
+
+LISTED_NAMES = 10
+"""How many names a change of a break lists, and how many fields."""
 
 logger = logging.getLogger("cachescope.breaks")
 
@@ -45,16 +58,22 @@ class Case:
         caller: whose it is.
         request: the request.
         placement: where it belongs among its session's requests.
-        compared: how it differs from the request that the client named; None if it named none,
-            or none of its organisation's.
+        named: the request that the client named; None if it named none, or none of its
+            organisation's.
+        compared: how it differs from that one; token counts are estimates.
         diagnosis: what the requests' shapes say, and once the engine has reported, the engine.
+        block_tokens: tokens per block of the engine.
+        reports: what became of each of its prompts; the engine's side puts it in as it learns.
     """
 
     caller: Caller
     request: PromptRequest
     placement: Placement
+    named: Entry | None
     compared: Diagnosis | None
     diagnosis: Diagnosis
+    block_tokens: int
+    reports: Mapping[str, Report]
 
     def answer(self, read_tokens: int | None = None) -> dict[str, Any] | None:
         """Return the diagnostics for the response, in the protocol's own shape; None for none.
@@ -62,9 +81,15 @@ class Case:
         Args:
             read_tokens: tokens read from the cache, once known.
         """
+        compared = self.compared
+        if compared is not None and read_tokens is not None:
+            prompt = sum(report.prompt_tokens for report in self.reports.values())
+            compared = measure(
+                compared, EngineReport(prompt, read_tokens, self.block_tokens), self.named
+            )
         if self.request.protocol is Protocol.MESSAGES:
-            return anthropic_diagnostics(self.request, self.compared)
-        return openai_diagnostics(self.request, self.compared, read_tokens=read_tokens)
+            return anthropic_diagnostics(self.request, compared)
+        return openai_diagnostics(self.request, compared, read_tokens=read_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +100,9 @@ class Break:
         at: when, in seconds since the epoch.
         caller: whose request it was.
         model: the model it asked for.
-        diagnosis: what happened.
+        diagnosis: what happened, with as many changes, names and fields as are listed.
+        more_changes: how many changes are not listed.
+        more_names: how many names, and how many fields, each of the listed changes leaves out.
         diff: name of the file with what changed, if it was written; for the operator only.
     """
 
@@ -83,18 +110,51 @@ class Break:
     caller: Caller
     model: str
     diagnosis: Diagnosis
+    more_changes: int = 0
+    more_names: tuple[tuple[int, int], ...] = ()
     diff: str | None = None
+
+    @classmethod
+    def of(
+        cls, at: float, caller: Caller, model: str, diagnosis: Diagnosis, diff: str | None
+    ) -> "Break":
+        """Return a break that lists no more of ``diagnosis`` than may be listed.
+
+        A client may change hundreds of tools with names as long as it likes, all the time.
+        """
+        listed = diagnosis.changes[:LISTED_CHANGES]
+        cut = (
+            replace(c, names=c.names[:LISTED_NAMES], fields=c.fields[:LISTED_NAMES]) for c in listed
+        )
+        return cls(
+            at,
+            caller,
+            model,
+            replace(diagnosis, changes=tuple(cut)),
+            len(diagnosis.changes) - len(listed),
+            tuple((_rest(c.names), _rest(c.fields)) for c in listed),
+            diff,
+        )
 
     def to_dict(self, for_operator: bool = False) -> dict[str, Any]:
         """Return it as plain data for JSON."""
+        data = self.diagnosis.to_dict()
+        for change, (names, fields) in zip(data["changes"], self.more_names, strict=True):
+            change |= {"more_names": names} if names else {}
+            change |= {"more_fields": fields} if fields else {}
         return {
             **({"diff": self.diff} if for_operator and self.diff else {}),
             "at": round(self.at, 3),
             "org": self.caller.org,
             "session": self.caller.session,
             "model": self.model,
-            **self.diagnosis.to_dict(),
+            **data,
+            **({"more_changes": self.more_changes} if self.more_changes else {}),
         }
+
+
+def _rest(names: Sequence[str]) -> int:
+    return max(0, len(names) - LISTED_NAMES)
 
 
 class Breaks:
@@ -123,7 +183,9 @@ class Breaks:
         self._block_tokens = block_tokens
         self._wall_clock = wall_clock
         self._diffs = diffs
-        self._breaks: deque[Break] = deque(maxlen=REMEMBERED_BREAKS)
+        # By organisation, the one that had a break last at the end; numbered as they came.
+        self._breaks: OrderedDict[str, deque[tuple[int, Break]]] = OrderedDict()
+        self._numbers = itertools.count()
         self._count = Counter(
             "cachescope_breaks",
             "Requests that could not read from the cache as far as an earlier request of their "
@@ -141,6 +203,7 @@ class Breaks:
         request: PromptRequest,
         body: Mapping[str, Any],
         headers: Mapping[str, str],
+        reports: Mapping[str, Report] | None = None,
     ) -> Case:
         """Take in a request before it runs.
 
@@ -149,18 +212,29 @@ class Breaks:
             request: the request.
             body: its body.
             headers: its headers, names in lower case.
+            reports: where the engine's reports on it will be; None if no answer will need them.
         """
         fingerprint = self._fingerprint(request, extra_fields(body, headers))
         # Found before the request is kept itself, which might push the other one out.
-        previous = None
+        named = None
         if request.previous_id is not None:
-            previous = self._lineages.find(caller.org, request.previous_id)
+            named = self._lineages.find(caller.org, request.previous_id)
         placement = self._lineages.observe(caller, fingerprint)
         compared = None
-        if previous is not None:
+        if named is not None:
             # As it is kept: with the turns it goes on from, where it only names them.
-            compared = diagnose_against(previous.fingerprint, placement.entry.fingerprint)
-        return Case(caller, request, placement, compared, diagnose(placement))
+            compared = diagnose_against(named.fingerprint, placement.entry.fingerprint)
+        return Case(
+            caller,
+            request,
+            placement,
+            named,
+            compared,
+            diagnose(placement),
+            self._block_tokens,
+            # Empty as yet, most often, and the exchange's own all the same.
+            {} if reports is None else reports,
+        )
 
     def close(
         self,
@@ -241,8 +315,9 @@ class Breaks:
             org: whose; None for everyone's.
             limit: how many at most.
         """
-        found = (b for b in reversed(self._breaks) if org is None or b.caller.org == org)
-        return [b for b, _ in zip(found, range(limit), strict=False)]
+        of = self._breaks.values() if org is None else (self._breaks.get(org, ()),)
+        latest = heapq.nlargest(limit, itertools.chain.from_iterable(of), key=itemgetter(0))
+        return [seen for _, seen in latest]
 
     def orgs(self) -> list[str]:
         """Return the organisations of which requests are remembered."""
@@ -251,15 +326,12 @@ class Breaks:
     def forget(self, org: str | None, session: str | None = None) -> int:
         """Forget the requests and breaks of ``org``, or of one session of it, or all; return how
         many requests."""
-        self._breaks = deque(
-            (
-                seen
-                for seen in self._breaks
-                if (org is not None and seen.caller.org != org)
-                or (session is not None and seen.caller.session != session)
-            ),
-            maxlen=REMEMBERED_BREAKS,
-        )
+        for one in [org] if org is not None else list(self._breaks):
+            known = self._breaks.get(one, ())
+            others = [b for b in known if session is not None and b[1].caller.session != session]
+            self._breaks[one] = deque(others, REMEMBERED_BREAKS)
+            if not others:
+                del self._breaks[one]
         self._fingerprint.forget()  # Tools' names are in it, and not whose they are.
         if self._diffs is not None:
             self._diffs.forget(org, session)
@@ -272,8 +344,13 @@ class Breaks:
         if self._diffs is not None:
             about = {"model": model, "cause": diagnosis.cause, "lineage": diagnosis.lineage}
             diff = self._diffs.write(case.caller, diagnosis.changes, at, about)
-        seen = Break(at, case.caller, model, diagnosis, diff)
-        self._breaks.append(seen)
+        seen = Break.of(at, case.caller, model, diagnosis, diff)
+        org = case.caller.org
+        known = self._breaks.setdefault(org, deque(maxlen=REMEMBERED_BREAKS))
+        known.append((next(self._numbers), seen))
+        self._breaks.move_to_end(org)
+        if len(self._breaks) > REMEMBERED_ORGS:
+            self._breaks.popitem(last=False)
         region = diagnosis.where.region if diagnosis.where else "none"
         self._count.labels(diagnosis.cause, region, str(diagnosis.expected).lower()).inc()
         level = logging.INFO if diagnosis.expected else logging.WARNING

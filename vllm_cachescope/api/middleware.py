@@ -19,7 +19,6 @@ from vllm_cachescope.config import Config
 from vllm_cachescope.errors import BadRequest
 from vllm_cachescope.identity import Directory, api_key
 from vllm_cachescope.prompt import PromptRequest
-from vllm_cachescope.scopes import Caller
 from vllm_cachescope.wire import READERS, protocol_of, strip
 from vllm_cachescope.wire.body import decode, encode
 from vllm_cachescope.wire.errors import error_body
@@ -106,7 +105,7 @@ class CacheScopeMiddleware(ABC):
         # unless the client wants to hear of it.
         case = None
         if request.diagnose:
-            case = self._open_case(exchange.caller, request, body, headers)
+            case = self._open_case(exchange, request, body, headers)
         stream_prewarm = request.prewarm and body.get("stream") is True
         reply = Reply(exchange, send, case, stream_prewarm)
         try:
@@ -135,20 +134,20 @@ class CacheScopeMiddleware(ABC):
     ) -> None:
         """Diagnose a request that is over; ``case`` is None if that was put off until now."""
         if case is None and exchange.reports and exchange.request is not None:
-            case = self._open_case(exchange.caller, exchange.request, body, headers)
+            case = self._open_case(exchange, exchange.request, body, headers)
         if case is not None:
             self._close_case(case, exchange, reply)
 
     def _open_case(
         self,
-        caller: Caller,
+        exchange: Exchange,
         request: PromptRequest,
         body: dict[str, Any],
         headers: dict[str, str],
     ) -> Case | None:
         assert self._breaks is not None
         try:
-            return self._breaks.open(caller, request, body, headers)
+            return self._breaks.open(exchange.caller, request, body, headers, exchange.reports)
         except Exception:
             # A request is worth more than its diagnosis.
             logger.exception("The request could not be diagnosed")
@@ -206,8 +205,13 @@ class CacheScopeMiddleware(ABC):
 
 
 def _headers(scope: Scope) -> dict[str, str]:
-    """Return the request's headers, names in lower case."""
-    return {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in scope["headers"]}
+    """Return the request's headers, names in lower case. Each character is a byte."""
+    headers: dict[str, str] = {}
+    for name, value in scope["headers"]:
+        key, text = name.decode("latin-1").lower(), value.decode("latin-1")
+        # Lines of one name are a list, in their order (RFC 9110, 5.2 and 5.3).
+        headers[key] = f"{headers[key]}, {text}" if key in headers else text
+    return headers
 
 
 def _filling_only(body: dict[str, Any]) -> dict[str, Any]:

@@ -74,6 +74,15 @@ class Engines(ABC):
         """
 
 
+class Answer(JSONResponse):
+    """JSON in ASCII: names that a client made up may hold half a surrogate pair, which can be
+    escaped and not encoded."""
+
+    def render(self, content: Any) -> bytes:
+        """Return the body."""
+        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
+
+
 class Refused(Exception):
     """A request for an operation that is wrong, or not the caller's to make."""
 
@@ -109,13 +118,13 @@ class Operations:
         headers: Mapping[str, str],
         is_known: bool,
         read_body: Callable[[], Awaitable[bytes]],
-    ) -> JSONResponse:
+    ) -> Answer:
         """Return the response to a request.
 
         Args:
             method: its method.
             path: its path, which ends with one of `PATHS`.
-            headers: its headers, names in lower case.
+            headers: its headers, names in lower case, each character a byte.
             is_known: whether the server itself would let the caller in.
             read_body: reads its body.
         """
@@ -133,7 +142,7 @@ class Operations:
                 raise Refused(401, "authentication_error", "unknown API key")
             if operation == BREAKS:
                 breaks = [seen.to_dict(is_operator) for seen in self._breaks.recent(org)]
-                return JSONResponse({"breaks": breaks})
+                return Answer({"breaks": breaks})
             return await self._purge(await read_body(), org)
         except Refused as refused:
             return _refusal(refused)
@@ -144,14 +153,15 @@ class Operations:
         token, presented = self._operator_token, api_key(headers)
         if token is None or presented is None:
             return False
-        return hmac.compare_digest(token.get_secret_value().encode(), presented.encode())
+        # A header's characters are the bytes that came.
+        return hmac.compare_digest(token.get_secret_value().encode(), presented.encode("latin-1"))
 
-    async def _health(self, is_operator: bool) -> JSONResponse:
+    async def _health(self, is_operator: bool) -> Answer:
         """Answer 200 whatever the tiers' state is: without them requests run all the same."""
         try:
             engines = await self._engines.health()
         except TimeoutError:
-            return JSONResponse({"status": "degraded", "reason": "the engine does not answer"})
+            return Answer({"status": "degraded", "reason": "the engine does not answer"})
         names = self._names() if is_operator else {}
         tiers = [
             {"engine": engine} | _shown(tier, is_operator, names)
@@ -159,14 +169,14 @@ class Operations:
             for tier in tiers
         ]
         well = all(t["up"] and t.get("readable", True) and t.get("writable", True) for t in tiers)
-        return JSONResponse({"status": "ok" if well else "degraded", "tiers": tiers})
+        return Answer({"status": "ok" if well else "degraded", "tiers": tiers})
 
     def _names(self) -> dict[str, str]:
         """Return the organisations that are known here by their tags in hex."""
         orgs = {ANONYMOUS, EVERYONE, *self._directory.named_orgs(), *self._breaks.orgs()}
         return {self._owners.prefix(org).hex(): org for org in orgs}
 
-    async def _purge(self, raw: bytes, caller_org: str | None) -> JSONResponse:
+    async def _purge(self, raw: bytes, caller_org: str | None) -> Answer:
         """Purge what the body says.
 
         Args:
@@ -200,7 +210,7 @@ class Operations:
             "fingerprints": requests,
             "unreached": purged.unreached,
         }
-        return JSONResponse(answer, 502 if purged.unreached else 200)
+        return Answer(answer, 502 if purged.unreached else 200)
 
     def _purged_orgs(self, body: Mapping[str, Any], caller_org: str | None) -> list[str]:
         """Return the organisations that ``body`` means; none for everything."""
@@ -261,9 +271,9 @@ def _not_the_operator(what: str) -> Refused:
     )
 
 
-def _refusal(refused: Refused, headers: dict[str, str] | None = None) -> JSONResponse:
+def _refusal(refused: Refused, headers: dict[str, str] | None = None) -> Answer:
     error = {"type": refused.kind, "message": str(refused)}
-    return JSONResponse({"type": "error", "error": error}, refused.status, headers)
+    return Answer({"type": "error", "error": error}, refused.status, headers)
 
 
 def _shown(tier: Mapping[str, Any], is_operator: bool, names: Mapping[str, str]) -> dict[str, Any]:

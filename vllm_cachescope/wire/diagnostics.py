@@ -58,8 +58,9 @@ def anthropic_diagnostics(
 
     Args:
         request: the request; it says whether diagnostics were asked for.
-        diagnosis: the comparison with the request it names (`diagnose_against`); None if that
-            request is not known to the caller's organisation.
+        diagnosis: the comparison with the request it names (`diagnose_against`), and once the
+            engine has counted, what `measure` makes of it; None if that request is not known to
+            the caller's organisation.
         pending: whether the response has to go out before the comparison is done.
 
     Returns:
@@ -91,8 +92,9 @@ def openai_diagnostics(
 
     Args:
         request: the request; it says whether diagnostics were asked for.
-        diagnosis: the comparison with the response it names (`diagnose_against`); None if that
-            response is not known to the caller's organisation.
+        diagnosis: the comparison with the response it names (`diagnose_against`), and once the
+            engine has counted, what `measure` makes of it; None if that response is not known to
+            the caller's organisation.
         read_tokens: tokens read from the cache, once known.
 
     Returns:
@@ -102,13 +104,16 @@ def openai_diagnostics(
         return None
     if diagnosis is None:
         return {"type": "comparison_response_not_found"}
-    if not diagnosis.changes or all(
-        _openai_reason(c) is None and not c.diverges for c in diagnosis.changes
-    ):
+    reason = next((r for change in diagnosis.changes if (r := _openai_reason(change))), None)
+    diverges = any(change.diverges for change in diagnosis.changes)
+    # To the package a `reason` is "the reason prompt cache reuse did not occur"
+    # (`PromptCacheDiagnosticsCacheMiss`): there is none, whatever changed, where all that could be
+    # read was read.
+    reused = diagnosis.measured and not diagnosis.missed_tokens
+    if reused or (reason is None and not diverges):
         # Nothing the client did; that the cache lost it has no word here.
         hit = read_tokens is None or read_tokens > 0
         return {"type": "cache_hit" if hit else "unavailable"}
-    reason = next((r for change in diagnosis.changes if (r := _openai_reason(change))), None)
     if reason is None:
         return {"type": "unavailable"}
     return {
@@ -129,5 +134,13 @@ def _openai_reason(change: Change) -> str | None:
     if change.kind is ChangeKind.HISTORY_COMPACTED:
         return "context_compacted"
     if change.area == "params":
-        return _OPENAI_PARAMS.get(change.path)
+        return _param_reason(change.path)
     return _OPENAI_AREAS.get(change.area)
+
+
+def _param_reason(path: str) -> str | None:
+    """Return the reason of the longest entry that ``path`` is or lies in: parameters are compared
+    one level deep, `response_format` as ``response_format.type`` and so on."""
+    while path not in _OPENAI_PARAMS and "." in path:
+        path = path.rpartition(".")[0]
+    return _OPENAI_PARAMS.get(path)
