@@ -253,6 +253,10 @@ class Breaks:
         """
         reports, passages = list(reports), list(passages)
         caller, entry = case.caller, case.placement.entry
+        if not reports and response_id is None:
+            # Refused, say: the next request owes nothing to it.
+            self._lineages.retract(caller, case.placement)
+            return
         if self._diffs is not None:
             self._diffs.keep(caller, case.request, entry.fingerprint)
         engine = reports[0].engine if reports else None
