@@ -2,7 +2,8 @@
 
 A value that is different in every request (a time, a UUID, a nonce) makes everything after it
 unreadable from the cache. In tools and system prompts that is nearly the whole prompt, so that is
-where it is looked for; a message keeps what it said.
+where it is looked for; a message keeps what it said. Of a prompt that is one text, its head is
+taken for the system prompt.
 """
 
 import argparse
@@ -33,6 +34,8 @@ _MAX_ORDERS = 64  # orders of tools that others are compared with
 _MAX_PER_STRING = 5
 _EXCERPT = 48
 
+_HEAD = 2000  # leading characters of a prompt without turns that count as its system prompt
+_FIRST_USER = re.compile(r"(?:\A|\n\n)user: ")  # as in `traffic.text_request`
 _BEFORE = 40  # characters in front of a value, on its line, that may say what it is
 
 # Spaces as JavaScript writes them into a time of day are no breaks.
@@ -211,6 +214,7 @@ def lint(calls: Iterable[Call]) -> list[Finding]:
         tools = _tools(call, fingerprint)
         findings = [
             *_volatile(call, tools, seen),
+            *_volatile_head(call),
             *_json_order(call, tools, seen),
             *_tool_order(call, tools, seen),
         ]
@@ -259,6 +263,23 @@ def _volatile(call: Call, tools: list[tuple[Part, ToolPrint]], seen: _Seen) -> I
         if part.region is Region.MESSAGES and part.mark is not None:
             yield _covered(call, part, worst)
             return
+
+
+def _volatile_head(call: Call) -> Iterator[Finding]:
+    """Find volatile text at the head of a Completions request's prompt."""
+    if call.request.protocol is not Protocol.COMPLETIONS:
+        return
+    for part in call.request.parts:
+        if part.path == "prompt":
+            for path, text in _strings(part.path, part.content):
+                for value in _matches(_head(text[:_MAX_SCAN])):
+                    yield _found(call, path, value, Severity.WARNING)
+
+
+def _head(prompt: str) -> str:
+    """Return what precedes the first turn of the user; `_HEAD` characters if there is none."""
+    user = _FIRST_USER.search(prompt)
+    return prompt[: user.start()] if user else prompt[:_HEAD]
 
 
 def _found(call: Call, path: str, value: tuple[Rule, str], severity: Severity) -> Finding:

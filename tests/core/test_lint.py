@@ -3,6 +3,7 @@ import json
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,7 +11,7 @@ from tests.core.agent_session import TTLS, Agent, Body
 from vllm_cachescope import lint as command
 from vllm_cachescope.lint import Severity, lint
 from vllm_cachescope.traffic import Call
-from vllm_cachescope.wire import anthropic, openai_chat
+from vllm_cachescope.wire import anthropic, openai_chat, openai_completions
 
 WARNING, INFO = Severity.WARNING, Severity.INFO
 
@@ -134,6 +135,25 @@ def test_only_what_is_shared_is_looked_at() -> None:
     made = agent()
     made.ask("It is 2026-11-21T10:15:30Z, nonce=abc123def.")
     assert found(made.body()) == []
+
+
+@pytest.mark.parametrize(
+    ("prompt", "paths"),
+    [
+        ("It is 2026-11-21. Say hello.", ["prompt"]),
+        (["Say hello.", "It is 2026-11-21."], ["prompt[1]"]),
+        ([1, 2, 3], []),
+        ("word " * 400 + "2026-11-21", []),
+        ("system: " + "word " * 400 + "2026-11-21\n\nuser: Hello", ["prompt"]),
+        ("system: Be brief.\n\nuser: It is 2026-11-21.", []),
+        ("user: It is 2026-11-21.", []),
+    ],
+)
+def test_the_head_of_a_prompt_that_is_one_text(prompt: Any, paths: list[str]) -> None:
+    body = {"model": "m", "prompt": prompt, "cache_control": {"type": "ephemeral"}}
+    request = openai_completions.read(body, TTLS)
+    findings = lint([Call("calls.jsonl:1", None, None, request)])
+    assert [(f.rule, f.path, f.severity) for f in findings] == [("date", p, WARNING) for p in paths]
 
 
 def test_tools_may_give_examples() -> None:
