@@ -95,7 +95,7 @@ class Trait(IntFlag):
     COMPACTION = 0x40
 
 
-_ROLE_BITS = 0x0F
+ROLE_BITS = 0x0F
 # Plain integers: operators of enum classes cost a microsecond each, some hundred times a request.
 _ROLES = {role.name.lower(): int(role) for role in Role if role is not Role.OTHER}
 _OTHER, _ASSISTANT, _USER = int(Role.OTHER), int(Role.ASSISTANT), int(Role.USER)
@@ -250,7 +250,7 @@ class Fingerprint:
 
     def role(self, part: int) -> Role:
         """Return whose ``part`` is."""
-        return Role(self.kinds[part] & _ROLE_BITS)
+        return Role(self.kinds[part] & ROLE_BITS)
 
     def has(self, part: int, trait: Trait) -> bool:
         """Whether ``part`` has ``trait``."""
@@ -446,7 +446,7 @@ class Fingerprinter:
             content = part.content if part.region is Region.TOOLS else _spelt(part.content)
             form, data, text = _encoded(content)
             kind = _kind(part, text)
-            hash_ = self.hash(form + bytes((kind & _ROLE_BITS,)), data)
+            hash_ = self.hash(form + bytes((kind & ROLE_BITS,)), data)
             if part.region is Region.TOOLS:
                 tools.append(self.tool(part.content, hash_))
             elif not hashes:

@@ -16,6 +16,7 @@ from vllm_cachescope.overlap import (
     Overlap,
     compaction,
     departs_alike,
+    departs_here,
     is_answer_to_less,
     is_opening,
     is_unrelated,
@@ -23,6 +24,7 @@ from vllm_cachescope.overlap import (
     overlap,
     parent_parts,
     reusable,
+    same_messages,
     same_static,
     similar_system,
     split,
@@ -451,7 +453,10 @@ def _place(session: _Session, new: Fingerprint, now: float) -> Placement:
         # Most agree less far than the best so far, or like it and no further.
         if not entry.fingerprint.hashes.startswith(agreed):
             continue
-        if nearest and departs_alike(entry.fingerprint, nearest.fingerprint, shared):
+        if nearest and (
+            departs_here(entry.fingerprint, new, shared)
+            or departs_alike(entry.fingerprint, nearest.fingerprint, shared)
+        ):
             continue
         found = overlap(entry.fingerprint, new)
         if nearest is None or (found.tokens, found.whole) > (shared.tokens, shared.whole):
@@ -484,7 +489,11 @@ def _broken(
     beyond = range(shared.parts, len(new))
     messages = split(new, range(new.static_parts, len(new)))
     static, known = new.hashes_of(range(new.static_parts)), frozenset(messages)
+    opening = is_opening(new)
     for entry in reversed(near):
+        # Without an answer in it, it can only be the same question, asked with a change.
+        if opening and not same_messages(entry.fingerprint, new):
+            continue
         if entry.superseded or is_unrelated(entry.fingerprint, static, known):
             continue
         # With its parent known, only what came after that can have been in another one as well.
@@ -506,12 +515,15 @@ def _compacted(near: Sequence[Entry], new: Fingerprint, shared: Overlap) -> Entr
     A summary does not say of which conversation; the longest is the likeliest to be compacted.
     """
     beyond = range(shared.parts, len(new))
-    if not is_opening(new) and not any(new.has(part, Trait.COMPACTION) for part in beyond):
+    declared = any(new.has(part, Trait.COMPACTION) for part in beyond)
+    if not declared and not is_opening(new):
         return None
     compacted = [
         entry
         for entry in reversed(near)
-        if not entry.superseded and compaction(entry.fingerprint, new) is not None
+        if not entry.superseded
+        and (declared or not is_opening(entry.fingerprint))
+        and compaction(entry.fingerprint, new) is not None
     ]
     return max(compacted, key=lambda entry: entry.fingerprint.tokens, default=None)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from vllm_cachescope.fingerprint import HASH_BYTES, Fingerprint, Role, Trait
+from vllm_cachescope.fingerprint import HASH_BYTES, ROLE_BITS, Fingerprint, Role, Trait
 from vllm_cachescope.prompt import Protocol
 
 ROUTING_PARAMS = frozenset({"prompt_cache_key", "service_tier", "speed"})
@@ -30,7 +30,7 @@ _FRONT_PARAMS = (
     "truncation",
 )
 
-_STARTS = int(Trait.STARTS)
+_STARTS, _ASSISTANT = int(Trait.STARTS), int(Role.ASSISTANT)
 _PLACE = 0x1F  # of a part's kind: its role, and whether it starts a message
 
 _SIMILAR_CHARS = 32
@@ -92,6 +92,21 @@ def departs_alike(old: Fingerprint, other: Fingerprint, shared: Overlap) -> bool
     )
 
 
+def departs_here(old: Fingerprint, new: Fingerprint, shared: Overlap) -> bool:
+    """Whether ``old``, which agrees with ``new`` as far as the best so far, departs from it at the
+    same part, and nothing can be found inside that part."""
+    at = shared.parts
+    return (
+        at < len(new)
+        and at < len(old)
+        and old.hash(at) != new.hash(at)
+        and not new.chunks_of(at)
+        # A last part may go on: an answer that the client began, a prompt that is one text.
+        and (at + 1 < len(old) or new.protocol is not Protocol.COMPLETIONS)
+        and (at + 1 < len(old) or new.role(at) is not Role.ASSISTANT)
+    )
+
+
 def _grew(old: Fingerprint, new: Fingerprint, part: int, inside: int) -> bool:
     """Whether a prompt that is one text went on where it ended, as far as its pieces show."""
     return (
@@ -105,6 +120,13 @@ def same_static(old: Fingerprint, new: Fingerprint, shared: Overlap) -> bool:
     """Whether model, parameters, tools and system are the same."""
     static = new.static_parts
     return old.counts[:2] == new.counts[:2] and shared.parts >= static and same_params(old, new)
+
+
+def same_messages(old: Fingerprint, new: Fingerprint) -> bool:
+    """Whether all of the messages are the same."""
+    return (
+        old.hashes[old.static_parts * HASH_BYTES :] == new.hashes[new.static_parts * HASH_BYTES :]
+    )
 
 
 def same_params(old: Fingerprint, new: Fingerprint) -> bool:
@@ -296,8 +318,9 @@ def is_answer_to_less(old: Fingerprint, new: Fingerprint, shared: Overlap) -> bo
 
 
 def _last_turn(new: Fingerprint) -> int | None:
-    for i in reversed(range(new.static_parts, len(new))):
-        if new.role(i) is Role.ASSISTANT:
+    kinds = new.kinds
+    for i in reversed(range(new.static_parts, len(kinds))):
+        if kinds[i] & ROLE_BITS == _ASSISTANT:
             return i
     return None
 
