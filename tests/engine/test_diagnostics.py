@@ -7,6 +7,7 @@ import httpx
 import psutil
 import pytest
 
+from tests.engine.engine import BLOCK
 from tests.engine.server import MODEL, Api
 from tests.engine.test_sdk import block
 
@@ -69,6 +70,74 @@ def test_the_client_hears_what_it_changed(api: Api, streamed: bool) -> None:
     assert breaks(api, "key of someone else") == []
 
 
+def asked(api: Api, key: str, given: dict, streamed: bool):
+    """Return the answer to a Messages request."""
+    client = api.anthropic(key)
+    if not streamed:
+        return client.messages.create(**given)
+    with client.messages.stream(**given) as stream:
+        return stream.get_final_message()
+
+
+REASONS = [
+    # The server has one model; to Anthropic's client a changed speed is a changed model.
+    ("model_changed", {"speed": "fast"}),
+    ("tools_changed", {"tool": "Weighs anything."}),
+    ("system_changed", {"system": [block("another system prompt", 500)]}),
+    ("messages_changed", {"question": "another"}),
+    ("unavailable", {"tool_choice": {"type": "auto"}}),
+    ("previous_message_not_found", {"diagnostics": {"previous_message_id": "msg_unknown"}}),
+]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(("reason", "change"), REASONS)
+def test_anthropics_clients_hear_each_reason(
+    api: Api, reason: str, change: dict, streamed: bool
+) -> None:
+    key = f"key of {reason}, streamed {streamed}"
+    first = asked(api, key, body(key), streamed)
+    changed = body(key, **{"diagnostics": {"previous_message_id": first.id}, **change})
+    message = asked(api, key, changed, streamed)
+    found = message.diagnostics.cache_miss_reason
+    assert found.type == reason
+    if reason.endswith("_changed"):
+        usage = message.usage
+        computed = usage.input_tokens + usage.cache_creation_input_tokens
+        assert 0 <= found.cache_missed_input_tokens <= computed
+        # The speed reaches no prompt: all was read.
+        assert (found.cache_missed_input_tokens > 0) == (reason != "model_changed")
+
+
+def test_breaks_are_listed_and_counted(api: Api) -> None:
+    def counted():
+        return api.metrics("cachescope_breaks_total", "cause", "region", "expected")
+
+    key, before = "key of the changeable", counted()
+    for description in ("Weighs things.", "Weighs anything."):
+        asked(api, key, body(key, description), streamed=False)
+    edited = body(key, description)
+    edited["system"][0]["text"] += " Be kind."
+    asked(api, key, edited, streamed=False)
+    # Another conversation of the session, and a break in it.
+    aside = body(f"{key}, aside", tools=[], system=[block("a title, please", 300)])
+    asked(api, key, aside, streamed=False)
+    aside["system"][0]["text"] += " A short one."
+    asked(api, key, aside, streamed=False)
+
+    seen = breaks(api, key)
+    assert [(one["cause"], one["lineage"]) for one in seen] == [
+        ("system_changed", 2),
+        ("system_changed", 1),
+        ("tools_changed", 1),
+    ]
+    assert [one["at"] for one in seen] == sorted((one["at"] for one in seen), reverse=True)
+    assert +(counted() - before) == {
+        ("tools_changed", "tools", "false"): 1,
+        ("system_changed", "system", "false"): 2,
+    }
+
+
 @pytest.mark.parametrize("expected", [False, True])
 def test_a_break_is_in_the_servers_log(api: Api, expected: bool) -> None:
     key, name = "key of the logged", f"logged, expected {expected}"
@@ -128,3 +197,61 @@ def test_openais_clients_hear_it_in_their_words(api: Api) -> None:
     unknown = {"prompt_cache_options": {"comparison_response_id": "resp_unknown"}}
     missing = client.responses.create(extra_body=unknown, **asked)
     assert missing.prompt_cache_diagnostics.type == "comparison_response_not_found"
+
+
+def tool(description: str) -> dict:
+    return {"name": "weigh", "description": description, "parameters": {"type": "object"}}
+
+
+def respond(api: Api, key: str, **fields):
+    given = {"model": MODEL, "max_output_tokens": 3, "input": "tide " * 600,
+             "instructions": "Be brief. " * 60,
+             "tools": [{"type": "function", **tool("Weighs things.")}]} | fields  # fmt: skip
+    response = api.openai(key).responses.create(**given)
+    usage = response.usage
+    return response, usage.input_tokens, usage.input_tokens_details.cached_tokens
+
+
+def chat(api: Api, key: str, instructions: str = "Be brief. " * 60, **fields):
+    messages = [{"role": "system", "content": instructions},
+                {"role": "user", "content": "tide " * 600}]  # fmt: skip
+    tools = [{"type": "function", "function": tool("Weighs things.")}]
+    given = {"model": MODEL, "max_tokens": 3, "messages": messages, "tools": tools} | fields
+    answer = api.openai(key).chat.completions.create(**given)
+    usage = answer.usage
+    return answer, usage.prompt_tokens, usage.prompt_tokens_details.cached_tokens
+
+
+HEAVY = tool("Weighs anything.")
+
+
+@pytest.mark.parametrize(
+    ("ask", "change", "reason"),
+    [
+        (respond, {"tools": [{"type": "function", **HEAVY}]}, "tools_changed"),
+        (respond, {"instructions": "Be very brief. " * 60}, "input_changed"),
+        (respond, {"service_tier": "flex"}, None),
+        (respond, {"prompt_cache_key": "another"}, None),
+        (respond, {"text": {"verbosity": "low"}}, None),
+        (chat, {"tools": [{"type": "function", "function": HEAVY}]}, "tools_changed"),
+        (chat, {"instructions": "Be very brief. " * 60}, "input_changed"),
+        (chat, {"service_tier": "flex"}, None),
+        (chat, {"verbosity": "low"}, None),
+        (chat, {"response_format": {"type": "text"}}, None),
+    ],
+)
+def test_openais_clients_hear_no_reason_for_what_was_read(
+    api: Api, ask, change: dict, reason: str | None
+) -> None:
+    key = f"key of {ask.__name__} {change}"
+    first, _, _ = ask(api, key)
+    compare = {"prompt_cache_options": {"comparison_response_id": first.id}}
+    answer, prompt, read = ask(api, key, extra_body=compare, **change)
+    said = answer.model_dump()["prompt_cache_diagnostics"]
+    if reason is None:
+        assert said == {"type": "cache_hit"}
+        assert prompt - read <= 2 * BLOCK
+        return
+    assert (said["type"], said["reason"]) == ("cache_miss", reason)
+    assert 0 < said["cache_missed_tokens"] <= prompt - read
+    assert read <= said["comparison_reusable_tokens"] < prompt
