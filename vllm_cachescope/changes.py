@@ -139,6 +139,11 @@ class Change:
         return f"{line}: {', '.join(details)}" if details else line
 
     @property
+    def rekeys(self) -> bool:
+        """Whether blocks have other keys from here on, even where their tokens are the same."""
+        return self.kind is ChangeKind.SCOPE_CHANGED or "cache_salt" in self.names
+
+    @property
     def diverges(self) -> bool:
         """Whether the prompts, or the identities of their blocks, part ways here.
 

@@ -344,6 +344,11 @@ def _shared(
     """Return how many tokens should have been there, and whether that is exact."""
     if report.shared_tokens is not None:
         return min(report.shared_tokens, report.prompt_tokens), True
+    if diagnosis.kind.is_break:
+        # Equal tokens, and blocks of other keys from there on.
+        rekeyed = [change.token for change in diagnosis.changes if change.rekeys]
+        if rekeyed:
+            return min(round(min(rekeyed) * scale), report.prompt_tokens), min(rekeyed) == 0
     if diagnosis.kind is Kind.RETRY:
         return report.prompt_tokens, True
     if diagnosis.kind is Kind.CONTINUATION and ancestor_tokens is not None:

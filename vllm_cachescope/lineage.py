@@ -264,8 +264,9 @@ class LineageStore:
     def observe(self, caller: Caller, fingerprint: Fingerprint) -> Placement:
         """Place a request in its session's forest and keep it.
 
-        Requests of an organisation that name no session share one forest.
+        Requests of an organisation that name no session share one forest, or one for each salt.
         """
+        caller = _forest_of(caller, fingerprint)
         now = self._clock()
         self._expire(now)
         session = self._session(caller, now)
@@ -296,6 +297,7 @@ class LineageStore:
         """
         if prompt_tokens is not None:
             entry.prompt_tokens = prompt_tokens
+        caller = _forest_of(caller, entry.fingerprint)
         session = self._find(caller)
         if session is None or entry not in session:
             return
@@ -311,6 +313,7 @@ class LineageStore:
 
     def retract(self, caller: Caller, placement: Placement) -> None:
         """Forget a request that never ran: nothing can have been left to go on from."""
+        caller = _forest_of(caller, placement.entry.fingerprint)
         session = self._find(caller)
         if session is None or placement.entry not in session:
             return
@@ -330,7 +333,7 @@ class LineageStore:
             engine: where it ran.
             began: when it began, on the store's clock, in seconds.
         """
-        session = self._find(caller)
+        session = self._find(_forest_of(caller, entry.fingerprint))
         best: Held | None = None
         rank: tuple[int, bool, bool, float] | None = None
         # The latest first: one of them is likely to have most, and the others are soon ruled out.
@@ -436,6 +439,15 @@ class LineageStore:
         session.nbytes += nbytes
         self._bytes_of[org] = self._bytes_of.get(org, 0) + nbytes
         self.nbytes += nbytes
+
+
+def _forest_of(caller: Caller, fingerprint: Fingerprint) -> Caller:
+    """Return in whose forest a request stands. A salt tells clients apart that name no session:
+    none can read what another has cached."""
+    salt = fingerprint.params.get("cache_salt")
+    if caller.session is not None or salt is None:
+        return caller
+    return Caller(caller.org, f"salt {salt.hex()}")
 
 
 def _id_bytes(response_id: str) -> int:

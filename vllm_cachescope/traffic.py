@@ -172,9 +172,11 @@ def protocol_of(body: Mapping[str, Any], path: str | None = None) -> Protocol:
 
 def _served_at(path: str) -> Protocol | None:
     path = path.partition("?")[0]
-    # Azure has /openai/deployments/NAME/chat/completions, and /chat/completions in batch files.
+    # A gateway may put a prefix of its own before it; Azure has no v1 in
+    # /openai/deployments/NAME/chat/completions, nor in the /chat/completions of its batch files.
     tail = "/".join(path.strip("/").split("/")[-2:])
-    return wire.protocol_of(path) or wire.protocol_of(f"/v1/{tail}")
+    candidates = (path, f"/{tail}", f"/v1/{tail}")
+    return next((served for one in candidates if (served := wire.protocol_of(one))), None)
 
 
 def _is_chat(body: Mapping[str, Any], messages: list[Any]) -> bool:

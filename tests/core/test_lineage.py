@@ -480,6 +480,23 @@ def test_an_id_of_any_length_takes_bounded_memory() -> None:
     assert client.store.nbytes - before >= client.entry.fingerprint.nbytes + 256
 
 
+def test_salts_tell_clients_apart_that_name_no_session() -> None:
+    client, agent = Client(session=None), Agent("salted", scale=0.1)
+    for turn in range(3):
+        for salt in ("one", "two"):
+            diagnosis = client.send({**agent.body(), "cache_salt": salt}, response_id=f"{turn}")
+            assert diagnosis.kind is (Kind.CONTINUATION if turn else Kind.FIRST_REQUEST)
+            assert client.store.find("org", f"{turn}") is client.entry
+        agent.turn()
+    client.store.retract(client.caller, client.placement)
+    assert len(client.store) == 5
+    client.caller = Caller("org", "named")
+    for salt in ("one", "two"):
+        diagnosis = client.send({**agent.turn().body(), "cache_salt": salt})
+    assert diagnosis.kind is Kind.PARAMS_CHANGED and diagnosis.names == ("cache_salt",)
+    assert diagnosis.shared_tokens == 0 < diagnosis.missed_tokens
+
+
 def test_what_never_ran_is_nothing_to_go_on_from() -> None:
     client, agent = Client(), Agent("refused", scale=0.1)
     client.send(agent.body())

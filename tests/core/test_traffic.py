@@ -66,6 +66,7 @@ def test_fields_show_the_format(fields: dict[str, Any], protocol: Protocol) -> N
         ("/openai/deployments/large/chat/completions?api-version=1", CHAT),
         ("/v1/messages", MESSAGES),
         ("/v1/completions", Protocol.COMPLETIONS),
+        ("/gateway/v1/messages", MESSAGES),
         ("/v1/messages/count_tokens", None),
         ("/v1/embeddings", None),
         ("/v1/threads/thread_1/messages", None),

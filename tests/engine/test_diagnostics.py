@@ -255,3 +255,24 @@ def test_openais_clients_hear_no_reason_for_what_was_read(
     assert (said["type"], said["reason"]) == ("cache_miss", reason)
     assert 0 < said["cache_missed_tokens"] <= prompt - read
     assert read <= said["comparison_reusable_tokens"] < prompt
+
+
+def test_another_salt_or_scope_is_a_break_that_is_explained(api: Api) -> None:
+    key = "key of the salted"
+    for salt in ("one", "two"):
+        _, _, read = chat(api, key, extra_body={"cache_salt": salt})
+        assert read == 0
+    (seen,) = breaks(api, key)
+    assert (seen["cause"], seen["where"]["path"]) == ("params_changed", "cache_salt")
+    assert seen["missed_tokens"] > 0
+
+    key = "key of the narrowed"
+    for scope in ("org", "session"):
+        given = body(key)
+        given["system"][0]["cache_control"] = {**EPHEMERAL, "scope": scope}
+        asked(api, key, given, streamed=False)
+    (seen,) = breaks(api, key)
+    assert seen["cause"] == "markers_changed"
+    assert seen["where"]["path"] == "system[0].cache_control.scope"
+    assert seen["missed_tokens"] > 0
+    assert sum(api.metrics("cachescope_unexplained_tokens_total").values()) == 0
