@@ -260,7 +260,8 @@ def test_openais_clients_hear_no_reason_for_what_was_read(
 def test_another_salt_or_scope_is_a_break_that_is_explained(api: Api) -> None:
     key = "key of the salted"
     for salt in ("one", "two"):
-        _, _, read = chat(api, key, extra_body={"cache_salt": salt})
+        named = session("salted")
+        _, _, read = chat(api, key, extra_body={"cache_salt": salt}, extra_headers=named)
         assert read == 0
     (seen,) = breaks(api, key)
     assert (seen["cause"], seen["where"]["path"]) == ("params_changed", "cache_salt")
