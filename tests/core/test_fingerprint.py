@@ -348,7 +348,7 @@ def test_what_is_remembered_takes_no_more_memory_than_it_may(many: str) -> None:
         return {"model": "m", "max_tokens": 1, "tools": tools, "messages": messages}
 
     made = Fingerprinter(SECRET, memo_tools=16, memo_bytes=2_000_000)
-    requests = [anthropic.read(body(number), TTLS) for number in range(100)]
+    requests = [anthropic.read(body(number), TTLS) for number in range(40)]
     tracemalloc.start()
     for request in requests:
         made(request)
