@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vllm_cachescope.boundaries import common_prefix
+from vllm_cachescope.console import show
 from vllm_cachescope.diagnosis import (
     NEW_CONTENT,
     Diagnosis,
@@ -414,11 +415,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(explanation.to_dict(), indent=2))
     else:
-        console = Console()
-        # Printed by Python itself: rich would end the program at a closed pipe, and with 1.
-        with console.capture() as rendered:
-            render(explanation, console)
-        print(rendered.get(), end="")
+        show(lambda console: render(explanation, console))
     unexpected = len(explanation.unexpected)
     return int(args.max_breaks is not None and unexpected > args.max_breaks)
 

@@ -22,6 +22,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from vllm_cachescope.console import show
 from vllm_cachescope.fingerprint import Fingerprinter, ToolPrint
 from vllm_cachescope.prompt import Part, Protocol, Region
 from vllm_cachescope.traffic import Call, TrafficError, read_traffic
@@ -471,11 +472,7 @@ def run(args: argparse.Namespace) -> int:
         plain = [{**asdict(f), "severity": f.severity.name.lower()} for f in findings]
         print(json.dumps({"requests": len(calls), "findings": plain}, indent=2))
     else:
-        console = Console()
-        # As for explain: a closed pipe is for the caller to deal with.
-        with console.capture() as rendered:
-            render(findings, len(calls), console)
-        print(rendered.get(), end="")
+        show(lambda console: render(findings, len(calls), console))
     return int(any(finding.severity is Severity.WARNING for finding in findings))
 
 

@@ -102,8 +102,10 @@ def departs_here(old: Fingerprint, new: Fingerprint, shared: Overlap) -> bool:
         and old.hash(at) != new.hash(at)
         and not new.chunks_of(at)
         # A last part may go on: an answer that the client began, a prompt that is one text.
-        and (at + 1 < len(old) or new.protocol is not Protocol.COMPLETIONS)
-        and (at + 1 < len(old) or new.role(at) is not Role.ASSISTANT)
+        and not (
+            at + 1 == len(old)
+            and (new.protocol is Protocol.COMPLETIONS or new.role(at) is Role.ASSISTANT)
+        )
     )
 
 
