@@ -178,8 +178,7 @@ def compare(old: Fingerprint, new: Fingerprint) -> tuple[Change, ...]:
 
 
 def _same_static(old: Fingerprint, new: Fingerprint) -> bool:
-    static = range(old.static_parts), range(new.static_parts)
-    return old.counts[:2] == new.counts[:2] and old.hashes_of(static[0]) == new.hashes_of(static[1])
+    return old.counts[:2] == new.counts[:2] and old.static_hashes == new.static_hashes
 
 
 def compare_whole(old: Fingerprint, new: Fingerprint) -> tuple[Change, ...]:

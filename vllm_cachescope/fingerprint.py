@@ -208,6 +208,16 @@ class Fingerprint:
         return self.counts[Region.TOOLS] + self.counts[Region.SYSTEM]
 
     @property
+    def static_hashes(self) -> bytes:
+        """The hashes of the parts before the messages, packed."""
+        return self.hashes[: self.static_parts * HASH_BYTES]
+
+    @property
+    def message_hashes(self) -> bytes:
+        """The hashes of the messages' parts, packed."""
+        return self.hashes[self.static_parts * HASH_BYTES :]
+
+    @property
     def opening(self) -> bytes:
         """How its messages begin: what the requests of one conversation have in common, whatever
         becomes of its tools and system prompt. Empty without messages."""

@@ -24,7 +24,6 @@ from vllm_cachescope.overlap import (
     overlap,
     parent_parts,
     reusable,
-    same_messages,
     same_static,
     similar_system,
     split,
@@ -500,11 +499,11 @@ def _broken(
     most = (shared.tokens, 0)
     beyond = range(shared.parts, len(new))
     messages = split(new, range(new.static_parts, len(new)))
-    static, known = new.hashes_of(range(new.static_parts)), frozenset(messages)
+    static, known = new.static_hashes, frozenset(messages)
     opening = is_opening(new)
     for entry in reversed(near):
         # Without an answer in it, it can only be the same question, asked with a change.
-        if opening and not same_messages(entry.fingerprint, new):
+        if opening and entry.fingerprint.message_hashes != new.message_hashes:
             continue
         if entry.superseded or is_unrelated(entry.fingerprint, static, known):
             continue

@@ -124,13 +124,6 @@ def same_static(old: Fingerprint, new: Fingerprint, shared: Overlap) -> bool:
     return old.counts[:2] == new.counts[:2] and shared.parts >= static and same_params(old, new)
 
 
-def same_messages(old: Fingerprint, new: Fingerprint) -> bool:
-    """Whether all of the messages are the same."""
-    return (
-        old.hashes[old.static_parts * HASH_BYTES :] == new.hashes[new.static_parts * HASH_BYTES :]
-    )
-
-
 def same_params(old: Fingerprint, new: Fingerprint) -> bool:
     """Whether model and prompt-affecting parameters are the same."""
     return _agreement(old, new) == len(new)
@@ -150,10 +143,10 @@ def is_unrelated(old: Fingerprint, static: bytes, messages: frozenset[int]) -> b
 
     Args:
         old: the earlier request.
-        static: the hashes of the request's tools and system prompt, packed.
+        static: the request's `Fingerprint.static_hashes`.
         messages: the hashes of its messages, as `split` gives them.
     """
-    if old.hashes.startswith(static) and old.static_parts * HASH_BYTES == len(static):
+    if old.static_hashes == static:
         return False
     return messages.isdisjoint(split(old, range(old.static_parts, len(old))))
 

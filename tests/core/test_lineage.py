@@ -739,7 +739,7 @@ def test_what_is_ruled_out_early_would_have_come_to_nothing() -> None:
             step(session, client)
             prints.append(client.placement.entry.fingerprint)
         for old, new in itertools.permutations(prints, 2):
-            static = new.hashes_of(range(new.static_parts))
+            static = new.static_hashes
             messages = split(new, range(new.static_parts, len(new)))
             unrelated = is_unrelated(old, static, frozenset(messages))
             shared = overlap(old, new)
