@@ -2,11 +2,10 @@
 
 import argparse
 import json
-import math
 import secrets
 import sys
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,10 +25,10 @@ from vllm_cachescope.diagnosis import (
     diagnose,
 )
 from vllm_cachescope.durations import parse_duration
-from vllm_cachescope.fingerprint import Fingerprint, Fingerprinter
-from vllm_cachescope.lineage import Entry, LineageStore, Placement
+from vllm_cachescope.fingerprint import Fingerprinter
+from vllm_cachescope.lifetimes import Lifetimes
+from vllm_cachescope.lineage import Entry, LineageStore
 from vllm_cachescope.misses import EngineCause, EngineMiss
-from vllm_cachescope.overlap import overlap
 from vllm_cachescope.scopes import Caller
 from vllm_cachescope.traffic import BLOCK_TOKENS, BlockCall, Call, TrafficError, read_traffic
 
@@ -176,7 +175,7 @@ def explain(calls: Iterable[Call], ttl_s: float | None = None) -> Iterator[Expla
     )
     fingerprint = Fingerprinter(secrets.token_bytes(32))
     texts: dict[Entry, str] = {}
-    lifetimes: dict[str | None, _Lifetimes] = {}
+    lifetimes: dict[str | None, Lifetimes] = {}
     for call in calls:
         now = max(now, call.at or now)
         caller = Caller("traffic", call.session)
@@ -184,7 +183,7 @@ def explain(calls: Iterable[Call], ttl_s: float | None = None) -> Iterator[Expla
         store.answered(caller, placement.entry, call.response_id)
         diagnosis = diagnose(placement)
         if ttl_s is not None:
-            expired = lifetimes.setdefault(call.session, _Lifetimes(ttl_s)).use(placement)
+            expired = lifetimes.setdefault(call.session, Lifetimes(ttl_s, _REQUESTS)).use(placement)
             if expired and call.at is not None:
                 diagnosis = _with_expired(diagnosis, expired)
         char = None
@@ -193,80 +192,6 @@ def explain(calls: Iterable[Call], ttl_s: float | None = None) -> Iterator[Expla
             before = texts.get(placement.ancestor, "") if placement.ancestor else ""
             char = common_prefix(before, call.text)
         yield Explained(call.source, call.session, call.at, diagnosis, char)
-
-
-@dataclass(frozen=True, slots=True)
-class _Use:
-    """A call as far as it keeps something in the cache.
-
-    Attributes:
-        fingerprint: its prompt.
-        at: when it was made, in seconds.
-        kept: how many of its leading tokens it keeps for each lifetime, in seconds.
-    """
-
-    fingerprint: Fingerprint
-    at: float
-    kept: Mapping[float, int]
-
-
-class _Lifetimes:
-    """Which prefixes of a session are still cached: those that any call used recently enough.
-
-    As in the ledger of the server, a use refreshes all that two prompts share, and the longest
-    lifetime counts that any call gave it.
-    """
-
-    def __init__(self, ttl_s: float) -> None:
-        self._ttl_s = ttl_s
-        self._uses: deque[_Use] = deque(maxlen=_REQUESTS)
-
-    def use(self, placement: Placement) -> list[EngineMiss]:
-        """Note a call and return what of its shared tokens had expired, in prompt order."""
-        now, kept = placement.entry.at, self._asked(placement.entry.fingerprint)
-        left = self._left(placement)
-        read = 0
-        for tokens, ttl_s, at in left:
-            if now - at <= ttl_s:
-                read = max(read, tokens)
-                kept[ttl_s] = max(tokens, kept.get(ttl_s, 0))
-        self._uses.append(_Use(placement.entry.fingerprint, now, kept))
-        misses: list[EngineMiss] = []
-        while read < placement.shared_tokens:
-            # Of several lifetimes that the next token had, the one that ended last was its end.
-            behind = [one for one in left if one[0] > read]
-            end, ttl_s, at = max(behind, key=lambda one: one[1] + one[2])
-            age_s = round(now - at - ttl_s, 3)
-            misses.append(
-                EngineMiss(EngineCause.EXPIRED, end - read, ttl_s=round(ttl_s), age_s=age_s)
-            )
-            read = end
-        return misses
-
-    def _asked(self, new: Fingerprint) -> dict[float, int]:
-        """Return how many leading tokens are to be kept for how long, by what the client asked."""
-        default = new.ttl_s or self._ttl_s
-        kept: dict[float, int] = {}
-        shortest = math.inf
-        # Past the last breakpoint, everything: estimates do not agree on where a prompt ends.
-        marks = [(new.ends[mark.part], mark.ttl_s) for mark in new.marks]
-        for tokens, ttl_s in (*marks, (sys.maxsize, None)):
-            shortest = min(shortest, ttl_s or default)
-            kept[shortest] = tokens
-        return kept
-
-    def _left(self, placement: Placement) -> list[tuple[int, float, float]]:
-        """Return what earlier calls left of what a call shares: tokens, lifetime, last use."""
-        new, shared = placement.entry.fingerprint, placement.shared_tokens
-        left: list[tuple[int, float, float]] = []
-        for use in reversed(self._uses):
-            common = min(overlap(use.fingerprint, new).tokens, shared)
-            left += [(min(tokens, common), ttl_s, use.at) for ttl_s, tokens in use.kept.items()]
-            if common == shared:
-                return left  # It refreshed what those before it had left.
-        if placement.ancestor is not None:
-            left.append((shared, self._ttl_s, placement.ancestor.at))
-        return left
 
 
 def explain_blocks(calls: Iterable[BlockCall], ttl_s: float | None = None) -> Iterator[Explained]:

@@ -96,6 +96,8 @@ class Trait(IntFlag):
 
 
 ROLE_BITS = 0x0F
+"""Where in a part's kind its `Role` is."""
+
 # Plain integers: operators of enum classes cost a microsecond each, some hundred times a request.
 _ROLES = {role.name.lower(): int(role) for role in Role if role is not Role.OTHER}
 _OTHER, _ASSISTANT, _USER = int(Role.OTHER), int(Role.ASSISTANT), int(Role.USER)
