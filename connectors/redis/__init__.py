@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from vllm_cachescope.connectors.redis.accounts import ServerClock
 from vllm_cachescope.connectors.redis.address import parse
 from vllm_cachescope.connectors.redis.store import RedisStore, Topology
 from vllm_cachescope.shares import Shares
@@ -22,5 +23,7 @@ def stores(
         ValueError: if ``url`` is none.
     """
     address = parse(url)
-    topology = Topology(address)
-    return lambda: RedisStore(address, topology, keyspace, mark, timeout_s, clock, shares)
+    topology, server_clock = Topology(address), ServerClock()
+    return lambda: RedisStore(
+        address, topology, keyspace, mark, timeout_s, clock, shares, server_clock
+    )

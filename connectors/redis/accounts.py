@@ -22,6 +22,38 @@ SURVEY_S = 1.0
 """How often all organisations together are held to the capacity, in seconds."""
 
 
+class ServerClock:
+    """The server's clock as reckoned by ours. A tier's threads share one: were each to reckon by
+    itself, what one writes would not be in order with what another does.
+
+    Attributes:
+        ahead_s: how far it is ahead of ours, in seconds; None until it was asked.
+    """
+
+    def __init__(self) -> None:
+        self.ahead_s: float | None = None
+        self._asked_at = float("-inf")
+
+    def is_due(self, now: float) -> bool:
+        """Whether the server should be asked for its time."""
+        return now >= self._asked_at + CLOCK_S
+
+    def learn(self, server_s: float, asked: float, answered: float) -> None:
+        """Take the server's answer.
+
+        It was given between question and answer. A reckoning that agrees with that stays as it
+        is, for the order of what was written by it; else the middle is taken.
+
+        Args:
+            server_s: the server's time, in seconds.
+            asked, answered: our times before the question and after the answer, in seconds.
+        """
+        self._asked_at = answered
+        least, most = server_s - answered, server_s - asked
+        if self.ahead_s is None or not least <= self.ahead_s <= most:
+            self.ahead_s = (least + most) / 2
+
+
 class Accounts:
     """One thread's way to the accounts.
 
@@ -31,6 +63,7 @@ class Accounts:
         shares: what each organisation may have.
         keyspace: names of the entries and of the accounts.
         clock: the tier's clock.
+        server_clock: shared with the tier's other threads.
         converse: sends commands to the node that has a name, and returns the answers.
     """
 
@@ -39,14 +72,15 @@ class Accounts:
         shares: Shares,
         keyspace: Keyspace,
         clock: Callable[[], float],
+        server_clock: ServerClock,
         converse: Callable[[bytes, Sequence[bytes], float], list[Reply]],
     ) -> None:
         self._shares = shares
         self._keyspace = keyspace
         self._clock = clock
+        self._server_clock = server_clock
         self._send = converse
-        self._ahead_s = 0.0
-        self._asked_at = self._surveyed_at = float("-inf")
+        self._surveyed_at = float("-inf")
         self._refusal: str | None = None
 
     def stored(self, entries: Iterable[tuple[bytes, float]], deadline: float) -> list[bytes]:
@@ -57,10 +91,9 @@ class Accounts:
             entries: their keys, and when they expire on the tier's clock, in seconds.
             deadline: until when an answer is waited for.
         """
-        now_us = self._server_us(deadline)
-        if now_us is None:
+        if (ahead_s := self._ahead_s(deadline)) is None:
             return []
-        orgs = self._by_org(entries)
+        orgs, now_us = self._by_org(entries, ahead_s), self._server_us(ahead_s)
         commands: list[bytes] = []
         for org, members in orgs.items():
             name, last_us = self._keyspace.account(org), max(members.values())
@@ -84,10 +117,10 @@ class Accounts:
 
     def used(self, entries: Iterable[tuple[bytes, float]], deadline: float) -> None:
         """Note that entries expire later than before; those that are not counted are ignored."""
-        if self._server_us(deadline) is None:
+        if (ahead_s := self._ahead_s(deadline)) is None:
             return
         commands: list[bytes] = []
-        for org, members in self._by_org(entries).items():
+        for org, members in self._by_org(entries, ahead_s).items():
             name, last_us = self._keyspace.account(org), max(members.values())
             commands += [
                 command(b"ZADD", name, b"XX", b"GT", *_scored(members)),
@@ -107,10 +140,9 @@ class Accounts:
 
     def held(self, deadline: float) -> dict[bytes, int]:
         """Return how many entries each organisation holds, by its tag."""
-        now_us = self._server_us(deadline)
-        if now_us is None:
+        if (ahead_s := self._ahead_s(deadline)) is None:
             return {}
-        now, accounts = b"%d" % now_us, self._keyspace.accounts
+        now, accounts = b"%d" % self._server_us(ahead_s), self._keyspace.accounts
         expired = command(b"ZREMRANGEBYSCORE", accounts, b"-inf", now)
         replies = self._converse([expired, command(b"ZRANGE", accounts, b"0", b"-1")], deadline)
         orgs = replies[1] if replies and isinstance(replies[1], list) else []
@@ -146,28 +178,30 @@ class Accounts:
             gone += chosen
         return gone
 
-    def _by_org(self, entries: Iterable[tuple[bytes, float]]) -> dict[bytes, dict[bytes, int]]:
+    def _by_org(
+        self, entries: Iterable[tuple[bytes, float]], ahead_s: float
+    ) -> dict[bytes, dict[bytes, int]]:
         """Return when entries expire, in µs of the server's time, by organisation and by what
         else their keys hold; those of organisations that may hold anything are left out."""
         orgs: defaultdict[bytes, dict[bytes, int]] = defaultdict(dict)
         for key, until in entries:
             if self._shares.counts(org := org_of(key)):
-                orgs[org][key[TAG_BYTES:]] = int((until + self._ahead_s) * 1e6)
+                orgs[org][key[TAG_BYTES:]] = int((until + ahead_s) * 1e6)
         return orgs
 
-    def _server_us(self, deadline: float) -> int | None:
-        """Return the server's time, in µs of Unix time; None if it does not tell."""
-        before = self._clock()
-        if before >= self._asked_at + CLOCK_S:
+    def _ahead_s(self, deadline: float) -> float | None:
+        """Return how far the server's clock is ahead of ours, in seconds; None if it does not
+        tell."""
+        asked = self._clock()
+        if self._server_clock.is_due(asked):
             (reply,) = self._converse([command(b"TIME")], deadline) or (None,)
             if isinstance(reply, list):
                 seconds, micros = map(_number, reply)
-                self._asked_at = self._clock()
-                # It looked at its clock about half-way between question and answer.
-                self._ahead_s = seconds + micros / 1e6 - (before + self._asked_at) / 2
-        if self._asked_at == float("-inf"):
-            return None
-        return int((self._clock() + self._ahead_s) * 1e6)
+                self._server_clock.learn(seconds + micros / 1e6, asked, self._clock())
+        return self._server_clock.ahead_s
+
+    def _server_us(self, ahead_s: float) -> int:
+        return int((self._clock() + ahead_s) * 1e6)
 
     def _converse(
         self, commands: Sequence[bytes], deadline: float, name: bytes | None = None

@@ -10,7 +10,7 @@ from typing import Any
 from redis.crc import key_slot
 from redis.exceptions import RedisError
 
-from vllm_cachescope.connectors.redis.accounts import Accounts
+from vllm_cachescope.connectors.redis.accounts import Accounts, ServerClock
 from vllm_cachescope.connectors.redis.address import Address
 from vllm_cachescope.connectors.redis.channel import Channel, Refusal, Reply, command
 from vllm_cachescope.shares import SHOWN_ORGS, Shares
@@ -102,6 +102,7 @@ class RedisStore(Store):
         timeout_s: how long connecting to one node may take, in seconds.
         clock: the tier's clock.
         shares: what each organisation may have; None for anything.
+        server_clock: shared with the tier's other threads.
     """
 
     def __init__(
@@ -112,7 +113,8 @@ class RedisStore(Store):
         mark: bytes,
         timeout_s: float,
         clock: Callable[[], float],
-        shares: Shares | None = None,
+        shares: Shares | None,
+        server_clock: ServerClock,
     ) -> None:
         self.address = address.shown
         self._address = address
@@ -124,7 +126,9 @@ class RedisStore(Store):
         self._channels: dict[Node, Channel] = {}
         self._shares = shares
         self._accounts = (
-            None if shares is None else Accounts(shares, keyspace, clock, self._converse)
+            None
+            if shares is None
+            else Accounts(shares, keyspace, clock, server_clock, self._converse)
         )
         self._given_up: list[bytes] = []
 

@@ -401,13 +401,13 @@ class Keeper:
         """The request uses its first ``tokens`` tokens, of which remote tiers may hold copies."""
         if not self._remotes:
             return
-        used: list[tuple[bytes, int]] = []
+        used: list[tuple[bytes, int, int]] = []
         for _, end, key in self._chunks(request, min(tokens, prompt.plan.covered_tokens)):
             entry, span = self._ledger.get(key), prompt.plan.span_of(end)
             name = qualified(prompt.plan.owner_in(span), key)
-            used.append((name, max(span.ttl_s, entry.ttl_s) if entry else span.ttl_s))
+            used.append((name, max(span.ttl_s, entry.ttl_s) if entry else span.ttl_s, end))
         for remote in self._remotes:
-            remote.tier.used(used)
+            remote.used(request.request_id, used)
 
     def _chunks(self, request: Request, tokens: int) -> Iterator[tuple[int, int, bytes]]:
         """Yield ``(start, end, key)`` of each whole chunk in the first ``tokens`` tokens."""
@@ -450,11 +450,9 @@ class Keeper:
             if key in self._ledger and not self._ledger.is_expired(key, now):
                 self._ledger.touch(key, ttl_s, now)
 
-    def _entry_of(self, key: bytes) -> tuple[Entry, float] | None:
+    def _entry_of(self, key: bytes) -> Entry | None:
         entry = self._ledger.get(key)
-        if entry is None or entry.expires_at <= (now := self._clock()):
-            return None
-        return entry, entry.expires_at - now
+        return None if entry is None or entry.expires_at <= self._clock() else entry
 
     def _is_expired(self, key: bytes) -> bool:
         return key in self._overdue or self._ledger.is_expired(key, self._clock())

@@ -20,12 +20,12 @@ from vllm_cachescope.config import Config, Tier
 from vllm_cachescope.connectors.vllm.identity import kv_identity
 from vllm_cachescope.connectors.vllm.stores import keeps_accounts, limits_of, stores
 from vllm_cachescope.ledger import Entry
-from vllm_cachescope.owners import NOBODY
+from vllm_cachescope.owners import NOBODY, org_of
 from vllm_cachescope.pace import Pace
 from vllm_cachescope.shares import read_shares
 from vllm_cachescope.tiers.account import Account
 from vllm_cachescope.tiers.keyspace import Keyspace, qualified, secret_mark, split
-from vllm_cachescope.tiers.remote import Found, Outgoing, RemoteTier
+from vllm_cachescope.tiers.remote import Found, Outgoing, RemoteTier, expiry
 
 if TYPE_CHECKING:
     from vllm.v1.kv_offload.base import OffloadingSpec
@@ -62,7 +62,7 @@ class RemoteTierManager(SecondaryTierManager):
         self.name = settings.name
         self._memory = primary_kv_view.cast("B")
         keyspace = Keyspace(kv_identity(model, offloading_spec.config))
-        shares = read_shares(config, settings.name, self._block_size_bytes)
+        self._shares = shares = read_shares(config, settings.name, self._block_size_bytes)
         self.tier = RemoteTier(
             settings.name,
             stores(
@@ -80,7 +80,9 @@ class RemoteTierManager(SecondaryTierManager):
             None if shares is None or keeps_accounts(settings) else Account(shares),
         )
         self._pace, self._tokens_per_key = Pace(), 0.0
-        self._entry_of: Callable[[bytes], tuple[Entry, float] | None] = lambda key: None
+        # When the requests that may still store something used their prompts last.
+        self._used_at: dict[str, float] = {}
+        self._entry_of: Callable[[bytes], Entry | None] = lambda key: None
         self._owner_of: Callable[[OffloadKey, ReqContext], bytes] = lambda key, context: NOBODY
         self._on_loaded: Callable[[str, str, Iterable[tuple[bytes, int]]], None] = (
             lambda name, request_id, loaded: None
@@ -89,15 +91,14 @@ class RemoteTierManager(SecondaryTierManager):
 
     def bind(
         self,
-        entry_of: Callable[[bytes], tuple[Entry, float] | None],
+        entry_of: Callable[[bytes], Entry | None],
         owner_of: Callable[[OffloadKey, ReqContext], bytes],
         on_loaded: Callable[[str, str, Iterable[tuple[bytes, int]]], None],
     ) -> None:
         """Connect the tier to what the engine knows of its blocks.
 
         Args:
-            entry_of: returns the entry of a key and the seconds it has left unless it is used;
-                None if it must not be stored (any more).
+            entry_of: returns the entry of a key; None if it must not be stored (any more).
             owner_of: returns whose a key is that a request asks for.
             on_loaded: called with the tier's name, a request's id and the keys that were loaded
                 for it, each with its TTL class in seconds.
@@ -114,6 +115,7 @@ class RemoteTierManager(SecondaryTierManager):
         self._pace, self._tokens_per_key = pace, tokens_per_key
 
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
+        self._used_at[req_context.req_id] = time.monotonic()
         return RequestOffloadingContext()
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
@@ -126,16 +128,44 @@ class RemoteTierManager(SecondaryTierManager):
         worth_s = self._pace.seconds(int(len(keys) * self._tokens_per_key))
         self.tier.load(job.job_id, job.req_context.req_id, keys, slots, worth_s)
 
+    def used(self, request_id: str, keys: Iterable[tuple[bytes, int, int]]) -> None:
+        """A request uses its prompt now.
+
+        Args:
+            request_id: the request.
+            keys: keys the tier may hold, each with its lifetime in seconds and where its chunk
+                ends in the prompt, in tokens.
+        """
+        now = time.monotonic()
+        # One that vLLM has done with stores nothing any more.
+        if request_id in self._used_at:
+            self._used_at[request_id] = now
+        self.tier.used((key, expiry(now, ttl_s, end)) for key, ttl_s, end in keys)
+
     def submit_store(self, job_metadata: TransferJob) -> None:
         job = job_metadata
-        now = time.monotonic()
-        blocks = []
+        used_at = self._used_at.get(job.req_context.req_id, time.monotonic())
+        blocks: list[Outgoing] = []
+        beyond: list[bytes] = []
         for key, chunk in zip(job.keys, job.chunk_ids, strict=True):
-            if (found := self._entry_of(key)) is not None:
-                entry, left_s = found
-                name, slot = qualified(entry.owner, key), self._slot(chunk)
-                blocks.append(Outgoing(name, slot, entry.ttl_s, now + left_s))
-        self.tier.store(job.job_id, blocks, len(blocks) == len(job.keys))
+            if (entry := self._entry_of(key)) is None:
+                continue
+            name = qualified(entry.owner, key)
+            end = job.req_context.get_offload_key_position(key) or 0
+            if self._is_beyond_quota(name, end):
+                beyond.append(name)
+            else:
+                expires_at = expiry(used_at, entry.ttl_s, end)
+                blocks.append(Outgoing(name, self._slot(chunk), entry.ttl_s, expires_at))
+        self.tier.left_out(beyond)
+        self.tier.store(job.job_id, blocks, len(blocks) + len(beyond) == len(job.keys))
+
+    def _is_beyond_quota(self, name: bytes, end: int) -> bool:
+        """Whether a chunk that ends there would be the first to go, were it stored: its
+        organisation may hold less than the prompt up to there."""
+        if self._shares is None or not self._tokens_per_key:
+            return False
+        return self._shares.over(org_of(name), int(end / self._tokens_per_key)) > 0
 
     def get_finished_jobs(self) -> Iterable[JobResult]:
         results = []
@@ -155,6 +185,7 @@ class RemoteTierManager(SecondaryTierManager):
         return results
 
     def on_request_finished(self, req_context: ReqContext) -> None:
+        self._used_at.pop(req_context.req_id, None)
         self.tier.forget(req_context.req_id)
 
     def on_schedule_end(self, context: ScheduleEndContext) -> None:

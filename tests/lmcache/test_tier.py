@@ -77,7 +77,8 @@ def test_an_entry_lives_for_its_lifetime_after_its_last_use(place, start_side, w
     side.put(keys(4), ttl_s=300)
     wall.advance(200)
     # Used in memory: the store hears of it. A shorter lifetime takes nothing away.
-    side.tier.used([(keys(4)[0], 300), (keys(4)[1], 3600), (keys(4)[2], 30)])
+    for key, ttl_s in zip(keys(4), (300, 3600, 30), strict=False):
+        side.use([key], ttl_s)
     other = start_side(place.adapter)
     wait_until(lambda: _left_s(other, keys(4)[1], wall) > 3500)
     wait_until(lambda: _left_s(other, keys(4)[0], wall) > 290)
@@ -110,11 +111,11 @@ def test_an_entry_in_constant_use_is_not_written_all_the_time(place, start_side,
     (record,) = place.records()
     written = place.get(record)
     wall.advance(10)
-    side.tier.used([(keys(1)[0], 300)])
+    side.use(keys(1)[:1])
     leave_a_moment()
     assert place.get(record) == written
     wall.advance(10)
-    side.tier.used([(keys(1)[0], 300)])
+    side.use(keys(1)[:1])
     wait_until(lambda: place.records() and place.get(record) != written)
     (value,) = place.values()
     assert len(place.get(value)) > SLOT
@@ -153,7 +154,7 @@ def test_another_engine_may_have_let_an_entry_live_on(place, start_side, wall):
     side.put(keys(2))
     other.find(keys(2))
     wall.advance(200)
-    other.tier.used([(keys(2)[0], 300)])
+    other.use(keys(2)[:1])
     third = start_side(place.adapter)
     wait_until(lambda: _left_s(third, keys(2)[0], wall) > 290)
     wall.advance(150)
@@ -225,7 +226,7 @@ def test_over_its_quota_an_organisation_loses_its_own_oldest(place, start_side):
     assert side.tier.take_counts()["evict", "quota"] == 20
     wait_until(lambda: len(place.values()) == len(place.records()) == 35)
     # What is used is not the oldest.
-    side.tier.used([(key, 300) for key in prompt(ACME, 4)])
+    side.use(prompt(ACME, 4))
     side.put(prompt(ACME, 8))
     assert left(ACME) == [4, 6, 7, 8]
 

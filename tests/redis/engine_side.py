@@ -11,7 +11,7 @@ from vllm_cachescope.owners import NOBODY
 from vllm_cachescope.shares import Shares
 from vllm_cachescope.tiers.account import Account
 from vllm_cachescope.tiers.keyspace import Keyspace, qualified, secret_mark
-from vllm_cachescope.tiers.remote import Finished, Found, Limits, Outgoing, RemoteTier
+from vllm_cachescope.tiers.remote import Finished, Found, Limits, Outgoing, RemoteTier, expiry
 from vllm_cachescope.tiers.store import Store
 
 SLOT = 256 << 10
@@ -25,6 +25,8 @@ LIMITS = Limits(
     first_probe_s=0.05,
     longest_probe_s=0.2,
 )
+TOKENS = 16
+"""Tokens per block."""
 SECRET = b"a secret of the tests"
 SLACK_S = 0.25
 """What the machine may add to a deadline while others use it."""
@@ -100,17 +102,46 @@ class EngineSide:
         """Return the name of a key in the store."""
         return self.keyspace.name(key)
 
-    def put(self, keys: list[bytes], ttl_s: int = 300, wait: bool = True) -> int:
-        """Store `content` under each key; return the job's number."""
+    def put(
+        self,
+        keys: list[bytes],
+        ttl_s: int = 300,
+        wait: bool = True,
+        used_at: float | None = None,
+        behind: int = 0,
+    ) -> int:
+        """Store `content` under each key; return the job's number.
+
+        Args:
+            keys: blocks of one prompt, in order.
+            ttl_s: their lifetime, in seconds.
+            wait: whether to wait until they are stored.
+            used_at: since when the prompt is used, on the tier's clock; None for now.
+            behind: how many blocks of the prompt come before them.
+        """
         for i, key in enumerate(keys):
             self.slot(i)[:] = content(key)
-        expires_at = time.monotonic() + ttl_s
-        blocks = [Outgoing(key, self.slot(i), ttl_s, expires_at) for i, key in enumerate(keys)]
+        untils = self._untils(len(keys), ttl_s, used_at, behind)
+        blocks = [
+            Outgoing(key, self.slot(i), ttl_s, until)
+            for i, (key, until) in enumerate(zip(keys, untils, strict=True))
+        ]
         self._jobs += 1
         self.tier.store(self._jobs, blocks)
         if wait:
             self.step_until(self._jobs)
         return self._jobs
+
+    def use(self, keys: list[bytes], ttl_s: int = 300) -> None:
+        """Use the blocks of a prompt, which begins with them."""
+        self.tier.used(zip(keys, self._untils(len(keys), ttl_s), strict=True))
+
+    @staticmethod
+    def _untils(
+        count: int, ttl_s: int, used_at: float | None = None, behind: int = 0
+    ) -> list[float]:
+        since = time.monotonic() if used_at is None else used_at
+        return [expiry(since, ttl_s, (behind + i + 1) * TOKENS) for i in range(count)]
 
     def find(self, keys: list[bytes]) -> tuple[str, list[bytes], float]:
         """Ask for keys as the scheduler does; return the request, the hits and the seconds."""

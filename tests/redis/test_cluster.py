@@ -26,7 +26,7 @@ def test_blocks_spread_over_the_nodes(nodes, side, start_engine_side):
 
 def test_lifetimes_and_deletions(nodes, side):
     side.put(keys(20), ttl_s=300)
-    side.tier.used([(key, 3600) for key in keys(20)])
+    side.use(keys(20), 3600)
     client = redis.RedisCluster("127.0.0.1", nodes[0].port)
     wait_until(lambda: all(client.pttl(side.name(key)) > 3_500_000 for key in keys(20)))
     client.set(side.name(keys(20)[3]), b"damaged", ex=100)

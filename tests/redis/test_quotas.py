@@ -8,6 +8,7 @@ import redis
 from tests.redis.engine_side import SECRET, SLOT, EngineSide, keys
 from tests.redis.servers import wait_until
 from vllm_cachescope.config import Share
+from vllm_cachescope.connectors.redis.accounts import CLOCK_S, ServerClock
 from vllm_cachescope.owners import NOBODY, Owners
 from vllm_cachescope.scopes import Caller
 from vllm_cachescope.shares import Shares
@@ -61,7 +62,7 @@ def test_a_prompt_loses_its_end_before_its_beginning(server, start_engine_side, 
         side.put(mine(ACME, i))
     if used:
         for i in range(4):
-            side.tier.used([(key, 600) for key in mine(ACME, i)])
+            side.use(mine(ACME, i), 600)
         soonest = (account(side, ACME), 0, 0)
         ahead_us = 1e6 * (time.time() + 500)
         wait_until(lambda: server.client.zrange(*soonest, withscores=True)[0][1] > ahead_us)
@@ -71,12 +72,43 @@ def test_a_prompt_loses_its_end_before_its_beginning(server, start_engine_side, 
     assert sum(map(len, left)) == 17
 
 
+@pytest.mark.parametrize("counted", ["there", "here"])
+def test_a_prompt_stored_in_parts_keeps_its_beginning(server, start_engine_side, counted):
+    """Each step of a long prefill stores what it has computed."""
+    how = {"shares": QUOTA} if counted == "there" else {"account": Account(QUOTA)}
+    side = start_engine_side(server.url, **how)
+    for i in range(2):
+        side.put(mine(ACME, i))
+    prompt, used_at = mine(ACME, 9, 32), time.monotonic()
+    for first in range(0, 32, 4):
+        side.put(prompt[first : first + 4], used_at=used_at, behind=first)
+    assert set(side.get(prompt).keys) == set(prompt[:20])
+    assert held(side, ACME, range(2)) == []
+
+
+def test_the_servers_clock_is_reckoned_anew_only_where_that_was_wrong():
+    clock = ServerClock()
+    assert clock.ahead_s is None and clock.is_due(0)
+    # Answers that took long say little, and do not contradict.
+    for server_s, asked, answered, ahead_s in (
+        (1000.4, 0, 1, 999.9),
+        (1021.2, 21.1, 21.5, 999.9),
+        (1042.9, 42, 44, 999.9),
+        (1064.2, 64.1, 64.1, 1000.1),
+        (1084.0, 85.0, 85.2, 998.9),
+    ):
+        assert clock.is_due(asked)
+        clock.learn(server_s, asked, answered)
+        assert clock.ahead_s == pytest.approx(ahead_s)
+        assert not clock.is_due(answered + CLOCK_S - 1)
+
+
 def test_what_is_used_is_not_the_oldest(server, start_engine_side):
     a, b = (start_engine_side(server.url, shares=QUOTA) for _ in range(2))
     for i in range(4):
         a.put(mine(ACME, i), ttl_s=300)
     scores = dict(server.client.zrange(account(a, ACME), 0, -1, withscores=True))
-    b.tier.used([(key, 600) for key in mine(ACME, 0)])
+    b.use(mine(ACME, 0), 600)
     wait_until(
         lambda: (
             sum(
@@ -95,7 +127,7 @@ def test_what_is_used_is_not_the_oldest(server, start_engine_side):
 
 def test_a_use_of_what_is_not_there_counts_for_nothing(server, start_engine_side):
     side = start_engine_side(server.url, shares=QUOTA)
-    side.tier.used([(key, 300) for key in mine(ACME, 0)])
+    side.use(mine(ACME, 0))
     side.put(mine(ZETA, 0))
     assert not server.client.exists(account(side, ACME))
     assert server.client.zcard(side.keyspace.accounts) == 1

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.engine.engine import BLOCK, OWNERS, Ask, draw_tokens, plan, sealed
+from tests.engine.engine import BLOCK, BLOCK_BYTES, OWNERS, Ask, draw_tokens, plan, sealed
 from tests.redis.pair import GREEDY, GREEDY_BLOCKS, Pair, ask, running_pair
 from tests.redis.replica import Replica
 from tests.redis.servers import wait_until
@@ -254,6 +254,26 @@ def test_engines_share_a_quota(pair):
         assert answer.tokens == reference(pair.b, floods[i])
     (answer,) = pair.b.run(ask(quiet))
     assert answer.outcome("read_redis") == 4 * BLOCK
+
+
+def test_of_a_prompt_longer_than_its_quota_the_beginning_is_kept(pair):
+    """It is computed, and stored, in many steps; what would have to go at once is not stored."""
+    quiet, _ = computed_by_a(pair, 17, blocks=4)
+    tokens = draw_tokens(random.Random(30), 3 * GREEDY_BLOCKS * BLOCK + 1)
+    pair.a.run(ask(draw_tokens(random.Random(31), 3 * BLOCK + 1), org=GREEDY))
+    wait_until(lambda: len(pair.names()) == 4 + 3)
+    sent = pair.server.client.info()["total_net_input_bytes"]
+    pair.a.run(ask(tokens, org=GREEDY))
+    for engine in (pair.a, pair.b):
+        engine.call("empty")
+    (answer,) = pair.b.run(ask(tokens, org=GREEDY))
+    assert answer.outcome("read_redis") == GREEDY_BLOCKS * BLOCK
+    assert answer.tokens == reference(pair.b, tokens)
+    (answer,) = pair.b.run(ask(quiet))
+    assert answer.outcome("read_redis") == 4 * BLOCK
+    assert len(pair.names()) == 4 + GREEDY_BLOCKS
+    sent = pair.server.client.info()["total_net_input_bytes"] - sent
+    assert GREEDY_BLOCKS <= sent / BLOCK_BYTES < GREEDY_BLOCKS + 1
 
 
 @pytest.mark.parametrize(

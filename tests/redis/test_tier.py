@@ -64,18 +64,18 @@ def test_a_use_lets_a_value_live_on_without_writing_it_again(server, start_engin
     a.put([key], ttl_s=300)
     server.client.pexpire(a.name(key), 60_000)
     written = server.client.info()["total_net_input_bytes"]
-    b.tier.used([(key, 300)])
+    b.use([key])
     wait_until(lambda: server.client.pttl(a.name(key)) > 290_000)
     assert server.client.info()["total_net_input_bytes"] - written < SLOT
     # A use with a shorter lifetime takes nothing away.
-    a.tier.used([(key, 10)])
-    a.tier.used([(key, 301)])
+    a.use([key], 10)
+    a.use([key], 301)
     wait_until(lambda: server.client.pttl(a.name(key)) > 300_000)
 
 
 def test_a_use_of_what_is_not_there_leaves_nothing_behind(server, start_engine_side):
     side = start_engine_side(server.url)
-    side.tier.used([(key, 300) for key in keys(5)])
+    side.use(keys(5))
     side.put(keys(1, "later"))
     assert set(server.client.keys()) == {side.keyspace.handshake, side.name(keys(1, "later")[0])}
 
@@ -221,7 +221,7 @@ def test_the_scheduler_is_never_kept_waiting(server, start_engine_side):
     for i in range(50):
         side.tier.seek(f"x{i}", keys(1)[0])
         side.tier.flush()
-        side.tier.used([(key, 300) for key in keys(10)])
+        side.use(keys(10))
         side.put(keys(2, f"{i}"), wait=False)
         side.tier.finished()
     assert time.monotonic() - started < 10

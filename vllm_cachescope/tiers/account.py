@@ -1,19 +1,16 @@
 """What one engine has stored in a tier, where the store itself keeps no account of whose it is."""
 
+import heapq
 import threading
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 
-from vllm_cachescope.eviction import LifetimeShare
-from vllm_cachescope.ledger import Ledger
-from vllm_cachescope.owners import NOBODY, org_of
+from vllm_cachescope.owners import org_of
 from vllm_cachescope.shares import SHOWN_ORGS, Shares
-
-_TIER = "here"
 
 
 class Account:
-    """Knows which entries are too many. Safe for all threads.
+    """Knows which entries are too many: those that expire first. Safe for all threads.
 
     It counts what this engine has stored and what has not expired since it used it last. What
     other engines have stored it does not know, nor what this one stored before it was restarted.
@@ -24,60 +21,134 @@ class Account:
 
     def __init__(self, shares: Shares) -> None:
         self._shares = shares
-        self._ledger = Ledger()
-        self._order = LifetimeShare(shares.reserve)
-        self._ledger.follow(_TIER, self._order)
+        self._orgs: defaultdict[bytes, _Holding] = defaultdict(_Holding)
         self._lock = threading.Lock()
 
-    def stored(self, keys: Sequence[tuple[bytes, int]], now: float) -> list[bytes]:
-        """Count entries that were stored; return those that must go, oldest first, which are
-        counted no longer.
+    def stored(self, entries: Iterable[tuple[bytes, float]], now: float) -> list[bytes]:
+        """Count entries that were stored; return the keys of those that must go, the first to
+        expire first, which are counted no longer.
 
         Args:
-            keys: their keys (see `keyspace.qualified`) in prompt order, each with its lifetime in
-                seconds.
+            entries: their keys (see `keyspace.qualified`), each with when it expires, in seconds.
             now: current time in seconds.
         """
         with self._lock:
-            self._ledger.pop_expired(now)
             orgs = set()
-            for key, ttl_s in reversed(keys):
-                self._ledger.touch(key, ttl_s, now, key[: len(NOBODY)])
-                self._ledger.place(key, _TIER)
+            for key, until in entries:
+                self._orgs[org_of(key)].keep(key, until)
                 orgs.add(org_of(key))
+            self._drop_expired(now)
             gone: list[bytes] = []
-            for org in orgs:
-                over = self._shares.over(org, self._order.held(org))
-                gone += self._give_up(self._order.victims_of(org, over, now, lambda key: False))
-            if self._shares.capacity is not None:
-                over = max(0, len(self._order) - self._shares.capacity)
-                gone += self._give_up(self._order.victims(over, now, lambda key: False) or [])
-            return gone
+            for org in orgs & self._orgs.keys():
+                held = self._orgs[org]
+                gone += [held.pop() for _ in range(self._shares.over(org, len(held)))]
+            return gone + self._over_capacity()
 
-    def used(self, keys: Sequence[bytes], now: float) -> None:
-        """Note that entries were used, those to be kept longest first; one that is not counted is
-        ignored."""
+    def used(self, entries: Iterable[tuple[bytes, float]]) -> None:
+        """Note until when entries live on; one that is not counted is ignored."""
         with self._lock:
-            self._ledger.pop_expired(now)
-            for key in reversed(keys):
-                if (entry := self._ledger.get(key)) is not None:
-                    self._ledger.touch(key, entry.ttl_s, now)
+            for key, until in entries:
+                held = self._orgs.get(org_of(key))
+                if held is not None and key in held:
+                    held.keep(key, until)
 
     def purged(self, prefix: bytes) -> None:
         """Note that the entries whose owner begins with ``prefix`` are gone."""
         with self._lock:
-            self._ledger.purge(prefix)
+            for held in self._orgs.values():
+                held.purge(prefix)
 
-    def shown(self) -> dict[str, int]:
-        """Return the bytes of the organisations that hold most, by their tags in hex."""
+    def shown(self, now: float) -> dict[str, int]:
+        """Return the bytes of the organisations that hold most, by their tags in hex.
+
+        Args:
+            now: current time in seconds.
+        """
         with self._lock:
-            held = Counter(self._ledger.held(_TIER))
+            self._drop_expired(now)
+            held = Counter({org: len(entries) for org, entries in self._orgs.items()})
         return {
             org.hex(): entries * self._shares.entry_bytes
             for org, entries in held.most_common(SHOWN_ORGS)
         }
 
-    def _give_up(self, keys: list[bytes]) -> list[bytes]:
-        for key in keys:
-            self._ledger.displace(key, _TIER)
-        return keys
+    def _drop_expired(self, now: float) -> None:
+        for org, held in list(self._orgs.items()):
+            while (first := held.first()) is not None and first <= now:
+                held.pop()
+            if not held:
+                del self._orgs[org]
+
+    def _over_capacity(self) -> list[bytes]:
+        """Give up what organisations hold too much together: the first to expire of those that
+        hold more than their reserve, and of the others if that is not enough."""
+        gone: list[bytes] = []
+        if self._shares.capacity is None:
+            return gone
+        over = sum(map(len, self._orgs.values())) - self._shares.capacity
+        for spared in (False, True):
+            firsts = [
+                (first, org)
+                for org, held in self._orgs.items()
+                if over > 0 and (first := self._first(org, spared)) is not None
+            ]
+            heapq.heapify(firsts)
+            while firsts and len(gone) < over:
+                _, org = firsts[0]
+                gone.append(self._orgs[org].pop())
+                if (first := self._first(org, spared)) is None:
+                    heapq.heappop(firsts)
+                else:
+                    heapq.heapreplace(firsts, (first, org))
+        return gone
+
+    def _first(self, org: bytes, spared: bool) -> float | None:
+        """Return when the first entry of an organisation expires that may go."""
+        held = self._orgs[org]
+        return held.first() if spared or len(held) > self._shares.reserve(org) else None
+
+
+class _Holding:
+    """What one organisation holds, in the order in which it expires."""
+
+    def __init__(self) -> None:
+        self._until: dict[bytes, float] = {}
+        # What was used has an earlier time there as well, which no longer counts.
+        self._heap: list[tuple[float, bytes]] = []
+
+    def __len__(self) -> int:
+        return len(self._until)
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._until
+
+    def keep(self, key: bytes, until: float) -> None:
+        """Hold ``key`` until a time, if not for longer already."""
+        if until <= self._until.get(key, float("-inf")):
+            return
+        self._until[key] = until
+        heapq.heappush(self._heap, (until, key))
+        if len(self._heap) > 2 * len(self._until) + 16:
+            self._tidy()
+
+    def first(self) -> float | None:
+        """Return when the first one expires; None if there is none."""
+        while self._heap and self._until.get(self._heap[0][1]) != self._heap[0][0]:
+            heapq.heappop(self._heap)
+        return self._heap[0][0] if self._heap else None
+
+    def pop(self) -> bytes:
+        """Let go of the first one to expire."""
+        self.first()
+        _, key = heapq.heappop(self._heap)
+        del self._until[key]
+        return key
+
+    def purge(self, prefix: bytes) -> None:
+        """Let go of all whose key begins with ``prefix``."""
+        self._until = {k: until for k, until in self._until.items() if not k.startswith(prefix)}
+        self._tidy()
+
+    def _tidy(self) -> None:
+        self._heap = [(until, key) for key, until in self._until.items()]
+        heapq.heapify(self._heap)

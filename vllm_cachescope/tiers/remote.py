@@ -52,9 +52,9 @@ WRITE_BATCH_BYTES = 8 << 20
 """What a thread stores at once: so much that the pauses between batches, in which the answers are
 waited for and the next batch's checksums are made, hardly count."""
 
-STAGGER_S = 4e-6
-"""How much sooner a block expires than the one before it in its prompt, in seconds: where something
-must go, a prefix loses its end before its beginning."""
+STAGGER_S = 2.5e-7
+"""How much sooner a block expires for each token that comes before its end in the prompt, in
+seconds: 50 ms at 200,000 tokens."""
 
 
 class Found(Enum):
@@ -63,6 +63,20 @@ class Found(Enum):
     HIT = "hit"
     MISS = "miss"
     RETRY = "retry"
+
+
+def expiry(used_at: float, ttl_s: int, end: int) -> float:
+    """Return when a block of a prompt expires.
+
+    All blocks of a prompt count from the same use, whenever they are stored, and the later ones
+    expire a little sooner: where something must go, a prefix loses its end before its beginning.
+
+    Args:
+        used_at: when a request began to use the prompt, or ended, in seconds.
+        ttl_s: the block's lifetime, in seconds.
+        end: where the block ends in the prompt, in tokens.
+    """
+    return used_at + ttl_s - end * STAGGER_S
 
 
 _FATES = {Written.REFUSED: Fate.REFUSED, Written.EXPIRED: Fate.GONE}
@@ -126,7 +140,8 @@ class Outgoing:
         key: owner, block hash and group; see `keyspace.qualified`.
         slot: its bytes, which stay as they are until the store has finished.
         ttl_s: its lifetime class, in seconds.
-        expires_at: when it expires unless it is used, on the tier's clock, in seconds.
+        expires_at: when it expires unless it is used, on the tier's clock, in seconds; see
+            `expiry`.
     """
 
     key: bytes
@@ -410,15 +425,12 @@ class RemoteTier:
         foreign = self._foreign
         return EngineCause.HASH_SETTINGS_DIFFER if foreign else EngineCause.TIER_UNAVAILABLE
 
-    def used(self, keys: Iterable[tuple[bytes, int]]) -> None:
-        """Each key was used just now and lives on for its lifetime (seconds), where the store
-        holds it. The keys are a prompt's, in order."""
+    def used(self, keys: Iterable[tuple[bytes, float]]) -> None:
+        """Each key was used and lives on until a time (see `expiry`), where the store holds it."""
         if not self.usable:
             return
-        now = self._clock()
         with self._lock:
-            for place, (key, ttl_s) in enumerate(keys):
-                expires_at = now + ttl_s - place * STAGGER_S
+            for key, expires_at in keys:
                 self._uses[key] = max(expires_at, self._uses.get(key, 0.0))
             self._to_ask.notify()
 
@@ -496,6 +508,10 @@ class RemoteTier:
             self._stores.append(store)
             self._to_store.notify()
 
+    def left_out(self, keys: Iterable[bytes]) -> None:
+        """Keys of a prompt that is longer than its organisation's quota are not to be stored."""
+        self._whereabouts.note(keys, Fate.CUT)
+
     def purge(self, prefix: bytes) -> Purge:
         """Begin to delete every entry whose key begins with ``prefix``. Until that is over, they
         are misses, and none that was to be stored is stored any more."""
@@ -570,7 +586,7 @@ class RemoteTier:
             "loading_bytes": self._loading_bytes,
             "storing_bytes": self._storing_bytes,
             **self._known,
-            **({} if self._account is None else {"orgs": self._account.shown()}),
+            **({} if self._account is None else {"orgs": self._account.shown(self._clock())}),
         }
 
     # The thread that asks.
@@ -600,9 +616,7 @@ class RemoteTier:
                 if uses:
                     store.refresh(list(uses.items()), self._clock() + self._limits.timeout_s)
                     if self._account is not None:
-                        # Of several prompts perhaps: by when they expire, the latest use first.
-                        latest = sorted(uses, key=uses.__getitem__, reverse=True)
-                        self._account.used(latest, self._clock())
+                        self._account.used(uses.items())
                 self._count("reclaim", "expired", store.take_reclaimed())
             except StoreUnfit as error:
                 self._foreign = isinstance(error, ForeignSecret)
@@ -776,9 +790,9 @@ class RemoteTier:
             with self._lock:
                 if not self._stores:
                     continue
-                job, first, blocks = self._take_store()
+                job, blocks = self._take_store()
             try:
-                self._put(store, job, first, blocks)
+                self._put(store, job, blocks)
             finally:
                 self._batch_over()
         store.close()
@@ -800,16 +814,16 @@ class RemoteTier:
                 self._purges.remove(purge)
             purge.over = True
 
-    def _take_store(self) -> tuple[_Store, int, Sequence[Outgoing]]:
+    def _take_store(self) -> tuple[_Store, Sequence[Outgoing]]:
         job = self._stores[0]
         first = job.taken
         job.taken = min(len(job.blocks), first + max(1, WRITE_BATCH_BYTES // self._slot_bytes))
         if job.taken == len(job.blocks):
             self._stores.popleft()
         self._batches += 1
-        return job, first, job.blocks[first : job.taken]
+        return job, job.blocks[first : job.taken]
 
-    def _put(self, store: Store, job: _Store, first: int, blocks: Sequence[Outgoing]) -> None:
+    def _put(self, store: Store, job: _Store, blocks: Sequence[Outgoing]) -> None:
         outcomes: Counter[tuple[str, str]] = Counter()
         written: list[Written] = []
         fates: defaultdict[Fate, list[bytes]] = defaultdict(list)
@@ -819,9 +833,9 @@ class RemoteTier:
                     block.key,
                     envelope.header(block.key, block.slot, envelope.Lifetime(block.ttl_s)),
                     block.slot,
-                    block.expires_at - place * STAGGER_S,
+                    block.expires_at,
                 )
-                for place, block in enumerate(blocks, first)
+                for block in blocks
             ]
             written = store.write(values, self._clock() + self._limits.timeout_s)
             self._keep_quotas(store, blocks, written)
@@ -862,15 +876,14 @@ class RemoteTier:
     ) -> None:
         gone = store.take_given_up()
         if self._account is not None:
-            now = self._clock()
             stored = [
-                (block.key, block.ttl_s)
+                (block.key, block.expires_at)
                 for block, result in zip(blocks, written, strict=True)
                 if result is Written.STORED
             ]
-            mine = self._account.stored(stored, now)
+            mine = self._account.stored(stored, self._clock())
             if mine:
-                store.delete(mine, now + self._limits.timeout_s)
+                store.delete(mine, self._clock() + self._limits.timeout_s)
                 gone += mine
         self._whereabouts.note(gone, Fate.CUT)
         self._count("evict", "quota", len(gone))
