@@ -74,6 +74,13 @@ class Plan:
         """How many leading tokens a breakpoint covers."""
         return max((span.end for span in self.spans if span.covered), default=0)
 
+    def own_start(self, block_end: int) -> int:
+        """Return where the part of the prompt begins that counts towards the same organisation as
+        a block does, in tokens: what everyone shares comes before what is anyone's."""
+        if self.span_of(block_end).scope is Scope.GLOBAL:
+            return 0
+        return max((span.end for span in self.spans if span.scope is Scope.GLOBAL), default=0)
+
     def ranges(self, block_size: int) -> Iterator[tuple[int, int, Span]]:
         """Yield ``(start, end, span)`` in tokens, cut where blocks are: a block that straddles
         two spans belongs to the later one. The last range ends where the prompt ends."""

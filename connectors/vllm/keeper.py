@@ -135,7 +135,7 @@ class Keeper:
         )
         self._remotes = remote_tiers(manager)
         for remote in self._remotes:
-            remote.bind(self._entry_of, self._owner_of, self._promoted)
+            remote.bind(self._plan_of, self._entry_of, self._owner_of, self._promoted)
         self._prompts: dict[str, Prompt] = {}
         # Prompts that are over and whose last blocks vLLM is about to store.
         self._leaving: dict[str, Prompt] = {}
@@ -450,6 +450,10 @@ class Keeper:
             if key in self._ledger and not self._ledger.is_expired(key, now):
                 self._ledger.touch(key, ttl_s, now)
 
+    def _plan_of(self, request_id: str) -> Plan | None:
+        prompt = self._prompts.get(request_id)
+        return None if prompt is None else prompt.plan
+
     def _entry_of(self, key: bytes) -> Entry | None:
         entry = self._ledger.get(key)
         return None if entry is None or entry.expires_at <= self._clock() else entry
@@ -467,8 +471,9 @@ class Keeper:
         prompt, end = self._place(key, context)
         if prompt is None or (shares := self._shares.get(CPU)) is None:
             return prompt is not None and prompt.is_purged(end)
-        per_chunk = self._layout.blocks_per_chunk
-        chunks = sum(end // (size * per_chunk) for _, size in self._layout.groups)
+        start, per_chunk = prompt.plan.own_start(end), self._layout.blocks_per_chunk
+        sizes = [size * per_chunk for _, size in self._layout.groups]
+        chunks = sum(end // size - start // size for size in sizes)
         org = org_of(prompt.plan.owner_of(end))
         return prompt.is_purged(end) or shares.over(org, chunks) > 0
 

@@ -3,6 +3,7 @@
 import random
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vllm.v1.kv_offload.base import (
@@ -22,6 +23,7 @@ from vllm_cachescope.connectors.vllm.stores import keeps_accounts, limits_of, st
 from vllm_cachescope.ledger import Entry
 from vllm_cachescope.owners import NOBODY, org_of
 from vllm_cachescope.pace import Pace
+from vllm_cachescope.plan import Plan
 from vllm_cachescope.shares import read_shares
 from vllm_cachescope.tiers.account import Account
 from vllm_cachescope.tiers.keyspace import Keyspace, qualified, secret_mark, split
@@ -35,6 +37,19 @@ _RESULTS = {
     Found.MISS: LookupResult.MISS,
     Found.RETRY: LookupResult.RETRY,
 }
+
+
+@dataclass(slots=True)
+class _Use:
+    """A request that may still store something.
+
+    Attributes:
+        at: when it used its prompt last, on the tier's clock, in seconds.
+        plan: its plan; None if it has none.
+    """
+
+    at: float
+    plan: Plan | None
 
 
 class RemoteTierManager(SecondaryTierManager):
@@ -80,8 +95,8 @@ class RemoteTierManager(SecondaryTierManager):
             None if shares is None or keeps_accounts(settings) else Account(shares),
         )
         self._pace, self._tokens_per_key = Pace(), 0.0
-        # When the requests that may still store something used their prompts last.
-        self._used_at: dict[str, float] = {}
+        self._uses: dict[str, _Use] = {}
+        self._plan_of: Callable[[str], Plan | None] = lambda request_id: None
         self._entry_of: Callable[[bytes], Entry | None] = lambda key: None
         self._owner_of: Callable[[OffloadKey, ReqContext], bytes] = lambda key, context: NOBODY
         self._on_loaded: Callable[[str, str, Iterable[tuple[bytes, int]]], None] = (
@@ -91,6 +106,7 @@ class RemoteTierManager(SecondaryTierManager):
 
     def bind(
         self,
+        plan_of: Callable[[str], Plan | None],
         entry_of: Callable[[bytes], Entry | None],
         owner_of: Callable[[OffloadKey, ReqContext], bytes],
         on_loaded: Callable[[str, str, Iterable[tuple[bytes, int]]], None],
@@ -98,12 +114,14 @@ class RemoteTierManager(SecondaryTierManager):
         """Connect the tier to what the engine knows of its blocks.
 
         Args:
+            plan_of: returns the plan of a request that has come in; None if it has none.
             entry_of: returns the entry of a key; None if it must not be stored (any more).
             owner_of: returns whose a key is that a request asks for.
             on_loaded: called with the tier's name, a request's id and the keys that were loaded
                 for it, each with its TTL class in seconds.
         """
-        self._entry_of, self._owner_of, self._on_loaded = entry_of, owner_of, on_loaded
+        self._plan_of, self._entry_of = plan_of, entry_of
+        self._owner_of, self._on_loaded = owner_of, on_loaded
 
     def follow(self, pace: Pace, tokens_per_key: float) -> None:
         """Let a request wait the longer, the longer computing would take.
@@ -115,7 +133,7 @@ class RemoteTierManager(SecondaryTierManager):
         self._pace, self._tokens_per_key = pace, tokens_per_key
 
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
-        self._used_at[req_context.req_id] = time.monotonic()
+        self._uses[req_context.req_id] = self._begun(req_context)
         return RequestOffloadingContext()
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
@@ -137,14 +155,13 @@ class RemoteTierManager(SecondaryTierManager):
                 ends in the prompt, in tokens.
         """
         now = time.monotonic()
-        # One that vLLM has done with stores nothing any more.
-        if request_id in self._used_at:
-            self._used_at[request_id] = now
+        if (use := self._uses.get(request_id)) is not None:
+            use.at = now
         self.tier.used((key, expiry(now, ttl_s, end)) for key, ttl_s, end in keys)
 
     def submit_store(self, job_metadata: TransferJob) -> None:
         job = job_metadata
-        used_at = self._used_at.get(job.req_context.req_id, time.monotonic())
+        use = self._uses.get(job.req_context.req_id) or self._begun(job.req_context)
         blocks: list[Outgoing] = []
         beyond: list[bytes] = []
         for key, chunk in zip(job.keys, job.chunk_ids, strict=True):
@@ -152,20 +169,24 @@ class RemoteTierManager(SecondaryTierManager):
                 continue
             name = qualified(entry.owner, key)
             end = job.req_context.get_offload_key_position(key) or 0
-            if self._is_beyond_quota(name, end):
+            if self._is_beyond_quota(use.plan, name, end):
                 beyond.append(name)
             else:
-                expires_at = expiry(used_at, entry.ttl_s, end)
+                expires_at = expiry(use.at, entry.ttl_s, end)
                 blocks.append(Outgoing(name, self._slot(chunk), entry.ttl_s, expires_at))
         self.tier.left_out(beyond)
         self.tier.store(job.job_id, blocks, len(blocks) + len(beyond) == len(job.keys))
 
-    def _is_beyond_quota(self, name: bytes, end: int) -> bool:
-        """Whether a chunk that ends there would be the first to go, were it stored: its
-        organisation may hold less than the prompt up to there."""
-        if self._shares is None or not self._tokens_per_key:
+    def _begun(self, context: ReqContext) -> _Use:
+        return _Use(time.monotonic(), self._plan_of(context.req_id))
+
+    def _is_beyond_quota(self, plan: Plan | None, name: bytes, end: int) -> bool:
+        """Whether a chunk that ends there would be the first to go, were it stored: what counts
+        towards its organisation in the prompt up to there is more than that may hold."""
+        if self._shares is None or plan is None or not self._tokens_per_key:
             return False
-        return self._shares.over(org_of(name), int(end / self._tokens_per_key)) > 0
+        first, last = (int(at / self._tokens_per_key) for at in (plan.own_start(end), end))
+        return self._shares.over(org_of(name), last - first) > 0
 
     def get_finished_jobs(self) -> Iterable[JobResult]:
         results = []
@@ -185,7 +206,7 @@ class RemoteTierManager(SecondaryTierManager):
         return results
 
     def on_request_finished(self, req_context: ReqContext) -> None:
-        self._used_at.pop(req_context.req_id, None)
+        self._uses.pop(req_context.req_id, None)
         self.tier.forget(req_context.req_id)
 
     def on_schedule_end(self, context: ScheduleEndContext) -> None:

@@ -56,6 +56,13 @@ def test_a_blocks_owner_is_as_narrow_as_its_span(block_end: int, owner: bytes) -
     assert replace(PLAN, owner=b"acme    s1      ").owner_of(block_end) == owner
 
 
+@pytest.mark.parametrize(("block_end", "start"), [(100, 0), (112, 100), (350, 100), (400, 100)])
+def test_what_everyone_shares_counts_towards_nobody_else(block_end: int, start: int) -> None:
+    assert PLAN.own_start(block_end) == start
+    # Where everyone shares the whole prompt, its answer is everyone's as well.
+    assert replace(PLAN, spans=PLAN.spans[:1]).own_start(block_end) == 0
+
+
 @given(plans(), plans())
 def test_nobody_can_put_another_owner_on_a_plan(plan: Plan, other: Plan) -> None:
     forged = seal(plan, SECRET) | {"owner": other.owner.hex()}

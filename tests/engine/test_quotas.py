@@ -165,6 +165,15 @@ def test_a_prompt_larger_than_the_quota(engine, chance):
     assert ask(engine, "quiet", quiet).read == BLOCKS * BLOCK
 
 
+def test_what_everyone_shares_leaves_an_organisation_its_quota(engine, chance):
+    (tokens,) = prompts(chance, 1, 26)
+    both = ((13 * BLOCK, Scope.GLOBAL, 300), (len(tokens), Scope.ORG, 300))
+    for _ in range(2):
+        engine.call("empty_device")
+        (answer,) = engine.run(Ask(tokens, sealed(plan(Caller("long"), *both))))
+    assert answer.outcome("read_cpu") == 26 * BLOCK
+
+
 def test_what_everyone_shares_counts_as_one_organisations(engine, chance):
     (quiet,) = prompts(chance, 1)
     ask(engine, "quiet", quiet)

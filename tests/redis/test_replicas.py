@@ -276,6 +276,16 @@ def test_of_a_prompt_longer_than_its_quota_the_beginning_is_kept(pair):
     assert GREEDY_BLOCKS <= sent / BLOCK_BYTES < GREEDY_BLOCKS + 1
 
 
+def test_what_everyone_shares_leaves_an_organisation_its_quota(pair):
+    tokens = draw_tokens(random.Random(32), (6 + GREEDY_BLOCKS) * BLOCK + 1)
+    cuts = ((6 * BLOCK, Scope.GLOBAL, 300), (len(tokens), Scope.ORG, 300))
+    caller = Caller(GREEDY)
+    pair.a.run(Ask(tokens, sealed(plan(caller, *cuts))))
+    wait_until(lambda: len(pair.names()) == 6 + GREEDY_BLOCKS)
+    (answer,) = pair.b.run(Ask(tokens, sealed(plan(caller, *cuts))))
+    assert answer.outcome("read_redis") == len(tokens) - 1
+
+
 @pytest.mark.parametrize(
     "fault", ["killed", "hangs", "restarted", "flushed", "full", "denied", "drips", "cut"]
 )
