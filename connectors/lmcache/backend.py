@@ -43,6 +43,12 @@ LIST_S = 600.0
 CLOSE_S = 1.0
 """How long closing may take beyond the timeout, in seconds: the native adapters take half of it."""
 
+DOUBTS = 3
+"""So often an object must not load behind another that did not before that is its own fault."""
+
+DOUBTED = 10_000
+"""How many entries are in doubt at most; beyond that all of them get a fresh start."""
+
 STUCK = 4
 """After so many timeouts a task of the adapter's is not expected to end any more."""
 
@@ -87,6 +93,7 @@ class Backend:
         self._users: set[object] = set()
         self._upkeep: tuple[threading.Thread, threading.Event] | None = None
         self._uses: dict[Entry, int] = {}
+        self._doubts: dict[Entry, int] = {}
         self._reclaimed = 0
         self._listing: Iterator[tuple[Entry, bytes]] | None = None
         self._list_at = clock() + FIRST_LIST_S
@@ -397,25 +404,37 @@ class Backend:
                 for entry, task, buffer in zip(batch, tasks, buffers, strict=True):
                     if session.wait(task, deadline)[0]:
                         self.expiries.learn(entry, _unpacked(entry.key, buffer, 0)[0])
+                        self._doubts.pop(entry, None)
                     else:
                         unloadable(entry)
 
     @contextmanager
-    def suspicious(self, session: Session) -> Iterator[Callable[[Entry], None]]:
-        """Load something in this context. What it gives is to be called with each entry of which
-        an object was there and did not load. The entry goes: asked for again, it might do again
-        what it has done to the adapter, with which nothing is begun any more."""
-        whole = True
+    def suspicious(self, session: Session) -> Iterator[Callable[[Entry], bool]]:
+        """Load something in this context. What it gives is to be called, in the order in which the
+        loads began, with each entry of which an object was there and did not load; it returns
+        whether that is the entry's own fault.
 
-        def unloadable(entry: Entry) -> None:
-            nonlocal whole
-            whole = False
-            self.expiries.learn(entry, UNREADABLE)
+        Such an entry goes: asked for again, it might do again what it has done to the adapter, with
+        which nothing is begun any more. What did not load behind it may have done so for it alone:
+        a RESP adapter takes the rest of one answer for the next."""
+
+        def unloadable(entry: Entry) -> bool:
+            with self._lock:
+                doubts = self._doubts.pop(entry, 0) + 1
+                guilty = not session.spoiled or doubts >= DOUBTS
+                session.spoiled = True
+                if not guilty:
+                    if len(self._doubts) >= DOUBTED:
+                        self._doubts.clear()
+                    self._doubts[entry] = doubts
+            if guilty:
+                self.expiries.learn(entry, UNREADABLE)
+            return guilty
 
         try:
             yield unloadable
         finally:
-            if not whole:
+            if session.spoiled:
                 session.retire("an object did not load that was there")
 
     def _put(self, session: Session, contents: Mapping[ObjectKey, bytes], deadline: float) -> None:

@@ -92,6 +92,10 @@ class Session:
         staging: the memory of the tasks' buffers.
         stuck_s: how long a task may take before the adapter counts as stuck, in seconds.
         clock: the tier's clock.
+
+    Attributes:
+        adapter: the adapter.
+        spoiled: whether an object did not load that was there.
     """
 
     def __init__(
@@ -102,6 +106,7 @@ class Session:
         clock: Callable[[], float],
     ) -> None:
         self.adapter = adapter
+        self.spoiled = False
         self._staging = staging
         self._stuck_s = stuck_s
         self._clock = clock

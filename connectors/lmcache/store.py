@@ -71,10 +71,11 @@ class LMCacheStore(Store):
                         end = HEADER_BYTES + slots[i].nbytes
                         slots[i][:] = buffer.view[HEADER_BYTES:end]
                         yield bytes(buffer.view[:HEADER_BYTES])
-                    else:
-                        unloadable(entries[i])
+                    elif unloadable(entries[i]):
                         backend.make_sure_it_lives(session, deadline())
                         yield b""
+                    else:
+                        raise StoreFailed("it may have suffered from a value that did not load")
 
     def write(self, values: Sequence[Value], deadline: float) -> list[Written]:
         backend = self._backend

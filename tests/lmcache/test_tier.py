@@ -338,6 +338,20 @@ def test_a_damaged_record_costs_its_entry(place, start_side):
     assert len(fresh.get_exact(keys(3)).keys) == 3
 
 
+@pytest.mark.parametrize("place", ["resp"], indirect=True)
+def test_a_damaged_record_costs_no_other_entry(place, start_side):
+    """Though the adapter loses its place in the conversation, with all that is on its way."""
+    side = start_side(place.adapter)
+    side.put(keys(12))
+    side.close()
+    kept = keys(12)
+    for key in (kept.pop(5), kept.pop(2)):
+        (name,) = (name for name in place.records() if key.hex() in name)
+        place.put(name, place.get(name)[:10])
+    fresh = start_side({**place.adapter, "num_workers": 1})
+    wait_until(lambda: list(fresh.get_exact(keys(12)).keys) == kept)
+
+
 @everywhere
 def test_a_store_that_is_emptied_fills_again(place, start_side):
     side = start_side(place.adapter)
