@@ -82,15 +82,17 @@ class Account:
     def _over_capacity(self) -> list[bytes]:
         """Give up what organisations hold too much together: the first to expire of those that
         hold more than their reserve, and of the others if that is not enough."""
-        gone: list[bytes] = []
         if self._shares.capacity is None:
-            return gone
+            return []
         over = sum(map(len, self._orgs.values())) - self._shares.capacity
+        gone: list[bytes] = []
         for spared in (False, True):
+            if len(gone) >= over:
+                break
             firsts = [
                 (first, org)
-                for org, held in self._orgs.items()
-                if over > 0 and (first := self._first(org, spared)) is not None
+                for org in self._orgs
+                if (first := self._first(org, spared)) is not None
             ]
             heapq.heapify(firsts)
             while firsts and len(gone) < over:
@@ -113,7 +115,7 @@ class _Holding:
 
     def __init__(self) -> None:
         self._until: dict[bytes, float] = {}
-        # What was used has an earlier time there as well, which no longer counts.
+        # An item for each key, with a time that it had once: times only grow.
         self._heap: list[tuple[float, bytes]] = []
 
     def __len__(self) -> int:
@@ -124,18 +126,18 @@ class _Holding:
 
     def keep(self, key: bytes, until: float) -> None:
         """Hold ``key`` until a time, if not for longer already."""
-        if until <= self._until.get(key, float("-inf")):
-            return
-        self._until[key] = until
-        heapq.heappush(self._heap, (until, key))
-        if len(self._heap) > 2 * len(self._until) + 16:
-            self._tidy()
+        if key not in self._until:
+            heapq.heappush(self._heap, (until, key))
+        self._until[key] = max(until, self._until.get(key, until))
 
     def first(self) -> float | None:
         """Return when the first one expires; None if there is none."""
-        while self._heap and self._until.get(self._heap[0][1]) != self._heap[0][0]:
-            heapq.heappop(self._heap)
-        return self._heap[0][0] if self._heap else None
+        while self._heap:
+            at, key = self._heap[0]
+            if (until := self._until[key]) == at:
+                return until
+            heapq.heapreplace(self._heap, (until, key))
+        return None
 
     def pop(self) -> bytes:
         """Let go of the first one to expire."""
@@ -147,8 +149,5 @@ class _Holding:
     def purge(self, prefix: bytes) -> None:
         """Let go of all whose key begins with ``prefix``."""
         self._until = {k: until for k, until in self._until.items() if not k.startswith(prefix)}
-        self._tidy()
-
-    def _tidy(self) -> None:
         self._heap = [(until, key) for key, until in self._until.items()]
         heapq.heapify(self._heap)
