@@ -49,6 +49,13 @@ class Layout:
     blocks_per_chunk: int
     bytes_per_key: int
 
+    def own_chunks(self, plan: Plan, end: int) -> int:
+        """Return how many of a prompt's chunks count towards the organisation of the one that ends
+        at ``end`` (tokens), up to there."""
+        start = plan.own_start(end)
+        sizes = [size * self.blocks_per_chunk for _, size in self.groups]
+        return sum(end // size - start // size for size in sizes)
+
 
 @dataclass(slots=True)
 class Prompt:
@@ -135,7 +142,9 @@ class Keeper:
         )
         self._remotes = remote_tiers(manager)
         for remote in self._remotes:
-            remote.bind(self._plan_of, self._entry_of, self._owner_of, self._promoted)
+            remote.bind(
+                layout.own_chunks, self._plan_of, self._entry_of, self._owner_of, self._promoted
+            )
         self._prompts: dict[str, Prompt] = {}
         # Prompts that are over and whose last blocks vLLM is about to store.
         self._leaving: dict[str, Prompt] = {}
@@ -471,10 +480,7 @@ class Keeper:
         prompt, end = self._place(key, context)
         if prompt is None or (shares := self._shares.get(CPU)) is None:
             return prompt is not None and prompt.is_purged(end)
-        start, per_chunk = prompt.plan.own_start(end), self._layout.blocks_per_chunk
-        sizes = [size * per_chunk for _, size in self._layout.groups]
-        chunks = sum(end // size - start // size for size in sizes)
-        org = org_of(prompt.plan.owner_of(end))
+        org, chunks = org_of(prompt.plan.owner_of(end)), self._layout.own_chunks(prompt.plan, end)
         return prompt.is_purged(end) or shares.over(org, chunks) > 0
 
     def _marks_of(self, key: OffloadKey, context: ReqContext) -> tuple[int, bytes]:

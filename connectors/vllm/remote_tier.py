@@ -96,6 +96,7 @@ class RemoteTierManager(SecondaryTierManager):
         )
         self._pace, self._tokens_per_key = Pace(), 0.0
         self._uses: dict[str, _Use] = {}
+        self._own_chunks: Callable[[Plan, int], int] = lambda plan, end: 0
         self._plan_of: Callable[[str], Plan | None] = lambda request_id: None
         self._entry_of: Callable[[bytes], Entry | None] = lambda key: None
         self._owner_of: Callable[[OffloadKey, ReqContext], bytes] = lambda key, context: NOBODY
@@ -106,6 +107,7 @@ class RemoteTierManager(SecondaryTierManager):
 
     def bind(
         self,
+        own_chunks: Callable[[Plan, int], int],
         plan_of: Callable[[str], Plan | None],
         entry_of: Callable[[bytes], Entry | None],
         owner_of: Callable[[OffloadKey, ReqContext], bytes],
@@ -114,13 +116,15 @@ class RemoteTierManager(SecondaryTierManager):
         """Connect the tier to what the engine knows of its blocks.
 
         Args:
+            own_chunks: returns how many of a prompt's chunks count towards the organisation of the
+                one that ends at a place (tokens), up to there.
             plan_of: returns the plan of a request that has come in; None if it has none.
             entry_of: returns the entry of a key; None if it must not be stored (any more).
             owner_of: returns whose a key is that a request asks for.
             on_loaded: called with the tier's name, a request's id and the keys that were loaded
                 for it, each with its TTL class in seconds.
         """
-        self._plan_of, self._entry_of = plan_of, entry_of
+        self._own_chunks, self._plan_of, self._entry_of = own_chunks, plan_of, entry_of
         self._owner_of, self._on_loaded = owner_of, on_loaded
 
     def follow(self, pace: Pace, tokens_per_key: float) -> None:
@@ -183,10 +187,9 @@ class RemoteTierManager(SecondaryTierManager):
     def _is_beyond_quota(self, plan: Plan | None, name: bytes, end: int) -> bool:
         """Whether a chunk that ends there would be the first to go, were it stored: what counts
         towards its organisation in the prompt up to there is more than that may hold."""
-        if self._shares is None or plan is None or not self._tokens_per_key:
+        if self._shares is None or plan is None:
             return False
-        first, last = (int(at / self._tokens_per_key) for at in (plan.own_start(end), end))
-        return self._shares.over(org_of(name), last - first) > 0
+        return self._shares.over(org_of(name), self._own_chunks(plan, end)) > 0
 
     def get_finished_jobs(self) -> Iterable[JobResult]:
         results = []

@@ -262,8 +262,10 @@ def test_of_a_prompt_longer_than_its_quota_the_beginning_is_kept(pair):
     tokens = draw_tokens(random.Random(30), 3 * GREEDY_BLOCKS * BLOCK + 1)
     pair.a.run(ask(draw_tokens(random.Random(31), 3 * BLOCK + 1), org=GREEDY))
     wait_until(lambda: len(pair.names()) == 4 + 3)
+    before = set(pair.names())
     sent = pair.server.client.info()["total_net_input_bytes"]
     pair.a.run(ask(tokens, org=GREEDY))
+    wait_until(lambda: len(set(pair.names()) - before) == GREEDY_BLOCKS)
     for engine in (pair.a, pair.b):
         engine.call("empty")
     (answer,) = pair.b.run(ask(tokens, org=GREEDY))
