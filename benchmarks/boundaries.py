@@ -24,10 +24,10 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from benchmarks.harness import Result, arguments, finish
 from demo.model import SMALL, build
 from demo.session import agent_session, marked, to_chat
-from vllm_cachescope.breakpoints import RegionDefault, segments
-from vllm_cachescope.connectors.vllm.rendering import Boundaries
-from vllm_cachescope.prompt import Protocol, Region
-from vllm_cachescope.scopes import Scope
+from vllm_cachescope.connectors.vllm.api_server.rendering import Boundaries
+from vllm_cachescope.prompt.request import Protocol, Region
+from vllm_cachescope.prompt.segments import RegionDefault, segments
+from vllm_cachescope.tenancy.scope import Scope
 from vllm_cachescope.wire import READERS, strip
 
 # Turns of an agent session whose prompts have about this many tokens.

@@ -21,13 +21,13 @@ from transformers.integrations.mistral import convert_tekken_tokenizer
 
 from benchmarks.harness import Result, arguments, finish, pairs
 from demo.session import agent_session, marked
-from vllm_cachescope.diagnosis import EngineReport, Kind, conclude, diagnose
-from vllm_cachescope.fingerprint import Fingerprint, Fingerprinter
-from vllm_cachescope.lineage import LineageStore, Run
-from vllm_cachescope.prompt import PromptRequest
-from vllm_cachescope.report import EngineId
-from vllm_cachescope.scopes import Caller
-from vllm_cachescope.tokenprint import print_tokens
+from vllm_cachescope.cache.report import EngineId
+from vllm_cachescope.diagnosis.diagnosis import EngineReport, Kind, conclude, diagnose
+from vllm_cachescope.diagnosis.fingerprint import Fingerprint, Fingerprinter
+from vllm_cachescope.diagnosis.lineage_store import LineageStore, Run
+from vllm_cachescope.diagnosis.token_fingerprint import print_tokens
+from vllm_cachescope.prompt.request import PromptRequest
+from vllm_cachescope.tenancy.scope import Caller
 from vllm_cachescope.wire import anthropic
 
 _MESSAGES = 60

@@ -12,8 +12,8 @@ import redis
 
 from vllm_cachescope.config import RedisTier
 from vllm_cachescope.connectors.redis import stores
-from vllm_cachescope.connectors.vllm.stores import limits_of
-from vllm_cachescope.owners import NOBODY
+from vllm_cachescope.connectors.vllm.store_factory import limits_of
+from vllm_cachescope.tenancy.owner_tags import NOBODY
 from vllm_cachescope.tiers.envelope import HEADER_BYTES
 from vllm_cachescope.tiers.keyspace import Keyspace, qualified, secret_mark
 from vllm_cachescope.tiers.remote import Finished, Outgoing, RemoteTier

@@ -14,7 +14,7 @@ from typing import Self
 
 import httpx
 
-from vllm_cachescope.connectors.vllm import regions
+from vllm_cachescope.connectors.vllm import shm_regions
 
 START_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 20.0
@@ -151,7 +151,7 @@ class Server:
                 deadline = time.monotonic() + STOP_TIMEOUT_S
                 while self._signal_group(0) and time.monotonic() < deadline:
                     time.sleep(0.05)
-            regions.remove_stale()
+            shm_regions.remove_stale()
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)

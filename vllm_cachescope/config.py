@@ -22,9 +22,9 @@ from pydantic import (
 )
 
 from vllm_cachescope.durations import format_duration, parse_duration, parse_wait
-from vllm_cachescope.identity import organisations
-from vllm_cachescope.prompt import Region
-from vllm_cachescope.scopes import Scope
+from vllm_cachescope.prompt.request import Region
+from vllm_cachescope.tenancy.caller import organisations
+from vllm_cachescope.tenancy.scope import Scope
 
 CONNECTOR = "CacheScopeConnector"
 """What vLLM's ``--kv-transfer-config`` calls the connector."""

@@ -8,9 +8,9 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from vllm_cachescope.cache.quotas import Shares
 from vllm_cachescope.connectors.redis.channel import Refusal, Reply, command
-from vllm_cachescope.owners import TAG_BYTES, org_of
-from vllm_cachescope.shares import Shares
+from vllm_cachescope.tenancy.owner_tags import TAG_BYTES, org_of
 from vllm_cachescope.tiers.keyspace import Keyspace, account_of
 
 logger = logging.getLogger(__name__)

@@ -10,10 +10,10 @@ from typing import Any
 from redis.crc import key_slot
 from redis.exceptions import RedisError
 
+from vllm_cachescope.cache.quotas import SHOWN_ORGS, Shares
 from vllm_cachescope.connectors.redis.accounts import Accounts, ServerClock
 from vllm_cachescope.connectors.redis.address import Address
 from vllm_cachescope.connectors.redis.channel import Channel, Refusal, Reply, command
-from vllm_cachescope.shares import SHOWN_ORGS, Shares
 from vllm_cachescope.tiers.envelope import HEADER_BYTES
 from vllm_cachescope.tiers.keyspace import Keyspace, names_of
 from vllm_cachescope.tiers.store import (

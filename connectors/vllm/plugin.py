@@ -15,16 +15,17 @@ def register() -> None:
     """
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
-    from vllm_cachescope.connectors.vllm import hashing, startup
+    from vllm_cachescope.connectors.vllm import config_check
+    from vllm_cachescope.connectors.vllm.engine import hashing
 
     if CONNECTOR not in KVConnectorFactory._registry:
         KVConnectorFactory.register_connector(
-            CONNECTOR, "vllm_cachescope.connectors.vllm.connector", CONNECTOR
+            CONNECTOR, "vllm_cachescope.connectors.vllm.engine.connector", CONNECTOR
         )
     log_as_vllm()
     # vLLM loads plugins before it starts processes, so that all of them inherit one secret.
     os.environ.setdefault(SECRET_VARIABLE, MADE_UP + secrets.token_hex(32))
-    startup.install()
+    config_check.install()
     # The connector refuses to run without the hook; a vLLM that runs without it is left alone.
     with suppress(hashing.HookNotInForce):
         hashing.install()

@@ -3,7 +3,7 @@
 import random
 
 from tests.engine.engine import BLOCK, Ask, Engine, draw_tokens, org_plan, plan, sealed
-from vllm_cachescope.scopes import Caller, Scope
+from vllm_cachescope.tenancy.scope import Caller, Scope
 
 
 def test_scopes_tiers_and_lifetimes(engine: Engine) -> None:

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_cachescope.boundaries import SpecialTokens, common_prefix, last_within
+from vllm_cachescope.prompt.boundaries import SpecialTokens, common_prefix, last_within
 
 SPECIAL = {"<|a|>": 1, "<|b|>": 2, "<|b|>>": 3}
 tokens = SpecialTokens(SPECIAL)

@@ -13,18 +13,18 @@ from anthropic.types import Diagnostics
 from pydantic import TypeAdapter
 
 from demo.session import agent_session
-from vllm_cachescope.api.breaks import (
+from vllm_cachescope.api.break_log import (
     LISTED_CHANGES,
     REMEMBERED_BREAKS,
     REMEMBERED_ORGS,
     Breaks,
     Case,
 )
+from vllm_cachescope.cache.miss_causes import EngineCause, EngineMiss
+from vllm_cachescope.cache.report import EngineId, Report, Row
 from vllm_cachescope.connectors.vllm.plugin import log_as_vllm
-from vllm_cachescope.misses import EngineCause, EngineMiss
-from vllm_cachescope.prompt import Protocol
-from vllm_cachescope.report import EngineId, Report, Row
-from vllm_cachescope.scopes import Caller, Scope
+from vllm_cachescope.prompt.request import Protocol
+from vllm_cachescope.tenancy.scope import Caller, Scope
 from vllm_cachescope.wire import READERS
 
 ENGINE = EngineId(0, "epoch")

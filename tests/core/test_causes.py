@@ -9,13 +9,13 @@ from typing import Any
 import prometheus_client
 import pytest
 
-from vllm_cachescope.api.breaks import Breaks
-from vllm_cachescope.api.exchange import Passage
-from vllm_cachescope.diagnosis import NEW_CONTENT, Diagnosis
-from vllm_cachescope.misses import EngineCause, EngineMiss
-from vllm_cachescope.prompt import Protocol
-from vllm_cachescope.report import EngineId, Report, Row
-from vllm_cachescope.scopes import Caller, Scope
+from vllm_cachescope.api.break_log import Breaks
+from vllm_cachescope.api.request_context import Passage
+from vllm_cachescope.cache.miss_causes import EngineCause, EngineMiss
+from vllm_cachescope.cache.report import EngineId, Report, Row
+from vllm_cachescope.diagnosis.diagnosis import NEW_CONTENT, Diagnosis
+from vllm_cachescope.prompt.request import Protocol
+from vllm_cachescope.tenancy.scope import Caller, Scope
 from vllm_cachescope.wire import READERS
 
 BLOCK = 16

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from vllm_cachescope.cli import main
+from vllm_cachescope.cache.quotas import read_shares
+from vllm_cachescope.cli.main import main
 from vllm_cachescope.config import SECRET_VARIABLE, Config, ConfigError, Share, load
-from vllm_cachescope.prompt import Region
-from vllm_cachescope.scopes import Scope
-from vllm_cachescope.shares import read_shares
+from vllm_cachescope.prompt.request import Region
+from vllm_cachescope.tenancy.scope import Scope
 
 REDIS = {"type": "redis", "url": "redis://cache"}
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -10,8 +10,10 @@ from openai.types.responses.response import PromptCacheDiagnostics
 from pydantic import TypeAdapter
 
 from tests.core.agent_session import TTLS, Agent, Body, Client, words
-from vllm_cachescope.changes import MAX_CHANGES, ChangeKind, compare
-from vllm_cachescope.diagnosis import (
+from vllm_cachescope.api.diagnostics import anthropic_diagnostics, openai_diagnostics
+from vllm_cachescope.cache.miss_causes import EngineCause, EngineMiss
+from vllm_cachescope.diagnosis.changes import MAX_CHANGES, ChangeKind, compare
+from vllm_cachescope.diagnosis.diagnosis import (
     NEW_CONTENT,
     Diagnosis,
     EngineReport,
@@ -20,11 +22,9 @@ from vllm_cachescope.diagnosis import (
     diagnose_against,
     measure,
 )
-from vllm_cachescope.fingerprint import Fingerprint
-from vllm_cachescope.misses import EngineCause, EngineMiss
-from vllm_cachescope.prompt import Protocol
+from vllm_cachescope.diagnosis.fingerprint import Fingerprint
+from vllm_cachescope.prompt.request import Protocol
 from vllm_cachescope.wire import READERS, anthropic, openai_responses
-from vllm_cachescope.wire.diagnostics import anthropic_diagnostics, openai_diagnostics
 
 BETAS = {"anthropic-beta": "context-management-2025-06-27,claude-code-20250219"}
 OTHER_BETAS = {"anthropic-beta": "claude-code-20250219"}

@@ -16,14 +16,14 @@ import pytest
 
 from tests.core.reach import reachable
 from vllm_cachescope.api import diffs as module
-from vllm_cachescope.api.breaks import Break, Breaks
+from vllm_cachescope.api.break_log import Break, Breaks
 from vllm_cachescope.api.diffs import REDACTED, Diffs
-from vllm_cachescope.api.exchange import Passage
+from vllm_cachescope.api.request_context import Passage
+from vllm_cachescope.cache.report import EngineId, Report, Row
 from vllm_cachescope.config import ConfigError, DiffSettings
-from vllm_cachescope.fingerprint import Fingerprinter
-from vllm_cachescope.prompt import Protocol
-from vllm_cachescope.report import EngineId, Report, Row
-from vllm_cachescope.scopes import Caller, Scope
+from vllm_cachescope.diagnosis.fingerprint import Fingerprinter
+from vllm_cachescope.prompt.request import Protocol
+from vllm_cachescope.tenancy.scope import Caller, Scope
 from vllm_cachescope.wire import READERS
 
 PLANTED = "the walrus said to the carpenter"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_cachescope.eviction import LifetimeShare
+from vllm_cachescope.cache.eviction import LifetimeShare
 
 TTLS = (300, 3600)
 ORGS = (b"", b"acme", b"zeta")

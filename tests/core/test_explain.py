@@ -11,13 +11,11 @@ from typing import Any
 import pytest
 
 from tests.core.agent_session import Agent, Body, words
-from vllm_cachescope import cli
-from vllm_cachescope import explain as command
-from vllm_cachescope.diagnosis import NEW_CONTENT, Kind
-from vllm_cachescope.explain import Explanation, explain_blocks, explain_file
-from vllm_cachescope.misses import EngineCause
-from vllm_cachescope.prompt import Protocol, Region
-from vllm_cachescope.traffic import (
+from vllm_cachescope.cache.miss_causes import EngineCause
+from vllm_cachescope.cli import explain as command
+from vllm_cachescope.cli import main
+from vllm_cachescope.cli.explain import Explanation, explain_blocks, explain_file
+from vllm_cachescope.cli.traffic import (
     BLOCK_TOKENS,
     BlockCall,
     Call,
@@ -26,6 +24,8 @@ from vllm_cachescope.traffic import (
     read_traffic,
     text_request,
 )
+from vllm_cachescope.diagnosis.diagnosis import NEW_CONTENT, Kind
+from vllm_cachescope.prompt.request import Protocol, Region
 
 
 def write(path: Path, lines: list[Any]) -> Path:
@@ -540,13 +540,13 @@ def awkward(request: pytest.FixtureRequest, tmp_path: Path) -> list[str]:
         body["tools"][1]["description"] = {"\ud800" * 10: f"{i} {'x' * i}"}
     lines = [{"session_id": "\ud800", "body": body} for body in bodies]
     path = write(tmp_path / "calls.jsonl", lines)
-    return [sys.executable, "-m", "vllm_cachescope.cli", request.param, str(path)]
+    return [sys.executable, "-m", "vllm_cachescope.cli.main", request.param, str(path)]
 
 
 def test_what_cannot_be_encoded_is_escaped(
     awkward: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(awkward[3:]) in (0, 1)
+    assert main.main(awkward[3:]) in (0, 1)
     assert r"\ud800" in capsys.readouterr().out
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(awkward, env=environment, capture_output=True, text=True)

@@ -14,8 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.core.agent_session import TTLS, Agent, Client, words
-from vllm_cachescope.fingerprint import HASH_BYTES, Fingerprint, Fingerprinter, Role, Trait
-from vllm_cachescope.prompt import Part, PromptRequest, Protocol, Region
+from vllm_cachescope.diagnosis.fingerprint import (
+    HASH_BYTES,
+    Fingerprint,
+    Fingerprinter,
+    Role,
+    Trait,
+)
+from vllm_cachescope.prompt.request import Part, PromptRequest, Protocol, Region
 from vllm_cachescope.wire import anthropic, openai_chat
 
 SECRET = b"a secret of the operator"

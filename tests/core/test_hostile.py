@@ -13,12 +13,12 @@ import pytest
 from starlette.types import Message, Receive, Scope, Send
 
 from tests.core.reach import reachable
-from vllm_cachescope.api.exchange import Passage, current_exchange
 from vllm_cachescope.api.middleware import CacheScopeMiddleware
 from vllm_cachescope.api.operations import Engines, Purged
+from vllm_cachescope.api.request_context import Passage, current_exchange
+from vllm_cachescope.cache.report import EngineId, Report, Row
 from vllm_cachescope.config import Config, load
-from vllm_cachescope.report import EngineId, Report, Row
-from vllm_cachescope.scopes import Scope as CacheScope
+from vllm_cachescope.tenancy.scope import Scope as CacheScope
 
 
 class Nothing(Engines):

@@ -1,7 +1,7 @@
 """Lifetimes: refreshed on use, over when they are over, on every tier alike."""
 
-from vllm_cachescope.eviction import LifetimeShare
-from vllm_cachescope.ledger import Ledger
+from vllm_cachescope.cache.eviction import LifetimeShare
+from vllm_cachescope.cache.ledger import Ledger
 
 
 def resident(ledger: Ledger) -> dict[tuple[str, int], int]:

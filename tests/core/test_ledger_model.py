@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vllm_cachescope.eviction import LifetimeShare
-from vllm_cachescope.ledger import Ledger
-from vllm_cachescope.plan import Plan, Span
-from vllm_cachescope.scopes import Caller, Scope, ScopeKeys
+from vllm_cachescope.cache.eviction import LifetimeShare
+from vllm_cachescope.cache.ledger import Ledger
+from vllm_cachescope.prompt.plan import Plan, Span
+from vllm_cachescope.tenancy.scope import Caller, Scope, ScopeKeys
 
 EXAMPLES = 640
 MIN_OPERATIONS, MAX_OPERATIONS = 100, 400

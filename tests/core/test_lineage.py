@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 import pytest
 
 from tests.core.agent_session import TOOL_NAMES, Agent, Body, Client, tool, words
-from vllm_cachescope.changes import ChangeKind
-from vllm_cachescope.diagnosis import Diagnosis, Kind
-from vllm_cachescope.lineage import LineageStore, Relation
-from vllm_cachescope.overlap import is_unrelated, overlap, reusable, split
-from vllm_cachescope.prompt import Protocol
-from vllm_cachescope.scopes import Caller
+from vllm_cachescope.diagnosis.changes import ChangeKind
+from vllm_cachescope.diagnosis.diagnosis import Diagnosis, Kind
+from vllm_cachescope.diagnosis.lineage_store import LineageStore, Relation
+from vllm_cachescope.diagnosis.prefix_match import is_unrelated, overlap, reusable, split
+from vllm_cachescope.prompt.request import Protocol
+from vllm_cachescope.tenancy.scope import Caller
 
 EXPLORE_TOOLS = TOOL_NAMES[:17]
 SUMMARY = "This session is being continued from a previous conversation. Summary: "

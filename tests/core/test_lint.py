@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from tests.core.agent_session import TTLS, Agent, Body
-from vllm_cachescope import lint as command
-from vllm_cachescope.lint import Severity, lint
-from vllm_cachescope.traffic import Call
+from vllm_cachescope.cli import lint as command
+from vllm_cachescope.cli.lint import Severity, lint
+from vllm_cachescope.cli.traffic import Call
 from vllm_cachescope.wire import anthropic, openai_chat, openai_completions
 
 WARNING, INFO = Severity.WARNING, Severity.INFO

@@ -7,17 +7,17 @@ from typing import Any
 import pytest
 from prometheus_client import REGISTRY
 
-from vllm_cachescope.api.breaks import Breaks
+from vllm_cachescope.api.break_log import Breaks
+from vllm_cachescope.api.diagnostics import extra_fields
 from vllm_cachescope.api.middleware import _headers
 from vllm_cachescope.api.operations import Engines, Operations, Purged
+from vllm_cachescope.cache.report import EngineId, Outcome, Report, Row
 from vllm_cachescope.config import Config, load
-from vllm_cachescope.identity import Directory
-from vllm_cachescope.owners import Owners
-from vllm_cachescope.prompt import Protocol
-from vllm_cachescope.report import EngineId, Outcome, Report, Row
-from vllm_cachescope.scopes import Caller, Scope
+from vllm_cachescope.prompt.request import Protocol
+from vllm_cachescope.tenancy.caller import Directory
+from vllm_cachescope.tenancy.owner_tags import Owners
+from vllm_cachescope.tenancy.scope import Caller, Scope
 from vllm_cachescope.wire import READERS
-from vllm_cachescope.wire.diagnostics import extra_fields
 
 SECRET = "a secret of the tests"
 OWNERS = Owners(SECRET.encode())

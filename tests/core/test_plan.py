@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_cachescope.plan import Plan, Span, seal, unseal
-from vllm_cachescope.scopes import Scope
+from vllm_cachescope.prompt.plan import Plan, Span, seal, unseal
+from vllm_cachescope.tenancy.scope import Scope
 
 SECRET = b"a secret of sixteen bytes or more"
 

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.types import Message
 
-from vllm_cachescope.api.exchange import Exchange
 from vllm_cachescope.api.replies import Reply
-from vllm_cachescope.prompt import PromptRequest, Protocol
-from vllm_cachescope.report import Report, Row
-from vllm_cachescope.scopes import Caller, Scope
+from vllm_cachescope.api.request_context import Exchange
+from vllm_cachescope.cache.report import Report, Row
+from vllm_cachescope.prompt.request import PromptRequest, Protocol
+from vllm_cachescope.tenancy.scope import Caller, Scope
 
 REPORT = Report(
     (

@@ -4,9 +4,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.core.test_plan import PLAN, plans
-from vllm_cachescope.plan import Plan
-from vllm_cachescope.report import Outcome, Report, account
-from vllm_cachescope.scopes import Scope
+from vllm_cachescope.cache.report import Outcome, Report, account
+from vllm_cachescope.prompt.plan import Plan
+from vllm_cachescope.tenancy.scope import Scope
 
 
 def test_rows_split_by_outcome_scope_and_lifetime() -> None:

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from vllm_cachescope.prompt import Protocol
-from vllm_cachescope.traffic import Call, protocol_of, read_traffic
+from vllm_cachescope.cli.traffic import Call, protocol_of, read_traffic
+from vllm_cachescope.prompt.request import Protocol
 
 CHAT, MESSAGES = Protocol.CHAT, Protocol.MESSAGES
 HELLO = [{"role": "user", "content": "Hello"}]

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from openai.types import CompletionUsage
 from openai.types.responses import ResponseUsage
 
-from vllm_cachescope.usage import Usage, write_chat, write_messages, write_responses
+from vllm_cachescope.api.usage import Usage, write_chat, write_messages, write_responses
 
 COUNTS = Usage(1000, read=600, created_by_ttl={60: 10, 300: 20, 1800: 40, 3600: 80, 86400: 160})
 

@@ -7,8 +7,8 @@ from pydantic import TypeAdapter
 
 from tests.core.wire_bodies import EPHEMERAL, TTLS
 from vllm_cachescope.errors import BadRequest
-from vllm_cachescope.prompt import Mark, Part, PromptRequest, Protocol, Region
-from vllm_cachescope.scopes import Scope
+from vllm_cachescope.prompt.request import Mark, Part, PromptRequest, Protocol, Region
+from vllm_cachescope.tenancy.scope import Scope
 from vllm_cachescope.wire.anthropic import is_dropped, read
 
 HOUR = {"type": "ephemeral", "ttl": "1h"}

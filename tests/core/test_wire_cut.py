@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.core.wire_bodies import EPHEMERAL, TTLS, bodies
 from vllm_cachescope.errors import BadRequest
-from vllm_cachescope.prompt import Part, Protocol, Region
+from vllm_cachescope.prompt.request import Part, Protocol, Region
 from vllm_cachescope.wire import READERS, strip
 from vllm_cachescope.wire.truncate import truncate
 

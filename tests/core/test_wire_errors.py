@@ -5,7 +5,7 @@ from anthropic.types import ErrorResponse
 from openai import BadRequestError
 
 from vllm_cachescope.errors import BadRequest
-from vllm_cachescope.prompt import Protocol
+from vllm_cachescope.prompt.request import Protocol
 from vllm_cachescope.wire.errors import error_body
 
 ERROR = BadRequest("system[2].cache_control.ttl", "2h", ("5m", "1h"))

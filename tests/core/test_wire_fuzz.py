@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.core.wire_bodies import EPHEMERAL, TTLS, bodies, hostile_bodies, hostile_json, markers
 from vllm_cachescope.errors import BadRequest
-from vllm_cachescope.prompt import PromptRequest, Protocol
+from vllm_cachescope.prompt.request import PromptRequest, Protocol
 from vllm_cachescope.wire import READERS, strip
 from vllm_cachescope.wire.anthropic import is_dropped
 from vllm_cachescope.wire.errors import error_body

@@ -8,8 +8,8 @@ from pydantic import TypeAdapter
 
 from tests.core.wire_bodies import EPHEMERAL, PATHS, TTLS
 from vllm_cachescope.errors import BadRequest
-from vllm_cachescope.prompt import Mark, Part, PromptRequest, Protocol, Region
-from vllm_cachescope.scopes import Scope
+from vllm_cachescope.prompt.request import Mark, Part, PromptRequest, Protocol, Region
+from vllm_cachescope.tenancy.scope import Scope
 from vllm_cachescope.wire import READERS, protocol_of, reader_for
 from vllm_cachescope.wire.openai_chat import read as read_chat
 from vllm_cachescope.wire.openai_completions import read as read_completions

@@ -4,7 +4,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from vllm_cachescope.prompt import Protocol
+from vllm_cachescope.prompt.request import Protocol
 
 TTLS = (60, 300, 1800, 3600, 43200, 86400)
 

@@ -5,7 +5,7 @@ import os
 import struct
 from pathlib import Path
 
-from vllm_cachescope.connectors.vllm.connector import CacheScopeConnector
+from vllm_cachescope.connectors.vllm.engine.connector import CacheScopeConnector
 
 VARIABLE = "CACHESCOPE_TEST_CLOCK"
 """Environment variable with the path of the file that holds the time."""

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from tests.engine.clock import VARIABLE, Clock
-from vllm_cachescope.connectors.vllm.hashing import PLAN_KEY
-from vllm_cachescope.owners import Owners
-from vllm_cachescope.plan import Plan, Span, seal
-from vllm_cachescope.report import Report
-from vllm_cachescope.scopes import Caller, Scope, ScopeKeys
+from vllm_cachescope.cache.report import Report
+from vllm_cachescope.connectors.vllm.engine.hashing import PLAN_KEY
+from vllm_cachescope.prompt.plan import Plan, Span, seal
+from vllm_cachescope.tenancy.owner_tags import Owners
+from vllm_cachescope.tenancy.scope import Caller, Scope, ScopeKeys
 
 SECRET = "the secret of the tests"
 BLOCK = 128

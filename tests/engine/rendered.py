@@ -14,10 +14,10 @@ from vllm.renderers import renderer_from_config
 from vllm.renderers.online_renderer import OnlineRenderer
 
 from demo.model import TEMPLATES
-from vllm_cachescope.breakpoints import RegionDefault, Segment, segments
-from vllm_cachescope.connectors.vllm.rendering import Boundaries, Cut
-from vllm_cachescope.prompt import Protocol, Region
-from vllm_cachescope.scopes import Scope
+from vllm_cachescope.connectors.vllm.api_server.rendering import Boundaries, Cut
+from vllm_cachescope.prompt.request import Protocol, Region
+from vllm_cachescope.prompt.segments import RegionDefault, Segment, segments
+from vllm_cachescope.tenancy.scope import Scope
 from vllm_cachescope.wire import READERS, strip
 
 DEFAULTS = {region: RegionDefault(Scope.ORG, 300) for region in Region}

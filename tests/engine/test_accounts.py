@@ -5,7 +5,7 @@ import random
 import pytest
 
 from tests.engine.engine import BLOCK, Ask, draw_tokens, org_plan, plan, sealed
-from vllm_cachescope.scopes import Caller, Scope
+from vllm_cachescope.tenancy.scope import Caller, Scope
 
 pytestmark = pytest.mark.engine
 

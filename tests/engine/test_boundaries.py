@@ -9,7 +9,7 @@ import pytest
 
 from demo.session import agent_session, to_chat
 from tests.engine.rendered import Rendering
-from vllm_cachescope.prompt import Protocol
+from vllm_cachescope.prompt.request import Protocol
 
 TEMPLATES = ["chatml", "inst", "headers"]
 EPHEMERAL = {"type": "ephemeral"}

@@ -14,7 +14,7 @@ from tests.engine.engine import (
     plan,
     sealed,
 )
-from vllm_cachescope.scopes import Caller, Scope
+from vllm_cachescope.tenancy.scope import Caller, Scope
 
 pytestmark = pytest.mark.engine
 

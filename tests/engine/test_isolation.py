@@ -28,9 +28,10 @@ from tests.engine.engine import (
     plan,
     sealed,
 )
-from vllm_cachescope.connectors.vllm import hashing, regions
-from vllm_cachescope.plan import Plan, seal
-from vllm_cachescope.scopes import Caller, Scope
+from vllm_cachescope.connectors.vllm import shm_regions
+from vllm_cachescope.connectors.vllm.engine import hashing
+from vllm_cachescope.prompt.plan import Plan, seal
+from vllm_cachescope.tenancy.scope import Caller, Scope
 
 pytestmark = pytest.mark.engine
 
@@ -277,7 +278,7 @@ def test_the_connector_refuses_to_run_without_its_hook(engine, monkeypatch, repl
             config, KVConnectorRole.SCHEDULER, engine.scheduler.kv_cache_config
         )
     gc.collect()
-    assert regions.remove_stale()
+    assert shm_regions.remove_stale()
 
 
 def test_the_connector_refuses_a_vllm_without_the_function(engine, monkeypatch):

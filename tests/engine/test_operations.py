@@ -7,8 +7,8 @@ import pytest
 
 from tests.engine.server import NAMED_KEY, OPERATOR_TOKEN, Api
 from tests.engine.test_diagnostics import EPHEMERAL, body, breaks, session
-from vllm_cachescope.cli import main
-from vllm_cachescope.connectors.vllm.server import EngineProcesses
+from vllm_cachescope.cli.main import main
+from vllm_cachescope.connectors.vllm.api_server.middleware import EngineProcesses
 
 pytestmark = pytest.mark.engine
 

@@ -19,8 +19,8 @@ from tests.engine.engine import (
     sealed,
 )
 from tests.redis.replica import Replica
-from vllm_cachescope.connectors.vllm import regions
-from vllm_cachescope.scopes import Caller, Scope
+from vllm_cachescope.connectors.vllm import shm_regions
+from vllm_cachescope.tenancy.scope import Caller, Scope
 
 pytestmark = pytest.mark.engine
 
@@ -49,7 +49,7 @@ def replica(tiny_model, tmp_path_factory) -> Iterator[Replica]:
     replica = Replica(tiny_model, scratch, config, cpu_chunks=CPU_CHUNKS)
     yield replica
     replica.stop()
-    regions.remove_stale()
+    shm_regions.remove_stale()
 
 
 @pytest.fixture

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from vllm_cachescope.connectors.vllm import regions
+from vllm_cachescope.connectors.vllm import shm_regions
 
 ENGINE = """
 import sys, time
 from pathlib import Path
-from vllm_cachescope.connectors.vllm import regions
-claimed = regions.claim(sys.argv[2], Path(sys.argv[1]))
+from vllm_cachescope.connectors.vllm import shm_regions
+claimed = shm_regions.claim(sys.argv[2], Path(sys.argv[1]))
 Path(sys.argv[1], f"vllm_offload_{sys.argv[2]}.mmap").write_bytes(bytes(4096))
 print("up", flush=True)
 time.sleep(600)
@@ -51,12 +51,12 @@ def test_a_killed_engines_region_is_removed_and_a_live_ones_is_not(tmp_path, sta
     killed, live = start("cachescope-killed"), start("cachescope-live")
     everything = names(tmp_path)
     assert len(everything) == 4
-    assert regions.remove_stale(tmp_path) == []
+    assert shm_regions.remove_stale(tmp_path) == []
     assert names(tmp_path) == everything
 
     os.kill(killed.pid, signal.SIGKILL)
     killed.wait()
-    assert regions.remove_stale(tmp_path) == [tmp_path / "vllm_offload_cachescope-killed.mmap"]
+    assert shm_regions.remove_stale(tmp_path) == [tmp_path / "vllm_offload_cachescope-killed.mmap"]
     assert names(tmp_path) == [
         "vllm_offload_cachescope-live.lock",
         "vllm_offload_cachescope-live.mmap",
@@ -69,7 +69,7 @@ def test_a_region_stays_while_any_process_of_its_engine_lives(tmp_path, start):
     for process, expected in ((scheduler, []), (worker, ["vllm_offload_cachescope-parallel.mmap"])):
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-        assert [path.name for path in regions.remove_stale(tmp_path)] == expected
+        assert [path.name for path in shm_regions.remove_stale(tmp_path)] == expected
     assert names(tmp_path) == []
 
 
@@ -82,32 +82,32 @@ def test_other_peoples_files_stay(tmp_path):
     ):
         (tmp_path / name).write_bytes(b"x")
     before = names(tmp_path)
-    assert regions.remove_stale(tmp_path) == []
+    assert shm_regions.remove_stale(tmp_path) == []
     assert names(tmp_path) == before
 
 
 def test_every_file_of_a_region_goes(tmp_path):
     for suffix in ("lock", "mmap", "mmap.0", "mmap.1"):
         (tmp_path / f"vllm_offload_cachescope-x.{suffix}").write_bytes(b"x")
-    assert len(regions.remove_stale(tmp_path)) == 3
+    assert len(shm_regions.remove_stale(tmp_path)) == 3
     assert names(tmp_path) == []
 
 
 def test_an_engine_that_ends_in_order_leaves_nothing(tmp_path):
-    claimed = regions.claim("cachescope-orderly", tmp_path)
+    claimed = shm_regions.claim("cachescope-orderly", tmp_path)
     region = tmp_path / "vllm_offload_cachescope-orderly.mmap"
     region.write_bytes(b"x")
     region.unlink()
-    regions.release(claimed)
+    shm_regions.release(claimed)
     assert names(tmp_path) == []
 
 
 def test_what_an_engine_could_not_remove_is_found_later(tmp_path):
-    claimed = regions.claim("cachescope-late", tmp_path)
+    claimed = shm_regions.claim("cachescope-late", tmp_path)
     (tmp_path / "vllm_offload_cachescope-late.mmap").write_bytes(b"x")
-    assert regions.remove_stale(tmp_path) == []
-    regions.release(claimed)
-    assert len(regions.remove_stale(tmp_path)) == 1
+    assert shm_regions.remove_stale(tmp_path) == []
+    shm_regions.release(claimed)
+    assert len(shm_regions.remove_stale(tmp_path)) == 1
     assert names(tmp_path) == []
 
 
@@ -121,7 +121,7 @@ def test_the_real_engine_holds_its_claim(engine):
         [
             sys.executable,
             "-c",
-            "from vllm_cachescope.connectors.vllm import regions; regions.remove_stale()",
+            "from vllm_cachescope.connectors.vllm import shm_regions; shm_regions.remove_stale()",
         ],
         check=True,
     )
@@ -134,17 +134,17 @@ def test_a_claim_holds_whatever_others_remove_meanwhile(tmp_path):
 
     def remove():
         while not stopping.is_set():
-            regions.remove_stale(tmp_path)
+            shm_regions.remove_stale(tmp_path)
 
     removers = [threading.Thread(target=remove) for _ in range(2)]
     for remover in removers:
         remover.start()
     try:
         for number in range(300):
-            claimed = regions.claim(f"{regions.PREFIX}{number}", tmp_path)
+            claimed = shm_regions.claim(f"{shm_regions.PREFIX}{number}", tmp_path)
             region = Path(claimed.name).with_suffix(".mmap")
             region.write_bytes(b"")
-            regions.remove_stale(tmp_path)
+            shm_regions.remove_stale(tmp_path)
             assert region.exists() and Path(claimed.name).exists()
             claimed.close()
     finally:
@@ -154,19 +154,19 @@ def test_a_claim_holds_whatever_others_remove_meanwhile(tmp_path):
 
 
 def test_a_region_claimed_anew_while_its_old_lock_was_being_looked_at_stays(tmp_path, monkeypatch):
-    regions.claim("cachescope-again", tmp_path).close()  # Its engine is killed.
+    shm_regions.claim("cachescope-again", tmp_path).close()  # Its engine is killed.
     region = tmp_path / "vllm_offload_cachescope-again.mmap"
     held = []
     lock_file = fcntl.flock
 
     def others_were_faster(lock, operation):
-        monkeypatch.setattr(regions.fcntl, "flock", lock_file)
-        regions.remove_stale(tmp_path)
-        held.append(regions.claim("cachescope-again", tmp_path))
+        monkeypatch.setattr(shm_regions.fcntl, "flock", lock_file)
+        shm_regions.remove_stale(tmp_path)
+        held.append(shm_regions.claim("cachescope-again", tmp_path))
         region.write_bytes(b"x")
         lock_file(lock, operation)
 
-    monkeypatch.setattr(regions.fcntl, "flock", others_were_faster)
-    assert regions.remove_stale(tmp_path) == []
+    monkeypatch.setattr(shm_regions.fcntl, "flock", others_were_faster)
+    assert shm_regions.remove_stale(tmp_path) == []
     assert region.exists() and Path(held[0].name).exists()
     held[0].close()

@@ -15,7 +15,7 @@ import pytest
 from tests.engine.engine import BLOCK_BYTES
 from tests.engine.server import ENVIRONMENT
 from vllm_cachescope.config import CONNECTOR, ConfigError
-from vllm_cachescope.connectors.vllm import regions, startup
+from vllm_cachescope.connectors.vllm import config_check, shm_regions
 
 
 def start(model: Path, **extra: object) -> "subprocess.CompletedProcess[str]":
@@ -59,7 +59,7 @@ def test_vllms_own_command_stops_with_one_message(tiny_model: Path) -> None:
         found = re.findall("^CacheScope configuration: (.*)$", said, re.MULTILINE)
         assert len(found) == 1 and found[0].startswith(expected), found
         assert "Traceback" not in said
-    regions.remove_stale()
+    shm_regions.remove_stale()
     assert set(Path("/dev/shm").glob("vllm_offload_*")) <= before
 
 
@@ -68,7 +68,7 @@ def test_vllms_own_command_stops_with_one_message(tiny_model: Path) -> None:
 )
 def test_the_middleware_alone_is_a_mistake(transfer: object) -> None:
     with pytest.raises(ConfigError, match="--kv-transfer-config does not"):
-        startup.read(transfer)
+        config_check.read(transfer)
 
 
 def test_shared_tiers_without_a_secret_are_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,4 +77,4 @@ def test_shared_tiers_without_a_secret_are_a_mistake(monkeypatch: pytest.MonkeyP
     extra = {"tiers": [{"type": "redis", "url": "redis://127.0.0.1"}]}
     transfer = SimpleNamespace(kv_connector=CONNECTOR, kv_connector_extra_config=extra)
     with pytest.raises(ConfigError, match="must have the same; set secret"):
-        startup.read(transfer)
+        config_check.read(transfer)

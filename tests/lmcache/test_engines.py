@@ -11,7 +11,7 @@ from demo.model import MODELS, TINY, build
 from tests.engine.engine import BLOCK, Ask, draw_tokens, org_plan, sealed
 from tests.redis.replica import Replica
 from tests.redis.servers import REDIS_SERVER, RedisServer, wait_until
-from vllm_cachescope.connectors.vllm import regions
+from vllm_cachescope.connectors.vllm import shm_regions
 
 pytestmark = [
     pytest.mark.engine,
@@ -90,7 +90,7 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
     yield cluster
     cluster.first.stop()
     cluster.second.stop()
-    regions.remove_stale()
+    shm_regions.remove_stale()
     near.close()
     resp.close()
 

@@ -12,12 +12,12 @@ from tests.lmcache.conftest import anywhere, everywhere, in_files
 from tests.lmcache.side import LMCacheSide, Wall
 from tests.redis.engine_side import SLOT, content, keys
 from tests.redis.servers import wait_until
+from vllm_cachescope.cache.quotas import Shares
 from vllm_cachescope.config import CONNECTOR, ConfigError, Share
 from vllm_cachescope.connectors.lmcache import adapters, backend
-from vllm_cachescope.connectors.vllm import startup
-from vllm_cachescope.shares import Shares
-from vllm_cachescope.tiers.account import Account
+from vllm_cachescope.connectors.vllm import config_check
 from vllm_cachescope.tiers.envelope import HEADER_BYTES
+from vllm_cachescope.tiers.local_usage import Account
 
 
 @pytest.fixture
@@ -411,4 +411,4 @@ def test_a_mistake_in_an_adapter_stops_the_start():
         kv_connector_extra_config={"secret": "a secret of tests", "tiers": [tier]},
     )
     with pytest.raises(ConfigError, match="tier files: adapter: base_path must be"):
-        startup.read(transfer)
+        config_check.read(transfer)

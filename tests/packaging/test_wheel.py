@@ -26,7 +26,7 @@ import vllm_cachescope.connectors
 (plugin,) = entry_points(group="vllm.general_plugins", name="cachescope")
 (script,) = entry_points(group="console_scripts", name="cachescope")
 assert (plugin.module, plugin.attr) == ("vllm_cachescope.connectors.vllm.plugin", "register")
-assert (script.module, script.attr) == ("vllm_cachescope.cli", "main")
+assert (script.module, script.attr) == ("vllm_cachescope.cli.main", "main")
 assert find_spec(plugin.module) and find_spec(script.module)
 # Something that LMCache needs installs a package called "tests"; ours is beside this one.
 beside = Path(vllm_cachescope.__file__).parents[1]

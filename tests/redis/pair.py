@@ -12,7 +12,7 @@ from demo.model import MODELS, TINY, build
 from tests.engine.engine import BLOCK, BLOCK_BYTES, Ask, draw_tokens, org_plan, sealed
 from tests.redis.replica import Replica
 from tests.redis.servers import Proxy, RedisServer, wait_until
-from vllm_cachescope.connectors.vllm import regions
+from vllm_cachescope.connectors.vllm import shm_regions
 
 GREEDY, GREEDY_BLOCKS = "name:greedy", 8
 """The one organisation with a quota, and how many blocks it may hold in the Redis."""
@@ -96,7 +96,7 @@ def running_pair(scratch: Path, **tier: Any) -> Iterator[Pair]:
     finally:
         pair.a.stop()
         pair.b.stop()
-        regions.remove_stale()
+        shm_regions.remove_stale()
         server.close()
         proxy.close()
 

@@ -5,8 +5,8 @@ import redis
 
 from tests.redis.engine_side import SECRET, EngineSide, keys
 from tests.redis.servers import Proxy, wait_until
-from vllm_cachescope.owners import NOBODY, Owners
-from vllm_cachescope.scopes import Caller
+from vllm_cachescope.tenancy.owner_tags import NOBODY, Owners
+from vllm_cachescope.tenancy.scope import Caller
 from vllm_cachescope.tiers.remote import Purge
 
 OWNERS = Owners(SECRET)

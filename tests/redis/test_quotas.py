@@ -7,12 +7,12 @@ import redis
 
 from tests.redis.engine_side import SECRET, SLOT, EngineSide, keys
 from tests.redis.servers import wait_until
+from vllm_cachescope.cache.quotas import Shares
 from vllm_cachescope.config import Share
 from vllm_cachescope.connectors.redis.accounts import CLOCK_S, ServerClock
-from vllm_cachescope.owners import NOBODY, Owners
-from vllm_cachescope.scopes import Caller
-from vllm_cachescope.shares import Shares
-from vllm_cachescope.tiers.account import Account
+from vllm_cachescope.tenancy.owner_tags import NOBODY, Owners
+from vllm_cachescope.tenancy.scope import Caller
+from vllm_cachescope.tiers.local_usage import Account
 
 OWNERS = Owners(SECRET)
 ACME, ZETA = OWNERS.of(Caller("acme", "s1")), OWNERS.of(Caller("zeta"))

@@ -11,7 +11,7 @@ from tests.engine.engine import BLOCK, BLOCK_BYTES, OWNERS, Ask, draw_tokens, pl
 from tests.redis.pair import GREEDY, GREEDY_BLOCKS, Pair, ask, running_pair
 from tests.redis.replica import Replica
 from tests.redis.servers import wait_until
-from vllm_cachescope.scopes import Caller, Scope
+from vllm_cachescope.tenancy.scope import Caller, Scope
 
 pytestmark = pytest.mark.engine
 

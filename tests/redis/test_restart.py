@@ -13,12 +13,12 @@ from demo.model import MODELS, TINY, build
 from tests.engine.engine import BLOCK, Ask, draw_tokens, org_plan, sealed
 from tests.redis.replica import Replica
 from tests.redis.servers import RedisServer, wait_until
-from vllm_cachescope.api.breaks import Breaks
-from vllm_cachescope.api.exchange import Passage
-from vllm_cachescope.connectors.vllm import regions
-from vllm_cachescope.diagnosis import Diagnosis
-from vllm_cachescope.prompt import Protocol
-from vllm_cachescope.scopes import Caller
+from vllm_cachescope.api.break_log import Breaks
+from vllm_cachescope.api.request_context import Passage
+from vllm_cachescope.connectors.vllm import shm_regions
+from vllm_cachescope.diagnosis.diagnosis import Diagnosis
+from vllm_cachescope.prompt.request import Protocol
+from vllm_cachescope.tenancy.scope import Caller
 from vllm_cachescope.wire import READERS
 
 pytestmark = pytest.mark.engine
@@ -77,7 +77,7 @@ def start(tmp_path_factory) -> Iterator:
     yield start
     for replica in started:
         replica.stop()
-    regions.remove_stale()
+    shm_regions.remove_stale()
 
 
 def test_its_memory_went_with_the_engine(conversation: Conversation, start) -> None:

@@ -10,7 +10,7 @@ from tests.engine.engine import BLOCK, draw_tokens
 from tests.redis.pair import ask
 from tests.redis.replica import Replica
 from tests.redis.servers import RedisServer, wait_until
-from vllm_cachescope.connectors.vllm import regions
+from vllm_cachescope.connectors.vllm import shm_regions
 
 pytestmark = pytest.mark.engine
 
@@ -42,7 +42,7 @@ def start(tmp_path) -> Iterator:
     yield start
     for replica in started:
         replica.stop()
-    regions.remove_stale()
+    shm_regions.remove_stale()
 
 
 def test_only_an_engine_of_the_same_kind_finds_anything(start, tmp_path):

@@ -20,12 +20,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from vllm_cachescope.changes import Change, ChangeKind
 from vllm_cachescope.config import ConfigError, DiffSettings
-from vllm_cachescope.fingerprint import HASH_BYTES, Fingerprint
-from vllm_cachescope.lineage import DEFAULT_TTL_S
-from vllm_cachescope.prompt import PromptRequest, Region
-from vllm_cachescope.scopes import Caller
+from vllm_cachescope.diagnosis.changes import Change, ChangeKind
+from vllm_cachescope.diagnosis.fingerprint import HASH_BYTES, Fingerprint
+from vllm_cachescope.diagnosis.lineage_store import DEFAULT_TTL_S
+from vllm_cachescope.prompt.request import PromptRequest, Region
+from vllm_cachescope.tenancy.scope import Caller
 
 KEPT_BYTES = 64 * 2**20
 """Memory for texts, of all organisations together, in bytes."""

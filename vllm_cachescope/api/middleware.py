@@ -10,15 +10,15 @@ from typing import Any
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vllm_cachescope.api.breaks import Breaks, Case
+from vllm_cachescope.api.break_log import Breaks, Case
 from vllm_cachescope.api.diffs import Diffs
-from vllm_cachescope.api.exchange import Exchange, current_exchange
 from vllm_cachescope.api.operations import PATHS, Engines, Operations
 from vllm_cachescope.api.replies import Reply
+from vllm_cachescope.api.request_context import Exchange, current_exchange
 from vllm_cachescope.config import Config
 from vllm_cachescope.errors import BadRequest
-from vllm_cachescope.identity import Directory, api_key
-from vllm_cachescope.prompt import PromptRequest
+from vllm_cachescope.prompt.request import PromptRequest
+from vllm_cachescope.tenancy.caller import Directory, api_key
 from vllm_cachescope.wire import READERS, protocol_of, strip
 from vllm_cachescope.wire.body import decode, encode
 from vllm_cachescope.wire.errors import error_body

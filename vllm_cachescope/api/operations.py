@@ -22,11 +22,11 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-from vllm_cachescope.api.breaks import Breaks
+from vllm_cachescope.api.break_log import Breaks
 from vllm_cachescope.config import Config
-from vllm_cachescope.identity import ANONYMOUS, Directory, api_key
-from vllm_cachescope.owners import EVERYONE, Owners
-from vllm_cachescope.scopes import short_name
+from vllm_cachescope.tenancy.caller import ANONYMOUS, Directory, api_key
+from vllm_cachescope.tenancy.owner_tags import EVERYONE, Owners
+from vllm_cachescope.tenancy.scope import short_name
 
 logger = logging.getLogger(__name__)
 

@@ -6,10 +6,10 @@ from typing import Any
 
 from starlette.types import Message, Send
 
-from vllm_cachescope.api.breaks import Case
-from vllm_cachescope.api.exchange import Exchange
-from vllm_cachescope.prompt import Protocol
-from vllm_cachescope.usage import Usage, write_chat, write_messages, write_responses
+from vllm_cachescope.api.break_log import Case
+from vllm_cachescope.api.request_context import Exchange
+from vllm_cachescope.api.usage import Usage, write_chat, write_messages, write_responses
+from vllm_cachescope.prompt.request import Protocol
 
 _WRITERS: dict[Protocol, Callable[[dict[str, Any], Usage], None]] = {
     Protocol.MESSAGES: write_messages,

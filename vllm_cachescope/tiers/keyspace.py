@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_cachescope.owners import NOBODY, TAG_BYTES
+from vllm_cachescope.tenancy.owner_tags import NOBODY, TAG_BYTES
 
 FORMAT = 2
 """Grows with every change to keys or values; engines of different formats share nothing."""

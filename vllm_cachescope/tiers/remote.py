@@ -21,10 +21,11 @@ from enum import Enum
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from vllm_cachescope.misses import EngineCause
+from vllm_cachescope.cache.miss_causes import EngineCause
 from vllm_cachescope.tiers import envelope
-from vllm_cachescope.tiers.account import Account
+from vllm_cachescope.tiers.block_states import ABSENCES, Absence, Fate, Whereabouts
 from vllm_cachescope.tiers.breaker import Breaker
+from vllm_cachescope.tiers.local_usage import Account
 from vllm_cachescope.tiers.store import (
     ForeignSecret,
     Store,
@@ -34,7 +35,6 @@ from vllm_cachescope.tiers.store import (
     Value,
     Written,
 )
-from vllm_cachescope.tiers.whereabouts import ABSENCES, Absence, Fate, Whereabouts
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 from typing import Protocol as Interface
 
-from vllm_cachescope.prompt import PromptRequest, Protocol
+from vllm_cachescope.prompt.request import PromptRequest, Protocol
 from vllm_cachescope.wire import (
     anthropic,
     openai_chat,

@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from vllm_cachescope.prompt import Part, PromptRequest, Protocol, Region
+from vllm_cachescope.prompt.request import Part, PromptRequest, Protocol, Region
 from vllm_cachescope.wire.fields import is_text, read_object, read_text
 from vllm_cachescope.wire.parts import DEFAULT_TTL_S, PartCollector
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from vllm_cachescope.errors import BadRequest
-from vllm_cachescope.prompt import Protocol
+from vllm_cachescope.prompt.request import Protocol
 
 
 def error_body(protocol: Protocol, error: BadRequest) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from vllm_cachescope.durations import format_duration, parse_duration
 from vllm_cachescope.errors import BadRequest
-from vllm_cachescope.scopes import Scope
+from vllm_cachescope.tenancy.scope import Scope
 
 
 def read_object(value: object, path: str, keys: tuple[str, ...]) -> Mapping[str, Any]:

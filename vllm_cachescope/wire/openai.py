@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_cachescope.errors import BadRequest
-from vllm_cachescope.prompt import PromptRequest, Protocol
+from vllm_cachescope.prompt.request import PromptRequest, Protocol
 from vllm_cachescope.wire.fields import is_text, read_choice, read_object, read_text, read_ttl
 from vllm_cachescope.wire.parts import MAX_BREAKPOINTS, PartCollector
 

@@ -8,7 +8,7 @@ no content part to carry one), where it ends the message.
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from vllm_cachescope.prompt import PromptRequest, Protocol, Region
+from vllm_cachescope.prompt.request import PromptRequest, Protocol, Region
 from vllm_cachescope.wire.blocks import MARKERS
 from vllm_cachescope.wire.openai import count_leading_system, finish
 from vllm_cachescope.wire.parts import DEFAULT_TTL_S, PartCollector

@@ -8,7 +8,7 @@ lifetime and scope.
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from vllm_cachescope.prompt import PromptRequest, Protocol, Region
+from vllm_cachescope.prompt.request import PromptRequest, Protocol, Region
 from vllm_cachescope.wire.openai import finish
 from vllm_cachescope.wire.parts import DEFAULT_TTL_S, PartCollector
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from vllm_cachescope.durations import format_duration
 from vllm_cachescope.errors import BadRequest
-from vllm_cachescope.prompt import Mark, Part, Region
-from vllm_cachescope.scopes import Scope
+from vllm_cachescope.prompt.request import Mark, Part, Region
+from vllm_cachescope.tenancy.scope import Scope
 from vllm_cachescope.wire.blocks import BREAKPOINT, CACHE_CONTROL, blocks_within, without_marks
 from vllm_cachescope.wire.fields import read_choice, read_object, read_scope, read_ttl
 

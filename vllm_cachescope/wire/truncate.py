@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_cachescope.prompt import Part, Protocol, Region
+from vllm_cachescope.prompt.request import Part, Protocol, Region
 from vllm_cachescope.wire.openai import count_leading_system
 
 # The fields that hold parts, in prompt order. The last is the conversation, which may begin with

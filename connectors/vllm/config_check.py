@@ -1,0 +1,93 @@
+"""Finds mistakes in the configuration before vLLM loads anything, and says them in one message."""
+
+import gc
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
+from types import TracebackType
+from typing import Any
+
+from vllm_cachescope.config import CONNECTOR, Config, ConfigError, load
+from vllm_cachescope.connectors.vllm import store_factory
+
+
+def read(kv_transfer_config: Any) -> Config:
+    """Return CacheScope's configuration from vLLM's ``--kv-transfer-config``.
+
+    Raises:
+        ConfigError: if there is none, or it cannot be used.
+    """
+    connector = getattr(kv_transfer_config, "kv_connector", None)
+    # One that comes with a module of its own may be derived from ours.
+    derived = getattr(kv_transfer_config, "kv_connector_module_path", None) is not None
+    if connector != CONNECTOR and not derived:
+        raise ConfigError(
+            "--middleware names CacheScope, and --kv-transfer-config does not; give it "
+            f'"kv_connector": "{CONNECTOR}" and "kv_role": "kv_both"'
+        )
+    config = load(kv_transfer_config.kv_connector_extra_config)
+    config.check()
+    for tier in config.tiers:
+        store_factory.check(tier)
+    return config
+
+
+def install() -> None:
+    """Have every vLLM that is to run the connector check its configuration first. Installing
+    twice is harmless."""
+    # Only a process that parses vLLM's arguments has this module by now.
+    arg_utils: Any = sys.modules.get("vllm.engine.arg_utils")
+    arguments = getattr(arg_utils, "EngineArgs", None)
+    if arguments is None or hasattr(arguments.create_engine_config, "is_checked"):
+        return
+    arguments.create_engine_config = _checked(arguments.create_engine_config)
+    sys.excepthook = _without_traceback(sys.excepthook)
+
+
+def _checked(create: Callable[..., Any]) -> Callable[..., Any]:
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        transfer = self.kv_transfer_config
+        if getattr(transfer, "kv_connector", None) == CONNECTOR:
+            read(transfer)
+        return create(self, *args, **kwargs)
+
+    create_engine_config.is_checked = True  # type: ignore[attr-defined]
+    return create_engine_config
+
+
+@contextmanager
+def ended_by_mistakes() -> Iterator[None]:
+    """For mistakes that only the engine can see. They end its process, if it has one of its own,
+    with nothing but the message."""
+    try:
+        yield
+    except ConfigError as error:
+        if multiprocessing.parent_process() is None:
+            raise
+        print(error, file=sys.stderr)
+        raise SystemExit(os.EX_CONFIG) from None
+
+
+def _without_traceback(inner: Callable[..., Any]) -> Callable[..., Any]:
+    """A mistake of the operator's is no place in our code: the message says it all."""
+
+    def excepthook(
+        kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, ConfigError):
+            print(error, file=sys.stderr)
+        elif not _was_said_by_an_engine():
+            inner(kind, error, trace)
+
+    return excepthook
+
+
+def _was_said_by_an_engine() -> bool:
+    # vLLM's own exception lists how the engine's processes ended, but not those that it has yet
+    # to wait for; the objects that stand for them know by now.
+    return any(
+        issubclass(type(it), BaseProcess) and it.exitcode == os.EX_CONFIG for it in gc.get_objects()
+    )

@@ -1,0 +1,108 @@
+"""Configures vLLM's tiering offloading framework for CacheScope."""
+
+import copy
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.platforms import current_platform
+from vllm.v1.kv_offload.base import (
+    CanonicalKVCaches,
+    OffloadingCounterMetadata,
+    OffloadingGaugeMetadata,
+    OffloadingManager,
+    OffloadingMetricMetadata,
+    OffloadingWorker,
+)
+from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
+from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
+
+from vllm_cachescope.config import Config, ConfigError
+from vllm_cachescope.connectors.vllm import shm_regions
+from vllm_cachescope.connectors.vllm.engine.kv_identity import model_identity
+from vllm_cachescope.connectors.vllm.engine.tiers.cpu_worker import CpuCopyWorker
+from vllm_cachescope.connectors.vllm.engine.tiers.remote import RemoteTierManager
+from vllm_cachescope.metrics import METRICS
+
+
+def for_offloading(vllm_config: VllmConfig, config: Config) -> VllmConfig:
+    """Return a copy of vLLM's configuration in which the offloading framework finds its own keys
+    in place of CacheScope's."""
+    translated = copy.copy(vllm_config)
+    transfer = copy.copy(vllm_config.kv_transfer_config)
+    assert transfer is not None
+    transfer.engine_id = shm_regions.PREFIX + str(transfer.engine_id).removeprefix(
+        shm_regions.PREFIX
+    )
+    transfer.kv_connector_extra_config = {
+        "spec_name": ScopeOffloadingSpec.__name__,
+        "spec_module_path": ScopeOffloadingSpec.__module__,
+        "cpu_bytes_to_use": int(config.cpu_bytes),
+        "eviction_policy": "ScopePolicy",
+        "cache_policy_module_path": "vllm_cachescope.connectors.vllm.engine.tiers.cpu",
+        **({"block_size": config.chunk_tokens} if config.chunk_tokens else {}),
+        **({"secondary_tiers": _remote_tiers(vllm_config, config)} if config.tiers else {}),
+    }
+    translated.kv_transfer_config = transfer
+    return translated
+
+
+def _remote_tiers(vllm_config: VllmConfig, config: Config) -> list[dict[str, Any]]:
+    model = model_identity(vllm_config)
+    return [
+        {
+            "type": RemoteTierManager.__name__,
+            "module_path": RemoteTierManager.__module__,
+            "settings": settings,
+            "config": config,
+            "model": model,
+        }
+        for settings in config.tiers
+    ]
+
+
+class ScopeOffloadingSpec(TieringOffloadingSpec):
+    """vLLM's tiering, and on the CPU platform a worker that can copy there."""
+
+    @classmethod
+    def build_metric_definitions(
+        cls, extra_config: dict[str, Any]
+    ) -> dict[str, OffloadingMetricMetadata]:
+        kinds = {"counter": OffloadingCounterMetadata, "gauge": OffloadingGaugeMetadata}
+        return super().build_metric_definitions(extra_config) | {
+            metric.name: kinds[metric.kind](metric.help, metric.labels) for metric in METRICS
+        }
+
+    def get_manager(self) -> OffloadingManager:
+        if self._manager is not None:
+            return self._manager
+        shm_regions.remove_stale()
+        if self.num_chunks == 0 and self.kv_bytes_per_chunk:
+            raise ConfigError(
+                f"cpu_bytes: {self.extra_config['cpu_bytes_to_use']} holds not even one chunk; "
+                f"allowed: {self.kv_bytes_per_chunk} or more with this model and block size"
+            )
+        claimed = shm_regions.claim(self._engine_id)
+        manager = super().get_manager()
+        # On the manager, since vLLM lets go of this object once the engine has started.
+        manager.claimed_region = claimed  # type: ignore[attr-defined]
+        return manager
+
+    def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
+        # With none the engine does not start. Workers come first, and leave it to the manager to
+        # say so, once.
+        self.num_chunks = max(self.num_chunks, 1)
+        claimed = shm_regions.claim(self._engine_id)
+        cpu = current_platform.is_cpu()
+        worker = self._cpu_worker(kv_caches) if cpu else super().get_worker(kv_caches)
+        worker.claimed_region = claimed  # type: ignore[attr-defined]
+        return worker
+
+    def _cpu_worker(self, kv_caches: CanonicalKVCaches) -> CpuCopyWorker:
+        region = SharedOffloadRegion(
+            engine_id=self._engine_id,
+            num_chunks=self.num_chunks,
+            rank=0 if self.replicated_layout else self.config.parallel.rank,
+            kv_bytes_per_chunk=self.kv_bytes_per_chunk,
+            cpu_page_size=self.cpu_page_size_per_worker,
+        )
+        return CpuCopyWorker(kv_caches, self.blocks_per_chunk, region)

@@ -1,0 +1,196 @@
+"""Which blocks are cached, on which tiers, and until when."""
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from vllm_cachescope.cache.eviction import LifetimeShare
+from vllm_cachescope.tenancy.owner_tags import NOBODY, org_of
+
+
+class Reason(StrEnum):
+    """Why a block left a tier."""
+
+    TTL = "ttl"
+    CAPACITY = "capacity"
+    QUOTA = "quota"
+    PURGE = "purge"
+    RESET = "reset"
+
+
+@dataclass(slots=True)
+class Entry:
+    """A cached block.
+
+    Attributes:
+        ttl_s: the longest lifetime it was ever marked with, in seconds.
+        expires_at: when it expires unless used before, on the ledger's clock, in seconds.
+        owner: whose it is; see `owners`.
+        tiers: names of the tiers that hold it.
+    """
+
+    ttl_s: int
+    expires_at: float
+    owner: bytes = NOBODY
+    tiers: set[str] = field(default_factory=set)
+
+
+class Ledger:
+    """The lifetimes of all blocks this engine knows, whatever tier holds them.
+
+    A lifetime belongs to a block's identity and not to one of its copies: a use on any tier
+    refreshes it on all, and once it has expired no tier may serve it. Every operation is O(1)
+    per block: in each TTL class the order of last use is the order of expiry.
+
+    Time is a parameter and may stand still; it must not run backwards.
+    """
+
+    def __init__(self) -> None:
+        self._entries: dict[bytes, Entry] = {}
+        self._by_ttl: dict[int, OrderedDict[bytes, Entry]] = {}
+        self._by_org: dict[bytes, set[bytes]] = {}
+        self._resident: Counter[tuple[str, int]] = Counter()
+        self._held: dict[str, Counter[bytes]] = {}
+        self._orders: dict[str, LifetimeShare] = {}
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._entries
+
+    def follow(self, tier: str, order: LifetimeShare) -> None:
+        """Keep ``order`` as ``tier`` holds blocks and they are used, from here on."""
+        self._orders[tier] = order
+
+    def get(self, key: bytes) -> Entry | None:
+        """Return the entry of ``key``, expired or not, or None."""
+        return self._entries.get(key)
+
+    def is_expired(self, key: bytes, now: float) -> bool:
+        """Whether ``key`` is known and its lifetime is over. An unknown key is not expired."""
+        entry = self._entries.get(key)
+        return entry is not None and entry.expires_at <= now
+
+    def touch(self, key: bytes, ttl_s: int, now: float, owner: bytes = NOBODY) -> bool:
+        """Start or refresh the lifetime of ``key``; the longer of its old and new TTL counts.
+
+        The caller must have dropped expired entries first: touching one would revive it.
+        Blocks of one prompt are to be touched from the last to the first, so that under
+        pressure a prefix loses its end before its beginning.
+
+        Returns:
+            True if the key was not known before.
+        """
+        entry = self._entries.get(key)
+        if entry is None:
+            entry = Entry(ttl_s, now + ttl_s, owner)
+            self._entries[key] = entry
+            self._by_org.setdefault(org_of(owner), set()).add(key)
+            self._class(ttl_s)[key] = entry
+            return True
+        if ttl_s > entry.ttl_s:
+            del self._by_ttl[entry.ttl_s][key]
+            for tier in entry.tiers:
+                self._resident[tier, entry.ttl_s] -= 1
+                self._resident[tier, ttl_s] += 1
+            entry.ttl_s = ttl_s
+            self._class(ttl_s)[key] = entry
+        else:
+            self._by_ttl[entry.ttl_s].move_to_end(key)
+        entry.expires_at = now + entry.ttl_s
+        for tier, order in self._orders.items():
+            if tier in entry.tiers:
+                order.use(key, entry.ttl_s, now, org_of(entry.owner))
+        return False
+
+    def place(self, key: bytes, tier: str) -> None:
+        """Note that ``tier`` holds a known key."""
+        entry = self._entries[key]
+        if tier not in entry.tiers:
+            entry.tiers.add(tier)
+            self._count(tier, entry, 1)
+            if (order := self._orders.get(tier)) is not None:
+                used_at = entry.expires_at - entry.ttl_s
+                order.use(key, entry.ttl_s, used_at, org_of(entry.owner))
+
+    def displace(self, key: bytes, tier: str) -> None:
+        """Note that ``tier`` no longer holds ``key``; a key that no tier holds is forgotten."""
+        entry = self._entries.get(key)
+        if entry is None or tier not in entry.tiers:
+            return
+        entry.tiers.remove(tier)
+        self._left(key, entry, tier)
+        if not entry.tiers:
+            self._forget(key, entry)
+
+    def pop_expired(self, now: float) -> list[tuple[bytes, Entry]]:
+        """Remove and return every entry whose lifetime is over."""
+        expired: list[tuple[bytes, Entry]] = []
+        for queue in self._by_ttl.values():
+            while queue:
+                key, entry = next(iter(queue.items()))
+                if entry.expires_at > now:
+                    break
+                self._remove(key, entry)
+                expired.append((key, entry))
+        return expired
+
+    def purge(self, prefix: bytes) -> list[tuple[bytes, Entry]]:
+        """Remove and return every entry whose owner begins with ``prefix``."""
+        orgs = [org_of(prefix)] if prefix else list(self._by_org)
+        purged = [
+            (key, entry)
+            for org in orgs
+            for key in self._by_org.get(org, ())
+            if (entry := self._entries[key]).owner.startswith(prefix)
+        ]
+        for key, entry in purged:
+            self._remove(key, entry)
+        return purged
+
+    def clear_tier(self, tier: str) -> list[tuple[bytes, int]]:
+        """Note that ``tier`` was emptied; return the keys it held and their TTLs in seconds."""
+        held = [(key, entry.ttl_s) for key, entry in self._entries.items() if tier in entry.tiers]
+        for key, _ in held:
+            self.displace(key, tier)
+        return held
+
+    def resident(self) -> Iterator[tuple[str, int, int]]:
+        """Yield ``(tier, ttl_s, blocks)`` for every tier and TTL class ever seen, zeros included:
+        a gauge that is not written keeps its last value."""
+        for (tier, ttl_s), blocks in self._resident.items():
+            yield tier, ttl_s, blocks
+
+    def held(self, tier: str) -> dict[bytes, int]:
+        """Return how many blocks of each organisation ``tier`` holds, by its tag."""
+        return dict(self._held.get(tier, ()))
+
+    def _count(self, tier: str, entry: Entry, blocks: int) -> None:
+        self._resident[tier, entry.ttl_s] += blocks
+        held, org = self._held.setdefault(tier, Counter()), org_of(entry.owner)
+        held[org] += blocks
+        if not held[org]:
+            del held[org]
+
+    def _class(self, ttl_s: int) -> OrderedDict[bytes, Entry]:
+        return self._by_ttl.setdefault(ttl_s, OrderedDict())
+
+    def _remove(self, key: bytes, entry: Entry) -> None:
+        for tier in entry.tiers:
+            self._left(key, entry, tier)
+        self._forget(key, entry)
+
+    def _left(self, key: bytes, entry: Entry, tier: str) -> None:
+        self._count(tier, entry, -1)
+        if (order := self._orders.get(tier)) is not None:
+            order.remove(key)
+
+    def _forget(self, key: bytes, entry: Entry) -> None:
+        del self._entries[key]
+        del self._by_ttl[entry.ttl_s][key]
+        org = org_of(entry.owner)
+        self._by_org[org].remove(key)
+        if not self._by_org[org]:
+            del self._by_org[org]

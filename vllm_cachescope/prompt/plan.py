@@ -1,0 +1,136 @@
+"""The cache plan of one prompt: which tokens are shared how widely, and for how long."""
+
+import hashlib
+import hmac
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_cachescope.tenancy.owner_tags import NOBODY, owner_at
+from vllm_cachescope.tenancy.scope import Scope
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A run of tokens with one scope and one lifetime.
+
+    Attributes:
+        end: position just past its last token, in tokens from the start of the prompt.
+        scope: how widely its blocks are shared.
+        key: the scope key that enters its block hashes.
+        ttl_s: lifetime of its blocks, in seconds.
+        covered: whether a breakpoint lies at or after its end. Uncovered tokens stay in the
+            device cache while there is room and are stored nowhere else.
+    """
+
+    end: int
+    scope: Scope
+    key: str
+    ttl_s: int
+    covered: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The spans of one prompt, in order, only ever narrowing.
+
+    Attributes:
+        spans: at least one; the last one ends where the prompt ends.
+        nonce: unique to the prompt; the engine's report is found under it.
+        owner: whose its blocks of session scope are; see `owners`.
+    """
+
+    spans: tuple[Span, ...]
+    nonce: str
+    owner: bytes = NOBODY
+
+    def span_of(self, block_end: int) -> Span:
+        """Return the span a block belongs to: the narrowest one that any of its tokens is in.
+
+        Spans only narrow, so that is the span of the block's last token. Generated tokens, past
+        the end of the prompt, are as narrow as the prompt's end and not covered.
+
+        Args:
+            block_end: position just past the block's last token.
+        """
+        # There are a handful of them, and this runs for every block.
+        for span in self.spans:
+            if block_end <= span.end:
+                return span
+        last = self.spans[-1]
+        return Span(block_end, last.scope, last.key, last.ttl_s, covered=False)
+
+    def owner_of(self, block_end: int) -> bytes:
+        """Return whose a block is; see `span_of`."""
+        return self.owner_in(self.span_of(block_end))
+
+    def owner_in(self, span: Span) -> bytes:
+        """Return whose the blocks of ``span`` are."""
+        return owner_at(span.scope, self.owner)
+
+    @property
+    def covered_tokens(self) -> int:
+        """How many leading tokens a breakpoint covers."""
+        return max((span.end for span in self.spans if span.covered), default=0)
+
+    def own_start(self, block_end: int) -> int:
+        """Return where the part of the prompt begins that counts towards the same organisation as
+        a block does, in tokens: what everyone shares comes before what is anyone's."""
+        if self.span_of(block_end).scope is Scope.GLOBAL:
+            return 0
+        return max((span.end for span in self.spans if span.scope is Scope.GLOBAL), default=0)
+
+    def ranges(self, block_size: int) -> Iterator[tuple[int, int, Span]]:
+        """Yield ``(start, end, span)`` in tokens, cut where blocks are: a block that straddles
+        two spans belongs to the later one. The last range ends where the prompt ends."""
+        start = 0
+        for span in self.spans[:-1]:
+            end = span.end // block_size * block_size
+            if end > start:
+                yield start, end, span
+                start = end
+        last = self.spans[-1]
+        if last.end > start:
+            yield start, last.end, last
+
+
+def seal(plan: Plan, secret: bytes) -> dict[str, Any]:
+    """Return ``plan`` as JSON-able data with a MAC, for the way from the API to the engine.
+
+    Clients may send `kv_transfer_params` of their own; the MAC is what keeps them from sending
+    a plan.
+    """
+    spans = [[s.end, int(s.scope), s.key, s.ttl_s, s.covered] for s in plan.spans]
+    owner = plan.owner.hex()
+    mac = _mac(spans, plan.nonce, owner, secret)
+    return {"spans": spans, "nonce": plan.nonce, "owner": owner, "mac": mac}
+
+
+def unseal(data: Any, secret: bytes) -> Plan | None:
+    """Return the plan `seal` made, or None if ``data`` was not made with ``secret``."""
+    if not isinstance(data, Mapping):
+        return None
+    spans = data.get("spans")
+    nonce, owner, mac = (data.get(name) for name in ("nonce", "owner", "mac"))
+    if not isinstance(spans, list):
+        return None
+    if not (isinstance(nonce, str) and isinstance(owner, str) and isinstance(mac, str)):
+        return None
+    try:
+        genuine = hmac.compare_digest(_mac(spans, nonce, owner, secret).encode(), mac.encode())
+    except (TypeError, ValueError, RecursionError):
+        # What cannot be encoded was not made by `seal`.
+        return None
+    if not genuine:
+        return None
+    return Plan(
+        tuple(Span(end, Scope(scope), *rest) for end, scope, *rest in spans),
+        nonce,
+        bytes.fromhex(owner),
+    )
+
+
+def _mac(spans: list[Any], nonce: str, owner: str, secret: bytes) -> str:
+    message = json.dumps(["plan", spans, nonce, owner], separators=(",", ":")).encode()
+    return hmac.new(secret, message, hashlib.sha256).hexdigest()[:32]

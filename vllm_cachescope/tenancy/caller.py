@@ -1,0 +1,85 @@
+"""On whose behalf a request runs."""
+
+import hashlib
+import hmac
+from collections.abc import Collection, Mapping
+
+from vllm_cachescope.tenancy.owner_tags import EVERYONE
+from vllm_cachescope.tenancy.scope import Caller
+
+ANONYMOUS = "anonymous"
+"""The organisation of every request without an API key."""
+
+SESSION_HEADERS = ("x-cachescope-session", "x-session-id", "x-claude-code-session-id")
+"""Headers that name the session, first one wins. The second is the one vLLM itself reads."""
+
+
+class Directory:
+    """Knows the organisations by what their clients present.
+
+    Args:
+        secret: key of the hashes by which unnamed organisations are known.
+        names: names of organisations by the SHA-256 of their API keys, in hex.
+        org_header: header, lower case, in which a trusted gateway names the organisation; None
+            to trust no header.
+    """
+
+    def __init__(self, secret: bytes, names: Mapping[str, str], org_header: str | None) -> None:
+        self._secret = secret
+        self._names = names
+        self._org_header = org_header.lower() if org_header else None
+
+    def caller(self, headers: Mapping[str, str], body_session: str | None) -> Caller:
+        """Return who makes the request.
+
+        Args:
+            headers: the request's headers, names in lower case.
+            body_session: the session its body names, which a header overrides.
+        """
+        session = next((s for name in SESSION_HEADERS if (s := headers.get(name))), body_session)
+        return Caller(self._org(headers), session)
+
+    def named(self, name: str) -> list[str]:
+        """Return the organisations that an operator may mean by ``name``; see `organisations`."""
+        return organisations(name, self._names.values(), self._org_header)
+
+    def named_orgs(self) -> list[str]:
+        """Return the organisations that have a name in the configuration."""
+        return [f"name:{name}" for name in self._names.values()]
+
+    def _org(self, headers: Mapping[str, str]) -> str:
+        # The prefixes keep a key, a header and a name from meaning the same organisation by
+        # being the same string.
+        if self._org_header and (org := headers.get(self._org_header)):
+            return f"header:{org}"
+        key = api_key(headers)
+        if key is None:
+            return ANONYMOUS
+        if name := self._names.get(hashlib.sha256(key.encode()).hexdigest()):
+            return f"name:{name}"
+        return "key:" + hmac.new(self._secret, key.encode(), hashlib.sha256).hexdigest()[:16]
+
+
+def organisations(name: str, names: Collection[str], org_header: str | None) -> list[str]:
+    """Return the ids of the organisations that an operator may mean by ``name``: an id as callers
+    have it, `EVERYONE` for nobody's, or a name from the configuration or a gateway.
+
+    Args:
+        name: what the operator writes.
+        names: the names in the configuration.
+        org_header: the gateway's header; None if there is none.
+    """
+    if name in (ANONYMOUS, EVERYONE) or name.startswith(("header:", "name:", "key:")):
+        return [name]
+    return [
+        *([f"name:{name}"] if name in names else ()),
+        *([f"header:{name}"] if org_header else ()),
+    ]
+
+
+def api_key(headers: Mapping[str, str]) -> str | None:
+    """Return the API key a client presents, as OpenAI's (bearer) or Anthropic's client sends it."""
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer" and token:
+        return token.strip()
+    return headers.get("x-api-key") or None
