@@ -25,7 +25,7 @@ from vllm_cachescope.cache.report import EngineId
 from vllm_cachescope.diagnosis.diagnosis import EngineReport, Kind, conclude, diagnose
 from vllm_cachescope.diagnosis.fingerprint import Fingerprint, Fingerprinter
 from vllm_cachescope.diagnosis.lineage_store import LineageStore, Run
-from vllm_cachescope.diagnosis.token_fingerprint import print_tokens
+from vllm_cachescope.diagnosis.token_fingerprint import fingerprint_tokens
 from vllm_cachescope.prompt.request import PromptRequest
 from vllm_cachescope.tenancy.scope import Caller
 from vllm_cachescope.wire import anthropic
@@ -82,7 +82,7 @@ def title(number: int) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
+class PendingDiagnosis:
     """A request to diagnose, and what must come out."""
 
     name: str
@@ -90,16 +90,16 @@ class Case:
     kind: Kind
 
 
-def cases(bodies: list[dict[str, Any]]) -> list[Case]:
+def cases(bodies: list[dict[str, Any]]) -> list[PendingDiagnosis]:
     """Return the requests to measure: the conversation goes on, unchanged and changed."""
     last = bodies[-1]
     schema, history = copy.deepcopy(last), copy.deepcopy(last)
     schema["tools"][7]["description"] += " Now with more detail."
     history["messages"][4]["content"] = "cleared"
     return [
-        Case("the conversation goes on", last, Kind.CONTINUATION),
-        Case("a tool's description changed", schema, Kind.TOOLS_CHANGED),
-        Case("a message was edited", history, Kind.MESSAGES_CHANGED),
+        PendingDiagnosis("the conversation goes on", last, Kind.CONTINUATION),
+        PendingDiagnosis("a tool's description changed", schema, Kind.TOOLS_CHANGED),
+        PendingDiagnosis("a message was edited", history, Kind.MESSAGES_CHANGED),
     ]
 
 
@@ -132,12 +132,12 @@ def milliseconds(work: Callable[[], object]) -> float:
 
 def ran(tokens: list[int]) -> Run:
     """Return what is kept of how a prompt of ``tokens`` ran."""
-    printed = print_tokens(tokens, _BLOCK, _SECRET)
+    printed = fingerprint_tokens(tokens, _BLOCK, _SECRET)
     return Run(printed, len(tokens), len(tokens), 300, _ENGINE, 0.0, 0.0)
 
 
 def diagnosing(
-    case: Case, made: Fingerprinter, seen: list[Fingerprint], tokens: list[int]
+    case: PendingDiagnosis, made: Fingerprinter, seen: list[Fingerprint], tokens: list[int]
 ) -> float:
     """Return the median milliseconds of fingerprint, lineage and diagnosis of a request, of whose
     ``tokens`` the engine has read nothing."""

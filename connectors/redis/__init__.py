@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from vllm_cachescope.cache.quotas import Shares
+from vllm_cachescope.cache.quotas import Quotas
 from vllm_cachescope.connectors.redis.accounts import ServerClock
 from vllm_cachescope.connectors.redis.address import parse
 from vllm_cachescope.connectors.redis.store import RedisStore, Topology
@@ -15,7 +15,7 @@ def stores(
     keyspace: Keyspace,
     mark: bytes,
     clock: Callable[[], float],
-    shares: Shares | None = None,
+    shares: Quotas | None = None,
 ) -> Callable[[], RedisStore]:
     """Return what makes a store for each thread of a tier; see `RedisStore`.
 

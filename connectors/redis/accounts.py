@@ -8,7 +8,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from vllm_cachescope.cache.quotas import Shares
+from vllm_cachescope.cache.quotas import Quotas
 from vllm_cachescope.connectors.redis.channel import Refusal, Reply, command
 from vllm_cachescope.tenancy.owner_tags import TAG_BYTES, org_of
 from vllm_cachescope.tiers.keyspace import Keyspace, account_of
@@ -69,7 +69,7 @@ class Accounts:
 
     def __init__(
         self,
-        shares: Shares,
+        shares: Quotas,
         keyspace: Keyspace,
         clock: Callable[[], float],
         server_clock: ServerClock,

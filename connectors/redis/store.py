@@ -10,7 +10,7 @@ from typing import Any
 from redis.crc import key_slot
 from redis.exceptions import RedisError
 
-from vllm_cachescope.cache.quotas import SHOWN_ORGS, Shares
+from vllm_cachescope.cache.quotas import SHOWN_ORGS, Quotas
 from vllm_cachescope.connectors.redis.accounts import Accounts, ServerClock
 from vllm_cachescope.connectors.redis.address import Address
 from vllm_cachescope.connectors.redis.channel import Channel, Refusal, Reply, command
@@ -113,7 +113,7 @@ class RedisStore(Store):
         mark: bytes,
         timeout_s: float,
         clock: Callable[[], float],
-        shares: Shares | None,
+        shares: Quotas | None,
         server_clock: ServerClock,
     ) -> None:
         self.address = address.shown

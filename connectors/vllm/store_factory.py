@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from types import ModuleType
 
-from vllm_cachescope.cache.quotas import Shares
+from vllm_cachescope.cache.quotas import Quotas
 from vllm_cachescope.config import ConfigError, LMCacheTier, RedisTier, Tier
 from vllm_cachescope.tiers.keyspace import Keyspace
 from vllm_cachescope.tiers.remote import Limits
@@ -46,7 +46,7 @@ def stores(
     keyspace: Keyspace,
     mark: bytes,
     clock: Callable[[], float],
-    shares: Shares | None,
+    shares: Quotas | None,
 ) -> Callable[[], Store]:
     """Return what makes a store for each thread of a tier.
 

@@ -1,4 +1,4 @@
-"""Breaks on the API's side: what is recorded, for whom, and what clients are answered."""
+"""BreakLog on the API's side: what is recorded, for whom, and what clients are answered."""
 
 import copy
 import io
@@ -17,10 +17,10 @@ from vllm_cachescope.api.break_log import (
     LISTED_CHANGES,
     REMEMBERED_BREAKS,
     REMEMBERED_ORGS,
-    Breaks,
-    Case,
+    BreakLog,
+    PendingDiagnosis,
 )
-from vllm_cachescope.cache.miss_causes import EngineCause, EngineMiss
+from vllm_cachescope.cache.miss_causes import CacheMiss, MissCause
 from vllm_cachescope.cache.report import EngineId, Report, Row
 from vllm_cachescope.connectors.vllm.plugin import log_as_vllm
 from vllm_cachescope.prompt.request import Protocol
@@ -33,8 +33,8 @@ SESSION = agent_session(1, turns=4, tools=6, rules=4)
 
 
 @pytest.fixture
-def breaks() -> Iterator[Breaks]:
-    made = Breaks(b"sixteen bytes or so", 16, clock=lambda: 0.0, wall_clock=lambda: 5.0)
+def breaks() -> Iterator[BreakLog]:
+    made = BreakLog(b"sixteen bytes or so", 16, clock=lambda: 0.0, wall_clock=lambda: 5.0)
     yield made
     for counter in (made._count, made._unknown):
         prometheus_client.REGISTRY.unregister(counter)
@@ -45,14 +45,14 @@ def body(turn: int, **fields: Any) -> dict[str, Any]:
 
 
 def ask(
-    breaks: Breaks,
+    breaks: BreakLog,
     given: dict[str, Any],
     caller: Caller = ACME,
     read: int = 0,
-    miss: EngineMiss | None = None,
+    miss: CacheMiss | None = None,
     response_id: str | None = None,
     prompt: int = 6400,
-) -> Case:
+) -> PendingDiagnosis:
     """Put a request through, of whose ``prompt`` tokens the engine read the first ``read``."""
     protocol = Protocol.MESSAGES if "max_tokens" in given else Protocol.RESPONSES
     request = READERS[protocol](given, (300, 3600))
@@ -77,7 +77,7 @@ def counted(name: str) -> dict[tuple[str, ...], float]:
     }
 
 
-def test_a_healthy_session_is_quiet(breaks: Breaks) -> None:
+def test_a_healthy_session_is_quiet(breaks: BreakLog) -> None:
     ask(breaks, body(0), prompt=5600)
     for turn in (1, 2, 3):
         ask(breaks, body(turn), prompt=5600 + 400 * turn, read=5600 + 400 * (turn - 1))
@@ -85,7 +85,7 @@ def test_a_healthy_session_is_quiet(breaks: Breaks) -> None:
 
 
 def test_a_changed_tool_is_a_break_with_its_name(
-    breaks: Breaks, caplog: pytest.LogCaptureFixture
+    breaks: BreakLog, caplog: pytest.LogCaptureFixture
 ) -> None:
     ask(breaks, body(1))
     changed = body(2)
@@ -100,7 +100,7 @@ def test_a_changed_tool_is_a_break_with_its_name(
     assert seen.to_dict()["at"] == 5.0
 
 
-def test_breaks_are_listed_for_their_organisation_newest_first(breaks: Breaks) -> None:
+def test_breaks_are_listed_for_their_organisation_newest_first(breaks: BreakLog) -> None:
     for caller in (ACME, OTHER):
         ask(breaks, body(1), caller)
         for model in ("m2", "m3"):
@@ -110,7 +110,7 @@ def test_breaks_are_listed_for_their_organisation_newest_first(breaks: Breaks) -
     assert len(breaks.recent(None)) == 4 and len(breaks.recent(None, limit=3)) == 3
 
 
-def test_an_organisation_pushes_out_no_others_breaks(breaks: Breaks) -> None:
+def test_an_organisation_pushes_out_no_others_breaks(breaks: BreakLog) -> None:
     said = {"model": "m", "input": "tide " * 100}
 
     def flip(caller: Caller, times: int) -> None:
@@ -130,7 +130,7 @@ def test_an_organisation_pushes_out_no_others_breaks(breaks: Breaks) -> None:
 
 
 def test_a_break_lists_so_much_and_counts_the_rest(
-    breaks: Breaks, caplog: pytest.LogCaptureFixture
+    breaks: BreakLog, caplog: pytest.LogCaptureFixture
 ) -> None:
     for turn in range(2):
         tools = [{"name": f"{turn}-{i}"} for i in range(40)] + [
@@ -149,19 +149,19 @@ def test_a_break_lists_so_much_and_counts_the_rest(
     assert len(caplog.records[-1].getMessage()) < 40_000
 
 
-@pytest.mark.parametrize("cause", [EngineCause.EXPIRED, EngineCause.EVICTED])
+@pytest.mark.parametrize("cause", [MissCause.EXPIRED, MissCause.EVICTED])
 def test_what_the_cache_did_is_named_when_the_client_changed_nothing(
-    breaks: Breaks, cause: EngineCause
+    breaks: BreakLog, cause: MissCause
 ) -> None:
     ask(breaks, body(1))
-    miss = EngineMiss(cause, 6272, "cpu", ttl_s=300, age_s=12.5)
+    miss = CacheMiss(cause, 6272, "cpu", ttl_s=300, age_s=12.5)
     ask(breaks, body(2), miss=miss)
     (seen,) = breaks.recent("acme")
     assert seen.diagnosis.cause == cause
     assert seen.diagnosis.engine[0] == miss
 
 
-def test_the_diagnostics_asked_for_are_what_the_client_expects(breaks: Breaks) -> None:
+def test_the_diagnostics_asked_for_are_what_the_client_expects(breaks: BreakLog) -> None:
     ask(breaks, body(1), response_id="msg_1")
     changed = body(2, diagnostics={"previous_message_id": "msg_1"})
     changed["system"][0]["text"] += " More."
@@ -171,7 +171,7 @@ def test_the_diagnostics_asked_for_are_what_the_client_expects(breaks: Breaks) -
     assert parsed.cache_miss_reason.type == "system_changed"
 
 
-def test_the_tokens_in_an_answer_are_the_engines(breaks: Breaks) -> None:
+def test_the_tokens_in_an_answer_are_the_engines(breaks: BreakLog) -> None:
     """The prompt is estimated at several thousand tokens, and has 160."""
     ask(breaks, body(1), response_id="msg_1", prompt=160)
     changed = body(1, diagnostics={"previous_message_id": "msg_1"})
@@ -190,14 +190,16 @@ def test_the_tokens_in_an_answer_are_the_engines(breaks: Breaks) -> None:
     assert 80 <= reusable <= 110 and missed == 144 - reusable
 
 
-def test_another_organisations_message_is_not_found(breaks: Breaks) -> None:
+def test_another_organisations_message_is_not_found(breaks: BreakLog) -> None:
     ask(breaks, body(1), response_id="msg_1")
     asked = body(1, diagnostics={"previous_message_id": "msg_1"})
     answer = ask(breaks, asked, OTHER).answer()
     assert answer == {"cache_miss_reason": {"type": "previous_message_not_found"}}
 
 
-def test_breaks_are_logged_where_vllm_logs(breaks: Breaks, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_breaks_are_logged_where_vllm_logs(
+    breaks: BreakLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
     log = io.StringIO()
     for name in ("vllm", "vllm_cachescope", "cachescope.breaks"):
         logger = logging.getLogger(name)

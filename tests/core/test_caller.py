@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 
-from vllm_cachescope.tenancy.caller import ANONYMOUS, Directory, api_key
+from vllm_cachescope.tenancy.caller import ANONYMOUS, CallerDirectory, api_key
 from vllm_cachescope.tenancy.scope import Caller
 
 SECRET = b"sixteen bytes at least"
@@ -14,7 +14,7 @@ def sha256(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 
 
-DIRECTORY = Directory(SECRET, {sha256("key-1"): "acme", sha256("key-2"): "acme"}, None)
+DIRECTORY = CallerDirectory(SECRET, {sha256("key-1"): "acme", sha256("key-2"): "acme"}, None)
 
 
 def test_both_clients_way_to_send_a_key() -> None:
@@ -34,7 +34,7 @@ def test_unlisted_keys_are_organisations_of_their_own_and_not_shown() -> None:
     two = DIRECTORY.caller({"x-api-key": "key-4"}, None).org
     assert len({one, two, "name:acme", ANONYMOUS}) == 4
     assert "key-3" not in one
-    elsewhere = Directory(b"another secret here", {}, None)
+    elsewhere = CallerDirectory(b"another secret here", {}, None)
     assert one != elsewhere.caller({"x-api-key": "key-3"}, None).org
 
 
@@ -44,14 +44,14 @@ def test_without_a_key_everyone_is_the_same_stranger() -> None:
 
 def test_a_gateways_header_counts_only_where_it_is_trusted() -> None:
     headers = {"x-organisation": "acme", "x-api-key": "key-3"}
-    trusting = Directory(SECRET, {}, "X-Organisation")
+    trusting = CallerDirectory(SECRET, {}, "X-Organisation")
     assert trusting.caller(headers, None).org == "header:acme"
     assert DIRECTORY.caller(headers, None).org.startswith("key:")
 
 
 @pytest.mark.parametrize("forged", ["name:acme", "acme", "key:0123456789abcdef", ANONYMOUS])
 def test_no_header_value_means_a_tenant_known_by_its_key(forged: str) -> None:
-    trusting = Directory(SECRET, {sha256("key-1"): "acme"}, "x-org")
+    trusting = CallerDirectory(SECRET, {sha256("key-1"): "acme"}, "x-org")
     real = {trusting.caller({"x-api-key": "key-1"}, None).org, trusting.caller({}, None).org}
     assert trusting.caller({"x-org": forged}, None).org not in real
 

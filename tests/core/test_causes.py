@@ -9,9 +9,9 @@ from typing import Any
 import prometheus_client
 import pytest
 
-from vllm_cachescope.api.break_log import Breaks
-from vllm_cachescope.api.request_context import Passage
-from vllm_cachescope.cache.miss_causes import EngineCause, EngineMiss
+from vllm_cachescope.api.break_log import BreakLog
+from vllm_cachescope.api.request_context import PromptTiming
+from vllm_cachescope.cache.miss_causes import CacheMiss, MissCause
 from vllm_cachescope.cache.report import EngineId, Report, Row
 from vllm_cachescope.diagnosis.diagnosis import NEW_CONTENT, Diagnosis
 from vllm_cachescope.prompt.request import Protocol
@@ -21,7 +21,7 @@ from vllm_cachescope.wire import READERS
 BLOCK = 16
 HERE, THERE = EngineId(0, "a", "h"), EngineId(1, "b", "h")
 SHARING, SHARED_WITH = (replace(engine, tiers=("redis",)) for engine in (HERE, THERE))
-C = EngineCause
+C = MissCause
 
 
 class Server:
@@ -29,7 +29,7 @@ class Server:
 
     def __init__(self) -> None:
         self.now = 100.0
-        self.breaks = Breaks(b"a secret of tests", BLOCK, lambda: self.now, lambda: self.now)
+        self.breaks = BreakLog(b"a secret of tests", BLOCK, lambda: self.now, lambda: self.now)
         self.body: dict[str, Any] = {"model": "m", "max_tokens": 1, "messages": []}
         self.tokens: list[int] = []
         self.chance = random.Random(1)
@@ -44,13 +44,13 @@ class Server:
 
     def ask(
         self,
-        *misses: EngineMiss,
+        *misses: CacheMiss,
         read: int = 0,
         engine: EngineId = HERE,
         began: float | None = None,
         covered: int | None = None,
         readable: int | None = None,
-        unasked: EngineMiss | None = None,
+        unasked: CacheMiss | None = None,
         reach_s: float | None = None,
         final: bool = True,
     ) -> Diagnosis:
@@ -63,7 +63,7 @@ class Server:
             Row("created", Scope.ORG, 300, length - read),
         )
         report = Report(rows, misses, unasked, engine if final else None, reach_s)
-        passage = Passage(
+        passage = PromptTiming(
             list(self.tokens),
             length if covered is None else covered,
             length if readable is None else readable,
@@ -108,8 +108,8 @@ def test_another_engine_of_the_same_server(server: Server) -> None:
     [
         (HERE, {}, C.OTHER_REPLICA),
         (SHARING, {}, C.OTHER_REPLICA),
-        (SHARING, {"unasked": EngineMiss(C.TIER_UNAVAILABLE, 0, "redis")}, C.TIER_UNAVAILABLE),
-        (SHARING, {"unasked": EngineMiss(C.TIMED_OUT, 0, "redis")}, C.TIMED_OUT),
+        (SHARING, {"unasked": CacheMiss(C.TIER_UNAVAILABLE, 0, "redis")}, C.TIER_UNAVAILABLE),
+        (SHARING, {"unasked": CacheMiss(C.TIMED_OUT, 0, "redis")}, C.TIMED_OUT),
         (replace(SHARING, hashing="other"), {}, C.HASH_SETTINGS_DIFFER),
         # Without a tier between them it does not matter how they hash.
         (replace(HERE, hashing="other"), {}, C.OTHER_REPLICA),
@@ -117,7 +117,7 @@ def test_another_engine_of_the_same_server(server: Server) -> None:
     ],
 )
 def test_where_it_was_and_why_it_is_not_here(
-    server: Server, engine: EngineId, told: dict[str, Any], cause: EngineCause
+    server: Server, engine: EngineId, told: dict[str, Any], cause: MissCause
 ) -> None:
     server.turn()
     server.ask(engine=SHARED_WITH)
@@ -139,7 +139,7 @@ def test_what_the_engine_reports_comes_first(server: Server) -> None:
     server.turn(640)
     server.ask(engine=THERE)
     server.turn()
-    expired = EngineMiss(C.EXPIRED, 320, "cpu", 300, 5.0)
+    expired = CacheMiss(C.EXPIRED, 320, "cpu", 300, 5.0)
     seen = server.ask(expired, engine=HERE, read=160)
     assert causes(seen) == {C.EXPIRED: 320, C.OTHER_REPLICA: 160}
     assert seen.cause == C.EXPIRED
@@ -149,7 +149,7 @@ def test_what_was_on_the_device_alone_was_never_stored(server: Server) -> None:
     server.turn(640)
     server.ask(covered=330)
     server.turn()
-    evicted = EngineMiss(C.EVICTED, 640, "device", 300, 5.0)
+    evicted = CacheMiss(C.EVICTED, 640, "device", 300, 5.0)
     seen = server.ask(evicted, read=0)
     assert causes(seen) == {C.EVICTED: 320, C.NEVER_STORED: 320}
     assert [miss.detail for miss in seen.engine] == [None, "not covered by a breakpoint"]
@@ -159,7 +159,7 @@ def test_a_purge_takes_what_was_not_covered_as_well(server: Server) -> None:
     server.turn(640)
     server.ask(covered=330)
     server.turn()
-    purged = EngineMiss(C.EVICTED, 640, "device", 300, 5.0, "it was purged")
+    purged = CacheMiss(C.EVICTED, 640, "device", 300, 5.0, "it was purged")
     assert causes(server.ask(purged)) == {C.EVICTED: 640}
 
 
@@ -202,7 +202,7 @@ def test_a_template_that_renders_the_same_turns_differently(server: Server) -> N
 @pytest.mark.parametrize(
     ("idle_s", "cause"), [(50.0, C.UNKNOWN), (200.0, C.EVICTED), (400.0, C.EXPIRED)]
 )
-def test_what_was_too_long_ago(server: Server, idle_s: float, cause: EngineCause) -> None:
+def test_what_was_too_long_ago(server: Server, idle_s: float, cause: MissCause) -> None:
     """An engine remembers its last 200,000 blocks; that may be less than a session's pauses."""
     server.turn()
     server.ask()
@@ -234,7 +234,7 @@ def test_the_counts_add_up_whatever_is_reported(server: Server) -> None:
             at = chance.randrange(length)
             server.tokens[at:] = chance.choices(range(1000), k=length - at)
         misses = [
-            EngineMiss(chance.choice(list(EngineCause)), chance.randrange(1, 40) * BLOCK)
+            CacheMiss(chance.choice(list(MissCause)), chance.randrange(1, 40) * BLOCK)
             for _ in range(chance.randrange(4))
         ]
         server.now += chance.uniform(0, 100)
@@ -245,7 +245,7 @@ def test_the_counts_add_up_whatever_is_reported(server: Server) -> None:
             began=server.now - chance.uniform(0, 150),
             covered=chance.randrange(length + 1),
             readable=chance.randrange(length + 1),
-            unasked=chance.choice([None, EngineMiss(C.TIMED_OUT, 0, "redis")]),
+            unasked=chance.choice([None, CacheMiss(C.TIMED_OUT, 0, "redis")]),
             reach_s=chance.choice([None, chance.uniform(0, 200)]),
         )
         assert all(tokens > 0 for _, tokens in seen.uncached)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from vllm_cachescope.cache.quotas import read_shares
+from vllm_cachescope.cache.quotas import read_quotas
 from vllm_cachescope.cli.main import main
 from vllm_cachescope.config import SECRET_VARIABLE, Config, ConfigError, Share, load
 from vllm_cachescope.prompt.request import Region
@@ -197,10 +197,10 @@ def test_shares_are_read_with_the_organisations_ids() -> None:
 
 def test_shares_are_counted_in_whole_entries() -> None:
     secret = {"secret": "a secret of the tests", "quotas": {"cpu": {"quota": 1050, "reserve": 350}}}
-    shares = read_shares(load(secret), "cpu", 100)
+    shares = read_quotas(load(secret), "cpu", 100)
     assert shares is not None
     assert (shares.quota(b"any"), shares.reserve(b"any"), shares.over(b"any", 13)) == (10, 4, 3)
-    assert read_shares(load(secret), "device", 100) is None
+    assert read_quotas(load(secret), "device", 100) is None
 
 
 def test_serve_prints_the_command_it_would_run(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 
 from tests.core.agent_session import TTLS, Agent, Body, Client, words
 from vllm_cachescope.api.diagnostics import anthropic_diagnostics, openai_diagnostics
-from vllm_cachescope.cache.miss_causes import EngineCause, EngineMiss
+from vllm_cachescope.cache.miss_causes import CacheMiss, MissCause
 from vllm_cachescope.diagnosis.changes import MAX_CHANGES, ChangeKind, compare
 from vllm_cachescope.diagnosis.diagnosis import (
     NEW_CONTENT,
@@ -477,19 +477,19 @@ def check_sums(diagnosis: Diagnosis, read: int) -> None:
 
 
 MISSES = [
-    (EngineMiss(EngineCause.EXPIRED, 7936, "cpu", ttl_s=300, age_s=12.5), "1h"),
-    (EngineMiss(EngineCause.EVICTED, 7936, "device", detail="capacity"), "memory"),
-    (EngineMiss(EngineCause.NEVER_STORED, 7936, "cpu", detail="store dropped"), "store dropped"),
-    (EngineMiss(EngineCause.TIER_UNAVAILABLE, 7936, "redis"), "tier"),
-    (EngineMiss(EngineCause.TIMED_OUT, 7936, "redis"), "deadline"),
-    (EngineMiss(EngineCause.ENGINE_RESTARTED, 7936), "outlives"),
-    (EngineMiss(EngineCause.OTHER_REPLICA, 7936, detail="replica-2"), "replica"),
-    (EngineMiss(EngineCause.HASH_SETTINGS_DIFFER, 7936), "hash"),
+    (CacheMiss(MissCause.EXPIRED, 7936, "cpu", ttl_s=300, age_s=12.5), "1h"),
+    (CacheMiss(MissCause.EVICTED, 7936, "device", detail="capacity"), "memory"),
+    (CacheMiss(MissCause.NEVER_STORED, 7936, "cpu", detail="store dropped"), "store dropped"),
+    (CacheMiss(MissCause.TIER_UNAVAILABLE, 7936, "redis"), "tier"),
+    (CacheMiss(MissCause.TIMED_OUT, 7936, "redis"), "deadline"),
+    (CacheMiss(MissCause.ENGINE_RESTARTED, 7936), "outlives"),
+    (CacheMiss(MissCause.OTHER_REPLICA, 7936, detail="replica-2"), "replica"),
+    (CacheMiss(MissCause.HASH_SETTINGS_DIFFER, 7936), "hash"),
 ]
 
 
 @pytest.mark.parametrize(("miss", "advice"), MISSES, ids=[miss.cause for miss, _ in MISSES])
-def test_engine_causes(miss: EngineMiss, advice: str) -> None:
+def test_engine_causes(miss: CacheMiss, advice: str) -> None:
     client, diagnosis = continuation()
     final = conclude_last(client, diagnosis, EngineReport(9000, 0, 128, (miss,)))
     assert final.cause == miss.cause
@@ -499,7 +499,7 @@ def test_engine_causes(miss: EngineMiss, advice: str) -> None:
     # 8,000 tokens were there before; all but the last, partial block was lost.
     assert dict(final.uncached) == {
         miss.cause: 7936,
-        EngineCause.PARTIAL_BLOCK: 64,
+        MissCause.PARTIAL_BLOCK: 64,
         NEW_CONTENT: 1000,
     }
     check_sums(final, 0)
@@ -508,11 +508,11 @@ def test_engine_causes(miss: EngineMiss, advice: str) -> None:
 def test_several_tiers_each_explain_their_tokens() -> None:
     client, diagnosis = continuation()
     misses = (
-        EngineMiss(EngineCause.EVICTED, 3968, "device"),
-        EngineMiss(EngineCause.TIMED_OUT, 1920, "redis"),
+        CacheMiss(MissCause.EVICTED, 3968, "device"),
+        CacheMiss(MissCause.TIMED_OUT, 1920, "redis"),
     )
     final = conclude_last(client, diagnosis, EngineReport(9000, 2048, 128, misses))
-    assert final.cause == EngineCause.EVICTED
+    assert final.cause == MissCause.EVICTED
     assert [miss.tokens for miss in final.engine] == [3968, 1920, 64]
     check_sums(final, 2048)
 
@@ -521,7 +521,7 @@ def test_a_full_read_needs_no_cause() -> None:
     client, diagnosis = continuation()
     final = conclude_last(client, diagnosis, EngineReport(9000, 7936, 128))
     assert final.expected and final.cause == Kind.CONTINUATION and final.suggestion == ""
-    assert dict(final.uncached) == {EngineCause.PARTIAL_BLOCK: 64, NEW_CONTENT: 1000}
+    assert dict(final.uncached) == {MissCause.PARTIAL_BLOCK: 64, NEW_CONTENT: 1000}
 
 
 def test_a_prefix_shorter_than_a_block_was_never_stored() -> None:
@@ -531,7 +531,7 @@ def test_a_prefix_shorter_than_a_block_was_never_stored() -> None:
     client.entry.prompt_tokens = 90
     agent.turn()
     final = conclude_last(client, client.send(agent.body()), EngineReport(140, 0, 128))
-    assert final.cause == EngineCause.NEVER_STORED
+    assert final.cause == MissCause.NEVER_STORED
     assert final.engine[0].detail == "shorter than one block"
     check_sums(final, 0)
 
@@ -551,7 +551,7 @@ def test_what_no_breakpoint_covers_was_never_stored() -> None:
     diagnosis = client.send(body)
     read = round(covered * 4000 / client.placement.ancestor.fingerprint.tokens) // 128 * 128
     final = conclude_last(client, diagnosis, EngineReport(4500, read, 128))
-    assert final.cause == EngineCause.NEVER_STORED
+    assert final.cause == MissCause.NEVER_STORED
     assert final.engine[0].detail == "not covered by a breakpoint"
     assert final.unknown_tokens < 128
     check_sums(final, read)
@@ -560,7 +560,7 @@ def test_what_no_breakpoint_covers_was_never_stored() -> None:
 def test_a_loss_nobody_reports_is_unknown_and_counted() -> None:
     client, diagnosis = continuation()
     final = conclude_last(client, diagnosis, EngineReport(9000, 0, 128))
-    assert final.cause == EngineCause.UNKNOWN
+    assert final.cause == MissCause.UNKNOWN
     assert final.unknown_tokens == 7936
     check_sums(final, 0)
 
@@ -596,7 +596,7 @@ def test_a_change_explains_what_it_cost_and_no_more() -> None:
         diagnosis.changes[0].token * scale
     )
     assert causes[Kind.SYSTEM_CHANGED] == final.missed_tokens > 1000
-    assert EngineCause.UNKNOWN not in causes
+    assert MissCause.UNKNOWN not in causes
     check_sums(final, read)
 
 
@@ -617,7 +617,7 @@ def test_a_retry_recomputes_its_last_block() -> None:
     assert diagnosis.kind is Kind.RETRY
     final = conclude_last(client, diagnosis, EngineReport(8192, 8064, 128))
     assert final.expected
-    assert dict(final.uncached) == {EngineCause.PARTIAL_BLOCK: 128}
+    assert dict(final.uncached) == {MissCause.PARTIAL_BLOCK: 128}
 
 
 def test_first_requests_explain_themselves() -> None:
@@ -634,7 +634,7 @@ def test_every_token_gets_a_cause_whatever_the_engine_says() -> None:
         prompt = rng.randrange(1, 20000)
         read = rng.randrange(prompt + 1)
         misses = tuple(
-            EngineMiss(rng.choice(list(EngineCause)), rng.randrange(1, 9000))
+            CacheMiss(rng.choice(list(MissCause)), rng.randrange(1, 9000))
             for _ in range(rng.randrange(4))
         )
         shared = rng.choice([None, rng.randrange(prompt + 1)])

@@ -16,9 +16,9 @@ import pytest
 
 from tests.core.reach import reachable
 from vllm_cachescope.api import diffs as module
-from vllm_cachescope.api.break_log import Break, Breaks
+from vllm_cachescope.api.break_log import Break, BreakLog
 from vllm_cachescope.api.diffs import REDACTED, Diffs
-from vllm_cachescope.api.request_context import Passage
+from vllm_cachescope.api.request_context import PromptTiming
 from vllm_cachescope.cache.report import EngineId, Report, Row
 from vllm_cachescope.config import ConfigError, DiffSettings
 from vllm_cachescope.diagnosis.fingerprint import Fingerprinter
@@ -40,7 +40,7 @@ class Side:
         self.diffs = None
         if directory is not None:
             self.diffs = Diffs(DiffSettings(directory=directory, **settings), lambda: self.now)
-        self.breaks = Breaks(
+        self.breaks = BreakLog(
             b"a secret of tests", 16, lambda: self.now, lambda: float(self.asked), self.diffs
         )
 
@@ -52,7 +52,7 @@ class Side:
         rows = Row("read_device", Scope.ORG, 300, 320), Row("created", Scope.ORG, 300, 2880)
         report = Report(rows, engine=EngineId(0, "e"))
         tokens = [*range(320), *[1000 + self.asked] * 2880]
-        passage = Passage(tokens, 3200, 3200, self.now, self.now)
+        passage = PromptTiming(tokens, 3200, 3200, self.now, self.now)
         self.breaks.close(case, [report], None, [passage])
 
     def last(self) -> tuple[Break, str]:
@@ -70,7 +70,7 @@ def side(tmp_path: Path) -> Iterator[Side]:
     unregister(made.breaks)
 
 
-def unregister(breaks: Breaks) -> None:
+def unregister(breaks: BreakLog) -> None:
     for counter in (breaks._count, breaks._unknown):
         prometheus_client.REGISTRY.unregister(counter)
 

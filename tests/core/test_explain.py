@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.core.agent_session import Agent, Body, words
-from vllm_cachescope.cache.miss_causes import EngineCause
+from vllm_cachescope.cache.miss_causes import MissCause
 from vllm_cachescope.cli import explain as command
 from vllm_cachescope.cli import main
 from vllm_cachescope.cli.explain import Explanation, explain_blocks, explain_file
@@ -61,7 +61,7 @@ def check_complete(explanation: Explanation) -> None:
     for call in explanation.calls:
         diagnosis = call.diagnosis
         uncached = sum(tokens for _, tokens in diagnosis.uncached)
-        lost = sum(m.tokens for m in diagnosis.engine if m.cause is EngineCause.EXPIRED)
+        lost = sum(m.tokens for m in diagnosis.engine if m.cause is MissCause.EXPIRED)
         assert uncached == diagnosis.prompt_tokens - diagnosis.shared_tokens + lost
         assert diagnosis.unknown_tokens == 0
         assert all(tokens > 0 for _, tokens in diagnosis.uncached)
@@ -144,7 +144,7 @@ def test_a_lifetime_explains_what_expired(tmp_path: Path) -> None:
     assert [c.diagnosis.cause for c in explained(path).calls][1:] == [Kind.CONTINUATION] * 2
     explanation = explained(path, 300)
     last = explanation.calls[-1].diagnosis
-    assert last.cause == EngineCause.EXPIRED and not last.expected
+    assert last.cause == MissCause.EXPIRED and not last.expected
     assert last.engine[0].ttl_s == 300 and last.engine[0].age_s == 200
     assert "1h" in last.suggestion
     check_complete(explanation)
@@ -189,7 +189,7 @@ def test_any_use_counts_and_so_do_lifetimes_of_its_own(
     explanation = explained(write(tmp_path / "calls.jsonl", lines), 300)
     tokens = {"system": len(system) / 4, "question": len(questions["a"]) / 4}
     *_, last = explanation.calls
-    misses = [miss for miss in last.diagnosis.engine if miss.cause is EngineCause.EXPIRED]
+    misses = [miss for miss in last.diagnosis.engine if miss.cause is MissCause.EXPIRED]
     for miss, (what, ttl_s, age_s) in zip(misses, expired, strict=True):
         assert (miss.ttl_s, miss.age_s) == (ttl_s, age_s)
         assert miss.tokens == pytest.approx(tokens[what], abs=3)
@@ -329,7 +329,7 @@ def test_block_traces() -> None:
     ]
     assert [dict(call.diagnosis.uncached) for call in explanation.calls] == [
         {Kind.FIRST_REQUEST: 1300},
-        {EngineCause.PARTIAL_BLOCK: 276, NEW_CONTENT: 400},
+        {MissCause.PARTIAL_BLOCK: 276, NEW_CONTENT: 400},
         {},
         {NEW_CONTENT: 512},
         {NEW_CONTENT: 512},
@@ -341,7 +341,7 @@ def test_block_traces() -> None:
 
 def test_block_traces_with_a_lifetime() -> None:
     last = list(explain_blocks(block_calls(ROWS), 300))[-1].diagnosis
-    assert last.cause == EngineCause.EXPIRED and dict(last.uncached) == {EngineCause.EXPIRED: 2048}
+    assert last.cause == MissCause.EXPIRED and dict(last.uncached) == {MissCause.EXPIRED: 2048}
 
 
 def test_block_traces_agree_with_a_count_of_blocks() -> None:

@@ -15,7 +15,7 @@ from starlette.types import Message, Receive, Scope, Send
 from tests.core.reach import reachable
 from vllm_cachescope.api.middleware import CacheScopeMiddleware
 from vllm_cachescope.api.operations import Engines, Purged
-from vllm_cachescope.api.request_context import Passage, current_exchange
+from vllm_cachescope.api.request_context import PromptTiming, current_request
 from vllm_cachescope.cache.report import EngineId, Report, Row
 from vllm_cachescope.config import Config, load
 from vllm_cachescope.tenancy.scope import Scope as CacheScope
@@ -53,11 +53,11 @@ async def server(scope: Scope, receive: Receive, send: Send) -> None:
     """Answer whatever it is, as a server does that has read it and run it."""
     while (await receive()).get("more_body"):
         pass
-    exchange = current_exchange.get()
+    exchange = current_request.get()
     if exchange is not None:
         rows = (Row("created", CacheScope.ORG, 300, 160),)
         exchange.reports["nonce"] = Report(rows, engine=EngineId(0, "epoch"))
-        exchange.passages["nonce"] = Passage(range(160), 160, 160, 0.0, 0.0)
+        exchange.passages["nonce"] = PromptTiming(range(160), 160, 160, 0.0, 0.0)
     body = json.dumps({"id": "msg_1", "usage": {"input_tokens": 160, "prompt_tokens": 160}})
     headers = [(b"content-type", b"application/json")]
     await send({"type": "http.response.start", "status": 200, "headers": headers})

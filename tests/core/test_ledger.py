@@ -1,4 +1,4 @@
-"""Lifetimes: refreshed on use, over when they are over, on every tier alike."""
+"""TtlReplay: refreshed on use, over when they are over, on every tier alike."""
 
 from vllm_cachescope.cache.eviction import LifetimeShare
 from vllm_cachescope.cache.ledger import Ledger

@@ -10,7 +10,7 @@ from tests.core.agent_session import TOOL_NAMES, Agent, Body, Client, tool, word
 from vllm_cachescope.diagnosis.changes import ChangeKind
 from vllm_cachescope.diagnosis.diagnosis import Diagnosis, Kind
 from vllm_cachescope.diagnosis.lineage_store import LineageStore, Relation
-from vllm_cachescope.diagnosis.prefix_match import is_unrelated, overlap, reusable, split
+from vllm_cachescope.diagnosis.prefix_match import is_unrelated, match_prefix, reusable, split
 from vllm_cachescope.prompt.request import Protocol
 from vllm_cachescope.tenancy.scope import Caller
 
@@ -742,7 +742,7 @@ def test_what_is_ruled_out_early_would_have_come_to_nothing() -> None:
             static = new.static_hashes
             messages = split(new, range(new.static_parts, len(new)))
             unrelated = is_unrelated(old, static, frozenset(messages))
-            shared = overlap(old, new)
+            shared = match_prefix(old, new)
             most = max(reusable(old, new, shared, known, messages) for known in (True, False))
             assert not (unrelated and most), (seed, old, new)
             ruled_out, reuses = ruled_out + unrelated, reuses + bool(most)

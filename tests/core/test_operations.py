@@ -7,20 +7,20 @@ from typing import Any
 import pytest
 from prometheus_client import REGISTRY
 
-from vllm_cachescope.api.break_log import Breaks
+from vllm_cachescope.api.break_log import BreakLog
 from vllm_cachescope.api.diagnostics import extra_fields
 from vllm_cachescope.api.middleware import _headers
 from vllm_cachescope.api.operations import Engines, Operations, Purged
 from vllm_cachescope.cache.report import EngineId, Outcome, Report, Row
 from vllm_cachescope.config import Config, load
 from vllm_cachescope.prompt.request import Protocol
-from vllm_cachescope.tenancy.caller import Directory
-from vllm_cachescope.tenancy.owner_tags import Owners
+from vllm_cachescope.tenancy.caller import CallerDirectory
+from vllm_cachescope.tenancy.owner_tags import OwnerTags
 from vllm_cachescope.tenancy.scope import Caller, Scope
 from vllm_cachescope.wire import READERS
 
 SECRET = "a secret of the tests"
-OWNERS = Owners(SECRET.encode())
+OWNERS = OwnerTags(SECRET.encode())
 TOKEN = "the operator's token"
 UP = {"name": "cpu", "up": True, "reason": None, "used_bytes": 3, "capacity_bytes": 9}
 DOWN = {"name": "redis", "address": "redis://host", "up": False, "reason": "refused by host"}
@@ -49,7 +49,7 @@ class Recorded(Engines):
 
 @pytest.fixture(scope="module")
 def breaks():
-    yield (made := Breaks(SECRET.encode(), 16))
+    yield (made := BreakLog(SECRET.encode(), 16))
     for metric in (made._count, made._unknown):
         REGISTRY.unregister(metric)
 
@@ -69,7 +69,7 @@ def ask(breaks):
         **config: object,
     ) -> tuple[int, Any]:
         settings = made(config)
-        directory = Directory(SECRET.encode(), settings.tenant_names(), settings.org_header)
+        directory = CallerDirectory(SECRET.encode(), settings.tenant_names(), settings.org_header)
         operations = Operations(settings, directory, breaks, engines or Recorded())
         sent = dict(headers or {}) | ({"x-api-key": key} if key else {})
 

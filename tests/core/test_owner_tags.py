@@ -1,15 +1,15 @@
-"""Owners: equal for equal organisations and sessions, and nothing else told."""
+"""OwnerTags: equal for equal organisations and sessions, and nothing else told."""
 
 from itertools import product
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_cachescope.tenancy.owner_tags import NOBODY, TAG_BYTES, Owners, org_of, owner_at
+from vllm_cachescope.tenancy.owner_tags import NOBODY, TAG_BYTES, OwnerTags, org_of, owner_at
 from vllm_cachescope.tenancy.scope import Caller, Scope, ScopeKeys
 from vllm_cachescope.tiers.keyspace import Keyspace, names_of, qualified, split
 
-OWNERS = Owners(b"secret")
+OWNERS = OwnerTags(b"secret")
 names = st.text(max_size=4)
 callers = st.builds(Caller, names, st.none() | names)
 
@@ -44,7 +44,7 @@ def test_a_prefix_names_an_organisation_or_one_session_of_it(one: Caller, other:
 
 def test_owners_are_no_scope_keys_and_differ_between_secrets() -> None:
     caller = Caller("acme", "s1")
-    assert OWNERS.of(caller) != Owners(b"another").of(caller)
+    assert OWNERS.of(caller) != OwnerTags(b"another").of(caller)
     keys = ScopeKeys(b"secret")
     digests = {keys.key(scope, caller, "n")[: 2 * TAG_BYTES] for scope in Scope}
     assert digests.isdisjoint({OWNERS.prefix("acme").hex(), OWNERS.of(caller).hex()[16:]})

@@ -2,11 +2,11 @@
 
 import pytest
 
-from vllm_cachescope.cache.prefill_rate import LEAST_TOKENS, Pace
+from vllm_cachescope.cache.prefill_rate import LEAST_TOKENS, PrefillRate
 
 
 def test_nothing_is_known_before_the_first_step_of_some_size():
-    pace = Pace()
+    pace = PrefillRate()
     assert pace.seconds(1000) == 0.0
     pace.began(0.0, LEAST_TOKENS - 1)
     pace.ended(1.0)
@@ -16,7 +16,7 @@ def test_nothing_is_known_before_the_first_step_of_some_size():
 
 
 def test_steps_one_after_the_other():
-    pace = Pace()
+    pace = PrefillRate()
     for start in range(5):
         pace.began(10.0 * start, 1000)
         pace.ended(10.0 * start + 2.0)
@@ -25,7 +25,7 @@ def test_steps_one_after_the_other():
 
 def test_a_step_that_is_scheduled_before_the_last_one_has_ended():
     """Its own time begins where the one before it ends."""
-    pace = Pace()
+    pace = PrefillRate()
     pace.began(0.0, 1000)
     for number in range(1, 6):
         pace.began(2.0 * number - 1.9, 1000)
@@ -34,7 +34,7 @@ def test_a_step_that_is_scheduled_before_the_last_one_has_ended():
 
 
 def test_steps_without_tokens_take_nothing_away():
-    pace = Pace()
+    pace = PrefillRate()
     pace.began(0.0, 1000)
     pace.began(0.1, 0)
     pace.ended(1.0)
@@ -43,7 +43,7 @@ def test_steps_without_tokens_take_nothing_away():
 
 
 def test_it_follows_an_engine_that_becomes_slower():
-    pace = Pace()
+    pace = PrefillRate()
     for start, seconds in enumerate([1.0] * 3 + [4.0] * 20):
         pace.began(10.0 * start, 1000)
         pace.ended(10.0 * start + seconds)

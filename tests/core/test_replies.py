@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from starlette.types import Message
 
 from vllm_cachescope.api.replies import Reply
-from vllm_cachescope.api.request_context import Exchange
+from vllm_cachescope.api.request_context import RequestContext
 from vllm_cachescope.cache.report import Report, Row
 from vllm_cachescope.prompt.request import PromptRequest, Protocol
 from vllm_cachescope.tenancy.scope import Caller, Scope
@@ -36,7 +36,7 @@ def run(
     reports: tuple[Report, ...] = (REPORT,),
 ) -> tuple[dict[bytes, bytes], bytes]:
     """Send a reply through, and return the headers and the body that the client got."""
-    exchange = Exchange(Caller("acme"), PromptRequest(protocol, "m", (), prewarm=prewarm))
+    exchange = RequestContext(Caller("acme"), PromptRequest(protocol, "m", (), prewarm=prewarm))
     exchange.reports.update({str(i): report for i, report in enumerate(reports)})
     got: list[Message] = []
 

@@ -94,7 +94,7 @@ T, S, M = part("t0"), part("s0"), part("m0")
                 (None, SESSION, 300, False),
             ],
         ),
-        # Lifetimes: the longest at or after; a bare mark has its region's default.
+        # TtlReplay: the longest at or after; a bare mark has its region's default.
         (
             request(part("t0", mark(60)), part("s0", mark()), part("m0", mark(600))),
             NARROWING,

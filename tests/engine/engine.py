@@ -13,7 +13,7 @@ from tests.engine.clock import VARIABLE, Clock
 from vllm_cachescope.cache.report import Report
 from vllm_cachescope.connectors.vllm.engine.hashing import PLAN_KEY
 from vllm_cachescope.prompt.plan import Plan, Span, seal
-from vllm_cachescope.tenancy.owner_tags import Owners
+from vllm_cachescope.tenancy.owner_tags import OwnerTags
 from vllm_cachescope.tenancy.scope import Caller, Scope, ScopeKeys
 
 SECRET = "the secret of the tests"
@@ -33,7 +33,7 @@ Cut = tuple[int, Scope, int] | tuple[int, Scope, int, bool]
 
 _nonces = itertools.count()
 KEYS = ScopeKeys(SECRET.encode())
-OWNERS = Owners(SECRET.encode())
+OWNERS = OwnerTags(SECRET.encode())
 
 
 def plan(caller: Caller, *cuts: Cut) -> Plan:

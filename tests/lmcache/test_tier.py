@@ -12,12 +12,12 @@ from tests.lmcache.conftest import anywhere, everywhere, in_files
 from tests.lmcache.side import LMCacheSide, Wall
 from tests.redis.engine_side import SLOT, content, keys
 from tests.redis.servers import wait_until
-from vllm_cachescope.cache.quotas import Shares
+from vllm_cachescope.cache.quotas import Quotas
 from vllm_cachescope.config import CONNECTOR, ConfigError, Share
 from vllm_cachescope.connectors.lmcache import adapters, backend
 from vllm_cachescope.connectors.vllm import config_check
 from vllm_cachescope.tiers.envelope import HEADER_BYTES
-from vllm_cachescope.tiers.local_usage import Account
+from vllm_cachescope.tiers.local_usage import LocalUsage
 
 
 @pytest.fixture
@@ -210,7 +210,7 @@ ACME, OTHER = b"acme....", b"other..."
 @anywhere
 def test_over_its_quota_an_organisation_loses_its_own_oldest(place, start_side):
     """Of these stores none keeps accounts, so each engine counts what it has stored itself."""
-    side = start_side(place.adapter, account=Account(Shares(SLOT, Share(quota=20 * SLOT), {})))
+    side = start_side(place.adapter, account=LocalUsage(Quotas(SLOT, Share(quota=20 * SLOT), {})))
 
     def prompt(owner: bytes, number: int) -> list[bytes]:
         return keys(5, f"prompt {number}", owner + bytes(8))

@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from vllm_cachescope.cache.quotas import Shares
+from vllm_cachescope.cache.quotas import Quotas
 from vllm_cachescope.connectors import redis
 from vllm_cachescope.tenancy.owner_tags import NOBODY
 from vllm_cachescope.tiers.keyspace import Keyspace, qualified, secret_mark
-from vllm_cachescope.tiers.local_usage import Account
+from vllm_cachescope.tiers.local_usage import LocalUsage
 from vllm_cachescope.tiers.remote import Finished, Found, Limits, Outgoing, RemoteTier, expiry
 from vllm_cachescope.tiers.store import Store
 
@@ -67,8 +67,8 @@ class EngineSide:
         url: str,
         identity: str = "model",
         secret: bytes = SECRET,
-        shares: Shares | None = None,
-        account: Account | None = None,
+        shares: Quotas | None = None,
+        account: LocalUsage | None = None,
         **limits: object,
     ) -> None:
         self.shares = shares

@@ -5,11 +5,11 @@ import redis
 
 from tests.redis.engine_side import SECRET, EngineSide, keys
 from tests.redis.servers import Proxy, wait_until
-from vllm_cachescope.tenancy.owner_tags import NOBODY, Owners
+from vllm_cachescope.tenancy.owner_tags import NOBODY, OwnerTags
 from vllm_cachescope.tenancy.scope import Caller
 from vllm_cachescope.tiers.remote import Purge
 
-OWNERS = Owners(SECRET)
+OWNERS = OwnerTags(SECRET)
 HELD = {
     NOBODY: 4,
     OWNERS.of(Caller("acme")): 7,
@@ -67,7 +67,7 @@ def test_other_models_are_purged_as_well_and_other_secrets_organisations_are_not
 ):
     sides = [start_engine_side(server.url, identity=model) for model in ("one", "other")]
     theirs = start_engine_side(server.url, identity="theirs", secret=b"another secret, as long")
-    their_acme = keys(5, "theirs", Owners(b"another secret, as long").of(Caller("acme")))
+    their_acme = keys(5, "theirs", OwnerTags(b"another secret, as long").of(Caller("acme")))
     for side in sides:
         fill(side)
     theirs.put(their_acme)

@@ -7,16 +7,16 @@ import redis
 
 from tests.redis.engine_side import SECRET, SLOT, EngineSide, keys
 from tests.redis.servers import wait_until
-from vllm_cachescope.cache.quotas import Shares
+from vllm_cachescope.cache.quotas import Quotas
 from vllm_cachescope.config import Share
 from vllm_cachescope.connectors.redis.accounts import CLOCK_S, ServerClock
-from vllm_cachescope.tenancy.owner_tags import NOBODY, Owners
+from vllm_cachescope.tenancy.owner_tags import NOBODY, OwnerTags
 from vllm_cachescope.tenancy.scope import Caller
-from vllm_cachescope.tiers.local_usage import Account
+from vllm_cachescope.tiers.local_usage import LocalUsage
 
-OWNERS = Owners(SECRET)
+OWNERS = OwnerTags(SECRET)
 ACME, ZETA = OWNERS.of(Caller("acme", "s1")), OWNERS.of(Caller("zeta"))
-QUOTA = Shares(SLOT, Share(quota=20 * SLOT), {ZETA[:8]: Share(quota=100 * SLOT)})
+QUOTA = Quotas(SLOT, Share(quota=20 * SLOT), {ZETA[:8]: Share(quota=100 * SLOT)})
 
 
 def mine(owner: bytes, number: int, count: int = 5) -> list[bytes]:
@@ -75,7 +75,7 @@ def test_a_prompt_loses_its_end_before_its_beginning(server, start_engine_side, 
 @pytest.mark.parametrize("counted", ["there", "here"])
 def test_a_prompt_stored_in_parts_keeps_its_beginning(server, start_engine_side, counted):
     """Each step of a long prefill stores what it has computed."""
-    how = {"shares": QUOTA} if counted == "there" else {"account": Account(QUOTA)}
+    how = {"shares": QUOTA} if counted == "there" else {"account": LocalUsage(QUOTA)}
     side = start_engine_side(server.url, **how)
     for i in range(2):
         side.put(mine(ACME, i))
@@ -145,7 +145,7 @@ def test_what_has_expired_does_not_count(server, start_engine_side):
 
 
 def test_over_the_capacity_reserves_are_spared(server, start_engine_side):
-    shares = Shares(SLOT, Share(), {ZETA[:8]: Share(reserve=10 * SLOT)}, capacity=30 * SLOT)
+    shares = Quotas(SLOT, Share(), {ZETA[:8]: Share(reserve=10 * SLOT)}, capacity=30 * SLOT)
     side = start_engine_side(server.url, shares=shares)
     third = OWNERS.of(Caller("third", "s"))
     for i in range(2):
@@ -224,7 +224,7 @@ def test_on_a_cluster(nodes, start_engine_side):
 
 @pytest.mark.parametrize("count", [4, 12])
 def test_a_store_without_accounts_is_counted_by_each_engine(server, start_engine_side, count):
-    side = start_engine_side(server.url, account=Account(QUOTA))
+    side = start_engine_side(server.url, account=LocalUsage(QUOTA))
     other = start_engine_side(server.url)
     for i in range(count):
         side.put(mine(ACME, i))

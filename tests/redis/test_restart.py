@@ -13,8 +13,8 @@ from demo.model import MODELS, TINY, build
 from tests.engine.engine import BLOCK, Ask, draw_tokens, org_plan, sealed
 from tests.redis.replica import Replica
 from tests.redis.servers import RedisServer, wait_until
-from vllm_cachescope.api.break_log import Breaks
-from vllm_cachescope.api.request_context import Passage
+from vllm_cachescope.api.break_log import BreakLog
+from vllm_cachescope.api.request_context import PromptTiming
 from vllm_cachescope.connectors.vllm import shm_regions
 from vllm_cachescope.diagnosis.diagnosis import Diagnosis
 from vllm_cachescope.prompt.request import Protocol
@@ -29,7 +29,7 @@ ACME = Caller("acme", "s")
 class Conversation:
     """A conversation that goes on whatever happens to the engine."""
 
-    def __init__(self, breaks: Breaks) -> None:
+    def __init__(self, breaks: BreakLog) -> None:
         self._breaks = breaks
         self._chance = random.Random(5)
         self._tokens: list[int] = []
@@ -47,14 +47,14 @@ class Conversation:
         began = time.monotonic()
         (answer,) = engine.run(Ask(self._tokens, sealed(org_plan("acme", self._tokens))))
         length = len(self._tokens)
-        passage = Passage(list(self._tokens), length, length, began, time.monotonic())
+        passage = PromptTiming(list(self._tokens), length, length, began, time.monotonic())
         self._breaks.close(case, [answer.report], None, [passage])
         return case.diagnosis
 
 
 @pytest.fixture
 def conversation() -> Iterator[Conversation]:
-    breaks = Breaks(b"a secret of tests", BLOCK)
+    breaks = BreakLog(b"a secret of tests", BLOCK)
     yield Conversation(breaks)
     for counter in (breaks._count, breaks._unknown):
         prometheus_client.REGISTRY.unregister(counter)

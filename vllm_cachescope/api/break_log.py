@@ -19,7 +19,7 @@ from vllm_cachescope.api.diagnostics import (
     openai_diagnostics,
 )
 from vllm_cachescope.api.diffs import Diffs
-from vllm_cachescope.api.request_context import Passage
+from vllm_cachescope.api.request_context import PromptTiming
 from vllm_cachescope.cache.report import EngineId, Report
 from vllm_cachescope.diagnosis.diagnosis import (
     Diagnosis,
@@ -31,7 +31,7 @@ from vllm_cachescope.diagnosis.diagnosis import (
 )
 from vllm_cachescope.diagnosis.fingerprint import Fingerprinter
 from vllm_cachescope.diagnosis.lineage_store import Entry, LineageStore, Placement, Run
-from vllm_cachescope.diagnosis.token_fingerprint import print_tokens
+from vllm_cachescope.diagnosis.token_fingerprint import fingerprint_tokens
 from vllm_cachescope.prompt.request import PromptRequest, Protocol
 from vllm_cachescope.tenancy.scope import Caller
 
@@ -51,7 +51,7 @@ logger = logging.getLogger("cachescope.breaks")
 
 
 @dataclass(slots=True)
-class Case:
+class PendingDiagnosis:
     """One request under diagnosis.
 
     Attributes:
@@ -157,7 +157,7 @@ def _rest(names: Sequence[str]) -> int:
     return max(0, len(names) - LISTED_NAMES)
 
 
-class Breaks:
+class BreakLog:
     """Diagnoses requests one by one, on the event loop's thread.
 
     Args:
@@ -204,7 +204,7 @@ class Breaks:
         body: Mapping[str, Any],
         headers: Mapping[str, str],
         reports: Mapping[str, Report] | None = None,
-    ) -> Case:
+    ) -> PendingDiagnosis:
         """Take in a request before it runs.
 
         Args:
@@ -224,7 +224,7 @@ class Breaks:
         if named is not None:
             # As it is kept: with the turns it goes on from, where it only names them.
             compared = diagnose_against(named.fingerprint, placement.entry.fingerprint)
-        return Case(
+        return PendingDiagnosis(
             caller,
             request,
             placement,
@@ -238,10 +238,10 @@ class Breaks:
 
     def close(
         self,
-        case: Case,
+        case: PendingDiagnosis,
         reports: Iterable[Report],
         response_id: str | None,
-        passages: Iterable[Passage] = (),
+        passages: Iterable[PromptTiming] = (),
     ) -> None:
         """Complete a diagnosis with what the engine found, once the request is over.
 
@@ -281,7 +281,7 @@ class Breaks:
             self._record(case)
 
     def _compared(
-        self, case: Case, found: EngineReport, report: Report, run: Run, began: float
+        self, case: PendingDiagnosis, found: EngineReport, report: Report, run: Run, began: float
     ) -> EngineReport:
         """Complete what the engine found with what the session's other requests had left."""
         ancestor = case.placement.ancestor
@@ -300,10 +300,10 @@ class Breaks:
             shared_tokens=shared,
         )
 
-    def _run(self, report: Report, engine: EngineId, passage: Passage) -> Run:
+    def _run(self, report: Report, engine: EngineId, passage: PromptTiming) -> Run:
         now = self._clock()
         return Run(
-            tokens=print_tokens(passage.tokens, self._block_tokens, self._secret),
+            tokens=fingerprint_tokens(passage.tokens, self._block_tokens, self._secret),
             covered_tokens=passage.covered_tokens,
             readable_tokens=passage.readable_tokens,
             ttl_s=max((row.ttl_s for row in report.rows), default=0),
@@ -341,7 +341,7 @@ class Breaks:
             self._diffs.forget(org, session)
         return self._lineages.purge(org, session)
 
-    def _record(self, case: Case) -> None:
+    def _record(self, case: PendingDiagnosis) -> None:
         diagnosis = case.diagnosis
         at, model = self._wall_clock(), case.request.model
         diff = None

@@ -10,15 +10,15 @@ from typing import Any
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vllm_cachescope.api.break_log import Breaks, Case
+from vllm_cachescope.api.break_log import BreakLog, PendingDiagnosis
 from vllm_cachescope.api.diffs import Diffs
 from vllm_cachescope.api.operations import PATHS, Engines, Operations
 from vllm_cachescope.api.replies import Reply
-from vllm_cachescope.api.request_context import Exchange, current_exchange
+from vllm_cachescope.api.request_context import RequestContext, current_request
 from vllm_cachescope.config import Config
 from vllm_cachescope.errors import BadRequest
 from vllm_cachescope.prompt.request import PromptRequest
-from vllm_cachescope.tenancy.caller import Directory, api_key
+from vllm_cachescope.tenancy.caller import CallerDirectory, api_key
 from vllm_cachescope.wire import READERS, protocol_of, strip
 from vllm_cachescope.wire.body import decode, encode
 from vllm_cachescope.wire.errors import error_body
@@ -36,8 +36,8 @@ class CacheScopeMiddleware(ABC):
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
         self._config: Config | None = None
-        self._directory: Directory | None = None
-        self._breaks: Breaks | None = None
+        self._directory: CallerDirectory | None = None
+        self._breaks: BreakLog | None = None
         self._operations: Operations | None = None
 
     @abstractmethod
@@ -79,7 +79,9 @@ class CacheScopeMiddleware(ABC):
             return
         protocol = protocol_of(scope["path"])
         if protocol is None:
-            await self._run(Exchange(self._directory.caller(headers, None)), scope, receive, send)
+            await self._run(
+                RequestContext(self._directory.caller(headers, None)), scope, receive, send
+            )
             return
 
         raw, receive = await _read_body(receive)
@@ -100,7 +102,9 @@ class CacheScopeMiddleware(ABC):
             raw = encode(forwarded)
             scope = {**scope, "headers": _with_length(scope["headers"], len(raw))}
             receive = _replaying(raw, receive)
-        exchange = Exchange(self._directory.caller(headers, request.session), request, forwarded)
+        exchange = RequestContext(
+            self._directory.caller(headers, request.session), request, forwarded
+        )
         # Taking in a long prompt takes some milliseconds, which the first token need not wait for
         # unless the client wants to hear of it.
         case = None
@@ -117,18 +121,20 @@ class CacheScopeMiddleware(ABC):
             else:
                 exchange.fetching.add_done_callback(lambda _: explain())
 
-    async def _run(self, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
-        token = current_exchange.set(exchange)
+    async def _run(
+        self, exchange: RequestContext, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        token = current_request.set(exchange)
         try:
             await self._app(scope, receive, send)
         finally:
-            current_exchange.reset(token)
+            current_request.reset(token)
 
     def _explain(
         self,
-        exchange: Exchange,
+        exchange: RequestContext,
         reply: Reply,
-        case: Case | None,
+        case: PendingDiagnosis | None,
         body: dict[str, Any],
         headers: dict[str, str],
     ) -> None:
@@ -140,11 +146,11 @@ class CacheScopeMiddleware(ABC):
 
     def _open_case(
         self,
-        exchange: Exchange,
+        exchange: RequestContext,
         request: PromptRequest,
         body: dict[str, Any],
         headers: dict[str, str],
-    ) -> Case | None:
+    ) -> PendingDiagnosis | None:
         assert self._breaks is not None
         try:
             return self._breaks.open(exchange.caller, request, body, headers, exchange.reports)
@@ -153,7 +159,7 @@ class CacheScopeMiddleware(ABC):
             logger.exception("The request could not be diagnosed")
             return None
 
-    def _close_case(self, case: Case, exchange: Exchange, reply: Reply) -> None:
+    def _close_case(self, case: PendingDiagnosis, exchange: RequestContext, reply: Reply) -> None:
         assert self._breaks is not None
         try:
             reports, passages = exchange.reports.values(), exchange.passages.values()
@@ -182,12 +188,12 @@ class CacheScopeMiddleware(ABC):
         if self._config is None:
             self._config = self.attach(scope["app"].state)
             secret = self._config.secret_bytes()
-            self._directory = Directory(
+            self._directory = CallerDirectory(
                 secret, self._config.tenant_names(), self._config.org_header
             )
             wanted = self._config.diffs
             diffs = None if wanted is None else Diffs(wanted, time.monotonic)
-            self._breaks = Breaks(secret, self.block_tokens(scope["app"].state), diffs=diffs)
+            self._breaks = BreakLog(secret, self.block_tokens(scope["app"].state), diffs=diffs)
             engines = self.engines(scope["app"].state)
             self._operations = Operations(self._config, self._directory, self._breaks, engines)
         return self._config

@@ -22,10 +22,10 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-from vllm_cachescope.api.break_log import Breaks
+from vllm_cachescope.api.break_log import BreakLog
 from vllm_cachescope.config import Config
-from vllm_cachescope.tenancy.caller import ANONYMOUS, Directory, api_key
-from vllm_cachescope.tenancy.owner_tags import EVERYONE, Owners
+from vllm_cachescope.tenancy.caller import ANONYMOUS, CallerDirectory, api_key
+from vllm_cachescope.tenancy.owner_tags import EVERYONE, OwnerTags
 from vllm_cachescope.tenancy.scope import short_name
 
 logger = logging.getLogger(__name__)
@@ -103,11 +103,11 @@ class Operations:
     """
 
     def __init__(
-        self, config: Config, directory: Directory, breaks: Breaks, engines: Engines
+        self, config: Config, directory: CallerDirectory, breaks: BreakLog, engines: Engines
     ) -> None:
         self._operator_token = config.operator_token
         self._directory = directory
-        self._owners = Owners(config.secret_bytes())
+        self._owners = OwnerTags(config.secret_bytes())
         self._breaks = breaks
         self._engines = engines
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from starlette.types import Message, Send
 
-from vllm_cachescope.api.break_log import Case
-from vllm_cachescope.api.request_context import Exchange
+from vllm_cachescope.api.break_log import PendingDiagnosis
+from vllm_cachescope.api.request_context import RequestContext
 from vllm_cachescope.api.usage import Usage, write_chat, write_messages, write_responses
 from vllm_cachescope.prompt.request import Protocol
 
@@ -35,9 +35,9 @@ class Reply:
 
     def __init__(
         self,
-        exchange: Exchange,
+        exchange: RequestContext,
         send: Send,
-        case: Case | None = None,
+        case: PendingDiagnosis | None = None,
         stream_prewarm: bool = False,
     ) -> None:
         assert exchange.request is not None

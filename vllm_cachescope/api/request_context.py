@@ -12,7 +12,7 @@ from vllm_cachescope.tenancy.scope import Caller
 
 
 @dataclass(slots=True)
-class Passage:
+class PromptTiming:
     """One prompt's passage through the engine.
 
     Attributes:
@@ -31,7 +31,7 @@ class Passage:
 
 
 @dataclass(slots=True)
-class Exchange:
+class RequestContext:
     """What the middleware and the engine's side tell each other about a request.
 
     Attributes:
@@ -53,9 +53,9 @@ class Exchange:
     body: Mapping[str, Any] = field(default_factory=dict)
     cuts: Task[Any] | None = None
     reports: dict[str, Report] = field(default_factory=dict)
-    passages: dict[str, Passage] = field(default_factory=dict)
+    passages: dict[str, PromptTiming] = field(default_factory=dict)
     fetching: Task[None] | None = None
 
 
-current_exchange: ContextVar[Exchange | None] = ContextVar("cachescope_exchange", default=None)
+current_request: ContextVar[RequestContext | None] = ContextVar("cachescope_exchange", default=None)
 """The exchange that the running code works for; None outside one."""

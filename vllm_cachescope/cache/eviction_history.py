@@ -10,7 +10,7 @@ REMEMBERED_DEPARTURES = 200_000
 
 
 @dataclass(frozen=True, slots=True)
-class Departure:
+class EvictionRecord:
     """How a block left the last tier that held it.
 
     Attributes:
@@ -27,18 +27,18 @@ class Departure:
     tier: str
 
 
-class Departures:
+class EvictionHistory:
     """The most recent departures, by block key."""
 
     def __init__(self, limit: int = REMEMBERED_DEPARTURES) -> None:
         self._limit = limit
-        self._departures: OrderedDict[bytes, Departure] = OrderedDict()
+        self._departures: OrderedDict[bytes, EvictionRecord] = OrderedDict()
         self._forgotten = False
 
     def __len__(self) -> int:
         return len(self._departures)
 
-    def record(self, key: bytes, departure: Departure) -> None:
+    def record(self, key: bytes, departure: EvictionRecord) -> None:
         """Note that the block ``key`` is gone; its last departure counts."""
         self._departures.pop(key, None)
         self._departures[key] = departure
@@ -46,7 +46,7 @@ class Departures:
             self._departures.popitem(last=False)
             self._forgotten = True
 
-    def find(self, key: bytes) -> Departure | None:
+    def find(self, key: bytes) -> EvictionRecord | None:
         """Return how the block ``key`` went; None if it never came, or went too long ago."""
         return self._departures.get(key)
 

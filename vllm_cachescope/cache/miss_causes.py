@@ -8,7 +8,7 @@ from typing import Any
 from vllm_cachescope.cache.ledger import Reason
 
 
-class EngineCause(StrEnum):
+class MissCause(StrEnum):
     """Why tokens that some earlier request had were not in the cache."""
 
     EXPIRED = "expired"
@@ -26,7 +26,7 @@ class EngineCause(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class EngineMiss:
+class CacheMiss:
     """Tokens the engine looked for and did not find, or could not have kept.
 
     Attributes:
@@ -38,14 +38,14 @@ class EngineMiss:
         detail: what else is known, in a few words: "not covered by a breakpoint".
     """
 
-    cause: EngineCause
+    cause: MissCause
     tokens: int
     tier: str | None = None
     ttl_s: int | None = None
     age_s: float | None = None
     detail: str | None = None
 
-    def continues(self, other: "EngineMiss") -> bool:
+    def continues(self, other: "CacheMiss") -> bool:
         """Whether ``other`` is the same of further tokens, at whatever time that was."""
         return replace(self, tokens=0, age_s=None) == replace(other, tokens=0, age_s=None)
 
@@ -54,9 +54,9 @@ class EngineMiss:
         return [str(self.cause), self.tokens, self.tier, self.ttl_s, self.age_s, self.detail]
 
     @classmethod
-    def from_wire(cls, data: Sequence[Any]) -> "EngineMiss":
+    def from_wire(cls, data: Sequence[Any]) -> "CacheMiss":
         """Return what `to_wire` made."""
-        return cls(EngineCause(data[0]), *data[1:])
+        return cls(MissCause(data[0]), *data[1:])
 
 
 _DETAILS = {
@@ -66,7 +66,7 @@ _DETAILS = {
 }
 
 
-def departed(reason: Reason, tokens: int, tier: str | None, ttl_s: int, age_s: float) -> EngineMiss:
+def departed(reason: Reason, tokens: int, tier: str | None, ttl_s: int, age_s: float) -> CacheMiss:
     """Return the miss of tokens that left ``tier`` for ``reason``, ``age_s`` seconds ago."""
-    cause = EngineCause.EXPIRED if reason is Reason.TTL else EngineCause.EVICTED
-    return EngineMiss(cause, tokens, tier, ttl_s, age_s, _DETAILS.get(reason))
+    cause = MissCause.EXPIRED if reason is Reason.TTL else MissCause.EVICTED
+    return CacheMiss(cause, tokens, tier, ttl_s, age_s, _DETAILS.get(reason))

@@ -9,7 +9,7 @@ NEWEST_SHARE = 0.3
 """What the newest step counts for in the average."""
 
 
-class Pace:
+class PrefillRate:
     """Follows the engine's steps. A step may begin before the one before it has ended.
 
     Attributes:

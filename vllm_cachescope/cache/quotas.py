@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 
 from vllm_cachescope.config import Config, Share
-from vllm_cachescope.tenancy.owner_tags import Owners
+from vllm_cachescope.tenancy.owner_tags import OwnerTags
 
 SHOWN_ORGS = 20
 """How many organisations the health of a tier names, those that hold most."""
 
 
-class Shares:
+class Quotas:
     """The quotas and reserves of one tier.
 
     Args:
@@ -50,7 +50,7 @@ class Shares:
         return 0 if quota is None else max(0, held - quota)
 
 
-def read_shares(config: Config, tier: str, entry_bytes: int) -> Shares | None:
+def read_quotas(config: Config, tier: str, entry_bytes: int) -> Quotas | None:
     """Return the shares of ``tier``; None if nothing is configured for it.
 
     Raises:
@@ -59,9 +59,9 @@ def read_shares(config: Config, tier: str, entry_bytes: int) -> Shares | None:
     quotas = config.quotas.get(tier)
     if quotas is None:
         return None
-    owners = Owners(config.secret_bytes())
+    owners = OwnerTags(config.secret_bytes())
     orgs = {owners.prefix(org): share for org, share in config.quota_orgs(tier).items()}
-    return Shares(entry_bytes, quotas.of(None), orgs, quotas.capacity)
+    return Quotas(entry_bytes, quotas.of(None), orgs, quotas.capacity)
 
 
 def _entries(share: Share, entry_bytes: int) -> tuple[int | None, int]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from vllm_cachescope.cache.miss_causes import EngineMiss
+from vllm_cachescope.cache.miss_causes import CacheMiss
 from vllm_cachescope.prompt.plan import Plan
 from vllm_cachescope.tenancy.scope import Scope
 
@@ -71,8 +71,8 @@ class Report:
     """
 
     rows: tuple[Row, ...]
-    misses: tuple[EngineMiss, ...] = ()
-    unasked: EngineMiss | None = None
+    misses: tuple[CacheMiss, ...] = ()
+    unasked: CacheMiss | None = None
     engine: EngineId | None = None
     reach_s: float | None = None
 
@@ -116,8 +116,8 @@ class Report:
         unasked, engine = data["unasked"], data["engine"]
         return cls(
             tuple(Row(o, Scope(s), ttl, n) for o, s, ttl, n in data["rows"]),
-            tuple(map(EngineMiss.from_wire, data["misses"])),
-            EngineMiss.from_wire(unasked) if unasked else None,
+            tuple(map(CacheMiss.from_wire, data["misses"])),
+            CacheMiss.from_wire(unasked) if unasked else None,
             EngineId(engine[0], engine[1], engine[2], tuple(engine[3])) if engine else None,
             data["reach_s"],
         )

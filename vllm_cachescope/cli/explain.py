@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vllm_cachescope.cache.miss_causes import EngineCause, EngineMiss
+from vllm_cachescope.cache.miss_causes import CacheMiss, MissCause
 from vllm_cachescope.cli.console import show
 from vllm_cachescope.cli.traffic import BLOCK_TOKENS, BlockCall, Call, TrafficError, read_traffic
-from vllm_cachescope.cli.ttl_replay import Lifetimes
+from vllm_cachescope.cli.ttl_replay import TtlReplay
 from vllm_cachescope.diagnosis.diagnosis import (
     NEW_CONTENT,
     Diagnosis,
@@ -175,7 +175,7 @@ def explain(calls: Iterable[Call], ttl_s: float | None = None) -> Iterator[Expla
     )
     fingerprint = Fingerprinter(secrets.token_bytes(32))
     texts: dict[Entry, str] = {}
-    lifetimes: dict[str | None, Lifetimes] = {}
+    lifetimes: dict[str | None, TtlReplay] = {}
     for call in calls:
         now = max(now, call.at or now)
         caller = Caller("traffic", call.session)
@@ -183,7 +183,7 @@ def explain(calls: Iterable[Call], ttl_s: float | None = None) -> Iterator[Expla
         store.answered(caller, placement.entry, call.response_id)
         diagnosis = diagnose(placement)
         if ttl_s is not None:
-            expired = lifetimes.setdefault(call.session, Lifetimes(ttl_s, _REQUESTS)).use(placement)
+            expired = lifetimes.setdefault(call.session, TtlReplay(ttl_s, _REQUESTS)).use(placement)
             if expired and call.at is not None:
                 diagnosis = _with_expired(diagnosis, expired)
         char = None
@@ -259,11 +259,11 @@ def _of_blocks(
 ) -> Diagnosis:
     shared = min(known * BLOCK_TOKENS, call.tokens)
     read = min(fresh * BLOCK_TOKENS, call.tokens)
-    engine: list[EngineMiss] = []
+    engine: list[CacheMiss] = []
     if shared > read and ttl_s is not None:
-        engine.append(EngineMiss(EngineCause.EXPIRED, shared - read, ttl_s=round(ttl_s)))
+        engine.append(CacheMiss(MissCause.EXPIRED, shared - read, ttl_s=round(ttl_s)))
     if partial:
-        engine.append(EngineMiss(EngineCause.PARTIAL_BLOCK, partial))
+        engine.append(CacheMiss(MissCause.PARTIAL_BLOCK, partial))
     causes: dict[str, int] = {miss.cause: miss.tokens for miss in engine}
     rest = call.tokens - read - sum(causes.values())
     if rest:
@@ -284,7 +284,7 @@ def _of_blocks(
     )
 
 
-def _with_expired(diagnosis: Diagnosis, misses: Sequence[EngineMiss]) -> Diagnosis:
+def _with_expired(diagnosis: Diagnosis, misses: Sequence[CacheMiss]) -> Diagnosis:
     shared = diagnosis.shared_tokens
     read = shared - sum(miss.tokens for miss in misses)
     report = EngineReport(diagnosis.prompt_tokens, read, 1, tuple(misses), shared_tokens=shared)

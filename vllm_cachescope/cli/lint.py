@@ -24,7 +24,7 @@ from rich.text import Text
 
 from vllm_cachescope.cli.console import show
 from vllm_cachescope.cli.traffic import Call, TrafficError, read_traffic
-from vllm_cachescope.diagnosis.fingerprint import Fingerprinter, ToolPrint
+from vllm_cachescope.diagnosis.fingerprint import Fingerprinter, ToolFingerprint
 from vllm_cachescope.prompt.request import Part, Protocol, Region
 from vllm_cachescope.wire.anthropic import is_dropped
 
@@ -229,13 +229,15 @@ def lint(calls: Iterable[Call]) -> list[Finding]:
     return sorted(counted, key=lambda finding: -finding.severity)
 
 
-def _tools(call: Call, fingerprint: Fingerprinter) -> list[tuple[Part, ToolPrint]]:
+def _tools(call: Call, fingerprint: Fingerprinter) -> list[tuple[Part, ToolFingerprint]]:
     parts = [part for part in call.request.parts if part.region is Region.TOOLS][:_MAX_TOOLS]
     tools = fingerprint(replace(call.request, parts=tuple(parts))).tools
     return list(zip(parts, tools, strict=True))
 
 
-def _volatile(call: Call, tools: list[tuple[Part, ToolPrint]], seen: _Seen) -> Iterator[Finding]:
+def _volatile(
+    call: Call, tools: list[tuple[Part, ToolFingerprint]], seen: _Seen
+) -> Iterator[Finding]:
     names = {part.path: tool.name for part, tool in tools}
     worst: Part | None = None
     for part in call.request.parts:
@@ -352,7 +354,9 @@ def _walk(path: str, value: Any) -> Iterator[tuple[str, Any]]:
             stack += reversed([(f"{where}[{i}]", inner) for i, inner in enumerate(item[:room])])
 
 
-def _json_order(call: Call, tools: list[tuple[Part, ToolPrint]], seen: _Seen) -> Iterator[Finding]:
+def _json_order(
+    call: Call, tools: list[tuple[Part, ToolFingerprint]], seen: _Seen
+) -> Iterator[Finding]:
     """Find tools that came before with the same content in another order."""
     unsorted: list[str] = []
     for part, tool in tools:
@@ -399,7 +403,9 @@ def _is_list_of_strings(item: Any) -> bool:
     )
 
 
-def _tool_order(call: Call, tools: list[tuple[Part, ToolPrint]], seen: _Seen) -> Iterator[Finding]:
+def _tool_order(
+    call: Call, tools: list[tuple[Part, ToolFingerprint]], seen: _Seen
+) -> Iterator[Finding]:
     """Find tools that stand in another order than in an earlier request of any session."""
     names = tuple(dict.fromkeys(tool.name for _, tool in tools))
     if names in seen.orders:

@@ -6,10 +6,10 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from vllm_cachescope.cache.miss_causes import EngineCause, EngineMiss
+from vllm_cachescope.cache.miss_causes import CacheMiss, MissCause
 from vllm_cachescope.diagnosis.fingerprint import Fingerprint
 from vllm_cachescope.diagnosis.lineage_store import Placement
-from vllm_cachescope.diagnosis.prefix_match import overlap
+from vllm_cachescope.diagnosis.prefix_match import match_prefix
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class _Use:
     kept: Mapping[float, int]
 
 
-class Lifetimes:
+class TtlReplay:
     """Which prefixes of a session are still cached: those that any call used recently enough.
 
     As in the ledger of the server, a use refreshes all that two prompts share, and the longest
@@ -42,7 +42,7 @@ class Lifetimes:
         self._ttl_s = ttl_s
         self._uses: deque[_Use] = deque(maxlen=calls)
 
-    def use(self, placement: Placement) -> list[EngineMiss]:
+    def use(self, placement: Placement) -> list[CacheMiss]:
         """Note a call and return what of its shared tokens had expired, in prompt order."""
         now, kept = placement.entry.at, self._asked(placement.entry.fingerprint)
         left = self._left(placement)
@@ -52,15 +52,13 @@ class Lifetimes:
                 read = max(read, tokens)
                 kept[ttl_s] = max(tokens, kept.get(ttl_s, 0))
         self._uses.append(_Use(placement.entry.fingerprint, now, kept))
-        misses: list[EngineMiss] = []
+        misses: list[CacheMiss] = []
         while read < placement.shared_tokens:
             # Of several lifetimes that the next token had, the one that ended last was its end.
             behind = [one for one in left if one[0] > read]
             end, ttl_s, at = max(behind, key=lambda one: one[1] + one[2])
             age_s = round(now - at - ttl_s, 3)
-            misses.append(
-                EngineMiss(EngineCause.EXPIRED, end - read, ttl_s=round(ttl_s), age_s=age_s)
-            )
+            misses.append(CacheMiss(MissCause.EXPIRED, end - read, ttl_s=round(ttl_s), age_s=age_s))
             read = end
         return misses
 
@@ -81,7 +79,7 @@ class Lifetimes:
         new, shared = placement.entry.fingerprint, placement.shared_tokens
         left: list[tuple[int, float, float]] = []
         for use in reversed(self._uses):
-            common = min(overlap(use.fingerprint, new).tokens, shared)
+            common = min(match_prefix(use.fingerprint, new).tokens, shared)
             left += [(min(tokens, common), ttl_s, use.at) for ttl_s, tokens in use.kept.items()]
             if common == shared:
                 return left  # It refreshed what those before it had left.

@@ -6,7 +6,12 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import chain, islice
 
-from vllm_cachescope.diagnosis.fingerprint import HASH_BYTES, Fingerprint, MarkPrint, ToolPrint
+from vllm_cachescope.diagnosis.fingerprint import (
+    HASH_BYTES,
+    Fingerprint,
+    MarkFingerprint,
+    ToolFingerprint,
+)
 from vllm_cachescope.diagnosis.prefix_match import (
     ROUTING_PARAMS,
     ascending,
@@ -268,7 +273,7 @@ def _tools(old: Fingerprint, new: Fingerprint) -> Iterator[Change]:
             yield change
 
 
-def _by_name(tools: Sequence[ToolPrint]) -> dict[tuple[str, int], int]:
+def _by_name(tools: Sequence[ToolFingerprint]) -> dict[tuple[str, int], int]:
     """Index by name; a name that comes twice is told apart by its occurrence."""
     names = [tool.name for tool in tools]
     if len(set(names)) == len(names):
@@ -425,9 +430,9 @@ def _marks(old: Fingerprint, new: Fingerprint) -> Iterator[Change]:
         )
 
 
-def _static_marks(print_: Fingerprint) -> dict[str, MarkPrint]:
+def _static_marks(print_: Fingerprint) -> dict[str, MarkFingerprint]:
     """Index the breakpoints that should stay where they are, and the last one, which moves on."""
-    marks: dict[str, MarkPrint] = {}
+    marks: dict[str, MarkFingerprint] = {}
     for mark in print_.marks:
         region = print_.region(mark.part)
         if region is Region.MESSAGES:
@@ -440,7 +445,7 @@ def _static_marks(print_: Fingerprint) -> dict[str, MarkPrint]:
     return marks
 
 
-def _mark(new: Fingerprint, before: MarkPrint, after: MarkPrint) -> Iterator[Change]:
+def _mark(new: Fingerprint, before: MarkFingerprint, after: MarkFingerprint) -> Iterator[Change]:
     if before.scope != after.scope:
         earlier = [mark.part + 1 for mark in new.marks if mark.part < after.part]
         yield Change(
@@ -465,7 +470,7 @@ def _mark(new: Fingerprint, before: MarkPrint, after: MarkPrint) -> Iterator[Cha
         )
 
 
-def _words(mark: MarkPrint) -> str:
+def _words(mark: MarkFingerprint) -> str:
     return f"{_ttl(mark.ttl_s)}, {_scope(mark.scope)}"
 
 

@@ -5,13 +5,13 @@ from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any
 
-from vllm_cachescope.cache.miss_causes import EngineCause, EngineMiss
+from vllm_cachescope.cache.miss_causes import CacheMiss, MissCause
 from vllm_cachescope.cache.report import EngineId
 from vllm_cachescope.diagnosis.changes import Change, ChangeKind, compare
 from vllm_cachescope.diagnosis.fingerprint import Fingerprint
-from vllm_cachescope.diagnosis.flapping import Latch
+from vllm_cachescope.diagnosis.flapping import FlappingField
 from vllm_cachescope.diagnosis.lineage_store import Entry, Held, Placement, Relation
-from vllm_cachescope.diagnosis.prefix_match import overlap
+from vllm_cachescope.diagnosis.prefix_match import match_prefix
 from vllm_cachescope.durations import format_duration
 
 
@@ -55,7 +55,7 @@ _BY_RELATION = {
 
 # A prompt's last block is only cached once it is full; and who wants log probabilities of the
 # prompt wants it computed.
-_UNAVOIDABLE = (EngineCause.PARTIAL_BLOCK, EngineCause.NOT_LOOKED_UP)
+_UNAVOIDABLE = (MissCause.PARTIAL_BLOCK, MissCause.NOT_LOOKED_UP)
 
 # An estimated number of shared tokens may be this much too high, as a fraction.
 _ESTIMATE_ERROR = 0.25
@@ -83,12 +83,12 @@ class EngineReport:
     prompt_tokens: int
     read_tokens: int
     block_tokens: int
-    misses: tuple[EngineMiss, ...] = ()
+    misses: tuple[CacheMiss, ...] = ()
     shared_tokens: int | None = None
     held: Held | None = None
     began: float = 0.0
     engine: EngineId | None = None
-    unasked: EngineMiss | None = None
+    unasked: CacheMiss | None = None
     reach_s: float | None = None
 
 
@@ -122,7 +122,7 @@ class Diagnosis:
         shared_tokens: leading tokens some earlier request of the session has too.
         missed_tokens: tokens that could have been read but for the change.
         prompt_tokens: tokens of the whole prompt.
-        uncached: every token that was not read, by cause: a `Kind`, an `EngineCause` or
+        uncached: every token that was not read, by cause: a `Kind`, an `MissCause` or
             `NEW_CONTENT`, with the number of tokens.
         engine: what the engine did, as far as it explains a miss.
         suggestion: what to do about it, in a sentence; empty if there is nothing to do.
@@ -141,17 +141,17 @@ class Diagnosis:
     missed_tokens: int
     prompt_tokens: int
     uncached: tuple[tuple[str, int], ...]
-    engine: tuple[EngineMiss, ...] = ()
+    engine: tuple[CacheMiss, ...] = ()
     suggestion: str = ""
     lineage: int = 0
     parent_lineage: int | None = None
     ancestor_id: str | None = None
-    latch: Latch | None = None
+    latch: FlappingField | None = None
     measured: bool = False
 
     @property
     def cause(self) -> str:
-        """The one cause to count this request under: a `Kind` or an `EngineCause`."""
+        """The one cause to count this request under: a `Kind` or an `MissCause`."""
         if self.kind.is_break and self.missed_tokens:
             return self.kind
         avoidable = [miss for miss in self.engine if miss.cause not in _UNAVOIDABLE]
@@ -162,7 +162,7 @@ class Diagnosis:
     @property
     def unknown_tokens(self) -> int:
         """Tokens whose absence nothing explains: a gap in what the tiers report."""
-        return sum(tokens for cause, tokens in self.uncached if cause == EngineCause.UNKNOWN)
+        return sum(tokens for cause, tokens in self.uncached if cause == MissCause.UNKNOWN)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -217,7 +217,7 @@ def diagnose_against(old: Fingerprint, new: Fingerprint) -> Diagnosis:
 
     Kinds are breaks, or CONTINUATION if ``new`` has all of ``old`` or is the beginning of it.
     """
-    shared = overlap(old, new)
+    shared = match_prefix(old, new)
     changes = compare(old, new)
     diverging = [change for change in changes if change.diverges]
     kind = _kind(Relation.BREAK, tuple(diverging)) if diverging else Kind.CONTINUATION
@@ -372,22 +372,22 @@ def _covered(report: EngineReport, ancestor: Entry | None, scale: float) -> int 
 
 def _divide(
     kind: Kind, report: EngineReport, read: int, shared: int, covered: int | None, exact: bool
-) -> list[EngineMiss]:
+) -> list[CacheMiss]:
     """Put each of the tokens from ``read`` to ``shared`` down to one cause.
 
     First to what the engine reports, from the front on; then to what a block's edge, the
     breakpoints and the place where the tokens had been computed explain; and what is left over to
-    `EngineCause.UNKNOWN`. Where ``shared`` is an estimate, tokens within its error have no cause.
+    `MissCause.UNKNOWN`. Where ``shared`` is an estimate, tokens within its error have no cause.
     """
     held, block = report.held, report.block_tokens
-    engine: list[EngineMiss] = []
-    behind: list[EngineMiss] = []
+    engine: list[CacheMiss] = []
+    behind: list[CacheMiss] = []
     end = max(read, shared)
     if held is not None:
         # Equal requests, and unequal tokens: the template did it.
         same = max(read, held.shared_tokens)
         if end - end % held.run.tokens.step > same:
-            behind.append(EngineMiss(EngineCause.RENDERED_DIFFERENTLY, end - same))
+            behind.append(CacheMiss(MissCause.RENDERED_DIFFERENTLY, end - same))
             end = same
         # A block that only begins in what later requests may read is not theirs to read.
         readable = held.run.readable_tokens
@@ -402,14 +402,14 @@ def _divide(
     edge = end % block or (block if kind is Kind.RETRY and end == report.prompt_tokens else 0)
     if exact or left < block:
         edge = min(left, edge if exact else left)
-        behind.insert(0, EngineMiss(EngineCause.PARTIAL_BLOCK, edge))
+        behind.insert(0, CacheMiss(MissCause.PARTIAL_BLOCK, edge))
         left -= edge
         end -= edge
     for miss in report.misses:
         if tokens := min(miss.tokens, left):
             # Evicted from the device, the only place where it ever was.
             bare = 0
-            if covered is not None and miss.cause is EngineCause.EVICTED and not miss.detail:
+            if covered is not None and miss.cause is MissCause.EVICTED and not miss.detail:
                 bare = min(tokens, max(0, end - left + tokens - covered))
             if tokens > bare:
                 engine.append(replace(miss, tokens=tokens - bare))
@@ -431,12 +431,12 @@ def _divide(
         slack = min(left, round(shared * _ESTIMATE_ERROR) + block)
         left = 0 if left == slack else left
     if left:
-        engine.append(EngineMiss(EngineCause.UNKNOWN, left))
+        engine.append(CacheMiss(MissCause.UNKNOWN, left))
     return engine + [miss for miss in behind if miss.tokens]
 
 
-def _never_stored(tokens: int, detail: str) -> EngineMiss:
-    return EngineMiss(EngineCause.NEVER_STORED, tokens, detail=detail)
+def _never_stored(tokens: int, detail: str) -> CacheMiss:
+    return CacheMiss(MissCause.NEVER_STORED, tokens, detail=detail)
 
 
 _UNCOVERED = "not covered by a breakpoint"
@@ -455,7 +455,7 @@ def _is_other(engine: EngineId, other: EngineId) -> bool:
     return (engine.rank, engine.epoch) != (other.rank, other.epoch)
 
 
-def _remote_cause(report: EngineReport, held: Held, tokens: int) -> EngineMiss | None:
+def _remote_cause(report: EngineReport, held: Held, tokens: int) -> CacheMiss | None:
     """Return why the engine knows nothing of tokens that were computed once; None if it should."""
     here, there = report.engine, held.run.engine
     assert here is not None
@@ -463,15 +463,15 @@ def _remote_cause(report: EngineReport, held: Held, tokens: int) -> EngineMiss |
         if report.unasked is not None:
             return replace(report.unasked, tokens=tokens)
         if here.tiers and here.hashing != there.hashing:
-            return EngineMiss(EngineCause.HASH_SETTINGS_DIFFER, tokens)
+            return CacheMiss(MissCause.HASH_SETTINGS_DIFFER, tokens)
         names = " and ".join(here.tiers)
         no_copy = f"{names} had no copy" if names else ""
         if here.rank == there.rank:
-            cause, where = EngineCause.ENGINE_RESTARTED, ""
+            cause, where = MissCause.ENGINE_RESTARTED, ""
         else:
-            cause, where = EngineCause.OTHER_REPLICA, f"it was on engine {there.rank}"
+            cause, where = MissCause.OTHER_REPLICA, f"it was on engine {there.rank}"
         detail = ", and ".join(filter(None, (where, no_copy)))
-        return EngineMiss(cause, tokens, detail=detail or None)
+        return CacheMiss(cause, tokens, detail=detail or None)
     idle_s = report.began - held.run.used_at
     if report.reach_s is None or idle_s <= report.reach_s:
         return None
@@ -479,8 +479,8 @@ def _remote_cause(report: EngineReport, held: Held, tokens: int) -> EngineMiss |
     # left before its end has been evicted.
     if idle_s > held.run.ttl_s:
         age_s = idle_s - held.run.ttl_s
-        return EngineMiss(EngineCause.EXPIRED, tokens, ttl_s=held.run.ttl_s, age_s=age_s)
-    return EngineMiss(EngineCause.EVICTED, tokens, detail="too long ago to be remembered")
+        return CacheMiss(MissCause.EXPIRED, tokens, ttl_s=held.run.ttl_s, age_s=age_s)
+    return CacheMiss(MissCause.EVICTED, tokens, detail="too long ago to be remembered")
 
 
 def _kind(relation: Relation, changes: tuple[Change, ...]) -> Kind:
@@ -493,7 +493,7 @@ def _kind(relation: Relation, changes: tuple[Change, ...]) -> Kind:
 
 
 def _uncached(
-    diagnosis: Diagnosis, read: int, engine: Iterable[EngineMiss]
+    diagnosis: Diagnosis, read: int, engine: Iterable[CacheMiss]
 ) -> tuple[tuple[str, int], ...]:
     """Put every token from ``read`` on down to a cause."""
     causes: dict[str, int] = {}
@@ -511,7 +511,7 @@ def _uncached(
     return tuple(causes.items())
 
 
-def _advice(kind: Kind, changes: list[Change], latch: Latch | None) -> str:
+def _advice(kind: Kind, changes: list[Change], latch: FlappingField | None) -> str:
     """Say in a sentence what to do about the first of ``changes``."""
     if not changes or kind is Kind.CONTEXT_COMPACTED:
         return ""
@@ -561,31 +561,31 @@ _ADVICE = {
 }
 
 
-def _engine_advice(misses: list[EngineMiss]) -> str:
+def _engine_advice(misses: list[CacheMiss]) -> str:
     """Say in a sentence what to do about the largest of ``misses``."""
     avoidable = [miss for miss in misses if miss.cause not in _UNAVOIDABLE]
     if not avoidable:
         return ""
     miss = max(avoidable, key=lambda miss: miss.tokens)
-    if miss.cause is EngineCause.EXPIRED and miss.ttl_s is not None:
+    if miss.cause is MissCause.EXPIRED and miss.ttl_s is not None:
         longer = "1h" if miss.ttl_s < 3600 else "a longer lifetime"
         return f"Use {longer}: the prefix expired after {format_duration(miss.ttl_s)} without use."
-    if miss.cause is EngineCause.NEVER_STORED and miss.detail:
+    if miss.cause is MissCause.NEVER_STORED and miss.detail:
         return f"{_ENGINE_ADVICE[miss.cause]} ({miss.detail})."
     return f"{_ENGINE_ADVICE[miss.cause]}."
 
 
 _ENGINE_ADVICE = {
-    EngineCause.EXPIRED: "Use a longer lifetime",
-    EngineCause.EVICTED: "Give the tier more memory, or fewer prompts a long lifetime",
-    EngineCause.NEVER_STORED: "Set a breakpoint at or after the end of what is to be reused",
-    EngineCause.TIER_UNAVAILABLE: "Bring the tier back; until then its entries are misses",
-    EngineCause.TIMED_OUT: "Raise the tier's deadline, or relieve the tier",
-    EngineCause.ENGINE_RESTARTED: "Use a tier that outlives the engine",
-    EngineCause.OTHER_REPLICA: "Route a session to one replica, or share a tier between replicas",
-    EngineCause.HASH_SETTINGS_DIFFER: "Give all engines one secret, one hash algorithm and one "
+    MissCause.EXPIRED: "Use a longer lifetime",
+    MissCause.EVICTED: "Give the tier more memory, or fewer prompts a long lifetime",
+    MissCause.NEVER_STORED: "Set a breakpoint at or after the end of what is to be reused",
+    MissCause.TIER_UNAVAILABLE: "Bring the tier back; until then its entries are misses",
+    MissCause.TIMED_OUT: "Raise the tier's deadline, or relieve the tier",
+    MissCause.ENGINE_RESTARTED: "Use a tier that outlives the engine",
+    MissCause.OTHER_REPLICA: "Route a session to one replica, or share a tier between replicas",
+    MissCause.HASH_SETTINGS_DIFFER: "Give all engines one secret, one hash algorithm and one "
     "PYTHONHASHSEED",
-    EngineCause.RENDERED_DIFFERENTLY: "Use a chat template that renders earlier turns as it did "
+    MissCause.RENDERED_DIFFERENTLY: "Use a chat template that renders earlier turns as it did "
     "before: this one leaves out or changes what it had rendered",
-    EngineCause.UNKNOWN: "Report this: a tier lost tokens without saying why",
+    MissCause.UNKNOWN: "Report this: a tier lost tokens without saying why",
 }

@@ -106,7 +106,7 @@ _STARTS, _SUMMARY, _COMPACTION = int(Trait.STARTS), int(Trait.SUMMARY), int(Trai
 
 
 @dataclass(frozen=True, slots=True)
-class ToolPrint:
+class ToolFingerprint:
     """One tool.
 
     Attributes:
@@ -135,7 +135,7 @@ class ToolPrint:
 
 
 @dataclass(frozen=True, slots=True)
-class MarkPrint:
+class MarkFingerprint:
     """A breakpoint: the index of the part it ends, its path, and what the client asked for."""
 
     part: int
@@ -173,7 +173,7 @@ class Fingerprint:
 
     protocol: Protocol
     model: str
-    tools: tuple[ToolPrint, ...]
+    tools: tuple[ToolFingerprint, ...]
     counts: tuple[int, int, int]
     hashes: bytes
     kinds: bytes
@@ -183,7 +183,7 @@ class Fingerprint:
     chunks: bytes
     chunk_ends: "array[int]"
     paths: str
-    marks: tuple[MarkPrint, ...]
+    marks: tuple[MarkFingerprint, ...]
     params: Mapping[str, bytes]
     automatic: bool
     ttl_s: int | None
@@ -365,7 +365,7 @@ class _Pack:
     edges: bytes
     chunks: bytes
     n_chunks: tuple[int, ...]
-    tools: tuple[ToolPrint, ...]
+    tools: tuple[ToolFingerprint, ...]
 
     @property
     def nbytes(self) -> int:
@@ -390,7 +390,7 @@ class Fingerprinter:
         # Keyed by what comes first: no more of a digest is kept than would let anyone go on from
         # it. Most servers have instructions for SHA-256, which make it the fastest hash there is.
         self._base = sha256(digest(secret, b"fingerprint", "sha256"))
-        self._tools: LRUCache[bytes, ToolPrint] = LRUCache(memo_tools)
+        self._tools: LRUCache[bytes, ToolFingerprint] = LRUCache(memo_tools)
         self._packs: LRUCache[bytes, _Pack] = LRUCache(memo_bytes, lambda pack: pack.nbytes)
 
     def __call__(
@@ -453,7 +453,7 @@ class Fingerprinter:
         edges: list[bytes] = []
         chunks: list[bytes] = []
         n_chunks: list[int] = []
-        tools: list[ToolPrint] = []
+        tools: list[ToolFingerprint] = []
         for part in parts:
             content = part.content if part.region is Region.TOOLS else _spelt(part.content)
             form, data, text = _encoded(content)
@@ -501,11 +501,11 @@ class Fingerprinter:
         whole = min(len(data) // chunk_bytes, _MAX_CHUNKS) * chunk_bytes
         return [self.hash(view[at : at + chunk_bytes]) for at in range(0, whole, chunk_bytes)]
 
-    def tool(self, content: Any, ordered: bytes) -> ToolPrint:
+    def tool(self, content: Any, ordered: bytes) -> ToolFingerprint:
         """Return the print of the tool ``content``; ``ordered`` is the hash of its JSON as sent."""
         return _remembered(self._tools, ordered, lambda: self._analyse(content, ordered))
 
-    def _analyse(self, content: Any, ordered: bytes) -> ToolPrint:
+    def _analyse(self, content: Any, ordered: bytes) -> ToolFingerprint:
         fields: dict[str, Any] = {}
         if isinstance(content, dict):
             fields = {str(key): value for key, value in content.items()}
@@ -522,7 +522,7 @@ class Fingerprinter:
         )
         kept = dict(list(fields.items())[:_MAX_FIELDS])
         hashes = {key: self.hash(_packed(value, sort_keys=True)) for key, value in kept.items()}
-        return ToolPrint(
+        return ToolFingerprint(
             name=self._name(name),
             ordered=ordered,
             unordered=self.hash(_packed(content, sort_keys=True)),
@@ -564,10 +564,10 @@ def _encoded(content: Any) -> tuple[bytes, bytes, str | None]:
     return b"j", _json(content), None
 
 
-def _marks(parts: Iterable[Part]) -> Iterator[MarkPrint]:
+def _marks(parts: Iterable[Part]) -> Iterator[MarkFingerprint]:
     for i, part in enumerate(parts):
         if (mark := part.mark) is not None:
-            yield MarkPrint(i, mark.path, mark.ttl_s, mark.scope)
+            yield MarkFingerprint(i, mark.path, mark.ttl_s, mark.scope)
 
 
 def _remembered(memo: "LRUCache[bytes, _T]", key: bytes, make: Callable[[], _T]) -> _T:

@@ -10,7 +10,7 @@ _MAX_VALUES = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Latch:
+class FlappingField:
     """A field that has changed more than once in one lineage.
 
     Attributes:
@@ -35,13 +35,13 @@ class _Field:
     returns: bool = False
 
 
-class Latches:
+class FlappingFields:
     """Counts the changes of each field in a session's lineages, the latest 64 fields."""
 
     def __init__(self) -> None:
         self._fields: OrderedDict[tuple[int, str], _Field] = OrderedDict()
 
-    def note(self, lineage: int, change: Change, tokens_lost: int) -> Latch | None:
+    def note(self, lineage: int, change: Change, tokens_lost: int) -> FlappingField | None:
         """Count a change; return the field's latch once it has changed twice.
 
         Args:
@@ -62,7 +62,7 @@ class Latches:
         found.tokens_lost += tokens_lost
         if found.flips < 2:
             return None
-        return Latch(name, found.flips, found.tokens_lost, found.returns)
+        return FlappingField(name, found.flips, found.tokens_lost, found.returns)
 
 
 def _name(change: Change) -> str:

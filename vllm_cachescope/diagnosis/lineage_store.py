@@ -12,24 +12,24 @@ from enum import StrEnum
 from vllm_cachescope.cache.report import EngineId
 from vllm_cachescope.diagnosis.changes import Change, ChangeKind, compare, compare_whole
 from vllm_cachescope.diagnosis.fingerprint import HASH_BYTES, Fingerprint, Trait
-from vllm_cachescope.diagnosis.flapping import Latch, Latches
+from vllm_cachescope.diagnosis.flapping import FlappingField, FlappingFields
 from vllm_cachescope.diagnosis.prefix_match import (
-    Overlap,
+    PrefixMatch,
     compaction,
     departs_alike,
     departs_here,
     is_answer_to_less,
     is_opening,
     is_unrelated,
+    match_prefix,
     may_share,
-    overlap,
     parent_parts,
     reusable,
     same_static,
     similar_system,
     split,
 )
-from vllm_cachescope.diagnosis.token_fingerprint import TokenPrint
+from vllm_cachescope.diagnosis.token_fingerprint import TokenFingerprint
 from vllm_cachescope.prompt.request import Region
 from vllm_cachescope.tenancy.scope import Caller
 
@@ -71,7 +71,7 @@ class Run:
         used_at: when it was over, and with it the last use of its blocks.
     """
 
-    tokens: TokenPrint
+    tokens: TokenFingerprint
     covered_tokens: int
     readable_tokens: int
     ttl_s: int
@@ -156,7 +156,7 @@ class Placement:
     shared_tokens: int
     missed_tokens: int
     changes: tuple[Change, ...]
-    latch: Latch | None
+    latch: FlappingField | None
     idle_s: float | None
     ancestor_was: tuple[bool, bool] = (False, False)
 
@@ -179,7 +179,7 @@ class _Session:
     entries: list[Entry] = field(default_factory=list)
     older: dict[Entry, None] = field(default_factory=dict)
     by_opening: dict[bytes, list[Entry]] = field(default_factory=dict)
-    latches: Latches = field(default_factory=Latches)
+    latches: FlappingFields = field(default_factory=FlappingFields)
     lineages: int = 0
     nbytes: int = 0
 
@@ -321,7 +321,7 @@ class LineageStore:
             placement.ancestor.superseded, placement.ancestor.continued = placement.ancestor_was
 
     def held(
-        self, caller: Caller, entry: Entry, tokens: TokenPrint, engine: EngineId, began: float
+        self, caller: Caller, entry: Entry, tokens: TokenFingerprint, engine: EngineId, began: float
     ) -> Held | None:
         """Return what the session's other requests had left of a prompt; None for nothing.
 
@@ -458,7 +458,7 @@ def _place(session: _Session, new: Fingerprint, now: float) -> Placement:
     """Find the nearest ancestor of ``new`` and how it stands to it. Does not keep it yet."""
     near = session.near(new)
     nearest: Entry | None = None
-    shared = Overlap(0, 0, False)
+    shared = PrefixMatch(0, 0, False)
     agreed = b""
     for entry in reversed(near):
         # Most agree less far than the best so far, or like it and no further.
@@ -469,7 +469,7 @@ def _place(session: _Session, new: Fingerprint, now: float) -> Placement:
             or departs_alike(entry.fingerprint, nearest.fingerprint, shared)
         ):
             continue
-        found = overlap(entry.fingerprint, new)
+        found = match_prefix(entry.fingerprint, new)
         if nearest is None or (found.tokens, found.whole) > (shared.tokens, shared.whole):
             nearest, shared = entry, found
             agreed = new.hashes[: shared.parts * HASH_BYTES]
@@ -492,7 +492,7 @@ def _place(session: _Session, new: Fingerprint, now: float) -> Placement:
 
 
 def _broken(
-    near: Sequence[Entry], new: Fingerprint, shared: Overlap, parent_known: bool
+    near: Sequence[Entry], new: Fingerprint, shared: PrefixMatch, parent_known: bool
 ) -> Entry | None:
     """Return the conversation that ``new`` would have shared more with, had it not changed."""
     best: Entry | None = None
@@ -510,7 +510,7 @@ def _broken(
         # With its parent known, only what came after that can have been in another one as well.
         if parent_known and not may_share(entry.fingerprint, new, beyond):
             continue
-        found = overlap(entry.fingerprint, new)
+        found = match_prefix(entry.fingerprint, new)
         # Nor is that a loss where it was a side call's, under a prompt of its own.
         if parent_known and not same_static(entry.fingerprint, new, found):
             continue
@@ -520,7 +520,7 @@ def _broken(
     return best
 
 
-def _compacted(near: Sequence[Entry], new: Fingerprint, shared: Overlap) -> Entry | None:
+def _compacted(near: Sequence[Entry], new: Fingerprint, shared: PrefixMatch) -> Entry | None:
     """Return the conversation that ``new`` begins anew from a summary.
 
     A summary does not say of which conversation; the longest is the likeliest to be compacted.
@@ -544,7 +544,7 @@ def _relate(
     near: Sequence[Entry],
     nearest: Entry,
     new: Fingerprint,
-    shared: Overlap,
+    shared: PrefixMatch,
     now: float,
 ) -> Placement:
     """Place a request that misses nothing an earlier one could have left it."""

@@ -44,7 +44,7 @@ Gap = tuple[range, range, bool]
 
 
 @dataclass(frozen=True, slots=True)
-class Overlap:
+class PrefixMatch:
     """How far a request agrees with an earlier one, from the first token on.
 
     Attributes:
@@ -58,27 +58,27 @@ class Overlap:
     whole: bool
 
 
-def overlap(old: Fingerprint, new: Fingerprint) -> Overlap:
+def match_prefix(old: Fingerprint, new: Fingerprint) -> PrefixMatch:
     """Return how much of ``old`` is a prefix of ``new``, parameters and model counted in."""
     limit = _agreement(old, new)
     # Kinds say where messages start: two blocks of one message are not two messages.
     parts = min(common_items(old.hashes, new.hashes), common_items(old.kinds, new.kinds, 1), limit)
     if parts == len(old):
-        return Overlap(parts, old.tokens, True)
+        return PrefixMatch(parts, old.tokens, True)
     tokens = new.start(parts)
     if parts < limit:
         inside = common_pieces(old, parts, new, parts)
         last = parts == len(old) - 1
         if last and inside and _grew(old, new, parts, inside):
-            return Overlap(parts, old.tokens, True)
+            return PrefixMatch(parts, old.tokens, True)
         # An answer that the client began and the server went on with.
         if last and old.role(parts) is Role.ASSISTANT and new.role(parts) is Role.ASSISTANT:
-            return Overlap(parts, tokens + inside * new.chunk_tokens, True)
+            return PrefixMatch(parts, tokens + inside * new.chunk_tokens, True)
         tokens += inside * new.chunk_tokens
-    return Overlap(parts, min(tokens, old.tokens, new.tokens), False)
+    return PrefixMatch(parts, min(tokens, old.tokens, new.tokens), False)
 
 
-def departs_alike(old: Fingerprint, other: Fingerprint, shared: Overlap) -> bool:
+def departs_alike(old: Fingerprint, other: Fingerprint, shared: PrefixMatch) -> bool:
     """Whether a request agrees with ``old`` as far as with ``other``, which is ``shared``: the two
     are the same up to the part at which it departs from them, and go on after it."""
     parts = shared.parts + 1
@@ -92,7 +92,7 @@ def departs_alike(old: Fingerprint, other: Fingerprint, shared: Overlap) -> bool
     )
 
 
-def departs_here(old: Fingerprint, new: Fingerprint, shared: Overlap) -> bool:
+def departs_here(old: Fingerprint, new: Fingerprint, shared: PrefixMatch) -> bool:
     """Whether ``old``, which agrees with ``new`` as far as the best so far, departs from it at the
     same part, and nothing can be found inside that part."""
     at = shared.parts
@@ -118,7 +118,7 @@ def _grew(old: Fingerprint, new: Fingerprint, part: int, inside: int) -> bool:
     )
 
 
-def same_static(old: Fingerprint, new: Fingerprint, shared: Overlap) -> bool:
+def same_static(old: Fingerprint, new: Fingerprint, shared: PrefixMatch) -> bool:
     """Whether model, parameters, tools and system are the same."""
     static = new.static_parts
     return old.counts[:2] == new.counts[:2] and shared.parts >= static and same_params(old, new)
@@ -154,7 +154,7 @@ def is_unrelated(old: Fingerprint, static: bytes, messages: frozenset[int]) -> b
 def reusable(
     old: Fingerprint,
     new: Fingerprint,
-    shared: Overlap,
+    shared: PrefixMatch,
     parent_known: bool,
     messages: Sequence[int],
 ) -> int:
@@ -297,7 +297,7 @@ def is_opening(new: Fingerprint) -> bool:
     return _last_turn(new) is None
 
 
-def is_answer_to_less(old: Fingerprint, new: Fingerprint, shared: Overlap) -> bool:
+def is_answer_to_less(old: Fingerprint, new: Fingerprint, shared: PrefixMatch) -> bool:
     """Whether ``new`` goes on from ``old`` without the last blocks of its last message.
 
     A client may end its latest message with a reminder and leave it out once it was answered.

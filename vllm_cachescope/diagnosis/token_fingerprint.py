@@ -13,7 +13,7 @@ _HASH_BYTES = 8
 
 
 @dataclass(frozen=True, slots=True)
-class TokenPrint:
+class TokenFingerprint:
     """A prompt's tokens as keyed hashes, each of all tokens up to some point.
 
     Attributes:
@@ -24,7 +24,7 @@ class TokenPrint:
     step: int
     hashes: bytes
 
-    def shared_tokens(self, other: "TokenPrint", at_least: int = 0) -> int:
+    def shared_tokens(self, other: "TokenFingerprint", at_least: int = 0) -> int:
         """Return how many leading tokens the two have in common, rounded down to a point of
         both. Prints made under different keys, or of prompts cut into different blocks, have
         nothing in common.
@@ -58,7 +58,7 @@ class TokenPrint:
         return self.hashes[end - _HASH_BYTES : end]
 
 
-def print_tokens(tokens: Sequence[int], block_tokens: int, secret: bytes) -> TokenPrint:
+def fingerprint_tokens(tokens: Sequence[int], block_tokens: int, secret: bytes) -> TokenFingerprint:
     """Return the print of a prompt, one point for each block or for several.
 
     Args:
@@ -79,4 +79,4 @@ def print_tokens(tokens: Sequence[int], block_tokens: int, secret: bytes) -> Tok
     for start in range(0, len(data) - width + 1, width):
         state.update(data[start : start + width])
         hashes.append(state.copy().digest()[:_HASH_BYTES])
-    return TokenPrint(step, b"".join(hashes))
+    return TokenFingerprint(step, b"".join(hashes))

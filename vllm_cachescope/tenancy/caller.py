@@ -14,7 +14,7 @@ SESSION_HEADERS = ("x-cachescope-session", "x-session-id", "x-claude-code-sessio
 """Headers that name the session, first one wins. The second is the one vLLM itself reads."""
 
 
-class Directory:
+class CallerDirectory:
     """Knows the organisations by what their clients present.
 
     Args:

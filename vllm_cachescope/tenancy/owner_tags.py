@@ -21,7 +21,7 @@ EVERYONE = "global"
 """What stands for the owner of such blocks where an organisation can be named."""
 
 
-class Owners:
+class OwnerTags:
     """Derives owners from callers by HMAC-SHA256 under the operator's secret."""
 
     def __init__(self, secret: bytes) -> None:

@@ -6,13 +6,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
-from vllm_cachescope.cache.miss_causes import EngineCause
+from vllm_cachescope.cache.miss_causes import MissCause
 
 REMEMBERED_BLOCKS = 100_000
 """How many blocks' fates are remembered for each tier: some 20 MB."""
 
 
-class Fate(Enum):
+class BlockState(Enum):
     """The last that an engine heard of a block in a tier."""
 
     HELD = "held"
@@ -38,34 +38,34 @@ class Absence:
         detail: what else is known, in a few words.
     """
 
-    cause: EngineCause
+    cause: MissCause
     certain: bool = True
     detail: str | None = None
 
 
 ABSENCES = {
-    Fate.GONE: Absence(EngineCause.EVICTED),
-    Fate.DAMAGED: Absence(EngineCause.EVICTED, detail="it was damaged, and deleted"),
-    Fate.LATE: Absence(EngineCause.TIMED_OUT),
-    Fate.CROWDED: Absence(EngineCause.TIMED_OUT, detail="too much was being loaded"),
-    Fate.UNREAD: Absence(EngineCause.TIER_UNAVAILABLE),
-    Fate.CUT: Absence(EngineCause.EVICTED, detail="the organisation's quota was full"),
-    Fate.DROPPED: Absence(EngineCause.NEVER_STORED, detail="too much was being stored"),
-    Fate.REFUSED: Absence(EngineCause.NEVER_STORED, detail="the tier refused it"),
-    Fate.UNSTORED: Absence(EngineCause.NEVER_STORED, detail="the tier was down"),
+    BlockState.GONE: Absence(MissCause.EVICTED),
+    BlockState.DAMAGED: Absence(MissCause.EVICTED, detail="it was damaged, and deleted"),
+    BlockState.LATE: Absence(MissCause.TIMED_OUT),
+    BlockState.CROWDED: Absence(MissCause.TIMED_OUT, detail="too much was being loaded"),
+    BlockState.UNREAD: Absence(MissCause.TIER_UNAVAILABLE),
+    BlockState.CUT: Absence(MissCause.EVICTED, detail="the organisation's quota was full"),
+    BlockState.DROPPED: Absence(MissCause.NEVER_STORED, detail="too much was being stored"),
+    BlockState.REFUSED: Absence(MissCause.NEVER_STORED, detail="the tier refused it"),
+    BlockState.UNSTORED: Absence(MissCause.NEVER_STORED, detail="the tier was down"),
 }
-"""What each fate but `Fate.HELD` explains."""
+"""What each fate but `BlockState.HELD` explains."""
 
 
-class Whereabouts:
+class BlockStates:
     """The fates of the blocks an engine had most recently to do with. Safe for all threads."""
 
     def __init__(self, limit: int = REMEMBERED_BLOCKS) -> None:
         self._limit = limit
-        self._fates: OrderedDict[bytes, Fate] = OrderedDict()
+        self._fates: OrderedDict[bytes, BlockState] = OrderedDict()
         self._lock = threading.Lock()
 
-    def note(self, keys: Iterable[bytes], fate: Fate) -> None:
+    def note(self, keys: Iterable[bytes], fate: BlockState) -> None:
         """Note what became of ``keys``."""
         with self._lock:
             for key in keys:
@@ -78,10 +78,10 @@ class Whereabouts:
         """Note that the tier does not hold ``keys``; of what it never held, that is nothing new."""
         with self._lock:
             for key in keys:
-                if self._fates.get(key) is Fate.HELD:
-                    self._fates[key] = Fate.GONE
+                if self._fates.get(key) is BlockState.HELD:
+                    self._fates[key] = BlockState.GONE
 
-    def find(self, key: bytes) -> Fate | None:
+    def find(self, key: bytes) -> BlockState | None:
         """Return what became of ``key``; None if nothing is known of it."""
         with self._lock:
             return self._fates.get(key)

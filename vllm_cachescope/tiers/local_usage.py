@@ -5,11 +5,11 @@ import threading
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 
-from vllm_cachescope.cache.quotas import SHOWN_ORGS, Shares
+from vllm_cachescope.cache.quotas import SHOWN_ORGS, Quotas
 from vllm_cachescope.tenancy.owner_tags import org_of
 
 
-class Account:
+class LocalUsage:
     """Knows which entries are too many: those that expire first. Safe for all threads.
 
     It counts what this engine has stored and what has not expired since it used it last. What
@@ -19,7 +19,7 @@ class Account:
         shares: what each organisation may have.
     """
 
-    def __init__(self, shares: Shares) -> None:
+    def __init__(self, shares: Quotas) -> None:
         self._shares = shares
         self._orgs: defaultdict[bytes, _Holding] = defaultdict(_Holding)
         self._lock = threading.Lock()

@@ -21,11 +21,11 @@ from enum import Enum
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from vllm_cachescope.cache.miss_causes import EngineCause
+from vllm_cachescope.cache.miss_causes import MissCause
 from vllm_cachescope.tiers import envelope
-from vllm_cachescope.tiers.block_states import ABSENCES, Absence, Fate, Whereabouts
+from vllm_cachescope.tiers.block_states import ABSENCES, Absence, BlockState, BlockStates
 from vllm_cachescope.tiers.breaker import Breaker
-from vllm_cachescope.tiers.local_usage import Account
+from vllm_cachescope.tiers.local_usage import LocalUsage
 from vllm_cachescope.tiers.store import (
     ForeignSecret,
     Store,
@@ -79,8 +79,8 @@ def expiry(used_at: float, ttl_s: int, end: int) -> float:
     return used_at + ttl_s - end * STAGGER_S
 
 
-_FATES = {Written.REFUSED: Fate.REFUSED, Written.EXPIRED: Fate.GONE}
-"""Fates of what was written, where that is not `Fate.HELD`."""
+_FATES = {Written.REFUSED: BlockState.REFUSED, Written.EXPIRED: BlockState.GONE}
+"""Fates of what was written, where that is not `BlockState.HELD`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,8 +170,8 @@ class _Inquiry:
     unsent: list[bytes] = field(default_factory=list)
     promised: int = 0
     over: bool = False
-    lost: dict[bytes, Fate] = field(default_factory=dict)
-    trouble: EngineCause | None = None
+    lost: dict[bytes, BlockState] = field(default_factory=dict)
+    trouble: MissCause | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -196,7 +196,7 @@ class _Load:
     taken: int = 0
     open: int = 0
     loaded: list[tuple[bytes, int]] = field(default_factory=list)
-    lost: dict[bytes, Fate] = field(default_factory=dict)
+    lost: dict[bytes, BlockState] = field(default_factory=dict)
 
 
 @dataclass(slots=True, eq=False)
@@ -251,7 +251,7 @@ class RemoteTier:
         limits: Limits,
         clock: Callable[[], float],
         random: Callable[[], float],
-        account: Account | None = None,
+        account: LocalUsage | None = None,
     ) -> None:
         self.name = name
         self._account = account
@@ -272,8 +272,8 @@ class RemoteTier:
         )
         self._inquiries: dict[str, _Inquiry] = {}
         # Requests that could not ask, and why.
-        self._turned_away: dict[str, EngineCause] = {}
-        self._whereabouts = Whereabouts()
+        self._turned_away: dict[str, MissCause] = {}
+        self._whereabouts = BlockStates()
         self._asked: list[_Inquiry] = []
         self._late_at = float("-inf")
         self._step_begins = True
@@ -363,7 +363,7 @@ class RemoteTier:
             return Found.MISS
         if self._loading_bytes + inquiry.promised + self._slot_bytes > self._limits.inflight_bytes:
             self._count("load", "dropped")
-            inquiry.lost[key] = Fate.CROWDED
+            inquiry.lost[key] = BlockState.CROWDED
             return Found.MISS
         inquiry.promised += self._slot_bytes
         return Found.HIT
@@ -373,7 +373,7 @@ class RemoteTier:
 
     def _answered_late(self, inquiry: _Inquiry) -> None:
         inquiry.over = True
-        inquiry.trouble = EngineCause.TIMED_OUT if self.usable else self._trouble
+        inquiry.trouble = MissCause.TIMED_OUT if self.usable else self._trouble
         self._count("lookup", "late", sum(a is None for a in inquiry.answers.values()))
         # Counted here and not by the thread that asks: it may be busy with an earlier question.
         # Requests that wait at the same time count once.
@@ -407,7 +407,7 @@ class RemoteTier:
         if (fate := inquiry.lost.get(key)) is not None:
             return ABSENCES[fate]
         if inquiry.answers.get(key):
-            return Absence(EngineCause.EVICTED, detail="the CPU tier had no room to load it into")
+            return Absence(MissCause.EVICTED, detail="the CPU tier had no room to load it into")
         return None
 
     def absence(self, request_id: str, key: bytes) -> Absence | None:
@@ -416,14 +416,14 @@ class RemoteTier:
         inquiry = self._inquiries.get(request_id)
         trouble = inquiry.trouble if inquiry else self._turned_away.get(request_id)
         fate = self._whereabouts.find(key)
-        if trouble is not None and fate in (None, Fate.HELD):
-            return Absence(trouble, certain=fate is Fate.HELD)
-        return None if fate in (None, Fate.HELD) else ABSENCES[fate]
+        if trouble is not None and fate in (None, BlockState.HELD):
+            return Absence(trouble, certain=fate is BlockState.HELD)
+        return None if fate in (None, BlockState.HELD) else ABSENCES[fate]
 
     @property
-    def _trouble(self) -> EngineCause:
+    def _trouble(self) -> MissCause:
         foreign = self._foreign
-        return EngineCause.HASH_SETTINGS_DIFFER if foreign else EngineCause.TIER_UNAVAILABLE
+        return MissCause.HASH_SETTINGS_DIFFER if foreign else MissCause.TIER_UNAVAILABLE
 
     def used(self, keys: Iterable[tuple[bytes, float]]) -> None:
         """Each key was used and lives on until a time (see `expiry`), where the store holds it."""
@@ -487,9 +487,9 @@ class RemoteTier:
         """
         with self._lock:
             room = max(0, self._limits.inflight_bytes - self._storing_bytes) // self._slot_bytes
-            fate = Fate.DROPPED
+            fate = BlockState.DROPPED
             if not self.usable or self._write_breaker.probe_in() > 0:
-                room, fate = 0, Fate.UNSTORED if not self.usable else Fate.REFUSED
+                room, fate = 0, BlockState.UNSTORED if not self.usable else BlockState.REFUSED
             taken = blocks[:room]
             if len(taken) < len(blocks):
                 self._whereabouts.note((block.key for block in blocks[room:]), fate)
@@ -510,7 +510,7 @@ class RemoteTier:
 
     def left_out(self, keys: Iterable[bytes]) -> None:
         """Keys of a prompt that is longer than its organisation's quota are not to be stored."""
-        self._whereabouts.note(keys, Fate.CUT)
+        self._whereabouts.note(keys, BlockState.CUT)
 
     def purge(self, prefix: bytes) -> Purge:
         """Begin to delete every entry whose key begins with ``prefix``. Until that is over, they
@@ -669,7 +669,7 @@ class RemoteTier:
                 continue
             inquiry.answers.update(zip(keys, found, strict=True))
             answers = list(zip(keys, found, strict=True))
-            self._whereabouts.note((key for key, there in answers if there), Fate.HELD)
+            self._whereabouts.note((key for key, there in answers if there), BlockState.HELD)
             self._whereabouts.missed(key for key, there in answers if not there)
 
     # The threads that read.
@@ -701,7 +701,7 @@ class RemoteTier:
         keys, slots = load.keys[first:last], load.slots[first:last]
         loaded: list[tuple[bytes, int]] = []
         damaged: list[bytes] = []
-        lost: dict[bytes, Fate] = {}
+        lost: dict[bytes, BlockState] = {}
         outcomes: Counter[tuple[str, str]] = Counter()
         reached, begun = 0, self._clock()
         had_s = self._latest(load) - begun
@@ -712,14 +712,14 @@ class RemoteTier:
                 self._arrived_at = self._clock()
                 if head is None:
                     outcomes["load", "gone"] += 1
-                    lost[key] = Fate.GONE
+                    lost[key] = BlockState.GONE
                     continue
                 try:
                     loaded.append((key, envelope.check(key, head, slot).ttl_s))
                 except envelope.BadEnvelope as error:
                     logger.warning("Tier %s: a value is unusable: %s", self.name, error)
                     damaged.append(key)
-                    lost[key] = Fate.DAMAGED
+                    lost[key] = BlockState.DAMAGED
             self._breaker.succeeded()
             self._read_breaker.succeeded()
             if damaged:
@@ -727,7 +727,7 @@ class RemoteTier:
         except StoreFailed as error:
             late = isinstance(error, StoreLate)
             outcomes["load", "late" if late else "failed"] += len(keys) - reached
-            lost |= dict.fromkeys(keys[reached:], Fate.LATE if late else Fate.UNREAD)
+            lost |= dict.fromkeys(keys[reached:], BlockState.LATE if late else BlockState.UNREAD)
             # A store that had little time, or used it, is slow and not dead.
             tried = had_s >= self._limits.load_deadline_s / 2
             with self._lock:
@@ -745,9 +745,11 @@ class RemoteTier:
             logger.exception("Tier %s: a load failed", self.name)
             store.close()
             outcomes["load", "failed"] += len(keys) - reached
-            lost |= dict.fromkeys(keys[reached:], Fate.UNREAD)
-        self._whereabouts.note((key for key, fate in lost.items() if fate is Fate.GONE), Fate.GONE)
-        self._whereabouts.note(damaged, Fate.DAMAGED)
+            lost |= dict.fromkeys(keys[reached:], BlockState.UNREAD)
+        self._whereabouts.note(
+            (key for key, fate in lost.items() if fate is BlockState.GONE), BlockState.GONE
+        )
+        self._whereabouts.note(damaged, BlockState.DAMAGED)
         outcomes["load", "hit"] += len(loaded)
         outcomes["load", "damaged"] += len(damaged)
         with self._lock:
@@ -826,7 +828,7 @@ class RemoteTier:
     def _put(self, store: Store, job: _Store, blocks: Sequence[Outgoing]) -> None:
         outcomes: Counter[tuple[str, str]] = Counter()
         written: list[Written] = []
-        fates: defaultdict[Fate, list[bytes]] = defaultdict(list)
+        fates: defaultdict[BlockState, list[bytes]] = defaultdict(list)
         try:
             values = [
                 Value(
@@ -840,7 +842,7 @@ class RemoteTier:
             written = store.write(values, self._clock() + self._limits.timeout_s)
             self._keep_quotas(store, blocks, written)
             for block, result in zip(blocks, written, strict=True):
-                fates[_FATES.get(result, Fate.HELD)].append(block.key)
+                fates[_FATES.get(result, BlockState.HELD)].append(block.key)
             self._breaker.succeeded()
             if Written.REFUSED not in written:
                 self._write_breaker.succeeded()
@@ -856,7 +858,7 @@ class RemoteTier:
             store.close()
             outcomes["store", "failed"] = len(blocks)
         if not written:
-            fates[Fate.UNSTORED] += [block.key for block in blocks]
+            fates[BlockState.UNSTORED] += [block.key for block in blocks]
         for fate, keys in fates.items():
             self._whereabouts.note(keys, fate)
         for result in written:
@@ -885,7 +887,7 @@ class RemoteTier:
             if mine:
                 store.delete(mine, self._clock() + self._limits.timeout_s)
                 gone += mine
-        self._whereabouts.note(gone, Fate.CUT)
+        self._whereabouts.note(gone, BlockState.CUT)
         self._count("evict", "quota", len(gone))
 
     def _end_store(self, job: _Store) -> None:
@@ -975,7 +977,7 @@ class RemoteTier:
             untaken = len(load.keys) - load.taken
             load.taken = len(load.keys)
             self._counts["load", outcome] += untaken
-            fate = Fate.LATE if outcome == "late" else Fate.UNREAD
+            fate = BlockState.LATE if outcome == "late" else BlockState.UNREAD
             load.lost |= dict.fromkeys(load.keys[len(load.keys) - untaken :], fate)
             self._resolve_load(load, untaken)
         for store in stores:
@@ -987,7 +989,7 @@ class RemoteTier:
         """Take back those blocks of a store that no thread has begun. Needs the lock."""
         kept = [block for block in store.blocks[store.taken :] if not given_up(block)]
         gone = (block.key for block in store.blocks[store.taken :] if given_up(block))
-        self._whereabouts.note(gone, Fate.UNSTORED)
+        self._whereabouts.note(gone, BlockState.UNSTORED)
         dropped = len(store.blocks) - store.taken - len(kept)
         if dropped:
             store.blocks = [*store.blocks[: store.taken], *kept]

@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from vllm_cachescope.api.request_context import Exchange, Passage, current_exchange
+from vllm_cachescope.api.request_context import PromptTiming, RequestContext, current_request
 from vllm_cachescope.cache.report import Outcome, Report, account
 from vllm_cachescope.config import Config
 from vllm_cachescope.connectors.vllm import engine_rpc
@@ -22,7 +22,7 @@ from vllm_cachescope.connectors.vllm.engine.hashing import PLAN_KEY
 from vllm_cachescope.prompt.plan import Plan, Span, seal
 from vllm_cachescope.prompt.request import PromptRequest, Region
 from vllm_cachescope.prompt.segments import RegionDefault, Segment, segments
-from vllm_cachescope.tenancy.owner_tags import Owners
+from vllm_cachescope.tenancy.owner_tags import OwnerTags
 from vllm_cachescope.tenancy.scope import Caller, Scope, ScopeKeys
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class Admission:
         self._engine = state.engine_client
         self._secret = secret
         self._keys = ScopeKeys(secret)
-        self._owners = Owners(secret)
+        self._owners = OwnerTags(secret)
         self._boundaries = Boundaries(state, self._start_rendering)
         self._defaults = {
             region: RegionDefault(config.regions.of(region).scope, config.regions.of(region).ttl)
@@ -59,7 +59,7 @@ class Admission:
         self, prompt: Any, sampling_params: Any, request_id: str, **options: Any
     ) -> AsyncGenerator[Any, None]:
         """Do what the engine client's `generate` does, for a prompt with a plan."""
-        exchange = current_exchange.get()
+        exchange = current_request.get()
         plan = None
         if exchange is not None:
             plan = await self._plan(exchange, prompt, options.get("session_id"))
@@ -89,7 +89,9 @@ class Admission:
                 # Not awaited: the client has gone, and its task with it.
                 self._fetch_later(exchange, plan)
 
-    async def _plan(self, exchange: Exchange, prompt: Any, session_id: str | None) -> Plan | None:
+    async def _plan(
+        self, exchange: RequestContext, prompt: Any, session_id: str | None
+    ) -> Plan | None:
         tokens = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
         if not tokens:
             return None
@@ -109,7 +111,7 @@ class Admission:
             caller = replace(caller, session=session_id)
         plan = self._spans(planned, ends, caller)
         readable = plan.spans if caller.session is not None else _shared_spans(plan)
-        exchange.passages[plan.nonce] = Passage(
+        exchange.passages[plan.nonce] = PromptTiming(
             tokens,
             plan.covered_tokens,
             max((span.end for span in readable), default=0),
@@ -119,7 +121,7 @@ class Admission:
 
     def _start_rendering(self) -> None:
         """The server tokenises a prompt, in another thread: render its parts meanwhile in this."""
-        exchange = current_exchange.get()
+        exchange = current_request.get()
         if exchange is not None and exchange.request is not None and exchange.cuts is None:
             cutting = self._cut(exchange.request, exchange.body)
             exchange.cuts = asyncio.get_running_loop().create_task(cutting)
@@ -173,7 +175,7 @@ class Admission:
         blocks = range(read // self._block_size, plan.covered_tokens // self._block_size)
         return account(plan, self._block_size, [(Outcome.READ_DEVICE, read)], blocks)
 
-    def _fetch_later(self, exchange: Exchange, plan: Plan) -> None:
+    def _fetch_later(self, exchange: RequestContext, plan: Plan) -> None:
         before = exchange.fetching
 
         async def fetch() -> None:
@@ -183,7 +185,7 @@ class Admission:
 
         exchange.fetching = asyncio.get_running_loop().create_task(fetch())
 
-    async def _fetch_report(self, exchange: Exchange, plan: Plan) -> None:
+    async def _fetch_report(self, exchange: RequestContext, plan: Plan) -> None:
         try:
             answers = await engine_rpc.call(self._engine, "report", plan.nonce)
         except Exception:

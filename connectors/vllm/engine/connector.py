@@ -22,13 +22,16 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.request import Request
 
-from vllm_cachescope.cache.prefill_rate import Pace
-from vllm_cachescope.cache.quotas import SHOWN_ORGS, read_shares
+from vllm_cachescope.cache.prefill_rate import PrefillRate
+from vllm_cachescope.cache.quotas import SHOWN_ORGS, read_quotas
 from vllm_cachescope.cache.report import EngineId
 from vllm_cachescope.connectors.vllm import config_check, engine_rpc, shm_regions
 from vllm_cachescope.connectors.vllm.engine import hashing
 from vllm_cachescope.connectors.vllm.engine.offloading import for_offloading
-from vllm_cachescope.connectors.vllm.engine.scheduler import Keeper, Layout
+from vllm_cachescope.connectors.vllm.engine.scheduler import (
+    BlockLayout,
+    CacheScopeConnectorScheduler,
+)
 from vllm_cachescope.connectors.vllm.engine.tiers.cpu import CPU
 from vllm_cachescope.connectors.vllm.engine.tiers.device import DEVICE
 from vllm_cachescope.connectors.vllm.engine.tiers.remote import remote_tiers
@@ -75,8 +78,8 @@ class CacheScopeConnector(OffloadingConnector):
             CPU: chunk_bytes,
             DEVICE: chunk_bytes // offload.blocks_per_chunk // len(groups),
         }
-        self._keeper = Keeper(
-            Layout(
+        self._keeper = CacheScopeConnectorScheduler(
+            BlockLayout(
                 offload.tokens_per_hash,
                 groups,
                 offload.blocks_per_chunk,
@@ -88,11 +91,11 @@ class CacheScopeConnector(OffloadingConnector):
             {
                 tier: shares
                 for tier, entry_bytes in self._entry_bytes.items()
-                if (shares := read_shares(config, tier, entry_bytes)) is not None
+                if (shares := read_quotas(config, tier, entry_bytes)) is not None
             },
         )
         self._remotes = remote_tiers(manager)
-        self._pace = Pace()
+        self._pace = PrefillRate()
         tokens_per_block = min(tokens for _, tokens in groups)
         for remote in self._remotes:
             remote.follow(self._pace, tokens_per_block * offload.blocks_per_chunk / len(groups))

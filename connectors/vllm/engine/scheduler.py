@@ -11,10 +11,10 @@ from vllm.v1.kv_offload.base import OffloadKey, ReqContext
 from vllm.v1.kv_offload.tiering.manager import TieringOffloadingManager
 from vllm.v1.request import Request
 
-from vllm_cachescope.cache.eviction_history import Departure, Departures
+from vllm_cachescope.cache.eviction_history import EvictionHistory, EvictionRecord
 from vllm_cachescope.cache.ledger import Entry, Ledger, Reason
-from vllm_cachescope.cache.miss_causes import EngineCause, EngineMiss, departed
-from vllm_cachescope.cache.quotas import Shares
+from vllm_cachescope.cache.miss_causes import CacheMiss, MissCause, departed
+from vllm_cachescope.cache.quotas import Quotas
 from vllm_cachescope.cache.report import EngineId, Outcome, Report, account
 from vllm_cachescope.connectors.vllm.engine import hashing
 from vllm_cachescope.connectors.vllm.engine.tiers.cpu import CPU, CpuTier
@@ -34,7 +34,7 @@ MAX_MISSES = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class BlockLayout:
     """How the engine cuts prompts into blocks.
 
     Attributes:
@@ -81,8 +81,8 @@ class Prompt:
     request: Request | None
     local_tokens: int = 0
     read: list[tuple[str, int]] | None = None
-    misses: tuple[EngineMiss, ...] = ()
-    unasked: EngineMiss | None = None
+    misses: tuple[CacheMiss, ...] = ()
+    unasked: CacheMiss | None = None
     created: list[int] = field(default_factory=list)
     registered: int = 0
     promoted: dict[bytes, str] = field(default_factory=dict)
@@ -101,15 +101,15 @@ class _Gone:
     alike: tuple[str, Absence] | tuple[str, Reason, int]
     at: float = 0.0
 
-    def miss(self, tokens: int, now: float) -> EngineMiss:
+    def miss(self, tokens: int, now: float) -> CacheMiss:
         if len(self.alike) == 3:
             tier, reason, ttl_s = self.alike
             return departed(reason, tokens, tier, ttl_s, now - self.at)
         tier, absence = self.alike
-        return EngineMiss(absence.cause, tokens, tier, detail=absence.detail)
+        return CacheMiss(absence.cause, tokens, tier, detail=absence.detail)
 
 
-class Keeper:
+class CacheScopeConnectorScheduler:
     """The scheduler's side of CacheScope. Runs on the scheduler's thread and never blocks.
 
     Args:
@@ -122,17 +122,17 @@ class Keeper:
 
     def __init__(
         self,
-        layout: Layout,
+        layout: BlockLayout,
         manager: TieringOffloadingManager,
         clock: Callable[[], float],
         engine: Callable[[], EngineId],
-        shares: Mapping[str, Shares],
+        shares: Mapping[str, Quotas],
     ) -> None:
         self._layout = layout
         self._clock = clock
         self._engine = engine
         self._ledger = Ledger()
-        self._departures = Departures()
+        self._departures = EvictionHistory()
         self._device: DeviceTier | None = None
         self._cpu = CpuTier(manager, self._is_expired, self._is_barred, self._is_unwanted)
         self._shares = shares
@@ -282,7 +282,7 @@ class Keeper:
         expired = self._ledger.pop_expired(self._clock())
         for key, entry in expired:
             tier = CPU if CPU in entry.tiers else DEVICE
-            gone = Departure(Reason.TTL, entry.ttl_s, entry.expires_at, tier)
+            gone = EvictionRecord(Reason.TTL, entry.ttl_s, entry.expires_at, tier)
             self._departures.record(key, gone)
         self._let_go(expired, Reason.TTL)
         self._keep_quotas()
@@ -304,7 +304,7 @@ class Keeper:
         now = self._clock()
         for key, entry in purged:
             tier = CPU if CPU in entry.tiers else DEVICE
-            self._departures.record(key, Departure(Reason.PURGE, entry.ttl_s, now, tier))
+            self._departures.record(key, EvictionRecord(Reason.PURGE, entry.ttl_s, now, tier))
         return self._let_go(purged, Reason.PURGE)
 
     def _keep_quotas(self) -> None:
@@ -516,7 +516,7 @@ class Keeper:
         start = read // block_size * block_size
         blocks = range(start, request.num_prompt_tokens // block_size * block_size, block_size)
         if request.skip_reading_prefix_cache:
-            prompt.misses = (EngineMiss(EngineCause.NOT_LOOKED_UP, len(blocks) * block_size),)
+            prompt.misses = (CacheMiss(MissCause.NOT_LOOKED_UP, len(blocks) * block_size),)
             return
         runs: list[tuple[_Gone, int]] = []
         for block in blocks:
@@ -555,10 +555,10 @@ class Keeper:
                     return _Gone((remote.name, absence))
         return None if first is None else _Gone((first.tier, first.reason, first.ttl_s), first.at)
 
-    def _unasked(self, prompt: Prompt, request: Request, end: int) -> EngineMiss | None:
+    def _unasked(self, prompt: Prompt, request: Request, end: int) -> CacheMiss | None:
         for remote, key in self._asked(prompt, request, end):
             if (absence := remote.tier.absence(request.request_id, key)) is not None:
-                return EngineMiss(absence.cause, 0, remote.name, detail=absence.detail)
+                return CacheMiss(absence.cause, 0, remote.name, detail=absence.detail)
         return None
 
     def _keys_at(self, request: Request, end: int) -> list[bytes]:
@@ -593,7 +593,7 @@ class Keeper:
 
     def _departed(self, key: bytes, ttl_s: int, reason: Reason, tier: str) -> None:
         if key not in self._ledger:
-            self._departures.record(key, Departure(reason, ttl_s, self._clock(), tier))
+            self._departures.record(key, EvictionRecord(reason, ttl_s, self._clock(), tier))
 
     def _settle_device(self) -> None:
         if self._device is None:

@@ -20,7 +20,7 @@ from vllm.v1.kv_offload.tiering.manager import (
 
 from vllm_cachescope.cache.eviction import LifetimeShare
 from vllm_cachescope.cache.ledger import Ledger, Reason
-from vllm_cachescope.cache.quotas import Shares
+from vllm_cachescope.cache.quotas import Quotas
 from vllm_cachescope.tenancy.owner_tags import NOBODY, org_of
 
 CPU = "cpu"
@@ -44,7 +44,7 @@ class ScopePolicy(CachePolicy):
         )
         self._on_evicted: Callable[[bytes, int, Reason], None] = lambda key, ttl_s, reason: None
         self._missed: dict[OffloadKey, tuple[int, bytes]] = {}
-        self._shares: Shares | None = None
+        self._shares: Quotas | None = None
         # Organisations that may hold more than their quota.
         self._grown: set[bytes] = set()
 
@@ -54,7 +54,7 @@ class ScopePolicy(CachePolicy):
         clock: Callable[[], float],
         marks_of: Callable[[OffloadKey, ReqContext], tuple[int, bytes]],
         on_evicted: Callable[[bytes, int, Reason], None],
-        shares: Shares | None = None,
+        shares: Quotas | None = None,
     ) -> None:
         """Connect the policy to the engine's lifetimes. To be called before the first chunk.
 

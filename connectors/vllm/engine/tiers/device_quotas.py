@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection
 
 from vllm_cachescope.cache.eviction import LifetimeShare
 from vllm_cachescope.cache.ledger import Ledger
-from vllm_cachescope.cache.quotas import Shares
+from vllm_cachescope.cache.quotas import Quotas
 from vllm_cachescope.connectors.vllm.engine.tiers.device import DEVICE, DeviceTier
 from vllm_cachescope.tenancy.owner_tags import org_of
 
@@ -24,7 +24,7 @@ class DeviceQuotas:
 
     def __init__(
         self,
-        shares: Shares,
+        shares: Quotas,
         tier: DeviceTier,
         ledger: Ledger,
         clock: Callable[[], float],

@@ -18,15 +18,15 @@ from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, Tra
 from vllm.v1.kv_offload.tiering.manager import TieringOffloadingManager
 
 from vllm_cachescope.cache.ledger import Entry
-from vllm_cachescope.cache.prefill_rate import Pace
-from vllm_cachescope.cache.quotas import read_shares
+from vllm_cachescope.cache.prefill_rate import PrefillRate
+from vllm_cachescope.cache.quotas import read_quotas
 from vllm_cachescope.config import Config, Tier
 from vllm_cachescope.connectors.vllm.engine.kv_identity import kv_identity
 from vllm_cachescope.connectors.vllm.store_factory import keeps_accounts, limits_of, stores
 from vllm_cachescope.prompt.plan import Plan
 from vllm_cachescope.tenancy.owner_tags import NOBODY, org_of
 from vllm_cachescope.tiers.keyspace import Keyspace, qualified, secret_mark, split
-from vllm_cachescope.tiers.local_usage import Account
+from vllm_cachescope.tiers.local_usage import LocalUsage
 from vllm_cachescope.tiers.remote import Found, Outgoing, RemoteTier, expiry
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class RemoteTierManager(SecondaryTierManager):
         self.name = settings.name
         self._memory = primary_kv_view.cast("B")
         keyspace = Keyspace(kv_identity(model, offloading_spec.config))
-        self._shares = shares = read_shares(config, settings.name, self._block_size_bytes)
+        self._shares = shares = read_quotas(config, settings.name, self._block_size_bytes)
         self.tier = RemoteTier(
             settings.name,
             stores(
@@ -92,9 +92,9 @@ class RemoteTierManager(SecondaryTierManager):
             limits_of(settings),
             time.monotonic,
             random.random,
-            None if shares is None or keeps_accounts(settings) else Account(shares),
+            None if shares is None or keeps_accounts(settings) else LocalUsage(shares),
         )
-        self._pace, self._tokens_per_key = Pace(), 0.0
+        self._pace, self._tokens_per_key = PrefillRate(), 0.0
         self._uses: dict[str, _Use] = {}
         self._own_chunks: Callable[[Plan, int], int] = lambda plan, end: 0
         self._plan_of: Callable[[str], Plan | None] = lambda request_id: None
@@ -127,7 +127,7 @@ class RemoteTierManager(SecondaryTierManager):
         self._own_chunks, self._plan_of, self._entry_of = own_chunks, plan_of, entry_of
         self._owner_of, self._on_loaded = owner_of, on_loaded
 
-    def follow(self, pace: Pace, tokens_per_key: float) -> None:
+    def follow(self, pace: PrefillRate, tokens_per_key: float) -> None:
         """Let a request wait the longer, the longer computing would take.
 
         Args:
