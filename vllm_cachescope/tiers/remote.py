@@ -616,7 +616,7 @@ class RemoteTier:
                 if uses:
                     store.refresh(list(uses.items()), self._clock() + self._limits.timeout_s)
                     if self._account is not None:
-                        self._account.used(uses.items())
+                        self._account.touch(uses.items())
                 self._count("reclaim", "expired", store.take_reclaimed())
             except StoreUnfit as error:
                 self._foreign = isinstance(error, ForeignSecret)
