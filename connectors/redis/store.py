@@ -11,7 +11,7 @@ from redis.crc import key_slot
 from redis.exceptions import RedisError
 
 from vllm_cachescope.cache.quotas import SHOWN_ORGS, Quotas
-from vllm_cachescope.connectors.redis.accounts import Accounts, ServerClock
+from vllm_cachescope.connectors.redis.shared_usage import Accounts, ServerClock
 from vllm_cachescope.connectors.redis.address import Address
 from vllm_cachescope.connectors.redis.channel import Channel, Refusal, Reply, command
 from vllm_cachescope.tiers.envelope import HEADER_BYTES
