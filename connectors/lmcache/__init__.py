@@ -39,7 +39,7 @@ def stores(
         readers: how many threads read.
         timeout_s: how long any one thing that the adapter does may take, in seconds.
         keyspace: names of the entries.
-        mark: tells our secret from others; see `keyspace.secret_mark`.
+        mark: tells our secret from others; see `keyspace.secret_digest`.
         clock: the tier's clock.
         wall_clock: Unix time in seconds, on which entries expire: that of all engines that share
             the entries.

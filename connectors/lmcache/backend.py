@@ -384,7 +384,7 @@ class Backend:
             ) from None
         return self.erase(list(entries), deadline)
 
-    def take_reclaimed(self) -> int:
+    def take_expired(self) -> int:
         """Return how many expired entries were deleted since the last time."""
         with self._lock:
             reclaimed, self._reclaimed = self._reclaimed, 0

@@ -110,11 +110,11 @@ class LMCacheStore(Store):
             )
         return results
 
-    def refresh(self, keys: Sequence[tuple[bytes, float]], deadline: float) -> None:
+    def touch(self, keys: Sequence[tuple[bytes, float]], deadline: float) -> None:
         backend = self._backend
         backend.used({backend.entry(key): backend.wall_ms(until) for key, until in keys})
 
-    def delete(self, keys: Sequence[bytes], deadline: float) -> int:
+    def drop(self, keys: Sequence[bytes], deadline: float) -> int:
         self.connect(deadline)
         return self._backend.erase([self._backend.entry(key) for key in keys], deadline)
 
@@ -122,8 +122,8 @@ class LMCacheStore(Store):
         self.connect(deadline)
         return self._backend.purge(prefix, deadline)
 
-    def take_reclaimed(self) -> int:
-        return self._backend.take_reclaimed()
+    def take_expired(self) -> int:
+        return self._backend.take_expired()
 
     def close(self) -> None:
         self._backend.leave(self)

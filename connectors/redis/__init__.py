@@ -3,8 +3,8 @@
 from collections.abc import Callable
 
 from vllm_cachescope.cache.quotas import Quotas
-from vllm_cachescope.connectors.redis.shared_usage import ServerClock
 from vllm_cachescope.connectors.redis.address import parse
+from vllm_cachescope.connectors.redis.shared_usage import ServerClock
 from vllm_cachescope.connectors.redis.store import RedisStore, Topology
 from vllm_cachescope.tiers.keyspace import Keyspace
 

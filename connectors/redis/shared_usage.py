@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from vllm_cachescope.cache.quotas import Quotas
 from vllm_cachescope.connectors.redis.channel import Refusal, Reply, command
 from vllm_cachescope.tenancy.owner_tags import TAG_BYTES, org_of
-from vllm_cachescope.tiers.keyspace import Keyspace, account_of
+from vllm_cachescope.tiers.keyspace import Keyspace, usage_of
 
 logger = logging.getLogger(__name__)
 
@@ -96,19 +96,19 @@ class Accounts:
         orgs, now_us = self._by_org(entries, ahead_s), self._server_us(ahead_s)
         commands: list[bytes] = []
         for org, members in orgs.items():
-            name, last_us = self._keyspace.account(org), max(members.values())
+            name, last_us = self._keyspace.usage(org), max(members.values())
             commands += [
                 command(b"ZADD", name, b"GT", *_scored(members)),
                 command(b"ZREMRANGEBYSCORE", name, b"-inf", b"%d" % now_us),
-                command(b"ZADD", self._keyspace.accounts, b"GT", b"%d" % last_us, org),
-                *(c for n in (name, self._keyspace.accounts) for c in _until(n, last_us)),
+                command(b"ZADD", self._keyspace.usage_orgs, b"GT", b"%d" % last_us, org),
+                *(c for n in (name, self._keyspace.usage_orgs) for c in _until(n, last_us)),
             ]
-        counts = [command(b"ZCARD", self._keyspace.account(org)) for org in orgs]
+        counts = [command(b"ZCARD", self._keyspace.usage(org)) for org in orgs]
         replies = self._converse([*commands, *counts], deadline)
         gone: list[bytes] = []
         for org, held in zip(orgs, replies[len(commands) :], strict=False):
             if over := self._shares.over(org, _number(held)):
-                pop = command(b"ZPOPMIN", self._keyspace.account(org), b"%d" % over)
+                pop = command(b"ZPOPMIN", self._keyspace.usage(org), b"%d" % over)
                 gone += [org + member for member, _ in _pairs(*self._converse([pop], deadline))]
         if self._shares.capacity is not None and self._clock() >= self._surveyed_at + SURVEY_S:
             self._surveyed_at = self._clock()
@@ -121,11 +121,11 @@ class Accounts:
             return
         commands: list[bytes] = []
         for org, members in self._by_org(entries, ahead_s).items():
-            name, last_us = self._keyspace.account(org), max(members.values())
+            name, last_us = self._keyspace.usage(org), max(members.values())
             commands += [
                 command(b"ZADD", name, b"XX", b"GT", *_scored(members)),
-                command(b"ZADD", self._keyspace.accounts, b"XX", b"GT", b"%d" % last_us, org),
-                *(c for n in (name, self._keyspace.accounts) for c in _until(n, last_us)),
+                command(b"ZADD", self._keyspace.usage_orgs, b"XX", b"GT", b"%d" % last_us, org),
+                *(c for n in (name, self._keyspace.usage_orgs) for c in _until(n, last_us)),
             ]
         self._converse(commands, deadline)
 
@@ -133,7 +133,7 @@ class Accounts:
         """Note that entries of these names, of whatever model, are gone."""
         members: defaultdict[bytes, list[bytes]] = defaultdict(list)
         for name in names:
-            account, member = account_of(name)
+            account, member = usage_of(name)
             members[account].append(member)
         for account, gone in members.items():
             self._converse([command(b"ZREM", account, *gone)], deadline, account)
@@ -142,14 +142,14 @@ class Accounts:
         """Return how many entries each organisation holds, by its tag."""
         if (ahead_s := self._ahead_s(deadline)) is None:
             return {}
-        now, accounts = b"%d" % self._server_us(ahead_s), self._keyspace.accounts
+        now, accounts = b"%d" % self._server_us(ahead_s), self._keyspace.usage_orgs
         expired = command(b"ZREMRANGEBYSCORE", accounts, b"-inf", now)
         replies = self._converse([expired, command(b"ZRANGE", accounts, b"0", b"-1")], deadline)
         orgs = replies[1] if replies and isinstance(replies[1], list) else []
         commands: list[bytes] = []
         for org in orgs:
             assert isinstance(org, bytes)
-            name = self._keyspace.account(org)
+            name = self._keyspace.usage(org)
             commands += [
                 command(b"ZREMRANGEBYSCORE", name, b"-inf", now),
                 command(b"ZCARD", name),
@@ -168,7 +168,7 @@ class Accounts:
             for org, count in held.items():
                 most = min(over, count if spared else count - self._shares.reserve(org))
                 if most > 0:
-                    first = (b"ZRANGE", self._keyspace.account(org), b"0", b"%d" % (most - 1))
+                    first = (b"ZRANGE", self._keyspace.usage(org), b"0", b"%d" % (most - 1))
                     found = self._converse([command(*first, b"WITHSCORES")], deadline)
                     candidates += [(at, org + member) for member, at in _pairs(*found)]
             chosen = [key for _, key in sorted(candidates)[: max(0, over)]]
@@ -210,7 +210,7 @@ class Accounts:
         none if it refuses one of them, as a user without the right."""
         if not commands:
             return []
-        replies = self._send(name or self._keyspace.accounts, commands, deadline)
+        replies = self._send(name or self._keyspace.usage_orgs, commands, deadline)
         refusal = next((str(reply) for reply in replies if isinstance(reply, Refusal)), None)
         if refusal is not None and refusal != self._refusal:
             logger.warning("Quotas are not kept in Redis: %s", refusal)

@@ -11,9 +11,9 @@ from redis.crc import key_slot
 from redis.exceptions import RedisError
 
 from vllm_cachescope.cache.quotas import SHOWN_ORGS, Quotas
-from vllm_cachescope.connectors.redis.shared_usage import Accounts, ServerClock
 from vllm_cachescope.connectors.redis.address import Address
 from vllm_cachescope.connectors.redis.channel import Channel, Refusal, Reply, command
+from vllm_cachescope.connectors.redis.shared_usage import Accounts, ServerClock
 from vllm_cachescope.tiers.envelope import HEADER_BYTES
 from vllm_cachescope.tiers.keyspace import Keyspace, names_of
 from vllm_cachescope.tiers.store import (
@@ -98,7 +98,7 @@ class RedisStore(Store):
         address: where it is.
         topology: shared with the tier's other threads.
         keyspace: names of the entries.
-        mark: tells our secret from others; see `keyspace.secret_mark`.
+        mark: tells our secret from others; see `keyspace.secret_digest`.
         timeout_s: how long connecting to one node may take, in seconds.
         clock: the tier's clock.
         shares: what each organisation may have; None for anything.
@@ -208,7 +208,7 @@ class RedisStore(Store):
 
     def write(self, values: Sequence[Value], deadline: float) -> list[Written]:
         present = self.find([value.key for value in values], deadline)
-        self.refresh(
+        self.touch(
             [(v.key, v.expires_at) for v, there in zip(values, present, strict=True) if there],
             deadline,
         )
@@ -274,7 +274,7 @@ class RedisStore(Store):
         self.refusal = str(reply)
         return Written.REFUSED
 
-    def refresh(self, keys: Sequence[tuple[bytes, float]], deadline: float) -> None:
+    def touch(self, keys: Sequence[tuple[bytes, float]], deadline: float) -> None:
         now = self._clock()
         left_ms = {
             self._keyspace.name(key): b"%d" % int((until - now) * 1000)
@@ -286,7 +286,7 @@ class RedisStore(Store):
         if self._accounts is not None and keys:
             self._accounts.used(keys, deadline)
 
-    def delete(self, keys: Sequence[bytes], deadline: float) -> int:
+    def drop(self, keys: Sequence[bytes], deadline: float) -> int:
         names = [self._keyspace.name(key) for key in keys]
         replies = self._each({name: command(b"UNLINK", name) for name in names}, deadline)
         if self._accounts is not None:
@@ -307,7 +307,7 @@ class RedisStore(Store):
                     self._accounts.deleted(names, soon)
         return entries
 
-    def take_given_up(self) -> list[bytes]:
+    def take_evicted(self) -> list[bytes]:
         keys, self._given_up = self._given_up, []
         return keys
 

@@ -8,7 +8,7 @@ from types import ModuleType
 from vllm_cachescope.cache.quotas import Quotas
 from vllm_cachescope.config import ConfigError, LMCacheTier, RedisTier, Tier
 from vllm_cachescope.tiers.keyspace import Keyspace
-from vllm_cachescope.tiers.remote import Limits
+from vllm_cachescope.tiers.limits import Limits
 from vllm_cachescope.tiers.store import Store
 
 

@@ -4,8 +4,8 @@ import random
 
 from vllm_cachescope.cache.quotas import Quotas
 from vllm_cachescope.config import Share
+from vllm_cachescope.tiers.expiry import expiry
 from vllm_cachescope.tiers.local_usage import LocalUsage
-from vllm_cachescope.tiers.remote import expiry
 
 ACME, ZETA = b"acme    s1      ", b"zeta    s1      "
 

@@ -52,10 +52,10 @@ def test_what_one_engine_stores_the_next_one_reads(place, start_side):
     side.close()
     fresh = start_side(place.adapter)
     assert fresh.get_exact(keys(25)).keys == loaded.keys
-    assert fresh.tier.take_counts()["lookup", "miss"] == 5
+    assert fresh.tier.take_stats()["lookup", "miss"] == 5
     # There is nothing to store.
     fresh.put(keys(20))
-    assert fresh.tier.take_counts()["store", "present"] == 20
+    assert fresh.tier.take_stats()["store", "present"] == 20
     assert start_side(place.adapter, identity="another model").get(keys(20)).keys == {}
 
 
@@ -130,7 +130,7 @@ def test_what_expires_between_the_lookup_and_the_load_is_gone(place, start_side,
     wall.advance(301)
     side.tier.load(77, request, hits, [side.slot(i) for i in range(6)])
     assert side.step_until(77).loaded == ()
-    assert side.tier.take_counts()["load", "gone"] == 6
+    assert side.tier.take_stats()["load", "gone"] == 6
 
 
 @everywhere
@@ -141,7 +141,7 @@ def test_expired_entries_are_reclaimed_and_counted(place, start_side, wall):
     wall.advance(301)
     wait_until(lambda: len(place.values()) == len(place.records()) == 2)
     # The tier learns of it when it has something to do.
-    wait_until(lambda: side.get(keys(1)) and side.tier.take_counts()["reclaim", "expired"] == 10)
+    wait_until(lambda: side.get(keys(1)) and side.tier.take_stats()["reclaim", "expired"] == 10)
     # And they can be stored anew.
     side.put(keys(10))
     assert len(side.get_exact(keys(12)).keys) == 12
@@ -209,8 +209,10 @@ ACME, OTHER = b"acme....", b"other..."
 
 @anywhere
 def test_over_its_quota_an_organisation_loses_its_own_oldest(place, start_side):
-    """Of these stores none keeps accounts, so each engine counts what it has stored itself."""
-    side = start_side(place.adapter, account=LocalUsage(Quotas(SLOT, Share(quota=20 * SLOT), {})))
+    """None of these stores counts, so each engine counts what it has stored itself."""
+    side = start_side(
+        place.adapter, local_usage=LocalUsage(Quotas(SLOT, Share(quota=20 * SLOT), {}))
+    )
 
     def prompt(owner: bytes, number: int) -> list[bytes]:
         return keys(5, f"prompt {number}", owner + bytes(8))
@@ -223,7 +225,7 @@ def test_over_its_quota_an_organisation_loses_its_own_oldest(place, start_side):
             side.put(prompt(owner, number))
     assert left(OTHER) == [0, 1, 2]
     assert left(ACME) == [4, 5, 6, 7]
-    assert side.tier.take_counts()["evict", "quota"] == 20
+    assert side.tier.take_stats()["evict", "quota"] == 20
     wait_until(lambda: len(place.values()) == len(place.records()) == 35)
     # What is used is not the oldest.
     side.use(prompt(ACME, 4))
@@ -313,7 +315,7 @@ def test_a_damaged_value_is_noticed_and_deleted(place, start_side, damage):
     assert damaged not in found
     if place.adapter["type"] != "resp" or len(value) > SLOT:
         assert len(found) == 5
-        assert side.tier.take_counts()["load", "damaged"] == 1
+        assert side.tier.take_stats()["load", "damaged"] == 1
     # Otherwise the adapter has lost its place in the conversation, and others with this one.
     wait_until(lambda: name not in place.names())
     wait_until(lambda: side.put(keys(6)) and len(side.get_exact(keys(6)).keys) == 6)

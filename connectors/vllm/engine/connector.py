@@ -48,7 +48,7 @@ from vllm_cachescope.metrics import (
     TIER_UP,
     TIER_USED_BYTES,
 )
-from vllm_cachescope.tiers.remote import Purge
+from vllm_cachescope.tiers.jobs import Purge
 
 REMEMBERED_PURGES = 64
 """How many purges can still be asked about."""
@@ -209,7 +209,7 @@ class CacheScopeConnector(OffloadingConnector):
         keeper.evictions.clear()
         keeper.refused_plans = 0
         for remote in self._remotes:
-            for (operation, outcome), keys in remote.tier.take_counts().items():
+            for (operation, outcome), keys in remote.tier.take_stats().items():
                 if operation == "evict":
                     stats.increase_counter(EVICTIONS.name, keys, (remote.name, outcome))
                     continue

@@ -543,7 +543,7 @@ class CacheScopeConnectorScheduler:
         """Return why the block that ends at ``end`` was not read; None where nothing is known."""
         asked = list(self._asked(prompt, request, end))
         for remote, key in asked:
-            if (absence := remote.tier.lost(request.request_id, key)) is not None:
+            if (absence := remote.tier.load_failure(request.request_id, key)) is not None:
                 return _Gone((remote.name, absence))
         # Where a model has several groups of layers, a block is of no use unless all have theirs.
         departures = (self._departures.find(key) for key in keys if key not in self._ledger)

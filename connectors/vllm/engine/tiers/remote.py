@@ -25,17 +25,20 @@ from vllm_cachescope.connectors.vllm.engine.kv_identity import kv_identity
 from vllm_cachescope.connectors.vllm.store_factory import keeps_accounts, limits_of, stores
 from vllm_cachescope.prompt.plan import Plan
 from vllm_cachescope.tenancy.owner_tags import NOBODY, org_of
-from vllm_cachescope.tiers.keyspace import Keyspace, qualified, secret_mark, split
+from vllm_cachescope.tiers.expiry import expiry
+from vllm_cachescope.tiers.inquiries import Lookup
+from vllm_cachescope.tiers.jobs import Outgoing
+from vllm_cachescope.tiers.keyspace import Keyspace, qualified, secret_digest, split
 from vllm_cachescope.tiers.local_usage import LocalUsage
-from vllm_cachescope.tiers.remote import Found, Outgoing, RemoteTier, expiry
+from vllm_cachescope.tiers.remote import RemoteTier
 
 if TYPE_CHECKING:
     from vllm.v1.kv_offload.base import OffloadingSpec
 
 _RESULTS = {
-    Found.HIT: LookupResult.HIT,
-    Found.MISS: LookupResult.MISS,
-    Found.RETRY: LookupResult.RETRY,
+    Lookup.HIT: LookupResult.HIT,
+    Lookup.MISS: LookupResult.MISS,
+    Lookup.RETRY: LookupResult.RETRY,
 }
 
 
@@ -84,7 +87,7 @@ class RemoteTierManager(SecondaryTierManager):
                 settings,
                 self._block_size_bytes,
                 keyspace,
-                secret_mark(config.secret_bytes()),
+                secret_digest(config.secret_bytes()),
                 time.monotonic,
                 shares,
             ),
@@ -141,7 +144,7 @@ class RemoteTierManager(SecondaryTierManager):
         return RequestOffloadingContext()
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
-        return _RESULTS[self.tier.seek(req_context.req_id, self._qualified(key, req_context))]
+        return _RESULTS[self.tier.lookup(req_context.req_id, self._qualified(key, req_context))]
 
     def submit_load(self, job_metadata: TransferJob) -> None:
         job = job_metadata
@@ -161,7 +164,7 @@ class RemoteTierManager(SecondaryTierManager):
         now = time.monotonic()
         if (use := self._uses.get(request_id)) is not None:
             use.at = now
-        self.tier.used((key, expiry(now, ttl_s, end)) for key, ttl_s, end in keys)
+        self.tier.touch((key, expiry(now, ttl_s, end)) for key, ttl_s, end in keys)
 
     def submit_store(self, job_metadata: TransferJob) -> None:
         job = job_metadata
@@ -178,7 +181,7 @@ class RemoteTierManager(SecondaryTierManager):
             else:
                 expires_at = expiry(use.at, entry.ttl_s, end)
                 blocks.append(Outgoing(name, self._slot(chunk), entry.ttl_s, expires_at))
-        self.tier.left_out(beyond)
+        self.tier.note_over_quota(beyond)
         self.tier.store(job.job_id, blocks, len(blocks) + len(beyond) == len(job.keys))
 
     def _begun(self, context: ReqContext) -> _Use:
@@ -210,11 +213,11 @@ class RemoteTierManager(SecondaryTierManager):
 
     def on_request_finished(self, req_context: ReqContext) -> None:
         self._uses.pop(req_context.req_id, None)
-        self.tier.forget(req_context.req_id)
+        self.tier.end_request(req_context.req_id)
 
     def on_schedule_end(self, context: ScheduleEndContext) -> None:
         for request_id in context.preempted_req_ids:
-            self.tier.forget(request_id)
+            self.tier.end_request(request_id)
         self.tier.flush()
 
     def drain_jobs(self) -> None:
