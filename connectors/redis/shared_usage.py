@@ -10,82 +10,50 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from vllm_cachescope.cache.quotas import Quotas
 from vllm_cachescope.connectors.redis.channel import Refusal, Reply, command
+from vllm_cachescope.connectors.redis.server_clock import ServerClock
 from vllm_cachescope.tenancy.owner_tags import TAG_BYTES, org_of
 from vllm_cachescope.tiers.keyspace import Keyspace, usage_of
 
 logger = logging.getLogger(__name__)
 
-CLOCK_S = 20.0
-"""How long the server's time is reckoned by our clock after it was asked, in seconds."""
-
 SURVEY_S = 1.0
 """How often all organisations together are held to the capacity, in seconds."""
 
 
-class ServerClock:
-    """The server's clock as reckoned by ours. A tier's threads share one: were each to reckon by
-    itself, what one writes would not be in order with what another does.
-
-    Attributes:
-        ahead_s: how far it is ahead of ours, in seconds; None until it was asked.
-    """
-
-    def __init__(self) -> None:
-        self.ahead_s: float | None = None
-        self._asked_at = float("-inf")
-
-    def is_due(self, now: float) -> bool:
-        """Whether the server should be asked for its time."""
-        return now >= self._asked_at + CLOCK_S
-
-    def learn(self, server_s: float, asked: float, answered: float) -> None:
-        """Take the server's answer.
-
-        It was given between question and answer. A reckoning that agrees with that stays as it
-        is, for the order of what was written by it; else the middle is taken.
-
-        Args:
-            server_s: the server's time, in seconds.
-            asked, answered: our times before the question and after the answer, in seconds.
-        """
-        self._asked_at = answered
-        least, most = server_s - answered, server_s - asked
-        if self.ahead_s is None or not least <= self.ahead_s <= most:
-            self.ahead_s = (least + most) / 2
-
-
-class Accounts:
-    """One thread's way to the accounts.
+class SharedUsage:
+    """One thread's way to what organisations hold in a Redis.
 
     Entries that the server has evicted by itself are counted until they would have expired.
 
     Args:
-        shares: what each organisation may have.
-        keyspace: names of the entries and of the accounts.
+        quotas: what each organisation may hold.
+        keyspace: names of the entries, and of the sets in which they are counted.
         clock: the tier's clock.
         server_clock: shared with the tier's other threads.
-        converse: sends commands to the node that has a name, and returns the answers.
+        ask_node_of: sends commands to the node that has a name, and returns the answers.
     """
 
     def __init__(
         self,
-        shares: Quotas,
+        quotas: Quotas,
         keyspace: Keyspace,
         clock: Callable[[], float],
         server_clock: ServerClock,
-        converse: Callable[[bytes, Sequence[bytes], float], list[Reply]],
+        ask_node_of: Callable[[bytes, Sequence[bytes], float], list[Reply]],
     ) -> None:
-        self._shares = shares
+        self._quotas = quotas
         self._keyspace = keyspace
         self._clock = clock
         self._server_clock = server_clock
-        self._send = converse
+        self._ask_node_of = ask_node_of
         self._surveyed_at = float("-inf")
         self._refusal: str | None = None
 
     def stored(self, entries: Iterable[tuple[bytes, float]], deadline: float) -> list[bytes]:
-        """Count entries that are in the store; return the keys of those that must go, which are
-        counted no longer.
+        """Count entries that are in the store; return the keys of those that are too many.
+
+        The keys that are returned are not counted any more: the caller deletes their entries. They
+        are the first to expire of their organisation.
 
         Args:
             entries: their keys, and when they expire on the tier's clock, in seconds.
@@ -104,19 +72,24 @@ class Accounts:
                 *(c for n in (name, self._keyspace.usage_orgs) for c in _until(n, last_us)),
             ]
         counts = [command(b"ZCARD", self._keyspace.usage(org)) for org in orgs]
-        replies = self._converse([*commands, *counts], deadline)
-        gone: list[bytes] = []
+        replies = self._ask([*commands, *counts], deadline)
+        evicted: list[bytes] = []
         for org, held in zip(orgs, replies[len(commands) :], strict=False):
-            if over := self._shares.over(org, _number(held)):
+            if over := self._quotas.over(org, _number(held)):
                 pop = command(b"ZPOPMIN", self._keyspace.usage(org), b"%d" % over)
-                gone += [org + member for member, _ in _pairs(*self._converse([pop], deadline))]
-        if self._shares.capacity is not None and self._clock() >= self._surveyed_at + SURVEY_S:
+                evicted += [org + member for member, _ in _pairs(*self._ask([pop], deadline))]
+        if self._quotas.capacity is not None and self._clock() >= self._surveyed_at + SURVEY_S:
             self._surveyed_at = self._clock()
-            gone += self._over_capacity(self._shares.capacity, deadline)
-        return gone
+            evicted += self._over_capacity(self._quotas.capacity, deadline)
+        return evicted
 
-    def used(self, entries: Iterable[tuple[bytes, float]], deadline: float) -> None:
-        """Note that entries expire later than before; those that are not counted are ignored."""
+    def touch(self, entries: Iterable[tuple[bytes, float]], deadline: float) -> None:
+        """Count entries until a later time; one that is not counted is ignored.
+
+        Args:
+            entries: their keys, and when they expire on the tier's clock, in seconds.
+            deadline: until when an answer is waited for.
+        """
         if (ahead_s := self._ahead_s(deadline)) is None:
             return
         commands: list[bytes] = []
@@ -127,66 +100,70 @@ class Accounts:
                 command(b"ZADD", self._keyspace.usage_orgs, b"XX", b"GT", b"%d" % last_us, org),
                 *(c for n in (name, self._keyspace.usage_orgs) for c in _until(n, last_us)),
             ]
-        self._converse(commands, deadline)
+        self._ask(commands, deadline)
 
-    def deleted(self, names: Iterable[bytes], deadline: float) -> None:
-        """Note that entries of these names, of whatever model, are gone."""
+    def dropped(self, names: Iterable[bytes], deadline: float) -> None:
+        """Count entries of these names, of whatever model, no longer."""
         members: defaultdict[bytes, list[bytes]] = defaultdict(list)
         for name in names:
-            account, member = usage_of(name)
-            members[account].append(member)
-        for account, gone in members.items():
-            self._converse([command(b"ZREM", account, *gone)], deadline, account)
+            usage, member = usage_of(name)
+            members[usage].append(member)
+        for usage, dropped in members.items():
+            self._ask([command(b"ZREM", usage, *dropped)], deadline, usage)
 
     def held(self, deadline: float) -> dict[bytes, int]:
         """Return how many entries each organisation holds, by its tag."""
         if (ahead_s := self._ahead_s(deadline)) is None:
             return {}
-        now, accounts = b"%d" % self._server_us(ahead_s), self._keyspace.usage_orgs
-        expired = command(b"ZREMRANGEBYSCORE", accounts, b"-inf", now)
-        replies = self._converse([expired, command(b"ZRANGE", accounts, b"0", b"-1")], deadline)
-        orgs = replies[1] if replies and isinstance(replies[1], list) else []
+        now, listed = b"%d" % self._server_us(ahead_s), self._keyspace.usage_orgs
+        expired = command(b"ZREMRANGEBYSCORE", listed, b"-inf", now)
+        replies = self._ask([expired, command(b"ZRANGE", listed, b"0", b"-1")], deadline)
+        found = replies[1] if replies and isinstance(replies[1], list) else []
+        orgs = [org for org in found if isinstance(org, bytes)]
         commands: list[bytes] = []
         for org in orgs:
-            assert isinstance(org, bytes)
             name = self._keyspace.usage(org)
             commands += [
                 command(b"ZREMRANGEBYSCORE", name, b"-inf", now),
                 command(b"ZCARD", name),
             ]
-        counts = map(_number, self._converse(commands, deadline)[1::2])
+        counts = map(_number, self._ask(commands, deadline)[1::2])
         return {org: count for org, count in zip(orgs, counts, strict=False) if count}
 
     def _over_capacity(self, capacity: int, deadline: float) -> list[bytes]:
-        """Return the keys of what organisations hold too much together: the first to expire of
-        those that hold more than their reserve, and of the others if that is not enough."""
+        """Return the keys of what all organisations together hold beyond the capacity, and count
+        them no longer.
+
+        The entries of organisations that hold more than their reserve go first; those within a
+        reserve go only if that is not enough. Among them, the first to expire goes first.
+        """
         held = self.held(deadline)
-        gone: list[bytes] = []
-        for spared in (False, True):
+        evicted: list[bytes] = []
+        for within_reserve in (False, True):
             over = sum(held.values()) - capacity
             candidates: list[tuple[float, bytes]] = []
             for org, count in held.items():
-                most = min(over, count if spared else count - self._shares.reserve(org))
+                most = min(over, count if within_reserve else count - self._quotas.reserve(org))
                 if most > 0:
                     first = (b"ZRANGE", self._keyspace.usage(org), b"0", b"%d" % (most - 1))
-                    found = self._converse([command(*first, b"WITHSCORES")], deadline)
+                    found = self._ask([command(*first, b"WITHSCORES")], deadline)
                     candidates += [(at, org + member) for member, at in _pairs(*found)]
             chosen = [key for _, key in sorted(candidates)[: max(0, over)]]
             for key in chosen:
                 held[org_of(key)] -= 1
-            self.deleted(map(self._keyspace.name, chosen), deadline)
-            gone += chosen
-        return gone
+            self.dropped(map(self._keyspace.name, chosen), deadline)
+            evicted += chosen
+        return evicted
 
     def _by_org(
         self, entries: Iterable[tuple[bytes, float]], ahead_s: float
     ) -> dict[bytes, dict[bytes, int]]:
-        """Return when entries expire, in µs of the server's time, by organisation and by what
-        else their keys hold; those of organisations that may hold anything are left out."""
+        """Return when entries expire, in µs of the server's time, by organisation and by the rest
+        of their keys. Organisations that may hold any number of entries are not counted."""
         orgs: defaultdict[bytes, dict[bytes, int]] = defaultdict(dict)
-        for key, until in entries:
-            if self._shares.counts(org := org_of(key)):
-                orgs[org][key[TAG_BYTES:]] = int((until + ahead_s) * 1e6)
+        for key, expires_at in entries:
+            if self._quotas.counts(org := org_of(key)):
+                orgs[org][key[TAG_BYTES:]] = int((expires_at + ahead_s) * 1e6)
         return orgs
 
     def _ahead_s(self, deadline: float) -> float | None:
@@ -194,7 +171,7 @@ class Accounts:
         tell."""
         asked = self._clock()
         if self._server_clock.is_due(asked):
-            (reply,) = self._converse([command(b"TIME")], deadline) or (None,)
+            (reply,) = self._ask([command(b"TIME")], deadline) or (None,)
             if isinstance(reply, list):
                 seconds, micros = map(_number, reply)
                 self._server_clock.learn(seconds + micros / 1e6, asked, self._clock())
@@ -203,14 +180,20 @@ class Accounts:
     def _server_us(self, ahead_s: float) -> int:
         return int((self._clock() + ahead_s) * 1e6)
 
-    def _converse(
+    def _ask(
         self, commands: Sequence[bytes], deadline: float, name: bytes | None = None
     ) -> list[Reply]:
-        """Return the answers to commands to the node that has ``name``, by default the accounts;
-        none if it refuses one of them, as a user without the right."""
+        """Return a node's answers to commands; none if it refuses one of them, as it does where
+        the user has no right to them.
+
+        Args:
+            commands: what `command` made.
+            deadline: until when the answers are waited for.
+            name: a name that the node has, by default that of the set of organisations.
+        """
         if not commands:
             return []
-        replies = self._send(name or self._keyspace.usage_orgs, commands, deadline)
+        replies = self._ask_node_of(name or self._keyspace.usage_orgs, commands, deadline)
         refusal = next((str(reply) for reply in replies if isinstance(reply, Refusal)), None)
         if refusal is not None and refusal != self._refusal:
             logger.warning("Quotas are not kept in Redis: %s", refusal)
@@ -219,8 +202,8 @@ class Accounts:
 
 
 def _scored(members: dict[bytes, int]) -> Iterator[bytes]:
-    for member, until_us in members.items():
-        yield b"%d" % until_us
+    for member, expires_us in members.items():
+        yield b"%d" % expires_us
         yield member
 
 

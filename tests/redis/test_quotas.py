@@ -9,7 +9,7 @@ from tests.redis.engine_side import SECRET, SLOT, EngineSide, keys
 from tests.redis.servers import wait_until
 from vllm_cachescope.cache.quotas import Quotas
 from vllm_cachescope.config import Share
-from vllm_cachescope.connectors.redis.shared_usage import CLOCK_S, ServerClock
+from vllm_cachescope.connectors.redis.server_clock import CLOCK_S, ServerClock
 from vllm_cachescope.tenancy.owner_tags import NOBODY, OwnerTags
 from vllm_cachescope.tenancy.scope import Caller
 from vllm_cachescope.tiers.local_usage import LocalUsage
