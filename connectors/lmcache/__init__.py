@@ -13,7 +13,7 @@ from typing import Any
 os.environ.setdefault("LMCACHE_TRACK_USAGE", "false")
 
 from vllm_cachescope.connectors.lmcache.adapters import parse, shown
-from vllm_cachescope.connectors.lmcache.backend import Backend
+from vllm_cachescope.connectors.lmcache.entries import Backend
 from vllm_cachescope.connectors.lmcache.memory import Staging
 from vllm_cachescope.connectors.lmcache.store import LMCacheStore
 from vllm_cachescope.tiers.keyspace import Keyspace

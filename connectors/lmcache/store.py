@@ -9,7 +9,7 @@ whole objects, and a block is too much to write for each use.
 from collections.abc import Callable, Iterator, Sequence
 
 from vllm_cachescope.connectors.lmcache.adapters import Kind, name
-from vllm_cachescope.connectors.lmcache.backend import Backend
+from vllm_cachescope.connectors.lmcache.entries import Backend
 from vllm_cachescope.tiers.envelope import HEADER_BYTES
 from vllm_cachescope.tiers.store import Store, StoreFailed, StoreUnfit, Value, Written
 

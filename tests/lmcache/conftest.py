@@ -7,7 +7,7 @@ import pytest
 
 from tests.lmcache.side import LMCacheSide, Wall
 from tests.redis.servers import REDIS_SERVER, RedisServer
-from vllm_cachescope.connectors.lmcache import backend
+from vllm_cachescope.connectors.lmcache import entries as backend
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,8 @@ from tests.redis.engine_side import SLOT, content, keys
 from tests.redis.servers import wait_until
 from vllm_cachescope.cache.quotas import Quotas
 from vllm_cachescope.config import CONNECTOR, ConfigError, Share
-from vllm_cachescope.connectors.lmcache import adapters, backend
+from vllm_cachescope.connectors.lmcache import adapters
+from vllm_cachescope.connectors.lmcache import entries as backend
 from vllm_cachescope.connectors.vllm import config_check
 from vllm_cachescope.tiers.envelope import HEADER_BYTES
 from vllm_cachescope.tiers.local_usage import LocalUsage
