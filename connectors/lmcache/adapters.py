@@ -4,7 +4,7 @@ import contextlib
 import importlib
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from lmcache.v1.distributed.api import ObjectKey
@@ -54,7 +54,7 @@ class Kind:
 
     VALUE = b"v"
     EXPIRY = b"e"
-    MARK = b"m"
+    SECRET = b"m"
     CANARY = b"c"
 
 
@@ -106,7 +106,7 @@ def shown(adapter: Mapping[str, Any]) -> str:
 
 def listed(
     config: L2AdapterConfigBase, adapter: L2AdapterInterface
-) -> Iterator[tuple[Entry, bytes]]:
+) -> Generator[tuple[Entry, bytes]]:
     """Yield the entries that the store holds, of all namespaces, with the kind of the object.
 
     Raises:

@@ -14,8 +14,7 @@ from tests.redis.engine_side import SLOT, content, keys
 from tests.redis.servers import wait_until
 from vllm_cachescope.cache.quotas import Quotas
 from vllm_cachescope.config import CONNECTOR, ConfigError, Share
-from vllm_cachescope.connectors.lmcache import adapters
-from vllm_cachescope.connectors.lmcache import entries as backend
+from vllm_cachescope.connectors.lmcache import adapters, upkeep
 from vllm_cachescope.connectors.vllm import config_check
 from vllm_cachescope.tiers.envelope import HEADER_BYTES
 from vllm_cachescope.tiers.local_usage import LocalUsage
@@ -40,7 +39,7 @@ def purged(side: LMCacheSide, prefix: bytes) -> int:
 
 def leave_a_moment() -> None:
     """Let the upkeep look once more."""
-    time.sleep(1.5 * backend.UPKEEP_S)
+    time.sleep(1.5 * upkeep.UPKEEP_S)
 
 
 @anywhere
@@ -100,7 +99,7 @@ def _left_s(side: LMCacheSide, key: bytes, wall: Wall) -> float:
     store.connect(time.monotonic() + 5)
     try:
         store.find([key], time.monotonic() + 5)
-        return store._backend.expiries.of(entry) / 1000 - wall()
+        return store.backend.entries.expiries.of(entry) / 1000 - wall()
     finally:
         store.close()
 
@@ -175,8 +174,8 @@ def test_what_dead_engines_left_is_reclaimed(place, start_side, wall, monkeypatc
     place.remove(place.records()[0])
     place.remove(place.values()[-1])
     wall.advance(301)
-    monkeypatch.setattr(backend, "FIRST_LIST_S", 0.0)
-    monkeypatch.setattr(backend, "LIST_S", 0.0)
+    monkeypatch.setattr(upkeep, "FIRST_LIST_S", 0.0)
+    monkeypatch.setattr(upkeep, "LIST_S", 0.0)
     side = start_side(place.adapter, identity="a third model")
     side.put(keys(3))
     wait_until(lambda: len(place.values()) == len(place.records()) == 3, 20)
@@ -193,7 +192,7 @@ def test_an_adapter_that_lists_what_it_holds(start_side, wall, monkeypatch, tmp_
     side = start_side(adapter)
     side.put(keys(20))
     side.close()
-    monkeypatch.setattr(backend, "FIRST_LIST_S", 0.0)
+    monkeypatch.setattr(upkeep, "FIRST_LIST_S", 0.0)
     side = start_side(adapter)
     side.put(keys(7, "more"))
     assert purged(side, keys(1)[0][:16]) == 27
