@@ -1,4 +1,4 @@
-"""What there is to know of LMCache's adapters: their configuration, and what they hold."""
+"""LMCache's L2 adapters: their configuration, the keys of our objects, what they list."""
 
 import contextlib
 import importlib
@@ -148,7 +148,7 @@ def _without_secrets(adapter: Mapping[str, Any]) -> str:
 
 
 class _ReadKeys(dict[str, Any]):
-    """A mapping that knows which of its keys somebody wanted to know."""
+    """A mapping that knows which of its keys were read."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         super().__init__(values)

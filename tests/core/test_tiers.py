@@ -55,7 +55,7 @@ def test_names_differ_with_everything_that_makes_blocks_differ():
     assert len(names) == 6
 
 
-def test_the_mark_of_a_secret_does_not_tell_it():
+def test_the_digest_of_a_secret_does_not_tell_it():
     assert secret_digest(b"a") != secret_digest(b"b")
     assert b"open sesame" not in secret_digest(b"open sesame")
 

@@ -35,14 +35,14 @@ class LMCacheSide(EngineSide):
         """Return a store as a new engine's thread has it, with an adapter of its own."""
         return self._stores("", secret_digest(SECRET))()
 
-    def _stores(self, url: str, mark: bytes) -> Callable[[], LMCacheStore]:
+    def _stores(self, url: str, secret_digest: bytes) -> Callable[[], LMCacheStore]:
         return lmcache.stores(
             self._adapter,
             SLOT,
             self.limits.connections,
             self.limits.timeout_s,
             self.keyspace,
-            mark,
+            secret_digest,
             time.monotonic,
             self._wall,
         )

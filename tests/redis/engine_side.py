@@ -71,11 +71,11 @@ class EngineSide:
         url: str,
         identity: str = "model",
         secret: bytes = SECRET,
-        shares: Quotas | None = None,
+        quotas: Quotas | None = None,
         local_usage: LocalUsage | None = None,
         **limits: object,
     ) -> None:
-        self.shares = shares
+        self.quotas = quotas
         self.keyspace = Keyspace({"model": identity})
         self.limits = replace(LIMITS, **limits)
         self.memory = memoryview(bytearray(self.limits.inflight_bytes * 2))
@@ -93,9 +93,9 @@ class EngineSide:
         self._jobs = 0
         self.finished: dict[int, Finished] = {}
 
-    def _stores(self, url: str, mark: bytes) -> Callable[[], Store]:
+    def _stores(self, url: str, secret_digest: bytes) -> Callable[[], Store]:
         return redis.stores(
-            url, self.limits.timeout_s, self.keyspace, mark, time.monotonic, self.shares
+            url, self.limits.timeout_s, self.keyspace, secret_digest, time.monotonic, self.quotas
         )
 
     def slot(self, index: int) -> memoryview:

@@ -157,8 +157,8 @@ def test_the_tier_was_full(deployment: Deployment) -> None:
 def test_engines_with_another_secret_use_the_tier(deployment: Deployment) -> None:
     deployment.shared("estranged")
     client = deployment.server.client
-    mark = b":".join([*deployment.names()[0].split(b":")[:3], b"secret"])
-    client.set(mark, "the mark of another secret")
+    handshake = b":".join([*deployment.names()[0].split(b":")[:3], b"secret"])
+    client.set(handshake, "the digest of another secret")
     # Whoever loses the server shakes hands with it again.
     deployment.server.stop()
     for i in range(4):
@@ -168,7 +168,7 @@ def test_engines_with_another_secret_use_the_tier(deployment: Deployment) -> Non
     try:
         wait_until(lambda: deployment.ask("estranged", 2, engine=1) and said(deployment))
     finally:
-        client.delete(mark)
+        client.delete(handshake)
 
 
 def said(deployment: Deployment) -> bool:

@@ -34,7 +34,7 @@ def usage(side: EngineSide, owner: bytes) -> bytes:
 
 
 def test_engines_that_flood_a_store_together_lose_their_own_oldest(server, start_engine_side):
-    sides = [start_engine_side(server.url, shares=QUOTA) for _ in range(2)]
+    sides = [start_engine_side(server.url, quotas=QUOTA) for _ in range(2)]
     for i in range(6):
         sides[0].put(mine(ZETA, i))
     sides[0].put(mine(NOBODY, 0))
@@ -57,7 +57,7 @@ def test_engines_that_flood_a_store_together_lose_their_own_oldest(server, start
 
 @pytest.mark.parametrize("used", [False, True])
 def test_a_prompt_loses_its_end_before_its_beginning(server, start_engine_side, used):
-    side = start_engine_side(server.url, shares=QUOTA)
+    side = start_engine_side(server.url, quotas=QUOTA)
     for i in range(4):
         side.put(mine(ACME, i))
     if used:
@@ -75,7 +75,7 @@ def test_a_prompt_loses_its_end_before_its_beginning(server, start_engine_side, 
 @pytest.mark.parametrize("counted", ["there", "here"])
 def test_a_prompt_stored_in_parts_keeps_its_beginning(server, start_engine_side, counted):
     """Each step of a long prefill stores what it has computed."""
-    how = {"shares": QUOTA} if counted == "there" else {"local_usage": LocalUsage(QUOTA)}
+    how = {"quotas": QUOTA} if counted == "there" else {"local_usage": LocalUsage(QUOTA)}
     side = start_engine_side(server.url, **how)
     for i in range(2):
         side.put(mine(ACME, i))
@@ -104,7 +104,7 @@ def test_the_servers_clock_is_reckoned_anew_only_where_that_was_wrong():
 
 
 def test_what_is_used_is_not_the_oldest(server, start_engine_side):
-    a, b = (start_engine_side(server.url, shares=QUOTA) for _ in range(2))
+    a, b = (start_engine_side(server.url, quotas=QUOTA) for _ in range(2))
     for i in range(4):
         a.put(mine(ACME, i), ttl_s=300)
     scores = dict(server.client.zrange(usage(a, ACME), 0, -1, withscores=True))
@@ -126,7 +126,7 @@ def test_what_is_used_is_not_the_oldest(server, start_engine_side):
 
 
 def test_a_use_of_what_is_not_there_counts_for_nothing(server, start_engine_side):
-    side = start_engine_side(server.url, shares=QUOTA)
+    side = start_engine_side(server.url, quotas=QUOTA)
     side.use(mine(ACME, 0))
     side.put(mine(ZETA, 0))
     assert not server.client.exists(usage(side, ACME))
@@ -134,7 +134,7 @@ def test_a_use_of_what_is_not_there_counts_for_nothing(server, start_engine_side
 
 
 def test_what_has_expired_does_not_count(server, start_engine_side):
-    side = start_engine_side(server.url, shares=QUOTA)
+    side = start_engine_side(server.url, quotas=QUOTA)
     for i in range(4):
         side.put(mine(ACME, i))
     for member in server.client.zrange(usage(side, ACME), 0, 9):
@@ -145,8 +145,8 @@ def test_what_has_expired_does_not_count(server, start_engine_side):
 
 
 def test_over_the_capacity_reserves_are_spared(server, start_engine_side):
-    shares = Quotas(SLOT, Share(), {ZETA[:8]: Share(reserve=10 * SLOT)}, capacity=30 * SLOT)
-    side = start_engine_side(server.url, shares=shares)
+    quotas = Quotas(SLOT, Share(), {ZETA[:8]: Share(reserve=10 * SLOT)}, capacity=30 * SLOT)
+    side = start_engine_side(server.url, quotas=quotas)
     third = OWNERS.of(Caller("third", "s"))
     for i in range(2):
         side.put(mine(ZETA, i))
@@ -167,7 +167,7 @@ def test_over_the_capacity_reserves_are_spared(server, start_engine_side):
 
 
 def test_a_purge_is_counted(server, start_engine_side):
-    sides = [start_engine_side(server.url, shares=QUOTA, identity=model) for model in "ab"]
+    sides = [start_engine_side(server.url, quotas=QUOTA, identity=model) for model in "ab"]
     for side in sides:
         for owner in (ACME, ZETA):
             side.put(mine(owner, 0))
@@ -186,7 +186,7 @@ def test_without_the_rights_it_stores_all_the_same_and_says_so(server, start_eng
     rights = "~cachescope:* +set +get +exists +pexpire +pttl +unlink"
     server.client.execute_command(f"ACL SETUSER kv on >pw {rights}")
     url = f"redis://kv:pw@127.0.0.1:{server.port}"
-    side = start_engine_side(url, shares=QUOTA)
+    side = start_engine_side(url, quotas=QUOTA)
     for i in range(6):
         side.put(mine(ACME, i))
     assert held(side, ACME, range(6)) == list(range(6))
@@ -199,9 +199,9 @@ def test_without_the_rights_it_stores_all_the_same_and_says_so(server, start_eng
 
 
 def test_health_tells_who_holds_how_much(server, start_engine_side):
-    first = start_engine_side(server.url, shares=QUOTA)
+    first = start_engine_side(server.url, quotas=QUOTA)
     first.put(mine(ACME, 0))
-    assert start_engine_side(server.url, shares=QUOTA).tier.health()["orgs"] == {
+    assert start_engine_side(server.url, quotas=QUOTA).tier.health()["orgs"] == {
         ACME[:8].hex(): 5 * SLOT
     }
 
@@ -210,7 +210,7 @@ def test_on_a_cluster(nodes, start_engine_side):
     for node in nodes:
         node.client.flushall()
     url = f"redis+cluster://127.0.0.1:{nodes[1].port}"
-    sides = [start_engine_side(url, shares=QUOTA, timeout_s=5.0) for _ in range(2)]
+    sides = [start_engine_side(url, quotas=QUOTA, timeout_s=5.0) for _ in range(2)]
     for i in range(12):
         sides[i % 2].put(mine(ACME, i))
     for i in range(2):

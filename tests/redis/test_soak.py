@@ -205,7 +205,7 @@ def test_long_and_troubled_work_is_exact_and_leaves_nothing_behind(pair, duratio
     # Those of this process that may have come are the proxy's: two for each connection through it.
     wait_until(lambda: threading.active_count() <= threads + 2 * CONNECTIONS)
     assert _regions() <= shared_memory
-    # Each entry goes with its lifetime; the mark of the secret stays for as long as the engines.
+    # Each entry goes with its lifetime; the digest of the secret stays for as long as the engines.
     wait_until(lambda: len(pair.server.client.keys()) == 1, 2 * TTL_S + 10)
 
 

@@ -201,13 +201,13 @@ def test_the_secret_of_another_replica_is_told_apart(server, start_engine_side, 
     assert len(server.client.keys()) == 1
     # Another model is none of its business.
     assert start_engine_side(server.url, identity="m2", secret=b"y" * 20).tier.usable
-    # Once the last engine with the other secret has gone, its mark expires.
+    # Once the last engine with the other secret has gone, its digest expires.
     server.client.delete(a.keyspace.handshake)
     wait_until(lambda: b.tier.usable)
     assert server.client.get(b.keyspace.handshake) == secret_digest(b"another secret of the tests")
 
 
-def test_the_mark_of_the_secret_goes_with_the_last_engine(server, start_engine_side):
+def test_the_digest_of_the_secret_goes_with_the_last_engine(server, start_engine_side):
     side = start_engine_side(server.url)
     assert 0 < server.client.pttl(side.keyspace.handshake) <= 60_000
 
