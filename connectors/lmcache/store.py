@@ -1,8 +1,8 @@
 """Blocks behind one of LMCache's adapters.
 
 An entry is two objects: the value, which is a header and the block behind it, and a record of when
-the entry expires. Without a record that has time left there is no entry. The value is written once, before
-its record; the record is written again when the entry is used, for the adapters can only replace
+the entry expires. Without a record that has time left there is no entry. The value is written once,
+before its record. The record is written again when the entry is used: the adapters can only replace
 whole objects, and a block is too much to write for each use.
 """
 
