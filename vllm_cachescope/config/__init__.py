@@ -1,0 +1,43 @@
+"""The one configuration model, read by the engine, by the API side and by the command line."""
+
+from vllm_cachescope.config.config import (
+    CONNECTOR,
+    MADE_UP,
+    SECRET_VARIABLE,
+    TIERS,
+    Config,
+    ConfigError,
+    DiffSettings,
+    Duration,
+    LMCacheTier,
+    RedisTier,
+    RegionDefault,
+    Regions,
+    ScopeName,
+    Share,
+    Tier,
+    TierQuotas,
+    Wait,
+    load,
+)
+
+__all__ = [
+    "CONNECTOR",
+    "MADE_UP",
+    "SECRET_VARIABLE",
+    "TIERS",
+    "Config",
+    "ConfigError",
+    "DiffSettings",
+    "Duration",
+    "LMCacheTier",
+    "RedisTier",
+    "RegionDefault",
+    "Regions",
+    "ScopeName",
+    "Share",
+    "Tier",
+    "TierQuotas",
+    "Wait",
+    "load",
+]
