@@ -14,8 +14,7 @@ from typing import Any
 
 import yaml
 
-from vllm_cachescope.cli import explain, purge
-from vllm_cachescope.cli import lint_rules as lint
+from vllm_cachescope.cli import explain, lint, purge
 from vllm_cachescope.config import CONNECTOR, ConfigError, load
 
 MIDDLEWARE = "vllm_cachescope.connectors.vllm.server.Middleware"
