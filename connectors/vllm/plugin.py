@@ -1,11 +1,9 @@
 """What vLLM loads in each of its processes because the package is installed."""
 
 import logging
-import os
-import secrets
 from contextlib import suppress
 
-from vllm_cachescope.config import CONNECTOR, MADE_UP, SECRET_VARIABLE
+from vllm_cachescope.config import CONNECTOR, make_up_secret
 
 
 def register() -> None:
@@ -24,7 +22,7 @@ def register() -> None:
         )
     log_as_vllm()
     # vLLM loads plugins before it starts processes, so that all of them inherit one secret.
-    os.environ.setdefault(SECRET_VARIABLE, MADE_UP + secrets.token_hex(32))
+    make_up_secret()
     config_check.install()
     # The connector refuses to run without the hook; a vLLM that runs without it is left alone.
     with suppress(hashing.HookNotInForce):

@@ -9,7 +9,6 @@ import logging
 import os
 import re
 import secrets
-import stat
 import sys
 import threading
 from collections import OrderedDict
@@ -127,7 +126,7 @@ class Diffs:
         self._kept_bytes = 0
         self._pending = threading.Semaphore(MAX_PENDING)
         self._pool = ThreadPoolExecutor(1, "cachescope-diffs")
-        _prepare(self._directory)
+        _prepare(settings)
 
     def keep(self, caller: Caller, request: PromptRequest, fingerprint: Fingerprint) -> None:
         """Keep the texts of a request's tools and system blocks, for as long as a session is.
@@ -275,18 +274,14 @@ class Diffs:
         return sorted(self._directory.glob(f"*-????????{SUFFIX}"))
 
 
-def _prepare(directory: Path) -> None:
+def _prepare(settings: DiffSettings) -> None:
     try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        mode = stat.S_IMODE(directory.stat().st_mode)
+        settings.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"diffs.directory: {directory} cannot be made: {error}") from None
-    if mode & 0o077:
         raise ConfigError(
-            f"diffs.directory: {directory} is open to others (mode {mode:o}); allowed: 700"
-        )
-    if not os.access(directory, os.R_OK | os.W_OK | os.X_OK):
-        raise ConfigError(f"diffs.directory: {directory} cannot be written to")
+            f"diffs.directory: {settings.directory} cannot be made: {error}"
+        ) from None
+    settings.check()
 
 
 def _nbytes(key: _Key, text: str) -> int:

@@ -90,7 +90,7 @@ class CacheScopeMiddleware(ABC):
             await self._app(scope, receive, send)
             return
         try:
-            request = READERS[protocol](body, config.allowed_ttls, config.regions.messages.ttl)
+            request = READERS[protocol](body, config.allowed_ttls, config.regions.messages.ttl_s)
         except BadRequest as error:
             await JSONResponse(error_body(protocol, error), 400)(scope, receive, send)
             return

@@ -25,6 +25,7 @@ from typing import Any
 
 from vllm_cachescope import wire
 from vllm_cachescope.api.diagnostics import extra_fields
+from vllm_cachescope.config import Config
 from vllm_cachescope.errors import BadRequest
 from vllm_cachescope.prompt.request import Part, PromptRequest, Protocol, Region
 from vllm_cachescope.tenancy.caller import SESSION_HEADERS
@@ -32,7 +33,7 @@ from vllm_cachescope.tenancy.caller import SESSION_HEADERS
 BLOCK_TOKENS = 512
 """Tokens per hash id in Mooncake's traces."""
 
-_TTLS = (300, 1800, 3600, 43200, 86400)
+_TTLS = Config().allowed_ttls  # those that a server accepts by default
 _MAX_SECONDS = 253_402_300_800.0  # the year 10000: no time of day is later
 
 # Which of the two a body of messages is, where neither its tools nor its messages show it: the

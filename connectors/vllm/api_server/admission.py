@@ -21,7 +21,7 @@ from vllm_cachescope.connectors.vllm.api_server.rendering import Boundaries, Cut
 from vllm_cachescope.connectors.vllm.engine.hashing import PLAN_KEY
 from vllm_cachescope.prompt.plan import Plan, Span, seal
 from vllm_cachescope.prompt.request import PromptRequest, Region
-from vllm_cachescope.prompt.segments import RegionDefault, Segment, segments
+from vllm_cachescope.prompt.segments import Segment, segments
 from vllm_cachescope.tenancy.owner_tags import OwnerTags
 from vllm_cachescope.tenancy.scope import Caller, Scope, ScopeKeys
 
@@ -43,10 +43,7 @@ class Admission:
         self._keys = ScopeKeys(secret)
         self._owners = OwnerTags(secret)
         self._boundaries = Boundaries(state, self._start_rendering)
-        self._defaults = {
-            region: RegionDefault(config.regions.of(region).scope, config.regions.of(region).ttl)
-            for region in Region
-        }
+        self._defaults = {region: config.regions.of(region) for region in Region}
         self._block_size: int = self._engine.vllm_config.cache_config.block_size
         self._generate = self._engine.generate
         self._engine.generate = self.generate
