@@ -1,4 +1,4 @@
-"""Where the prefixes of a block trace broke: a trace of which only block hashes are known."""
+"""Where the prefixes of a block trace broke. Such a trace holds nothing but block hashes."""
 
 from collections.abc import Iterable, Iterator
 
@@ -9,14 +9,14 @@ from vllm_cachescope.diagnosis.diagnosis import NEW_CONTENT, Diagnosis, Kind
 
 
 def explain_blocks(calls: Iterable[BlockCall], ttl_s: float | None = None) -> Iterator[Explained]:
-    """Explain calls of which only the hashes of their blocks are known.
+    """Explain the calls of a block trace.
 
-    There are no sessions in such a trace: a call is compared with all calls before it. A last
-    block that was not full has another hash once the conversation goes on.
+    There are no sessions in such a trace: a call is compared with all calls before it. The last
+    block of a prompt may be partial; it has another hash once the conversation goes on.
 
     Args:
-        calls: the calls, in order.
-        ttl_s: the lifetime of a block since its last use, in seconds; None for no end.
+        calls: the calls, in order of time.
+        ttl_s: TTL of a block in seconds, counted from its last use; None for no expiry.
     """
     last_call: dict[int, BlockCall] = {}
     lineage_of: dict[int, int] = {}
@@ -54,7 +54,7 @@ def explain_blocks(calls: Iterable[BlockCall], ttl_s: float | None = None) -> It
 
 
 def _leading(call: BlockCall, last_call: dict[int, BlockCall], ttl_s: float | None) -> int:
-    """Return how many leading blocks an earlier call had, ``ttl_s`` ago at most."""
+    """Return how many leading blocks of ``call`` an earlier call had, at most ``ttl_s`` ago."""
     for i, block in enumerate(call.blocks):
         before = last_call.get(block)
         if before is None or (ttl_s is not None and call.at - before.at > ttl_s):

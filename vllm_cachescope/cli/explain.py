@@ -74,8 +74,12 @@ def run(args: argparse.Namespace) -> int:
 def explain_file(path: Path, ttl_s: float | None = None) -> Iterator[Explained]:
     """Explain the calls in a file.
 
+    Args:
+        path: a file that `read_traffic` reads.
+        ttl_s: see `explanation.explain` and `block_trace.explain_blocks`.
+
     Raises:
-        OSError: if it cannot be read.
+        OSError: if the file cannot be read.
         TrafficError: on a line that cannot be understood.
     """
     calls: Sequence[Call] | Sequence[BlockCall] = read_traffic(path)
@@ -86,7 +90,8 @@ def explain_file(path: Path, ttl_s: float | None = None) -> Iterator[Explained]:
 
 
 def render(explanation: Explanation, console: Console) -> None:
-    """Print the breaks lineage by lineage, what could have shared more, and totals by cause."""
+    """Print the breaks by lineage, the lineages that could have shared more, and a table of
+    uncached tokens by cause."""
     several = len({call.file for call in explanation.calls}) > 1
     by_lineage: dict[str, list[Explained]] = {}
     for call in explanation.breaks:

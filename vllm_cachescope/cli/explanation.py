@@ -15,6 +15,7 @@ from vllm_cachescope.diagnosis.lineage_store import Entry, LineageStore
 from vllm_cachescope.prompt.boundaries import common_prefix
 from vllm_cachescope.tenancy.scope import Caller
 
+# How much of each session `explain` compares with; recorded traffic may span days.
 _REQUESTS = 256
 _ENDS = 2**16
 _SESSION_TTL_S = 7 * 86400.0
@@ -26,11 +27,11 @@ class Explained:
     """One call and its diagnosis.
 
     Attributes:
-        source: file and line of the call.
-        session: its session.
-        at: when it was made, in seconds.
-        diagnosis: why it could not be read from the cache in full.
-        char: for a text trace, how many leading characters it shares with its ancestor's prompt.
+        source: file and line of the call, as in ``traffic.jsonl:12``.
+        session: the call's session; None if it names none.
+        at: when the call was made, in Unix seconds; None if not recorded.
+        diagnosis: why the prompt could not be read from the cache in full.
+        char: for a text trace, how many leading characters the prompt shares with its ancestor's.
     """
 
     source: str
@@ -48,16 +49,17 @@ class Explained:
 
     @property
     def could_share(self) -> bool:
-        """Whether it begins a conversation whose tools and system prompt nearly equal another's."""
+        """Whether the call begins a conversation whose tools and system prompt nearly equal those
+        of another."""
         return not self.is_break and self.diagnosis.missed_tokens > 0
 
     @property
     def file(self) -> str:
-        """The file it is from."""
+        """The file of the call."""
         return self.source.rpartition(":")[0]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as plain data for JSON."""
+        """Return the call as plain data for JSON."""
         return {
             "source": self.source,
             "session": self.session,
@@ -69,7 +71,12 @@ class Explained:
 
 @dataclass(frozen=True, slots=True)
 class Total:
-    """What one cause cost: how many calls it was the cause of, and how many uncached tokens."""
+    """What one cause cost.
+
+    Attributes:
+        calls: calls whose main cause it was.
+        tokens: uncached tokens of all calls.
+    """
 
     calls: int = 0
     tokens: int = 0
@@ -97,7 +104,7 @@ class Explanation:
         return [call for call in self.calls if call.could_share]
 
     def totals(self) -> dict[str, Total]:
-        """Return what each cause cost, the costliest first."""
+        """Return what each cause cost, by its name, the most tokens first."""
         calls = Counter(call.diagnosis.cause for call in self.calls)
         tokens: Counter[str] = Counter()
         for call in self.calls:
@@ -112,12 +119,12 @@ class Explanation:
 
     @property
     def reusable_tokens(self) -> int:
-        """Tokens that a cache which loses nothing, or not before its TTL, would have read."""
+        """Tokens that a cache would have read which loses no block before the end of its TTL."""
         uncached = sum(n for call in self.calls for _, n in call.diagnosis.uncached)
         return self.prompt_tokens - uncached
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as plain data for JSON."""
+        """Return the explanation as plain data for JSON."""
         return {
             "calls": [call.to_dict() for call in self.calls],
             "totals": {
@@ -135,12 +142,12 @@ class Explanation:
 def explain(calls: Iterable[Call], ttl_s: float | None = None) -> Iterator[Explained]:
     """Explain calls in order, each against its nearest ancestor in its session.
 
-    The cache is taken to hold all it was given, except what ``ttl_s`` lets expire.
+    The cache is taken to hold every block it was given until the block's TTL ends.
 
     Args:
-        calls: the calls.
-        ttl_s: the lifetime in seconds, since its last use, of what names none of its own; None
-            for no end, whatever is named. Nothing expires for a call without a timestamp.
+        calls: the calls, in order of time.
+        ttl_s: TTL in seconds of what names none, counted from the last use; None for no expiry at
+            all, whatever TTLs the calls name. For a call without a timestamp nothing expires.
     """
     now = 0.0
 
@@ -157,7 +164,7 @@ def explain(calls: Iterable[Call], ttl_s: float | None = None) -> Iterator[Expla
     )
     fingerprint = Fingerprinter(secrets.token_bytes(32))
     texts: dict[Entry, str] = {}
-    lifetimes: dict[str | None, TtlReplay] = {}
+    replays: dict[str | None, TtlReplay] = {}
     for call in calls:
         now = max(now, call.at or now)
         caller = Caller("traffic", call.session)
@@ -165,7 +172,8 @@ def explain(calls: Iterable[Call], ttl_s: float | None = None) -> Iterator[Expla
         store.answered(caller, placement.entry, call.response_id)
         diagnosis = diagnose(placement)
         if ttl_s is not None:
-            expired = lifetimes.setdefault(call.session, TtlReplay(ttl_s, _REQUESTS)).use(placement)
+            replay = replays.setdefault(call.session, TtlReplay(ttl_s, _REQUESTS))
+            expired = replay.use(placement)
             if expired and call.at is not None:
                 diagnosis = _with_expired(diagnosis, expired)
         char = None
