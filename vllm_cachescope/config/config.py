@@ -56,7 +56,7 @@ class Config(Model):
     tenants: Tenants = Field(default_factory=dict)
     tenants_file: Path | None = None
     org_header: Annotated[str, Field(min_length=1)] | None = None
-    operator_token: Annotated[SecretStr, Field(min_length=16)] | None = None
+    operator_token: Annotated[SecretStr, Field(min_length=MIN_SECRET)] | None = None
     sweep_interval: Duration = 5
     diffs: DiffSettings | None = None
     tiers: tuple[AnyTier, ...] = ()

@@ -13,7 +13,7 @@ SECRET_VARIABLE = "CACHESCOPE_SECRET"
 """Environment variable the secret is taken from where the configuration names none."""
 
 MIN_SECRET = 16
-"""Fewest characters of a secret."""
+"""Fewest characters of the secret, and of the operator's token."""
 
 _MADE_UP = "made-up-"  # starts a secret that no operator chose
 
