@@ -113,9 +113,9 @@ def render(explanation: Explanation, console: Console) -> None:
         table.add_row(cause, f"{total.calls:,}", f"{total.tokens:,}")
     console.print(table)
     tokens, reusable = explanation.prompt_tokens, explanation.reusable_tokens
-    share = f"{reusable / tokens:.1%}" if tokens else "none"
+    fraction = f"{reusable / tokens:.1%}" if tokens else "none"
     console.print(
-        f"{len(explanation.calls):,} calls, {tokens:,} prompt tokens, {share} reusable; "
+        f"{len(explanation.calls):,} calls, {tokens:,} prompt tokens, {fraction} reusable; "
         f"{len(explanation.breaks)} breaks, {len(explanation.unexpected)} of them unexpected; "
         f"{len(explanation.could_share)} new lineages could have shared more.",
         soft_wrap=True,

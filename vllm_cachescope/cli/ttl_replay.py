@@ -45,7 +45,7 @@ class TtlReplay:
         self._uses: deque[_Use] = deque(maxlen=calls)
 
     def use(self, placement: Placement) -> list[CacheMiss]:
-        """Note a call. Return what had expired of the tokens it shares with earlier calls, in
+        """Record a call. Return what had expired of the tokens it shares with earlier calls, in
         prompt order.
 
         Args:
