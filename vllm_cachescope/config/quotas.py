@@ -72,8 +72,14 @@ def check_quotas(quotas: Mapping[str, TierQuotas], tiers: Sequence[str], cpu_byt
             if org is not None:
                 reserved += quota.reserve
             if quota.quota is not None and quota.reserve > quota.quota:
-                raise ValueError(f"{org_key}: its reserve is more than its quota")
+                raise ValueError(
+                    f"{org_key}.reserve: {quota.reserve} is more than its quota; "
+                    f"allowed: {quota.quota} or less"
+                )
             if capacity is None and tier != "device":
                 raise ValueError(f"{org_key}: a reserve of this tier needs {key}.capacity")
-            if capacity is not None and max(quota.reserve, reserved) > capacity:
-                raise ValueError(f"{org_key}: more is reserved than the tier can hold")
+            if capacity is not None and (total := max(quota.reserve, reserved)) > capacity:
+                raise ValueError(
+                    f"{org_key}.reserve: more is reserved than the tier can hold (value {total} "
+                    f"in all); allowed: {capacity} or less"
+                )
