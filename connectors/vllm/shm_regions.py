@@ -6,16 +6,17 @@ lives; the kernel lets go of the lock however the process ends, and in whatever 
 """
 
 import fcntl
-import logging
 import os
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
+from vllm_cachescope.logs import logger_of
+
 PREFIX = "cachescope-"
 """Starts the engine id of every region that is ours."""
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 
 def _region(engine_id: str, directory: Path) -> Path:

@@ -22,7 +22,6 @@ from vllm_cachescope.api.break_log import (
 )
 from vllm_cachescope.cache.miss_causes import CacheMiss, MissCause
 from vllm_cachescope.cache.report import EngineId, Report, Row
-from vllm_cachescope.connectors.vllm.plugin import log_as_vllm
 from vllm_cachescope.prompt.request import Protocol
 from vllm_cachescope.tenancy.scope import Caller, Scope
 from vllm_cachescope.wire import READERS
@@ -201,12 +200,9 @@ def test_breaks_are_logged_where_vllm_logs(
     breaks: BreakLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log = io.StringIO()
-    for name in ("vllm", "vllm_cachescope", "cachescope.breaks"):
-        logger = logging.getLogger(name)
-        monkeypatch.setattr(logger, "handlers", [])
-        monkeypatch.setattr(logger, "level", logging.NOTSET)
-    log_as_vllm()
-    # vLLM configures its logger later, and nobody else's.
+    monkeypatch.setattr(logging.getLogger("vllm"), "handlers", [])
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", False)
+    # vLLM configures its logger when it is imported, and nobody else's.
     logging.getLogger("vllm").setLevel(logging.INFO)
     logging.getLogger("vllm").addHandler(logging.StreamHandler(log))
     monkeypatch.setattr(logging.getLogger(), "level", logging.ERROR)

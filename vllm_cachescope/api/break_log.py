@@ -47,7 +47,7 @@ LISTED_CHANGES = 20
 LISTED_NAMES = 10
 """How many names a change of a break lists, and how many fields."""
 
-logger = logging.getLogger("cachescope.breaks")
+logger = logging.getLogger("vllm.cachescope.breaks")
 
 
 @dataclass(slots=True)

@@ -5,7 +5,6 @@ The one place that keeps prompt text, and the one that writes any. What is kept 
 
 import difflib
 import json
-import logging
 import os
 import re
 import secrets
@@ -24,6 +23,7 @@ from vllm_cachescope.config import ConfigError, DiffSettings
 from vllm_cachescope.diagnosis.changes import Change, ChangeKind
 from vllm_cachescope.diagnosis.fingerprint import HASH_BYTES, Fingerprint
 from vllm_cachescope.diagnosis.lineage_store import DEFAULT_TTL_S
+from vllm_cachescope.logs import logger_of
 from vllm_cachescope.prompt.request import PromptRequest, Region
 from vllm_cachescope.tenancy.scope import Caller
 
@@ -98,7 +98,7 @@ _CONTEXT = 3
 _PART = 256  # least cost of a part, in characters
 _PIECE = 32  # least cost of a number, a name or a bracket in a tool, in characters
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 _Key = tuple[str, str | None, bytes]
 

@@ -1,6 +1,5 @@
 """The HTTP side: reads what clients ask of the cache, and tells them what they got."""
 
-import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -17,13 +16,14 @@ from vllm_cachescope.api.replies import Reply
 from vllm_cachescope.api.request_context import RequestContext, current_request
 from vllm_cachescope.config import Config
 from vllm_cachescope.errors import BadRequest
+from vllm_cachescope.logs import logger_of
 from vllm_cachescope.prompt.request import PromptRequest
 from vllm_cachescope.tenancy.caller import CallerDirectory, api_key
 from vllm_cachescope.wire import READERS, protocol_of, strip
 from vllm_cachescope.wire.body import decode, encode
 from vllm_cachescope.wire.errors import error_body
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 
 class CacheScopeMiddleware(ABC):

@@ -14,7 +14,6 @@ The operator is who presents `Config.operator_token` as an API key.
 
 import hmac
 import json
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -24,11 +23,12 @@ from starlette.responses import JSONResponse
 
 from vllm_cachescope.api.break_log import BreakLog
 from vllm_cachescope.config import Config
+from vllm_cachescope.logs import logger_of
 from vllm_cachescope.tenancy.caller import ANONYMOUS, CallerDirectory, api_key
 from vllm_cachescope.tenancy.owner_tags import EVERYONE, OwnerTags
 from vllm_cachescope.tenancy.scope import short_name
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 BREAKS = "/cachescope/breaks"
 HEALTH = "/cachescope/health"

@@ -6,7 +6,6 @@ response shows it.
 
 import asyncio
 import copy
-import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, Mapping
@@ -19,13 +18,14 @@ from vllm_cachescope.config import Config
 from vllm_cachescope.connectors.vllm import engine_rpc
 from vllm_cachescope.connectors.vllm.api_server.rendering import Boundaries, Cut
 from vllm_cachescope.connectors.vllm.engine.hashing import PLAN_KEY
+from vllm_cachescope.logs import logger_of
 from vllm_cachescope.prompt.plan import Plan, Span, seal
 from vllm_cachescope.prompt.request import PromptRequest, Region
 from vllm_cachescope.prompt.segments import RegionDefault, Segment, segments
 from vllm_cachescope.tenancy.owner_tags import OwnerTags
 from vllm_cachescope.tenancy.scope import Caller, Scope, ScopeKeys
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 
 class Admission:

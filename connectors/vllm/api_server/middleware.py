@@ -2,7 +2,6 @@
 
 import asyncio
 import atexit
-import logging
 import secrets
 import time
 from collections import Counter
@@ -16,12 +15,13 @@ from vllm_cachescope.api.operations import Engines, Purged
 from vllm_cachescope.config import Config
 from vllm_cachescope.connectors.vllm import config_check, engine_rpc, shm_regions
 from vllm_cachescope.connectors.vllm.api_server.admission import Admission
+from vllm_cachescope.logs import logger_of
 from vllm_cachescope.tiers.remote import PURGE_S
 
 ANSWER_S = 10.0
 """How long an engine may take to answer a command, in seconds: a long step of it, and more."""
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 
 class Middleware(CacheScopeMiddleware):

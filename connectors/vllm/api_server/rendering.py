@@ -1,7 +1,6 @@
 """Renders parts of a request with vLLM's own code, so that every chat template is right."""
 
 import hashlib
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from contextvars import ContextVar
@@ -13,6 +12,7 @@ from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
+from vllm_cachescope.logs import logger_of
 from vllm_cachescope.prompt.boundaries import Landmark, SpecialTokens, common_prefix, last_within
 from vllm_cachescope.prompt.request import Part, PromptRequest, Protocol, Region
 from vllm_cachescope.prompt.segments import Segment
@@ -20,7 +20,7 @@ from vllm_cachescope.wire.anthropic import is_dropped
 from vllm_cachescope.wire.body import encode
 from vllm_cachescope.wire.truncate import truncate
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 REMEMBERED_TOKENS = 4_000_000
 """How many tokens of rendered tools and system prompts are kept, some 32 MB."""
