@@ -13,7 +13,7 @@ from anthropic.types import Diagnostics
 from pydantic import TypeAdapter
 
 from demo.session import agent_session
-from vllm_cachescope.api.break_log import (
+from vllm_cachescope.api.diagnoser import (
     LISTED_CHANGES,
     REMEMBERED_BREAKS,
     REMEMBERED_ORGS,

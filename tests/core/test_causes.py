@@ -9,7 +9,7 @@ from typing import Any
 import prometheus_client
 import pytest
 
-from vllm_cachescope.api.break_log import BreakLog
+from vllm_cachescope.api.diagnoser import BreakLog
 from vllm_cachescope.api.request_context import PromptTiming
 from vllm_cachescope.cache.miss_causes import CacheMiss, MissCause
 from vllm_cachescope.cache.report import EngineId, Report, Row

@@ -16,7 +16,7 @@ import pytest
 
 from tests.core.reach import reachable
 from vllm_cachescope.api import diffs as module
-from vllm_cachescope.api.break_log import Break, BreakLog
+from vllm_cachescope.api.diagnoser import Break, BreakLog
 from vllm_cachescope.api.diffs import REDACTED, Diffs
 from vllm_cachescope.api.request_context import PromptTiming
 from vllm_cachescope.cache.report import EngineId, Report, Row

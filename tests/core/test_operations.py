@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from prometheus_client import REGISTRY
 
-from vllm_cachescope.api.break_log import BreakLog
+from vllm_cachescope.api.diagnoser import BreakLog
 from vllm_cachescope.api.diagnostics import extra_fields
 from vllm_cachescope.api.middleware import _headers
 from vllm_cachescope.api.operations import Engines, Operations, Purged

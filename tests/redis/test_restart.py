@@ -13,7 +13,7 @@ from demo.model import MODELS, TINY, build
 from tests.engine.engine import BLOCK, Ask, draw_tokens, org_plan, sealed
 from tests.redis.replica import Replica
 from tests.redis.servers import RedisServer, wait_until
-from vllm_cachescope.api.break_log import BreakLog
+from vllm_cachescope.api.diagnoser import BreakLog
 from vllm_cachescope.api.request_context import PromptTiming
 from vllm_cachescope.connectors.vllm import shm_regions
 from vllm_cachescope.diagnosis.diagnosis import Diagnosis

@@ -9,7 +9,7 @@ from typing import Any
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vllm_cachescope.api.break_log import BreakLog, PendingDiagnosis
+from vllm_cachescope.api.diagnoser import BreakLog, PendingDiagnosis
 from vllm_cachescope.api.diffs import Diffs
 from vllm_cachescope.api.operations import PATHS, Engines, Operations
 from vllm_cachescope.api.replies import Reply

@@ -21,7 +21,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-from vllm_cachescope.api.break_log import BreakLog
+from vllm_cachescope.api.diagnoser import BreakLog
 from vllm_cachescope.config import Config
 from vllm_cachescope.logs import logger_of
 from vllm_cachescope.tenancy.caller import ANONYMOUS, CallerDirectory, api_key

@@ -6,7 +6,7 @@ from typing import Any
 
 from starlette.types import Message, Send
 
-from vllm_cachescope.api.break_log import PendingDiagnosis
+from vllm_cachescope.api.diagnoser import PendingDiagnosis
 from vllm_cachescope.api.request_context import RequestContext
 from vllm_cachescope.api.usage import Usage, write_chat, write_messages, write_responses
 from vllm_cachescope.prompt.request import Protocol
