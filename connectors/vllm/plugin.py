@@ -1,4 +1,4 @@
-"""What vLLM loads in each of its processes because the package is installed."""
+"""The plugin that vLLM loads in each of its processes, since the package is installed."""
 
 import os
 import secrets

@@ -4,16 +4,11 @@ Both compare a request with one the client names and know fewer causes than `Dia
 reason of theirs fits, they say "unavailable" as theirs do.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 from vllm_cachescope.diagnosis.changes import Change, ChangeKind
 from vllm_cachescope.diagnosis.diagnosis import Diagnosis
 from vllm_cachescope.prompt.request import PromptRequest
-
-# vLLM mixes the salt into the hash of the first block.
-_EXTRA_FIELDS = ("service_tier", "speed", "verbosity", "prompt_cache_key", "cache_salt")
-_BETAS = "anthropic-beta"
 
 # `model_changed` covers speed, as the docstring of the `anthropic` package's type has it.
 _ANTHROPIC_ORDER = ("model", "tools", "system", "params", "messages")
@@ -34,21 +29,6 @@ _OPENAI_AREAS = {
     "system": "input_changed",
     "messages": "input_changed",
 }
-
-
-def extra_fields(body: Mapping[str, Any], headers: Mapping[str, str]) -> dict[str, Any]:
-    """Return what is to be compared besides the prompt and its parameters.
-
-    Args:
-        body: the client's body.
-        headers: its headers, names in lower case. The order of beta names means nothing.
-    """
-    extra: dict[str, Any] = {
-        name: body[name] for name in _EXTRA_FIELDS if body.get(name) is not None
-    }
-    if betas := headers.get(_BETAS):
-        extra[_BETAS] = sorted(name.strip() for name in betas.split(","))
-    return extra
 
 
 def anthropic_diagnostics(

@@ -51,67 +51,67 @@ class Admission:
         self._generate = self._engine.generate
         self._engine.generate = self.generate
 
-    def forget(self) -> None:
-        """Forget what is kept of prompts that were planned."""
-        self._boundaries.forget()
+    def purge_renderings(self) -> None:
+        """Drop what is kept of rendered prompts."""
+        self._boundaries.purge()
 
     async def generate(
         self, prompt: Any, sampling_params: Any, request_id: str, **options: Any
     ) -> AsyncGenerator[Any, None]:
         """Do what the engine client's `generate` does, for a prompt with a plan."""
-        exchange = current_request.get()
+        context = current_request.get()
         plan = None
-        if exchange is not None:
-            plan = await self._plan(exchange, prompt, options.get("session_id"))
+        if context is not None:
+            plan = await self._plan(context, prompt, options.get("session_id"))
         sampling_params = self._with_plan(sampling_params, plan)
         reported = False
         outputs = self._generate(prompt, sampling_params, request_id, **options)
         try:
             async for output in outputs:
                 data = _take_report(output)
-                if exchange is not None and plan is not None:
-                    passage = exchange.passages[plan.nonce]
-                    passage.computed_at = passage.computed_at or time.monotonic()
+                if context is not None and plan is not None:
+                    timing = context.timings[plan.nonce]
+                    timing.computed_at = timing.computed_at or time.monotonic()
                     if data is not None:
-                        exchange.reports[plan.nonce] = Report.from_wire(data)
+                        context.reports[plan.nonce] = Report.from_wire(data)
                         reported = True
-                    elif plan.nonce not in exchange.reports:
-                        exchange.reports[plan.nonce] = self._estimate(plan, output)
+                    elif plan.nonce not in context.reports:
+                        context.reports[plan.nonce] = self._estimate(plan, output)
                     if output.finished and not reported:
                         # A stop string ends a request on the API's side; the engine's last word
                         # on it goes nowhere and has to be fetched.
-                        await self._fetch_report(exchange, plan)
+                        await self._fetch_report(context, plan)
                         reported = True
                 yield output
         finally:
             await outputs.aclose()
-            if exchange is not None and plan is not None and not reported:
+            if context is not None and plan is not None and not reported:
                 # Not awaited: the client has gone, and its task with it.
-                self._fetch_later(exchange, plan)
+                self._fetch_later(context, plan)
 
     async def _plan(
-        self, exchange: RequestContext, prompt: Any, session_id: str | None
+        self, context: RequestContext, prompt: Any, session_id: str | None
     ) -> Plan | None:
         tokens = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
         if not tokens:
             return None
-        if exchange.request is None:
+        if context.request is None:
             default = self._defaults[Region.MESSAGES]
             planned: tuple[Segment, ...] = (Segment(None, default.scope, default.ttl_s, True),)
             ends = [len(tokens)]
         else:
             self._start_rendering()
-            assert exchange.cuts is not None
-            planned, cuts = await exchange.cuts
+            assert context.rendering is not None
+            planned, cuts = await context.rendering
             ends = await self._boundaries.ends(
-                cuts, exchange.request.protocol, tokens, prompt.get("prompt")
+                cuts, context.request.protocol, tokens, prompt.get("prompt")
             )
-        caller = exchange.caller
+        caller = context.caller
         if session_id is not None:
             caller = replace(caller, session=session_id)
         plan = self._spans(planned, ends, caller)
         readable = plan.spans if caller.session is not None else _shared_spans(plan)
-        exchange.passages[plan.nonce] = PromptTiming(
+        context.timings[plan.nonce] = PromptTiming(
             tokens,
             plan.covered_tokens,
             max((span.end for span in readable), default=0),
@@ -121,10 +121,10 @@ class Admission:
 
     def _start_rendering(self) -> None:
         """The server tokenises a prompt, in another thread: render its parts meanwhile in this."""
-        exchange = current_request.get()
-        if exchange is not None and exchange.request is not None and exchange.cuts is None:
-            cutting = self._cut(exchange.request, exchange.body)
-            exchange.cuts = asyncio.get_running_loop().create_task(cutting)
+        context = current_request.get()
+        if context is not None and context.request is not None and context.rendering is None:
+            cutting = self._cut(context.request, context.body)
+            context.rendering = asyncio.get_running_loop().create_task(cutting)
 
     async def _cut(
         self, request: PromptRequest, body: Mapping[str, Any]
@@ -175,17 +175,17 @@ class Admission:
         blocks = range(read // self._block_size, plan.covered_tokens // self._block_size)
         return account(plan, self._block_size, [(Outcome.READ_DEVICE, read)], blocks)
 
-    def _fetch_later(self, exchange: RequestContext, plan: Plan) -> None:
-        before = exchange.fetching
+    def _fetch_later(self, context: RequestContext, plan: Plan) -> None:
+        before = context.fetching
 
         async def fetch() -> None:
             if before is not None:
                 await before
-            await self._fetch_report(exchange, plan)
+            await self._fetch_report(context, plan)
 
-        exchange.fetching = asyncio.get_running_loop().create_task(fetch())
+        context.fetching = asyncio.get_running_loop().create_task(fetch())
 
-    async def _fetch_report(self, exchange: RequestContext, plan: Plan) -> None:
+    async def _fetch_report(self, context: RequestContext, plan: Plan) -> None:
         try:
             answers = await engine_rpc.call(self._engine, "report", plan.nonce)
         except Exception:
@@ -193,7 +193,7 @@ class Admission:
             return
         for data in answers:
             if data is not None:
-                exchange.reports[plan.nonce] = Report.from_wire(data)
+                context.reports[plan.nonce] = Report.from_wire(data)
 
 
 def _shared_spans(plan: Plan) -> tuple[Span, ...]:

@@ -90,8 +90,8 @@ class Boundaries:
 
         self._renderer.tokenize_prompts_async = tokenize_prompts_async
 
-    def forget(self) -> None:
-        """Forget what was rendered: the tools and system prompts of all organisations."""
+    def purge(self) -> None:
+        """Drop what was rendered: the tools and system prompts of all organisations."""
         self._tokens.clear()
 
     async def cuts(
