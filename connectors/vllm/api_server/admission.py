@@ -6,9 +6,8 @@ response shows it.
 
 import asyncio
 import copy
-import secrets
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import Any
 
@@ -16,14 +15,11 @@ from vllm_cachescope.api.request_context import PromptTiming, RequestContext, cu
 from vllm_cachescope.cache.report import Outcome, Report, account
 from vllm_cachescope.config import Config
 from vllm_cachescope.connectors.vllm import engine_rpc
-from vllm_cachescope.connectors.vllm.api_server.rendering import Boundaries, Cut
+from vllm_cachescope.connectors.vllm.api_server.planning import Planner
 from vllm_cachescope.connectors.vllm.engine.hashing import PLAN_KEY
 from vllm_cachescope.logs import logger_of
 from vllm_cachescope.prompt.plan import Plan, Span, seal
-from vllm_cachescope.prompt.request import PromptRequest, Region
-from vllm_cachescope.prompt.segments import RegionDefault, Segment, segments
-from vllm_cachescope.tenancy.owner_tags import OwnerTags
-from vllm_cachescope.tenancy.scope import Caller, Scope, ScopeKeys
+from vllm_cachescope.tenancy.scope import Scope
 
 logger = logger_of(__name__)
 
@@ -40,20 +36,14 @@ class Admission:
     def __init__(self, state: Any, config: Config, secret: bytes) -> None:
         self._engine = state.engine_client
         self._secret = secret
-        self._keys = ScopeKeys(secret)
-        self._owners = OwnerTags(secret)
-        self._boundaries = Boundaries(state, self._start_rendering)
-        self._defaults = {
-            region: RegionDefault(config.regions.of(region).scope, config.regions.of(region).ttl)
-            for region in Region
-        }
+        self._planner = Planner(state, config, secret)
         self._block_size: int = self._engine.vllm_config.cache_config.block_size
         self._generate = self._engine.generate
         self._engine.generate = self.generate
 
     def purge_renderings(self) -> None:
-        """Drop what is kept of rendered prompts."""
-        self._boundaries.purge()
+        """Drop what is kept of rendered prompts, of all organisations."""
+        self._planner.purge_renderings()
 
     async def generate(
         self, prompt: Any, sampling_params: Any, request_id: str, **options: Any
@@ -78,38 +68,28 @@ class Admission:
                     elif plan.nonce not in context.reports:
                         context.reports[plan.nonce] = self._estimate(plan, output)
                     if output.finished and not reported:
-                        # A stop string ends a request on the API's side; the engine's last word
-                        # on it goes nowhere and has to be fetched.
+                        # The API's side ends a request at a stop string. The engine's last output
+                        # then goes nowhere, and the report in it has to be fetched.
                         await self._fetch_report(context, plan)
                         reported = True
                 yield output
         finally:
             await outputs.aclose()
             if context is not None and plan is not None and not reported:
-                # Not awaited: the client has gone, and its task with it.
+                # Not awaited: the client has disconnected, and its task is cancelled.
                 self._fetch_later(context, plan)
 
     async def _plan(
         self, context: RequestContext, prompt: Any, session_id: str | None
     ) -> Plan | None:
+        """Return the prompt's plan; None for a prompt without tokens, as embeddings are."""
         tokens = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
         if not tokens:
             return None
-        if context.request is None:
-            default = self._defaults[Region.MESSAGES]
-            planned: tuple[Segment, ...] = (Segment(None, default.scope, default.ttl_s, True),)
-            ends = [len(tokens)]
-        else:
-            self._start_rendering()
-            assert context.rendering is not None
-            planned, cuts = await context.rendering
-            ends = await self._boundaries.ends(
-                cuts, context.request.protocol, tokens, prompt.get("prompt")
-            )
         caller = context.caller
         if session_id is not None:
             caller = replace(caller, session=session_id)
-        plan = self._spans(planned, ends, caller)
+        plan = await self._planner.plan(context, caller, tokens, prompt.get("prompt"))
         readable = plan.spans if caller.session is not None else _shared_spans(plan)
         context.timings[plan.nonce] = PromptTiming(
             tokens,
@@ -119,40 +99,9 @@ class Admission:
         )
         return plan
 
-    def _start_rendering(self) -> None:
-        """The server tokenises a prompt, in another thread: render its parts meanwhile in this."""
-        context = current_request.get()
-        if context is not None and context.request is not None and context.rendering is None:
-            cutting = self._cut(context.request, context.body)
-            context.rendering = asyncio.get_running_loop().create_task(cutting)
-
-    async def _cut(
-        self, request: PromptRequest, body: Mapping[str, Any]
-    ) -> tuple[tuple[Segment, ...], list[Cut | None]]:
-        planned = segments(request, self._defaults)
-        return planned, await self._boundaries.cuts(request, body, planned)
-
-    def _spans(self, planned: tuple[Segment, ...], ends: list[int], caller: Caller) -> Plan:
-        nonce = secrets.token_hex(8)
-        spans: list[Span] = []
-        for segment, end in zip(planned, ends, strict=True):
-            if spans and end == spans[-1].end:
-                continue
-            unreadable = segment.scope is Scope.SESSION and caller.session is None
-            spans.append(
-                Span(
-                    end,
-                    segment.scope,
-                    self._keys.key(segment.scope, caller, nonce),
-                    segment.ttl_s,
-                    # What nobody can read again is not worth keeping.
-                    segment.covered and not unreadable,
-                )
-            )
-        return Plan(tuple(span for span in spans if span.end > 0), nonce, self._owners.of(caller))
-
     def _with_plan(self, sampling_params: Any, plan: Plan | None) -> Any:
-        """Return a copy with ``plan`` in it, or, without one, with nothing a client put there."""
+        """Return a copy with ``plan`` in it; if that is None, without the plan that a client put
+        there."""
         planned = copy.copy(sampling_params)
         extra = dict(planned.extra_args or {})
         params = dict(extra.get("kv_transfer_params") or {})
@@ -169,8 +118,11 @@ class Admission:
         return planned
 
     def _estimate(self, plan: Plan, output: Any) -> Report:
-        """What the first token tells: how much was read. Everything else that is covered counts
-        as created; the engine's report, at the end, knows of blocks that were there already."""
+        """Return what the first token tells of a prompt.
+
+        It says how many tokens were read. All others that are covered count as created, until the
+        engine's report says which of their blocks were there already.
+        """
         read = output.num_cached_tokens or 0
         blocks = range(read // self._block_size, plan.covered_tokens // self._block_size)
         return account(plan, self._block_size, [(Outcome.READ_DEVICE, read)], blocks)
