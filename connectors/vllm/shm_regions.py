@@ -26,8 +26,9 @@ def _region(engine_id: str, directory: Path) -> Path:
 
 
 def claim(engine_id: str, directory: Path = Path("/dev/shm")) -> IO[bytes]:
-    """Mark the region of ``engine_id`` as in use until the returned file is closed or the
-    process ends. To be called by each process that uses the region, before it makes or opens it.
+    """Claim the region of ``engine_id`` until the returned file is closed or the process ends.
+
+    To be called by each process that uses the region, before it makes or opens the region.
     """
     path = _region(engine_id, directory).with_suffix(".lock")
     while True:

@@ -41,14 +41,16 @@ def truncate(body: Mapping[str, Any], protocol: Protocol, after: Part) -> dict[s
         return truncated
     *fields, conversation = _FIELDS[protocol]
     field, index = match[1], None if match[2] is None else int(match[2])
-    # It continues a final message that is no longer there; vLLM refuses it next to no message.
+    # It means the final message, which is cut off; vLLM refuses it where there is no message.
     truncated.pop("continue_final_message", None)
 
     if field == conversation:
         later = ["documents"] if after.region is Region.SYSTEM else []
         if index is not None:
             truncated[field] = truncated[field][: index + 1]
-            truncated[field][-1] = _cut(truncated[field][-1], protocol, match[3], match[4])
+            truncated[field][-1] = _truncated_message(
+                truncated[field][-1], protocol, match[3], match[4]
+            )
     else:
         later = fields[fields.index(field) + 1 :]
         leading = count_leading_system(truncated.get(conversation)) if field == "documents" else 0
@@ -62,7 +64,9 @@ def truncate(body: Mapping[str, Any], protocol: Protocol, after: Part) -> dict[s
     return truncated
 
 
-def _cut(message: Any, protocol: Protocol, field: str | None, index: str | None) -> Any:
+def _truncated_message(
+    message: Any, protocol: Protocol, field: str | None, index: str | None
+) -> Any:
     if not isinstance(message, Mapping):
         return message
     if field == "content":
@@ -70,7 +74,7 @@ def _cut(message: Any, protocol: Protocol, field: str | None, index: str | None)
         if index is not None:
             message["content"] = message["content"][: int(index) + 1]
     elif field is None and protocol is Protocol.CHAT:
-        # The part is what the message holds besides these two.
+        # The part ``messages[i]`` is what the message holds besides its other parts.
         return {key: value for key, value in message.items() if key not in _OWN_PARTS}
     return message
 
