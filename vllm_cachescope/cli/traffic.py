@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from vllm_cachescope import wire
-from vllm_cachescope.api.diagnostics import extra_fields
 from vllm_cachescope.config import Config
 from vllm_cachescope.errors import BadRequest
 from vllm_cachescope.prompt.request import Part, PromptRequest, Protocol, Region
 from vllm_cachescope.tenancy.caller import SESSION_HEADERS
+from vllm_cachescope.wire.extras import extra_fields
 
 BLOCK_TOKENS = 512
 """Tokens per hash id in Mooncake's traces."""
