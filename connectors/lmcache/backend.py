@@ -1,6 +1,5 @@
 """An adapter that all threads of a tier share, made anew whenever it fails."""
 
-import logging
 import threading
 from collections.abc import Callable
 
@@ -12,9 +11,10 @@ from vllm_cachescope.connectors.lmcache.handshake import Handshake
 from vllm_cachescope.connectors.lmcache.memory import Staging
 from vllm_cachescope.connectors.lmcache.session import Call, Session
 from vllm_cachescope.connectors.lmcache.upkeep import Upkeep
+from vllm_cachescope.logs import logger_of
 from vllm_cachescope.tiers.store import StoreFailed, StoreLate
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 CLOSE_S = 1.0
 """How long closing may take beyond the timeout, in seconds: the native adapters take half of it."""

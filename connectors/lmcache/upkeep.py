@@ -1,6 +1,5 @@
 """The thread that keeps a store tidy: it records uses, and drops what has expired."""
 
-import logging
 import threading
 from collections.abc import Callable, Generator, Mapping
 from itertools import islice
@@ -11,9 +10,10 @@ from vllm_cachescope.connectors.lmcache.expiries import UNREADABLE
 from vllm_cachescope.connectors.lmcache.memory import AT_ONCE
 from vllm_cachescope.connectors.lmcache.records import batches
 from vllm_cachescope.connectors.lmcache.session import Session
+from vllm_cachescope.logs import logger_of
 from vllm_cachescope.tiers.store import StoreFailed
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 UPKEEP_S = 1.0
 """How often expired entries are looked for, in seconds."""

@@ -9,6 +9,8 @@ from vllm_cachescope.connectors.redis.store import RedisStore
 from vllm_cachescope.connectors.redis.topology import Topology
 from vllm_cachescope.tiers.keyspace import Keyspace
 
+__all__ = ["parse", "stores"]
+
 
 def stores(
     url: str,

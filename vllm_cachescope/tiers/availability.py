@@ -1,16 +1,16 @@
 """Whether a remote tier may use its store now, and why not."""
 
-import logging
 import threading
 from collections.abc import Callable
 from typing import Any
 
 from vllm_cachescope.cache.miss_causes import MissCause
+from vllm_cachescope.logs import logger_of
 from vllm_cachescope.tiers.breaker import Breaker
 from vllm_cachescope.tiers.limits import Limits
 from vllm_cachescope.tiers.store import ForeignSecret, Store, StoreUnfit
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 GREET_EVERY_S = 20.0
 """How often a tier makes sure that it may still run on its store."""

@@ -1,6 +1,5 @@
 """What requests asked a remote tier, and were told; the thread that asks the store."""
 
-import logging
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -8,11 +7,12 @@ from enum import Enum
 from queue import Empty, SimpleQueue
 
 from vllm_cachescope.cache.miss_causes import MissCause
+from vllm_cachescope.logs import logger_of
 from vllm_cachescope.tiers.block_states import ABSENCES, Absence, BlockState
 from vllm_cachescope.tiers.context import TierContext
 from vllm_cachescope.tiers.store import Store, StoreFailed, StoreLate, StoreUnfit
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 
 class Lookup(Enum):

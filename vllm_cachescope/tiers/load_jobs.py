@@ -1,10 +1,10 @@
 """Loads under way, and the threads that read."""
 
-import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from vllm_cachescope.logs import logger_of
 from vllm_cachescope.tiers import envelope
 from vllm_cachescope.tiers.block_states import BlockState
 from vllm_cachescope.tiers.context import TierContext
@@ -12,7 +12,7 @@ from vllm_cachescope.tiers.jobs import Finished, LoadJob
 from vllm_cachescope.tiers.store import Store, StoreFailed, StoreLate
 from vllm_cachescope.tiers.transfers import Transfers
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 READ_BATCH_BYTES = 4 << 20
 """What a thread loads at once: so little that a prompt's blocks arrive from the first to the last

@@ -1,9 +1,9 @@
 """Stores and purges under way, and the thread that writes."""
 
-import logging
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
 
+from vllm_cachescope.logs import logger_of
 from vllm_cachescope.tiers import envelope
 from vllm_cachescope.tiers.block_states import BlockState
 from vllm_cachescope.tiers.context import TierContext
@@ -11,7 +11,7 @@ from vllm_cachescope.tiers.jobs import Finished, Outgoing, Purge, StoreJob
 from vllm_cachescope.tiers.store import Store, StoreFailed, Value, Written
 from vllm_cachescope.tiers.transfers import Transfers
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 PURGE_S = 60.0
 """How long a purge may take, in seconds; the store answers each of its steps within the timeout."""
