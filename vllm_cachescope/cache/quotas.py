@@ -6,7 +6,7 @@ from vllm_cachescope.config import Config, Share
 from vllm_cachescope.tenancy.owner_tags import OwnerTags
 
 SHOWN_ORGS = 20
-"""How many organisations the health of a tier names, those that hold most."""
+"""The health of a tier names so many organisations, those that hold most."""
 
 
 class Quotas:
@@ -14,9 +14,10 @@ class Quotas:
 
     Args:
         entry_bytes: bytes per entry of the tier.
-        default: the share of an organisation that ``orgs`` does not name.
-        orgs: shares by the organisations' tags.
-        capacity: bytes that all organisations together may hold; None if the tier sees to that.
+        default: quota and reserve of an organisation that ``orgs`` does not name.
+        orgs: quotas and reserves by the organisations' tags.
+        capacity: bytes that all organisations together may hold; None if the tier itself keeps to
+            its capacity.
     """
 
     def __init__(
@@ -37,30 +38,30 @@ class Quotas:
         return self._orgs.get(org, self._default)[0]
 
     def reserve(self, org: bytes) -> int:
-        """Return how many entries of ``org`` others do not push out."""
+        """Return how many entries of ``org`` are not evicted for other organisations."""
         return self._orgs.get(org, self._default)[1]
 
     def counts(self, org: bytes) -> bool:
-        """Whether it matters how much ``org`` holds."""
+        """Whether the entries of ``org`` must be counted."""
         return self.capacity is not None or self.quota(org) is not None
 
     def over(self, org: bytes, held: int) -> int:
-        """Return how many of the ``held`` entries of ``org`` are too many."""
+        """Return by how much ``held`` entries of ``org`` exceed its quota; 0 if they do not."""
         quota = self.quota(org)
         return 0 if quota is None else max(0, held - quota)
 
 
 def read_quotas(config: Config, tier: str, entry_bytes: int) -> Quotas | None:
-    """Return the shares of ``tier``; None if nothing is configured for it.
+    """Return the quotas and reserves of ``tier``; None if nothing is configured for it.
 
     Raises:
-        ConfigError: if an organisation is named that is none.
+        ConfigError: if one of them names an organisation that does not exist.
     """
     quotas = config.quotas.get(tier)
     if quotas is None:
         return None
-    owners = OwnerTags(config.secret_bytes())
-    orgs = {owners.prefix(org): share for org, share in config.quota_orgs(tier).items()}
+    tags = OwnerTags(config.secret_bytes())
+    orgs = {tags.prefix(org): share for org, share in config.quota_orgs(tier).items()}
     return Quotas(entry_bytes, quotas.of(None), orgs, quotas.capacity)
 
 

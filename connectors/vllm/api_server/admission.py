@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from vllm_cachescope.api.request_context import PromptTiming, RequestContext, current_request
-from vllm_cachescope.cache.report import Outcome, Report, account
+from vllm_cachescope.cache.report import Outcome, Report, attribute_tokens
 from vllm_cachescope.config import Config
 from vllm_cachescope.connectors.vllm import engine_rpc
 from vllm_cachescope.connectors.vllm.api_server.rendering import Boundaries, Cut
@@ -173,7 +173,7 @@ class Admission:
         as created; the engine's report, at the end, knows of blocks that were there already."""
         read = output.num_cached_tokens or 0
         blocks = range(read // self._block_size, plan.covered_tokens // self._block_size)
-        return account(plan, self._block_size, [(Outcome.READ_DEVICE, read)], blocks)
+        return attribute_tokens(plan, self._block_size, [(Outcome.READ_DEVICE, read)], blocks)
 
     def _fetch_later(self, exchange: RequestContext, plan: Plan) -> None:
         before = exchange.fetching

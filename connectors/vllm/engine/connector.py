@@ -157,7 +157,7 @@ class CacheScopeConnector(OffloadingConnector):
         self._keeper.admit(request, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
-        self._pace.began(time.monotonic(), scheduler_output.total_num_scheduled_tokens)
+        self._pace.step_began(time.monotonic(), scheduler_output.total_num_scheduled_tokens)
         # First, since storing a chunk asks for its lifetime.
         self._keeper.computed(scheduler_output)
         meta = super().build_connector_meta(scheduler_output)
@@ -193,7 +193,7 @@ class CacheScopeConnector(OffloadingConnector):
         if self.connector_scheduler is None:
             return stats
         # The scheduler asks for them once at the end of each step.
-        self._pace.ended(time.monotonic())
+        self._pace.step_ended(time.monotonic())
         self._unreported_sweep = False
         stats = stats or OffloadingConnectorStats()
         assert isinstance(stats, OffloadingConnectorStats)

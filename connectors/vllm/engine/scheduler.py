@@ -11,11 +11,11 @@ from vllm.v1.kv_offload.base import OffloadKey, ReqContext
 from vllm.v1.kv_offload.tiering.manager import TieringOffloadingManager
 from vllm.v1.request import Request
 
-from vllm_cachescope.cache.eviction_history import EvictionHistory, EvictionRecord
-from vllm_cachescope.cache.ledger import Entry, Ledger, Reason
-from vllm_cachescope.cache.miss_causes import CacheMiss, MissCause, departed
+from vllm_cachescope.cache.eviction_history import EvictionHistory, EvictionReason, EvictionRecord
+from vllm_cachescope.cache.ledger import Entry, Ledger
+from vllm_cachescope.cache.miss_causes import CacheMiss, MissCause, eviction_miss
 from vllm_cachescope.cache.quotas import Quotas
-from vllm_cachescope.cache.report import EngineId, Outcome, Report, account
+from vllm_cachescope.cache.report import EngineId, Outcome, Report, attribute_tokens
 from vllm_cachescope.connectors.vllm.engine import hashing
 from vllm_cachescope.connectors.vllm.engine.tiers.cpu import CPU, CpuTier
 from vllm_cachescope.connectors.vllm.engine.tiers.device import DEVICE, DeviceTier
@@ -52,7 +52,7 @@ class BlockLayout:
     def own_chunks(self, plan: Plan, end: int) -> int:
         """Return how many of a prompt's chunks count towards the organisation of the one that ends
         at ``end`` (tokens), up to there."""
-        start = plan.own_start(end)
+        start = plan.quota_start(end)
         sizes = [size * self.blocks_per_chunk for _, size in self.groups]
         return sum(end // size - start // size for size in sizes)
 
@@ -98,13 +98,13 @@ class Prompt:
 class _Gone:
     """How a block went: what is equal for blocks that went alike, and when, if it is known."""
 
-    alike: tuple[str, Absence] | tuple[str, Reason, int]
+    alike: tuple[str, Absence] | tuple[str, EvictionReason, int]
     at: float = 0.0
 
     def miss(self, tokens: int, now: float) -> CacheMiss:
         if len(self.alike) == 3:
             tier, reason, ttl_s = self.alike
-            return departed(reason, tokens, tier, ttl_s, now - self.at)
+            return eviction_miss(EvictionRecord(reason, ttl_s, self.at, tier), tokens, now)
         tier, absence = self.alike
         return CacheMiss(absence.cause, tokens, tier, detail=absence.detail)
 
@@ -282,9 +282,9 @@ class CacheScopeConnectorScheduler:
         expired = self._ledger.pop_expired(self._clock())
         for key, entry in expired:
             tier = CPU if CPU in entry.tiers else DEVICE
-            gone = EvictionRecord(Reason.TTL, entry.ttl_s, entry.expires_at, tier)
+            gone = EvictionRecord(EvictionReason.TTL, entry.ttl_s, entry.expires_at, tier)
             self._departures.record(key, gone)
-        self._let_go(expired, Reason.TTL)
+        self._let_go(expired, EvictionReason.TTL)
         self._keep_quotas()
         return len(expired)
 
@@ -304,8 +304,10 @@ class CacheScopeConnectorScheduler:
         now = self._clock()
         for key, entry in purged:
             tier = CPU if CPU in entry.tiers else DEVICE
-            self._departures.record(key, EvictionRecord(Reason.PURGE, entry.ttl_s, now, tier))
-        return self._let_go(purged, Reason.PURGE)
+            self._departures.record(
+                key, EvictionRecord(EvictionReason.PURGE, entry.ttl_s, now, tier)
+            )
+        return self._let_go(purged, EvictionReason.PURGE)
 
     def _keep_quotas(self) -> None:
         self._cpu.keep_quotas()
@@ -318,7 +320,7 @@ class CacheScopeConnectorScheduler:
             for owner in (plan.owner, NOBODY):
                 self._device_quotas.changed(org_of(owner))
 
-    def _let_go(self, entries: list[tuple[bytes, Entry]], reason: Reason) -> dict[str, int]:
+    def _let_go(self, entries: list[tuple[bytes, Entry]], reason: EvictionReason) -> dict[str, int]:
         """Have the device and the CPU tier drop what the ledger has forgotten; return how many
         each held."""
         on_device = [key for key, entry in entries if DEVICE in entry.tiers]
@@ -379,7 +381,7 @@ class CacheScopeConnectorScheduler:
                     continue
                 new = self._ledger.touch(key, span.ttl_s, now, prompt.plan.owner_in(span))
                 if new:
-                    self._departures.returned(key)
+                    self._departures.drop(key)
                 if on_device:
                     self._ledger.place(key, DEVICE)
                 if key in self._overdue:
@@ -503,7 +505,7 @@ class CacheScopeConnectorScheduler:
     def _report(self, prompt: Prompt) -> Report:
         since = self._departures.since
         return replace(
-            account(prompt.plan, prompt.block_size, prompt.read or (), prompt.created),
+            attribute_tokens(prompt.plan, prompt.block_size, prompt.read or (), prompt.created),
             misses=prompt.misses,
             unasked=prompt.unasked,
             engine=self._engine(),
@@ -548,7 +550,7 @@ class CacheScopeConnectorScheduler:
         # Where a model has several groups of layers, a block is of no use unless all have theirs.
         departures = (self._departures.find(key) for key in keys if key not in self._ledger)
         first = next((departure for departure in departures if departure is not None), None)
-        if first is None or first.reason is not Reason.TTL:
+        if first is None or first.reason is not EvictionReason.TTL:
             for remote, key in asked:
                 absence = remote.tier.absence(request.request_id, key)
                 if absence is not None and absence.certain:
@@ -587,21 +589,21 @@ class CacheScopeConnectorScheduler:
         for remote in self._remotes:
             yield remote, qualified(prompt.plan.owner_of(chunk_end), key)
 
-    def _cpu_evicted(self, key: bytes, ttl_s: int, reason: Reason) -> None:
+    def _cpu_evicted(self, key: bytes, ttl_s: int, reason: EvictionReason) -> None:
         self.evictions[CPU, reason] += 1
         self._departed(key, ttl_s, reason, CPU)
 
-    def _departed(self, key: bytes, ttl_s: int, reason: Reason, tier: str) -> None:
+    def _departed(self, key: bytes, ttl_s: int, reason: EvictionReason, tier: str) -> None:
         if key not in self._ledger:
             self._departures.record(key, EvictionRecord(reason, ttl_s, self._clock(), tier))
 
     def _settle_device(self) -> None:
         if self._device is None:
             return
-        self._device_left(self._device_evicted, Reason.CAPACITY)
+        self._device_left(self._device_evicted, EvictionReason.CAPACITY)
         self._device_evicted.clear()
 
-    def _device_left(self, keys: Iterable[bytes], reason: Reason) -> None:
+    def _device_left(self, keys: Iterable[bytes], reason: EvictionReason) -> None:
         assert self._device is not None
         for key in keys:
             entry = self._ledger.get(key)
@@ -615,11 +617,11 @@ class CacheScopeConnectorScheduler:
         assert self._device is not None
         self._settle_device()
         self._device.give_up(keys)
-        self._device_left(keys, Reason.QUOTA)
+        self._device_left(keys, EvictionReason.QUOTA)
         self._device_evicted.clear()
 
     def _device_reset(self) -> None:
         self._device_evicted.clear()
         for key, ttl_s in self._ledger.clear_tier(DEVICE):
-            self.evictions[DEVICE, Reason.RESET] += 1
-            self._departed(key, ttl_s, Reason.RESET, DEVICE)
+            self.evictions[DEVICE, EvictionReason.RESET] += 1
+            self._departed(key, ttl_s, EvictionReason.RESET, DEVICE)

@@ -19,7 +19,8 @@ from vllm.v1.kv_offload.tiering.manager import (
 )
 
 from vllm_cachescope.cache.eviction import LifetimeShare
-from vllm_cachescope.cache.ledger import Ledger, Reason
+from vllm_cachescope.cache.eviction_history import EvictionReason
+from vllm_cachescope.cache.ledger import Ledger
 from vllm_cachescope.cache.quotas import Quotas
 from vllm_cachescope.tenancy.owner_tags import NOBODY, org_of
 
@@ -42,7 +43,7 @@ class ScopePolicy(CachePolicy):
         self._marks_of: Callable[[OffloadKey, ReqContext], tuple[int, bytes]] = (
             lambda key, context: (1, NOBODY)
         )
-        self._on_evicted: Callable[[bytes, int, Reason], None] = lambda key, ttl_s, reason: None
+        self._on_evicted: Callable[..., None] = lambda key, ttl_s, reason: None
         self._missed: dict[OffloadKey, tuple[int, bytes]] = {}
         self._shares: Quotas | None = None
         # Organisations that may hold more than their quota.
@@ -53,7 +54,7 @@ class ScopePolicy(CachePolicy):
         ledger: Ledger,
         clock: Callable[[], float],
         marks_of: Callable[[OffloadKey, ReqContext], tuple[int, bytes]],
-        on_evicted: Callable[[bytes, int, Reason], None],
+        on_evicted: Callable[[bytes, int, EvictionReason], None],
         shares: Quotas | None = None,
     ) -> None:
         """Connect the policy to the engine's lifetimes. To be called before the first chunk.
@@ -120,7 +121,7 @@ class ScopePolicy(CachePolicy):
             return None
         evicted = [(OffloadKey(key), self._chunks[OffloadKey(key)]) for key in (*own, *keys)]
         for key, _ in evicted:
-            self.drop(key, Reason.QUOTA if key in own else Reason.CAPACITY)
+            self.drop(key, EvictionReason.QUOTA if key in own else EvictionReason.CAPACITY)
         return evicted
 
     def too_many(self) -> list[bytes]:
@@ -164,9 +165,9 @@ class ScopePolicy(CachePolicy):
 
     def clear(self) -> None:
         for key in list(self._chunks):
-            self.drop(key, Reason.RESET)
+            self.drop(key, EvictionReason.RESET)
 
-    def drop(self, key: OffloadKey, reason: Reason) -> None:
+    def drop(self, key: OffloadKey, reason: EvictionReason) -> None:
         """Forget ``key``, and say why."""
         entry = self._ledger.get(key)
         self.remove(key)
@@ -239,9 +240,9 @@ class CpuTier:
         """Have organisations lose what they hold beyond their quotas."""
         if keys := self.policy.too_many():
             with self._lock:
-                self._discard(keys, Reason.QUOTA)
+                self._discard(keys, EvictionReason.QUOTA)
 
-    def _discard(self, keys: Iterable[bytes], reason: Reason | None = None) -> set[bytes]:
+    def _discard(self, keys: Iterable[bytes], reason: EvictionReason | None = None) -> set[bytes]:
         busy: set[bytes] = set()
         freed: list[OffloadKey] = []
         for raw in keys:

@@ -147,7 +147,7 @@ class RemoteTierManager(SecondaryTierManager):
         job = job_metadata
         keys = [self._qualified(key, job.req_context) for key in job.keys]
         slots = [self._slot(chunk) for chunk in job.chunk_ids]
-        worth_s = self._pace.seconds(int(len(keys) * self._tokens_per_key))
+        worth_s = self._pace.seconds_for(int(len(keys) * self._tokens_per_key))
         self.tier.load(job.job_id, job.req_context.req_id, keys, slots, worth_s)
 
     def used(self, request_id: str, keys: Iterable[tuple[bytes, int, int]]) -> None:
