@@ -14,8 +14,9 @@ Head = tuple[bytes, float]
 class LifetimeShare:
     """Evicts the block that has spent the largest share of its lifetime since its last use.
 
-    This is recency, weighted by TTL class: a block marked ``1h`` is evicted after 12 minutes of
-    idling where one marked ``5m`` is evicted after one minute. With a single TTL class it is LRU.
+    This is recency, weighted by TTL class: a block with a TTL of 1 hour that has idled for 12
+    minutes ranks like one with a TTL of 5 minutes that has idled for one minute. With a single TTL
+    class it is LRU.
 
     An organisation that holds no more blocks than its reserve is spared: its blocks are evicted
     only when there are no others.

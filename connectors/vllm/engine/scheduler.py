@@ -147,9 +147,10 @@ class CacheScopeConnectorScheduler(TierParent):
         all_known = self._register(prompt, request, found, known_only=True)
         self._refresh_remotes(prompt, request, found)
         if num_external_tokens or not all_known:
-            # `on_step_scheduled` registers all of them once more. What is loaded reaches the device
-            # only later; and of two requests that are scheduled in one step and share a block, the
-            # one that computes it has to be seen creating it.
+            # Have `on_step_scheduled` register all of them once more. Blocks that are being loaded
+            # reach the device only later. And a block of this prompt may be computed by another
+            # request of the same step; that request creates it, and must be the first to register
+            # it.
             prompt.registered = 0
 
     def on_step_scheduled(self, scheduler_output: SchedulerOutput) -> None:
@@ -243,7 +244,7 @@ class CacheScopeConnectorScheduler(TierParent):
         now, all_known = self._clock(), True
         for number, group in enumerate(self._layout.groups):
             blocks = self._layout.blocks(request, group, prompt.registered, tokens)
-            # From the last to the first, so that a prefix loses its end first.
+            # From the last to the first, so that the end of a prefix is evicted first.
             for end, key in reversed(blocks):
                 on_device = self._local.on_device(key)
                 if prompt.is_purged(end):

@@ -124,7 +124,7 @@ class ScopePolicy(CachePolicy):
                     org, over, self._parent.now(), lambda key: self._must_stay(key, set())
                 )
             else:
-                self._grown.discard(org)
+                self._grown.remove(org)
         return found
 
     def _excess_with(self, wanted: set[OffloadKey], most: int, now: float) -> set[bytes]:

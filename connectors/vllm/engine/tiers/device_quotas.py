@@ -10,10 +10,10 @@ from vllm_cachescope.connectors.vllm.engine.tiers.device import DEVICE, DeviceTi
 
 
 class DeviceQuotas:
-    """Finds what an organisation must lose: its oldest blocks that no request runs on.
+    """Finds the blocks that exceed an organisation's quota: its oldest, but for those in use.
 
-    The caller evicts them, and vLLM reuses evicted blocks first; so an organisation makes room
-    itself for what it computes.
+    The caller evicts them. vLLM reuses evicted blocks first, so an organisation that is at its
+    quota makes room itself for what it computes.
 
     Args:
         quotas: what each organisation may have.
