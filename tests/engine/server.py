@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from demo.server import Server
 from tests.engine.clock import VARIABLE, Clock
 from tests.engine.engine import SECRET
-from vllm_cachescope.cli.main import MIDDLEWARE
+from vllm_cachescope.cli.serve import MIDDLEWARE
 
 ROOT = Path(__file__).parents[2]
 MODEL = "toy"

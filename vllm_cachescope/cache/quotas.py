@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from vllm_cachescope.config import Config, Share
+from vllm_cachescope.config import Config, OrgQuota
 from vllm_cachescope.tenancy.owner_tags import OwnerTags
 
 SHOWN_ORGS = 20
@@ -23,12 +23,12 @@ class Quotas:
     def __init__(
         self,
         entry_bytes: int,
-        default: Share,
-        orgs: Mapping[bytes, Share],
+        default: OrgQuota,
+        orgs: Mapping[bytes, OrgQuota],
         capacity: int | None = None,
     ) -> None:
         self._default = _entries(default, entry_bytes)
-        self._orgs = {org: _entries(share, entry_bytes) for org, share in orgs.items()}
+        self._orgs = {org: _entries(quota, entry_bytes) for org, quota in orgs.items()}
         self.entry_bytes = entry_bytes
         self.capacity = None if capacity is None else capacity // entry_bytes
         self.has_reserves = any(reserve for _, reserve in (self._default, *self._orgs.values()))
@@ -61,11 +61,12 @@ def read_quotas(config: Config, tier: str, entry_bytes: int) -> Quotas | None:
     if quotas is None:
         return None
     tags = OwnerTags(config.secret_bytes())
-    orgs = {tags.prefix(org): share for org, share in config.quota_orgs(tier).items()}
+    orgs = {tags.prefix(org): quota for org, quota in config.org_quotas(tier).items()}
     return Quotas(entry_bytes, quotas.of(None), orgs, quotas.capacity)
 
 
-def _entries(share: Share, entry_bytes: int) -> tuple[int | None, int]:
-    quota = None if share.quota is None else share.quota // entry_bytes
+def _entries(configured: OrgQuota, entry_bytes: int) -> tuple[int | None, int]:
+    """Return quota (None for none) and reserve, in entries."""
+    quota = None if configured.quota is None else configured.quota // entry_bytes
     # Rounded up, as what is reserved must fit.
-    return quota, -(-(share.reserve or 0) // entry_bytes)
+    return quota, -(-(configured.reserve or 0) // entry_bytes)

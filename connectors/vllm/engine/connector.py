@@ -1,6 +1,5 @@
 """The KV connector: vLLM's OffloadingConnector with scopes, lifetimes and reports."""
 
-import logging
 import time
 from typing import Any
 
@@ -37,12 +36,13 @@ from vllm_cachescope.connectors.vllm.engine.scheduler import (
 from vllm_cachescope.connectors.vllm.engine.stats import Gauges, move_remote_counts
 from vllm_cachescope.connectors.vllm.engine.tiers.cpu import CPU
 from vllm_cachescope.connectors.vllm.engine.tiers.device import DEVICE
+from vllm_cachescope.logs import logger_of
 from vllm_cachescope.tiers.remote import Purge
 
 MAX_PURGES = 64
 """So many purges, the most recent ones, can be asked about."""
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 
 class CacheScopeConnector(OffloadingConnector):
