@@ -58,9 +58,9 @@ def test_a_blocks_owner_is_as_narrow_as_its_span(block_end: int, owner: bytes) -
 
 @pytest.mark.parametrize(("block_end", "start"), [(100, 0), (112, 100), (350, 100), (400, 100)])
 def test_what_everyone_shares_counts_towards_nobody_else(block_end: int, start: int) -> None:
-    assert PLAN.own_start(block_end) == start
+    assert PLAN.quota_start(block_end) == start
     # Where everyone shares the whole prompt, its answer is everyone's as well.
-    assert replace(PLAN, spans=PLAN.spans[:1]).own_start(block_end) == 0
+    assert replace(PLAN, spans=PLAN.spans[:1]).quota_start(block_end) == 0
 
 
 @given(plans(), plans())
