@@ -18,6 +18,7 @@ import openai
 from prometheus_client.parser import text_string_to_metric_families
 
 from demo.server import Server
+from tests.engine import forks
 from tests.engine.clock import VARIABLE, Clock
 from tests.engine.engine import SECRET
 from vllm_cachescope.cli.main import MIDDLEWARE
@@ -56,9 +57,27 @@ def plugin(**config: Any) -> list[str]:
     return ["--kv-transfer-config", json.dumps(transfer), "--middleware", MIDDLEWARE]
 
 
+class ForkedServer(Server):
+    """A server in a process that has vLLM imported when it starts."""
+
+    def _launch(self, environment: dict[str, str], log: Path) -> Any:
+        interpreter, option, *command = self._command
+        assert (interpreter, option) == (sys.executable, "-m")
+        return forks.Command(command, environment, log)
+
+
 @contextmanager
-def serve(model: Path, arguments: list[str], environment: dict[str, str]) -> Iterator[str]:
-    """Serve ``model`` under the name `MODEL`; yield the server's URL."""
+def serve(
+    model: Path, arguments: list[str], environment: dict[str, str], as_user: bool = False
+) -> Iterator[str]:
+    """Serve ``model`` under the name `MODEL`; yield the server's URL.
+
+    Args:
+        model: the model's directory.
+        arguments: further arguments of the server.
+        environment: further variables of its environment.
+        as_user: whether to start vLLM as a user does, instead of with a fork.
+    """
     command = [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", str(model), "--served-model-name", MODEL),
@@ -74,7 +93,8 @@ def serve(model: Path, arguments: list[str], environment: dict[str, str]) -> Ite
         # On a CPU vLLM makes a worker process all the same, unless it is told twice.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if set(ONE_PROCESS) <= set(arguments) else "1",
     }
-    with Server(command, ENVIRONMENT | own | environment) as server:
+    server_class = Server if as_user else ForkedServer
+    with server_class(command, ENVIRONMENT | own | environment) as server:
         yield server.url
 
 
@@ -130,16 +150,20 @@ class Api:
 
 
 @contextmanager
-def serve_scoped(model: Path, scratch: Path, *options: str, **config: Any) -> Iterator[Api]:
+def serve_scoped(
+    model: Path, scratch: Path, *options: str, as_user: bool = False, **config: Any
+) -> Iterator[Api]:
     """Serve ``model`` with the plugin, on a clock of its own.
 
     Args:
         model: the model's directory.
         scratch: where the clock's file goes.
         options: further options of the server.
+        as_user: whether to start vLLM as a user does, instead of with a fork.
         config: further keys of the plugin's configuration.
     """
     path = scratch / "server clock"
     clock = Clock(path)
-    with serve(model, [*plugin(**config), *options], {VARIABLE: str(path)}) as url:
+    arguments = [*plugin(**config), *options]
+    with serve(model, arguments, {VARIABLE: str(path)}, as_user) as url:
         yield Api(url, clock)

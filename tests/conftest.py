@@ -1,0 +1,10 @@
+import pytest
+
+from tests.engine import forks
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fork_server(request: pytest.FixtureRequest) -> None:
+    """Have vLLM imported for the engines while the first tests run."""
+    if any(item.get_closest_marker("engine") for item in request.session.items):
+        forks.start_server()
