@@ -1,6 +1,10 @@
 import pytest
+from hypothesis import settings
 
+import tests.examples  # noqa: F401 — it has the profiles
 from tests.engine import forks
+
+settings.load_profile("usual")
 
 
 @pytest.fixture(scope="session", autouse=True)

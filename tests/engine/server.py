@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
@@ -29,6 +29,9 @@ OPERATOR_TOKEN = "the operator of the tests"
 NAMED_KEY = "key of the named"
 ONE_PROCESS = ("--distributed-executor-backend", "uni")
 """For scheduler and worker: a server is up sooner than with one for each."""
+
+SMALL = ("--max-model-len", "4096", "--num-gpu-blocks-override", "40", *ONE_PROCESS)
+"""Options of a server with little room."""
 
 ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -167,3 +170,22 @@ def serve_scoped(
     arguments = [*plugin(**config), *options]
     with serve(model, arguments, {VARIABLE: str(path)}, as_user) as url:
         yield Api(url, clock)
+
+
+def breaks(api: Api, key: str) -> list[dict]:
+    response = httpx.get(f"{api.url}/cachescope/breaks", headers={"x-api-key": key}, timeout=60)
+    return response.raise_for_status().json()["breaks"]
+
+
+def named(api: Api, key: str, ask: Callable[[], object]) -> dict:
+    """Return the one break that ``ask`` makes, and see that the metrics name the same cause."""
+    before = api.metrics("cachescope_breaks_total", "cause")
+    known = len(breaks(api, key))
+    ask()
+    after = api.metrics("cachescope_breaks_total", "cause")
+    seen, *_ = found = breaks(api, key)
+    assert len(found) == known + 1, found[:1]
+    assert after - before == {(seen["cause"],): 1}
+    assert sum(seen["uncached"].values()) <= seen["prompt_tokens"]
+    assert sum(api.metrics("cachescope_unexplained_tokens_total").values()) == 0
+    return seen
