@@ -82,7 +82,7 @@ def title(number: int) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, slots=True)
-class PendingDiagnosis:
+class Scenario:
     """A request to diagnose, and what must come out."""
 
     name: str
@@ -90,16 +90,16 @@ class PendingDiagnosis:
     kind: Kind
 
 
-def cases(bodies: list[dict[str, Any]]) -> list[PendingDiagnosis]:
+def cases(bodies: list[dict[str, Any]]) -> list[Scenario]:
     """Return the requests to measure: the conversation goes on, unchanged and changed."""
     last = bodies[-1]
     schema, history = copy.deepcopy(last), copy.deepcopy(last)
     schema["tools"][7]["description"] += " Now with more detail."
     history["messages"][4]["content"] = "cleared"
     return [
-        PendingDiagnosis("the conversation goes on", last, Kind.CONTINUATION),
-        PendingDiagnosis("a tool's description changed", schema, Kind.TOOLS_CHANGED),
-        PendingDiagnosis("a message was edited", history, Kind.MESSAGES_CHANGED),
+        Scenario("the conversation goes on", last, Kind.CONTINUATION),
+        Scenario("a tool's description changed", schema, Kind.TOOLS_CHANGED),
+        Scenario("a message was edited", history, Kind.MESSAGES_CHANGED),
     ]
 
 
@@ -137,7 +137,7 @@ def ran(tokens: list[int]) -> Run:
 
 
 def diagnosing(
-    case: PendingDiagnosis, made: Fingerprinter, seen: list[Fingerprint], tokens: list[int]
+    scenario: Scenario, made: Fingerprinter, seen: list[Fingerprint], tokens: list[int]
 ) -> float:
     """Return the median milliseconds of fingerprint, lineage and diagnosis of a request, of whose
     ``tokens`` the engine has read nothing."""
@@ -148,7 +148,7 @@ def diagnosing(
         for fingerprint, run in zip(seen, earlier, strict=True):
             entry = store.observe(_CALLER, fingerprint).entry
             store.answered(_CALLER, entry, prompt_tokens=fingerprint.tokens, run=run)
-        request = parsed(case.body)
+        request = parsed(scenario.body)
         gc.collect()
         start = time.thread_time()
         placement = store.observe(_CALLER, made(request))
@@ -158,7 +158,7 @@ def diagnosing(
         found = conclude(diagnose(placement), report, placement.ancestor)
         store.answered(_CALLER, placement.entry, "id", len(tokens), run)
         times.append(1000 * (time.thread_time() - start))
-        assert found.kind is case.kind, found
+        assert found.kind is scenario.kind, found
     return statistics.median(times)
 
 
@@ -198,13 +198,17 @@ def main() -> int:
 
     result.add("request", [size], "KB")
     result.add("its prompt", [len(tokens)], "tokens")
-    for case in measured:
+    for scenario in measured:
         found = pairs(
-            options.pairs, lambda _, case=case: diagnosing(case, made, seen, tokens), tokenising
+            options.pairs,
+            lambda _, scenario=scenario: diagnosing(scenario, made, seen, tokens),
+            tokenising,
         )
-        result.add(case.name, [one for one, _ in found], "ms", "at most 5 ms", lambda ms: ms <= 5)
         result.add(
-            f"{case.name}: over tokenising",
+            scenario.name, [one for one, _ in found], "ms", "at most 5 ms", lambda ms: ms <= 5
+        )
+        result.add(
+            f"{scenario.name}: over tokenising",
             [100 * one / other for one, other in found],
             "%",
             "at most 3 %",

@@ -1,3 +1,5 @@
+import logging
+
 import pytest
 from hypothesis import settings
 
@@ -5,6 +7,16 @@ import tests.examples  # noqa: F401 — it has the profiles
 from tests.engine import forks
 
 settings.load_profile("usual")
+
+
+@pytest.fixture
+def caplog(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> pytest.LogCaptureFixture:
+    """Our loggers are below vLLM's, which hands nothing on to the root logger, where pytest
+    listens."""
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    return caplog
 
 
 @pytest.fixture(scope="session", autouse=True)

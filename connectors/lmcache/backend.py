@@ -1,6 +1,5 @@
 """What the threads of a tier share: the adapter, what is known of its entries, and their upkeep."""
 
-import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,13 +19,14 @@ from vllm_cachescope.connectors.lmcache.adapters import (
 from vllm_cachescope.connectors.lmcache.expiries import UNREADABLE, Expiries
 from vllm_cachescope.connectors.lmcache.memory import AT_ONCE, Buffer, Staging
 from vllm_cachescope.connectors.lmcache.session import Call, Session
+from vllm_cachescope.logs import logger_of
 from vllm_cachescope.tiers import envelope
 from vllm_cachescope.tiers.envelope import HEADER_BYTES
 from vllm_cachescope.tiers.store import ForeignSecret, StoreFailed, StoreLate, StoreUnfit
 
 T = TypeVar("T")
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 MARK_S = 60.0
 """How long the mark of a secret outlives the last engine that has it, in seconds."""

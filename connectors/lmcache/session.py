@@ -6,7 +6,6 @@ beginning of the next when it was sent what it did not expect. So nothing is ask
 that has once failed: its session is retired, and the next one begins with a new adapter.
 """
 
-import logging
 import os
 import select
 import threading
@@ -19,9 +18,10 @@ from lmcache.v1.distributed.l2_adapters import L2AdapterInterface
 from lmcache.v1.platform import consume_fd
 
 from vllm_cachescope.connectors.lmcache.memory import Buffer, Staging
+from vllm_cachescope.logs import logger_of
 from vllm_cachescope.tiers.store import StoreFailed, StoreLate
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 _TICK_MS = 500
 

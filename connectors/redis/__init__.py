@@ -8,6 +8,8 @@ from vllm_cachescope.connectors.redis.address import parse
 from vllm_cachescope.connectors.redis.store import RedisStore, Topology
 from vllm_cachescope.tiers.keyspace import Keyspace
 
+__all__ = ["parse", "stores"]
+
 
 def stores(
     url: str,

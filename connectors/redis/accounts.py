@@ -4,16 +4,16 @@ Each organisation has a sorted set of its entries, by when they expire on the se
 and one more set lists the organisations. All of them expire with the last entry that is in them.
 """
 
-import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from vllm_cachescope.cache.quotas import Quotas
 from vllm_cachescope.connectors.redis.channel import Refusal, Reply, command
+from vllm_cachescope.logs import logger_of
 from vllm_cachescope.tenancy.owner_tags import TAG_BYTES, org_of
 from vllm_cachescope.tiers.keyspace import Keyspace, account_of
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 CLOCK_S = 20.0
 """How long the server's time is reckoned by our clock after it was asked, in seconds."""

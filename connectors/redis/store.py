@@ -1,6 +1,5 @@
 """Blocks in Redis."""
 
-import logging
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,6 +13,7 @@ from vllm_cachescope.cache.quotas import SHOWN_ORGS, Quotas
 from vllm_cachescope.connectors.redis.accounts import Accounts, ServerClock
 from vllm_cachescope.connectors.redis.address import Address
 from vllm_cachescope.connectors.redis.channel import Channel, Refusal, Reply, command
+from vllm_cachescope.logs import logger_of
 from vllm_cachescope.tiers.envelope import HEADER_BYTES
 from vllm_cachescope.tiers.keyspace import Keyspace, names_of
 from vllm_cachescope.tiers.store import (
@@ -25,7 +25,7 @@ from vllm_cachescope.tiers.store import (
     Written,
 )
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 WINDOW_BYTES = 2 << 20
 """Values asked for ahead. The server buffers them; a little keeps the wire busy."""

@@ -5,13 +5,13 @@ import json
 import random
 from typing import Any
 
-from vllm_cachescope.api.diagnostics import extra_fields
 from vllm_cachescope.diagnosis.diagnosis import Diagnosis, diagnose
 from vllm_cachescope.diagnosis.fingerprint import Fingerprint, Fingerprinter
 from vllm_cachescope.diagnosis.lineage_store import Entry, LineageStore, Placement
 from vllm_cachescope.prompt.request import Protocol
 from vllm_cachescope.tenancy.scope import Caller
 from vllm_cachescope.wire import anthropic, openai_chat, openai_completions, openai_responses
+from vllm_cachescope.wire.extras import extra_fields
 
 TTLS = (300, 1800, 3600, 43200, 86400)
 READERS = {

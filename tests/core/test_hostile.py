@@ -5,19 +5,20 @@ import gc
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import prometheus_client
 import pytest
+from prometheus_client import CollectorRegistry
 from starlette.types import Message, Receive, Scope, Send
 
 from tests.core.reach import reachable
+from vllm_cachescope.api.engines import Engines, Purged
 from vllm_cachescope.api.middleware import CacheScopeMiddleware
-from vllm_cachescope.api.operations import Engines, Purged
 from vllm_cachescope.api.request_context import PromptTiming, current_request
+from vllm_cachescope.api.services import Server
 from vllm_cachescope.cache.report import EngineId, Report, Row
-from vllm_cachescope.config import Config, load
+from vllm_cachescope.config import load
 from vllm_cachescope.tenancy.scope import Scope as CacheScope
 
 
@@ -31,18 +32,13 @@ class Nothing(Engines):
         return Purged()
 
 
+TOKEN = "the operator of the tests"
+
+
 class Middleware(CacheScopeMiddleware):
-    def attach(self, state: Any) -> Config:
-        return load({"secret": "a secret of the tests"})
-
-    def block_tokens(self, state: Any) -> int:
-        return 16
-
-    def server_keys(self, state: Any) -> Iterable[str]:
-        return ()
-
-    def engines(self, state: Any) -> Engines:
-        return Nothing()
+    def connect(self, state: Any) -> Server:
+        config = load({"secret": "a secret of the tests", "operator_token": TOKEN})
+        return Server(config, 16, (), Nothing(), CollectorRegistry())
 
 
 class State:
@@ -53,11 +49,11 @@ async def server(scope: Scope, receive: Receive, send: Send) -> None:
     """Answer whatever it is, as a server does that has read it and run it."""
     while (await receive()).get("more_body"):
         pass
-    exchange = current_request.get()
-    if exchange is not None:
+    context = current_request.get()
+    if context is not None:
         rows = (Row("created", CacheScope.ORG, 300, 160),)
-        exchange.reports["nonce"] = Report(rows, engine=EngineId(0, "epoch"))
-        exchange.passages["nonce"] = PromptTiming(range(160), 160, 160, 0.0, 0.0)
+        context.reports["nonce"] = Report(rows, engine=EngineId(0, "epoch"))
+        context.timings["nonce"] = PromptTiming(range(160), 160, 160, 0.0, 0.0)
     body = json.dumps({"id": "msg_1", "usage": {"input_tokens": 160, "prompt_tokens": 160}})
     headers = [(b"content-type", b"application/json")]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -65,16 +61,19 @@ async def server(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 @pytest.fixture
-def middleware() -> Iterator[Middleware]:
-    made = Middleware(server)
-    yield made
-    assert made._breaks is not None
-    for counter in (made._breaks._count, made._breaks._unknown):
-        prometheus_client.REGISTRY.unregister(counter)
+def middleware() -> Middleware:
+    return Middleware(server)
 
 
 def post(middleware: Middleware, path: str, body: bytes, **headers: bytes) -> int:
     """Post a body; return the status of the one answer to it."""
+    return answer_to(middleware, path, body, **headers)[0]
+
+
+def answer_to(
+    middleware: Middleware, path: str, body: bytes, **headers: bytes
+) -> tuple[int, bytes]:
+    """Post a body; return the status and the body of the one answer to it."""
     sent: list[Message] = []
     scope = {
         "type": "http",
@@ -93,7 +92,7 @@ def post(middleware: Middleware, path: str, body: bytes, **headers: bytes) -> in
     asyncio.run(middleware(scope, receive, send))
     (start,) = (message for message in sent if message["type"] == "http.response.start")
     assert sent[-1]["type"] == "http.response.body"
-    return int(start["status"])
+    return int(start["status"]), sent[-1]["body"]
 
 
 MESSAGES = [{"role": "user", "content": "hello"}]
@@ -206,9 +205,17 @@ def test_many_sessions_with_long_names(middleware: Middleware) -> None:
         post(middleware, PATHS[2], said(), **{"x-session-id": name.encode()})
     assert kept_bytes(middleware) - before < 2_000_000
     # They are different sessions all the same.
-    assert middleware._breaks is not None
-    sessions = next(iter(middleware._breaks._lineages._orgs.values()))
-    assert len(sessions) == 101
+    purged = [purge(middleware, session="n" * 100_000 + f"{i}") for i in range(100)]
+    assert min(purged) > 0 and purge(middleware, all=True) > 0
+
+
+def purge(middleware: Middleware, **what: object) -> int:
+    """Purge; return how many requests were known of it."""
+    body = json.dumps(what).encode()
+    headers = {"x-api-key": TOKEN.encode()}
+    status, answer = answer_to(middleware, "/cachescope/purge", body, **headers)
+    assert status == 200
+    return int(json.loads(answer)["fingerprints"])
 
 
 def kept_bytes(root: object) -> int:

@@ -3,7 +3,7 @@
 import random
 
 from vllm_cachescope.cache.quotas import Quotas
-from vllm_cachescope.config import Share
+from vllm_cachescope.config import OrgQuota
 from vllm_cachescope.tiers.local_usage import LocalUsage
 from vllm_cachescope.tiers.remote import expiry
 
@@ -25,7 +25,7 @@ def names(owner: bytes, *numbers: int) -> list[bytes]:
 
 
 def test_an_organisation_over_its_quota_loses_its_oldest() -> None:
-    account = LocalUsage(Quotas(10, Share(quota=30), {}))
+    account = LocalUsage(Quotas(10, OrgQuota(quota=30), {}))
     assert account.stored(blocks(ACME, 1, 2, 3), 0) == []
     assert account.stored(blocks(ZETA, 1, 2, used_at=1), 1) == []
     # A prompt loses its end before its beginning.
@@ -36,7 +36,7 @@ def test_an_organisation_over_its_quota_loses_its_oldest() -> None:
 
 
 def test_a_prompt_stored_in_parts_keeps_its_beginning() -> None:
-    account = LocalUsage(Quotas(10, Share(quota=50), {}))
+    account = LocalUsage(Quotas(10, OrgQuota(quota=50), {}))
     account.stored(blocks(ACME, 91, 92, 93), 0)
     # Each step of a long prefill stores what it computed; the prompt was first used at 10.
     gone = []
@@ -47,7 +47,7 @@ def test_a_prompt_stored_in_parts_keeps_its_beginning() -> None:
 
 
 def test_a_use_takes_nothing_away() -> None:
-    account = LocalUsage(Quotas(10, Share(quota=20), {}))
+    account = LocalUsage(Quotas(10, OrgQuota(quota=20), {}))
     account.stored(blocks(ACME, 1, ttl_s=3600), 0)
     account.stored(blocks(ACME, 2, used_at=1), 1)
     account.used(blocks(ACME, 1, used_at=2, ttl_s=10))
@@ -56,7 +56,7 @@ def test_a_use_takes_nothing_away() -> None:
 
 
 def test_what_has_expired_or_was_purged_does_not_count() -> None:
-    account = LocalUsage(Quotas(10, Share(quota=20), {}))
+    account = LocalUsage(Quotas(10, OrgQuota(quota=20), {}))
     account.stored(blocks(ACME, 1, 2), 0)
     assert account.shown(299) == {ACME[:8].hex(): 20}
     assert account.shown(300) == {}
@@ -68,7 +68,7 @@ def test_what_has_expired_or_was_purged_does_not_count() -> None:
 
 
 def test_over_the_capacity_reserves_are_spared() -> None:
-    shares = Quotas(10, Share(), {ZETA[:8]: Share(reserve=20)}, capacity=50)
+    shares = Quotas(10, OrgQuota(), {ZETA[:8]: OrgQuota(reserve=20)}, capacity=50)
     account = LocalUsage(shares)
     account.stored(blocks(ZETA, 1, 2), 0)
     assert account.stored(blocks(ACME, 1, 2, 3, used_at=1), 1) == []
@@ -81,7 +81,7 @@ def test_over_the_capacity_reserves_are_spared() -> None:
 
 def test_what_goes_is_what_a_list_in_order_of_expiry_would_lose() -> None:
     chance = random.Random(0)
-    account, kept = LocalUsage(Quotas(10, Share(quota=200), {})), dict[bytes, float]()
+    account, kept = LocalUsage(Quotas(10, OrgQuota(quota=200), {})), dict[bytes, float]()
     for now in range(600):
         entries = blocks(
             ACME, *chance.sample(range(60), 4), used_at=now, ttl_s=chance.choice([20, 100])

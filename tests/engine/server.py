@@ -21,7 +21,7 @@ from demo.server import Server
 from tests.engine import forks
 from tests.engine.clock import VARIABLE, Clock
 from tests.engine.engine import SECRET
-from vllm_cachescope.cli.main import MIDDLEWARE
+from vllm_cachescope.cli.serve import MIDDLEWARE
 
 ROOT = Path(__file__).parents[2]
 MODEL = "toy"

@@ -1,6 +1,7 @@
 """Why a prompt was not read, told by a real server to real clients."""
 
 import json
+import re
 from pathlib import Path
 
 import psutil
@@ -124,6 +125,12 @@ def test_a_break_is_in_the_servers_log(api: Api, expected: bool) -> None:
     before, _, data = line.partition("cache break ")
     assert ("INFO" if expected else "WARNING") in before
     assert json.loads(data) == seen
+
+
+@pytest.mark.parametrize("tier", ["device", "cpu"])
+def test_the_engine_process_logs_as_vllm_does(api: Api, tier: str) -> None:
+    (line,) = (line for line in log(api).splitlines() if f"Tier {tier} at " in line)
+    assert re.search(r"^\(EngineCore.* INFO .*\[connector\.py:\d+\] Tier ", line), line
 
 
 def test_what_did_not_change_is_not_reported(api: Api) -> None:

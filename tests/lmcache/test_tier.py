@@ -1,5 +1,6 @@
 """A tier over LMCache's adapters, between memory and real file systems and servers."""
 
+import json
 import os
 import random
 import threading
@@ -13,7 +14,8 @@ from tests.lmcache.side import LMCacheSide, Wall
 from tests.redis.engine_side import SLOT, content, keys
 from tests.redis.servers import wait_until
 from vllm_cachescope.cache.quotas import Quotas
-from vllm_cachescope.config import CONNECTOR, ConfigError, Share
+from vllm_cachescope.cli.main import main
+from vllm_cachescope.config import CONNECTOR, ConfigError, OrgQuota
 from vllm_cachescope.connectors.lmcache import adapters, backend
 from vllm_cachescope.connectors.vllm import config_check
 from vllm_cachescope.tiers.envelope import HEADER_BYTES
@@ -210,7 +212,9 @@ ACME, OTHER = b"acme....", b"other..."
 @anywhere
 def test_over_its_quota_an_organisation_loses_its_own_oldest(place, start_side):
     """Of these stores none keeps accounts, so each engine counts what it has stored itself."""
-    side = start_side(place.adapter, account=LocalUsage(Quotas(SLOT, Share(quota=20 * SLOT), {})))
+    side = start_side(
+        place.adapter, account=LocalUsage(Quotas(SLOT, OrgQuota(quota=20 * SLOT), {}))
+    )
 
     def prompt(owner: bytes, number: int) -> list[bytes]:
         return keys(5, f"prompt {number}", owner + bytes(8))
@@ -404,11 +408,14 @@ def test_a_mistake_names_the_key_the_value_and_what_is_allowed(adapter, says):
     assert "sesame" not in str(caught.value)
 
 
-def test_a_mistake_in_an_adapter_stops_the_start():
+def test_a_mistake_in_an_adapter_stops_the_start(capsys):
     tier = {"type": "lmcache", "name": "files", "adapter": {"type": "fs", "path": "/x"}}
     transfer = SimpleNamespace(
         kv_connector=CONNECTOR,
         kv_connector_extra_config={"secret": "a secret of tests", "tiers": [tier]},
     )
-    with pytest.raises(ConfigError, match="tier files: adapter: base_path must be"):
+    with pytest.raises(ConfigError, match="tier files: adapter: base_path must be") as caught:
         config_check.read(transfer)
+    assignments = ["secret=a secret of tests", f"tiers={json.dumps([tier])}"]
+    assert main(["serve", "m", *(f"--set={one}" for one in assignments)]) == 2
+    assert capsys.readouterr().err == f"{caught.value}\n"

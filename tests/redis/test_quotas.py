@@ -8,7 +8,7 @@ import redis
 from tests.redis.engine_side import SECRET, SLOT, EngineSide, keys
 from tests.redis.servers import wait_until
 from vllm_cachescope.cache.quotas import Quotas
-from vllm_cachescope.config import Share
+from vllm_cachescope.config import OrgQuota
 from vllm_cachescope.connectors.redis.accounts import CLOCK_S, ServerClock
 from vllm_cachescope.tenancy.owner_tags import NOBODY, OwnerTags
 from vllm_cachescope.tenancy.scope import Caller
@@ -16,7 +16,7 @@ from vllm_cachescope.tiers.local_usage import LocalUsage
 
 OWNERS = OwnerTags(SECRET)
 ACME, ZETA = OWNERS.of(Caller("acme", "s1")), OWNERS.of(Caller("zeta"))
-QUOTA = Quotas(SLOT, Share(quota=20 * SLOT), {ZETA[:8]: Share(quota=100 * SLOT)})
+QUOTA = Quotas(SLOT, OrgQuota(quota=20 * SLOT), {ZETA[:8]: OrgQuota(quota=100 * SLOT)})
 
 
 def mine(owner: bytes, number: int, count: int = 5) -> list[bytes]:
@@ -145,7 +145,7 @@ def test_what_has_expired_does_not_count(server, start_engine_side):
 
 
 def test_over_the_capacity_reserves_are_spared(server, start_engine_side):
-    shares = Quotas(SLOT, Share(), {ZETA[:8]: Share(reserve=10 * SLOT)}, capacity=30 * SLOT)
+    shares = Quotas(SLOT, OrgQuota(), {ZETA[:8]: OrgQuota(reserve=10 * SLOT)}, capacity=30 * SLOT)
     side = start_engine_side(server.url, shares=shares)
     third = OWNERS.of(Caller("third", "s"))
     for i in range(2):

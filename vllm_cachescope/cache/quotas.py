@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from vllm_cachescope.config import Config, Share
+from vllm_cachescope.config import Config, OrgQuota
 from vllm_cachescope.tenancy.owner_tags import OwnerTags
 
 SHOWN_ORGS = 20
@@ -22,8 +22,8 @@ class Quotas:
     def __init__(
         self,
         entry_bytes: int,
-        default: Share,
-        orgs: Mapping[bytes, Share],
+        default: OrgQuota,
+        orgs: Mapping[bytes, OrgQuota],
         capacity: int | None = None,
     ) -> None:
         self._default = _entries(default, entry_bytes)
@@ -60,11 +60,11 @@ def read_quotas(config: Config, tier: str, entry_bytes: int) -> Quotas | None:
     if quotas is None:
         return None
     owners = OwnerTags(config.secret_bytes())
-    orgs = {owners.prefix(org): share for org, share in config.quota_orgs(tier).items()}
+    orgs = {owners.prefix(org): share for org, share in config.org_quotas(tier).items()}
     return Quotas(entry_bytes, quotas.of(None), orgs, quotas.capacity)
 
 
-def _entries(share: Share, entry_bytes: int) -> tuple[int | None, int]:
+def _entries(share: OrgQuota, entry_bytes: int) -> tuple[int | None, int]:
     quota = None if share.quota is None else share.quota // entry_bytes
     # Rounded up, as what is reserved must fit.
     return quota, -(-(share.reserve or 0) // entry_bytes)

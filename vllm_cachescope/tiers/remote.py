@@ -12,7 +12,6 @@ talk to the store. Three rules keep a broken store from being more than a cache 
 - Every queue is bounded in bytes. What does not fit is dropped and counted.
 """
 
-import logging
 import threading
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
@@ -22,6 +21,7 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from vllm_cachescope.cache.miss_causes import MissCause
+from vllm_cachescope.logs import logger_of
 from vllm_cachescope.tiers import envelope
 from vllm_cachescope.tiers.block_states import ABSENCES, Absence, BlockState, BlockStates
 from vllm_cachescope.tiers.breaker import Breaker
@@ -36,7 +36,7 @@ from vllm_cachescope.tiers.store import (
     Written,
 )
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 GREET_EVERY_S = 20.0
 """How often a tier makes sure that it may still run on its store."""

@@ -1,6 +1,5 @@
 """The KV connector: vLLM's OffloadingConnector with scopes, lifetimes and accounts."""
 
-import logging
 import secrets
 import time
 from collections import Counter, OrderedDict
@@ -36,6 +35,7 @@ from vllm_cachescope.connectors.vllm.engine.tiers.cpu import CPU
 from vllm_cachescope.connectors.vllm.engine.tiers.device import DEVICE
 from vllm_cachescope.connectors.vllm.engine.tiers.remote import remote_tiers
 from vllm_cachescope.durations import format_duration
+from vllm_cachescope.logs import logger_of
 from vllm_cachescope.metrics import (
     EVICTIONS,
     PROMPT_TOKENS,
@@ -53,7 +53,7 @@ from vllm_cachescope.tiers.remote import Purge
 REMEMBERED_PURGES = 64
 """How many purges can still be asked about."""
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 
 class CacheScopeConnector(OffloadingConnector):
