@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.examples import examples
 from vllm_cachescope.cache.eviction import LifetimeShare
 
 TTLS = (300, 3600)
@@ -53,7 +54,7 @@ class Model:
             held[self.blocks[key].org] -= 1
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(
     st.tuples(*[st.integers(0, 8) for _ in ORGS]),
     st.lists(

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.core.test_plan import PLAN, plans
+from tests.core.plans import PLAN, plans
 from vllm_cachescope.cache.report import Outcome, Report, attribute_tokens
 from vllm_cachescope.prompt.plan import Plan
 from vllm_cachescope.tenancy.scope import Scope

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import pytest
 
 from demo.model import MODELS, TINY, build
-from tests.engine.server import Api, serve_scoped
-from tests.engine.test_causes import CHUNK_BYTES, SMALL, conversation, named
-from tests.engine.test_diagnostics import breaks
-from tests.engine.test_sdk import EPHEMERAL
+from tests.engine.bodies import EPHEMERAL, conversation
+from tests.engine.engine import BLOCK_BYTES
+from tests.engine.server import SMALL, Api, breaks, named, serve_scoped
 from tests.redis.servers import RedisServer, wait_until
 
 pytestmark = pytest.mark.engine
@@ -85,7 +84,7 @@ def running(tmp_path_factory) -> Iterator[Deployment]:
         "longest_probe": "200ms",
     }
     options = (*SMALL, "--data-parallel-size", "2")
-    config = {"cpu_bytes": 24 * CHUNK_BYTES, "tiers": [tier]}
+    config = {"cpu_bytes": 24 * BLOCK_BYTES, "tiers": [tier]}
     try:
         with serve_scoped(model, scratch, *options, **config) as api:
             yield Deployment(api, server)

@@ -140,7 +140,9 @@ def pair(tmp_path) -> Iterator[Pair]:
         yield pair
 
 
-@pytest.mark.parametrize("duration_s", [60, pytest.param(600, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "duration_s", [15, *(pytest.param(long_s, marks=pytest.mark.slow) for long_s in (60, 600))]
+)
 def test_long_and_troubled_work_is_exact_and_leaves_nothing_behind(pair, duration_s):
     chance = random.Random(duration_s)
     workload = Workload(pair, chance)
