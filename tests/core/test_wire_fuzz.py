@@ -13,7 +13,7 @@ from tests.core.wire_bodies import EPHEMERAL, TTLS, bodies, hostile_bodies, host
 from vllm_cachescope.errors import BadRequest
 from vllm_cachescope.prompt.request import PromptRequest, Protocol
 from vllm_cachescope.wire import READERS, strip
-from vllm_cachescope.wire.anthropic import is_dropped
+from vllm_cachescope.wire.billing_header import is_dropped
 from vllm_cachescope.wire.errors import error_body
 from vllm_cachescope.wire.truncate import truncate
 

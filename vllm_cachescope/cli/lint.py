@@ -26,7 +26,7 @@ from vllm_cachescope.cli.console import show
 from vllm_cachescope.cli.traffic import Call, TrafficError, read_traffic
 from vllm_cachescope.diagnosis.fingerprint import Fingerprinter, ToolFingerprint
 from vllm_cachescope.prompt.request import Part, Protocol, Region
-from vllm_cachescope.wire.anthropic import is_dropped
+from vllm_cachescope.wire.billing_header import is_dropped
 
 _MAX_SCAN = 200_000  # characters of one string that are looked at
 _MAX_VALUES = 10_000  # values of one part that are looked at

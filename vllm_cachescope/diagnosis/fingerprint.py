@@ -23,7 +23,7 @@ from pydantic_core import PydanticSerializationError, to_json
 
 from vllm_cachescope.prompt.request import Part, PromptRequest, Protocol, Region
 from vllm_cachescope.tenancy.scope import Scope
-from vllm_cachescope.wire.anthropic import is_dropped
+from vllm_cachescope.wire.billing_header import drop_billing_headers
 
 HASH_BYTES = 8
 BYTES_PER_TOKEN = 4
@@ -64,7 +64,6 @@ _SUMMARY_WORDS = (
     "conversation so far",
 )
 _SUMMARY_HEAD = 400  # characters in which a summary says that it is one
-_BILLING = "x-anthropic-billing-header"
 
 _T = TypeVar("_T")
 
@@ -596,33 +595,13 @@ def _folded(region: Region, parts: list[Part]) -> list[Part]:
 
 
 def _rendered(protocol: Protocol, region: Region, parts: list[Part]) -> list[Part]:
-    """Return ``parts`` of one region as they reach the prompt, without what vLLM leaves out.
-
-    Claude Code's billing header holds a nonce that changes with each request.
-    """
+    """Return ``parts`` of one region as they reach the prompt, without what vLLM leaves out."""
     if region is Region.TOOLS:
         return parts
     if protocol is Protocol.CHAT:
         # To vLLM, null is the same as no content.
         return [part for part in parts if part.content is not None]
-    if protocol is not Protocol.MESSAGES:
-        return parts
-    if region is Region.MESSAGES and "system" not in [part.role for part in parts]:
-        return parts
-    return [kept for part in parts if (kept := _without_billing(part))]
-
-
-def _without_billing(part: Part) -> Part | None:
-    if part.region is Region.MESSAGES and part.role != "system":
-        return part
-    text = _text(part.content)
-    if text is None or not text.startswith(_BILLING):
-        return part
-    if is_dropped(part):
-        return None
-    if part.path == "system" or part.role == "system":
-        return replace(part, content=text.partition("\n")[2])
-    return part
+    return drop_billing_headers(parts) if protocol is Protocol.MESSAGES else parts
 
 
 def _messages(region: Region, parts: list[Part]) -> Iterator[list[Part]]:

@@ -16,7 +16,7 @@ from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm_cachescope.prompt.boundaries import Landmark, SpecialTokens, common_prefix, last_within
 from vllm_cachescope.prompt.request import Part, PromptRequest, Protocol, Region
 from vllm_cachescope.prompt.segments import Segment
-from vllm_cachescope.wire.anthropic import is_dropped
+from vllm_cachescope.wire.billing_header import drop_billing_blocks
 from vllm_cachescope.wire.body import encode
 from vllm_cachescope.wire.truncate import truncate
 
@@ -257,7 +257,6 @@ def _content_key(cut: Mapping[str, Any], protocol: Protocol) -> bytes:
     rendered = {key: value for key, value in cut.items() if key not in _NOT_RENDERED}
     system = rendered.get("system")
     if protocol is Protocol.MESSAGES and isinstance(system, list):
-        # Claude Code's billing header changes with each request and never reaches the prompt.
-        blocks = (Part(Region.SYSTEM, f"system[{i}]", block) for i, block in enumerate(system))
-        rendered["system"] = [part.content for part in blocks if not is_dropped(part)]
+        # A block that changes with each request would make each cut a new one.
+        rendered["system"] = drop_billing_blocks(system)
     return hashlib.sha256(encode([protocol, rendered])).digest()
