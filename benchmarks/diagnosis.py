@@ -23,7 +23,8 @@ from benchmarks.harness import Result, arguments, finish, pairs
 from demo.session import agent_session, marked
 from vllm_cachescope.cache.report import EngineId
 from vllm_cachescope.diagnosis.diagnosis import EngineReport, Kind, conclude, diagnose
-from vllm_cachescope.diagnosis.fingerprint import Fingerprint, Fingerprinter
+from vllm_cachescope.diagnosis.fingerprint import Fingerprint
+from vllm_cachescope.diagnosis.fingerprinter import Fingerprinter
 from vllm_cachescope.diagnosis.lineage_store import LineageStore, Run
 from vllm_cachescope.diagnosis.token_fingerprint import fingerprint_tokens
 from vllm_cachescope.prompt.request import PromptRequest

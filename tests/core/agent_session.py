@@ -7,7 +7,8 @@ from typing import Any
 
 from vllm_cachescope.api.diagnostics import extra_fields
 from vllm_cachescope.diagnosis.diagnosis import Diagnosis, diagnose
-from vllm_cachescope.diagnosis.fingerprint import Fingerprint, Fingerprinter
+from vllm_cachescope.diagnosis.fingerprint import Fingerprint
+from vllm_cachescope.diagnosis.fingerprinter import Fingerprinter
 from vllm_cachescope.diagnosis.lineage_store import Entry, LineageStore, Placement
 from vllm_cachescope.prompt.request import Protocol
 from vllm_cachescope.tenancy.scope import Caller

@@ -29,7 +29,7 @@ from vllm_cachescope.diagnosis.diagnosis import (
     diagnose_against,
     measure,
 )
-from vllm_cachescope.diagnosis.fingerprint import Fingerprinter
+from vllm_cachescope.diagnosis.fingerprinter import Fingerprinter
 from vllm_cachescope.diagnosis.lineage_store import Entry, LineageStore, Placement, Run
 from vllm_cachescope.diagnosis.token_fingerprint import fingerprint_tokens
 from vllm_cachescope.prompt.request import PromptRequest, Protocol
@@ -336,7 +336,7 @@ class BreakLog:
             self._breaks[one] = deque(others, REMEMBERED_BREAKS)
             if not others:
                 del self._breaks[one]
-        self._fingerprint.forget()  # Tools' names are in it, and not whose they are.
+        self._fingerprint.purge()  # Tools' names are in it, and not whose they are.
         if self._diffs is not None:
             self._diffs.forget(org, session)
         return self._lineages.purge(org, session)

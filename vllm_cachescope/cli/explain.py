@@ -26,7 +26,7 @@ from vllm_cachescope.diagnosis.diagnosis import (
     conclude,
     diagnose,
 )
-from vllm_cachescope.diagnosis.fingerprint import Fingerprinter
+from vllm_cachescope.diagnosis.fingerprinter import Fingerprinter
 from vllm_cachescope.diagnosis.lineage_store import Entry, LineageStore
 from vllm_cachescope.durations import parse_duration
 from vllm_cachescope.prompt.boundaries import common_prefix

@@ -24,7 +24,8 @@ from rich.text import Text
 
 from vllm_cachescope.cli.console import show
 from vllm_cachescope.cli.traffic import Call, TrafficError, read_traffic
-from vllm_cachescope.diagnosis.fingerprint import Fingerprinter, ToolFingerprint
+from vllm_cachescope.diagnosis.fingerprint import ToolFingerprint
+from vllm_cachescope.diagnosis.fingerprinter import Fingerprinter
 from vllm_cachescope.prompt.request import Part, Protocol, Region
 from vllm_cachescope.wire.billing_header import is_dropped
 

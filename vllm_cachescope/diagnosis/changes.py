@@ -378,7 +378,7 @@ def _run(kind: ChangeKind, old: Fingerprint, gone: range, new: Fingerprint, came
     path = new.path(came.start) if came else old.path(gone.start)
     token = new.start(came.start)
     if len(gone) == len(came) == 1:
-        token += common_pieces(old, gone.start, new, came.start) * new.chunk_tokens
+        token += common_pieces(old, gone.start, new, came.start) * new.piece_tokens
     return Change(
         kind,
         path,

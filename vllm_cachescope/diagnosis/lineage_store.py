@@ -11,8 +11,9 @@ from enum import StrEnum
 
 from vllm_cachescope.cache.report import EngineId
 from vllm_cachescope.diagnosis.changes import Change, ChangeKind, compare, compare_whole
-from vllm_cachescope.diagnosis.fingerprint import HASH_BYTES, Fingerprint, Trait
+from vllm_cachescope.diagnosis.fingerprint import HASH_BYTES, Fingerprint
 from vllm_cachescope.diagnosis.flapping import FlappingField, FlappingFields
+from vllm_cachescope.diagnosis.part_kind import Trait
 from vllm_cachescope.diagnosis.prefix_match import (
     PrefixMatch,
     compaction,

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from vllm_cachescope.diagnosis.fingerprint import HASH_BYTES, ROLE_BITS, Fingerprint, Role, Trait
+from vllm_cachescope.diagnosis.fingerprint import HASH_BYTES, Fingerprint
+from vllm_cachescope.diagnosis.part_kind import ROLE_BITS, Role, Trait
 from vllm_cachescope.prompt.request import Protocol
 
 ROUTING_PARAMS = frozenset({"prompt_cache_key", "service_tier", "speed"})
@@ -73,8 +74,8 @@ def match_prefix(old: Fingerprint, new: Fingerprint) -> PrefixMatch:
             return PrefixMatch(parts, old.tokens, True)
         # An answer that the client began and the server went on with.
         if last and old.role(parts) is Role.ASSISTANT and new.role(parts) is Role.ASSISTANT:
-            return PrefixMatch(parts, tokens + inside * new.chunk_tokens, True)
-        tokens += inside * new.chunk_tokens
+            return PrefixMatch(parts, tokens + inside * new.piece_tokens, True)
+        tokens += inside * new.piece_tokens
     return PrefixMatch(parts, min(tokens, old.tokens, new.tokens), False)
 
 
@@ -100,7 +101,7 @@ def departs_here(old: Fingerprint, new: Fingerprint, shared: PrefixMatch) -> boo
         at < len(new)
         and at < len(old)
         and old.hash(at) != new.hash(at)
-        and not new.chunks_of(at)
+        and not new.pieces_of(at)
         # A last part may go on: an answer that the client began, a prompt that is one text.
         and not (
             at + 1 == len(old)
@@ -113,7 +114,7 @@ def _grew(old: Fingerprint, new: Fingerprint, part: int, inside: int) -> bool:
     """Whether a prompt that is one text went on where it ended, as far as its pieces show."""
     return (
         old.protocol is Protocol.COMPLETIONS
-        and inside * HASH_BYTES == len(old.chunks_of(part))
+        and inside * HASH_BYTES == len(old.pieces_of(part))
         and old.chars[part] <= new.chars[part]
     )
 
@@ -355,7 +356,7 @@ def common_pieces(old: Fingerprint, i: int, new: Fingerprint, j: int) -> int:
     """How many leading pieces part ``i`` of ``old`` and part ``j`` of ``new`` share."""
     if old.kinds[i] & _PLACE != new.kinds[j] & _PLACE:
         return 0
-    return common_items(old.chunks_of(i), new.chunks_of(j))
+    return common_items(old.pieces_of(i), new.pieces_of(j))
 
 
 def _total(print_: Fingerprint, parts: range) -> int:
