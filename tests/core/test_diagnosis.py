@@ -12,7 +12,8 @@ from pydantic import TypeAdapter
 from tests.core.agent_session import TTLS, Agent, Body, Client, words
 from vllm_cachescope.api.diagnostics import anthropic_diagnostics, openai_diagnostics
 from vllm_cachescope.cache.miss_causes import CacheMiss, MissCause
-from vllm_cachescope.diagnosis.changes import MAX_CHANGES, ChangeKind, compare
+from vllm_cachescope.diagnosis.changes import MAX_CHANGES, ChangeKind
+from vllm_cachescope.diagnosis.comparison import compare
 from vllm_cachescope.diagnosis.diagnosis import (
     NEW_CONTENT,
     Diagnosis,

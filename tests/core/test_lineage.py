@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 import pytest
 
 from tests.core.agent_session import TOOL_NAMES, Agent, Body, Client, tool, words
+from vllm_cachescope.diagnosis.alignment import part_hashes
 from vllm_cachescope.diagnosis.changes import ChangeKind
 from vllm_cachescope.diagnosis.diagnosis import Diagnosis, Kind
 from vllm_cachescope.diagnosis.lineage_store import LineageStore, Relation
-from vllm_cachescope.diagnosis.prefix_match import is_unrelated, match_prefix, reusable, split
+from vllm_cachescope.diagnosis.prefix_match import is_unrelated, match_prefix
+from vllm_cachescope.diagnosis.reuse import reusable_tokens
 from vllm_cachescope.prompt.request import Protocol
 from vllm_cachescope.tenancy.scope import Caller
 
@@ -375,7 +377,7 @@ def test_a_response_named_instead_of_repeated() -> None:
         assert (diagnosis.kind, diagnosis.lineage) == (Kind.CONTINUATION, 1)
         assert diagnosis.shared_tokens >= first.tokens
     last = client.entry.fingerprint
-    assert len(last) == last.ends.buffer_info()[1] == 8 == len(last.chunk_ends)
+    assert len(last) == last.ends.buffer_info()[1] == 8 == len(last.piece_ends)
     assert [last.path(i) for i in range(8)] == [
         "instructions",
         "input[0].content",
@@ -740,10 +742,12 @@ def test_what_is_ruled_out_early_would_have_come_to_nothing() -> None:
             prints.append(client.placement.entry.fingerprint)
         for old, new in itertools.permutations(prints, 2):
             static = new.static_hashes
-            messages = split(new, range(new.static_parts, len(new)))
+            messages = part_hashes(new, range(new.static_parts, len(new)))
             unrelated = is_unrelated(old, static, frozenset(messages))
             shared = match_prefix(old, new)
-            most = max(reusable(old, new, shared, known, messages) for known in (True, False))
+            most = max(
+                reusable_tokens(old, new, shared, known, messages) for known in (True, False)
+            )
             assert not (unrelated and most), (seed, old, new)
             ruled_out, reuses = ruled_out + unrelated, reuses + bool(most)
     assert ruled_out > 1_000 and reuses > 1_000, (ruled_out, reuses)

@@ -7,7 +7,8 @@ from typing import Any
 
 from vllm_cachescope.cache.miss_causes import CacheMiss, MissCause
 from vllm_cachescope.cache.report import EngineId
-from vllm_cachescope.diagnosis.changes import Change, ChangeKind, compare
+from vllm_cachescope.diagnosis.changes import Change, ChangeKind
+from vllm_cachescope.diagnosis.comparison import compare
 from vllm_cachescope.diagnosis.fingerprint import Fingerprint
 from vllm_cachescope.diagnosis.flapping import FlappingField
 from vllm_cachescope.diagnosis.lineage_store import Entry, Held, Placement, Relation

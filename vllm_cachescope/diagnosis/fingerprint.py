@@ -220,6 +220,10 @@ class Fingerprint:
         """Return the estimated tokens in ``part``."""
         return self.ends[part] - self.start(part)
 
+    def tokens_of(self, parts: range) -> int:
+        """Return the estimated tokens in ``parts``."""
+        return self.start(parts.stop) - self.start(parts.start) if parts else 0
+
     def role(self, part: int) -> Role:
         """Return the role of ``part``."""
         return Role(self.kinds[part] & ROLE_BITS)

@@ -10,26 +10,24 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from vllm_cachescope.cache.report import EngineId
-from vllm_cachescope.diagnosis.changes import Change, ChangeKind, compare, compare_whole
+from vllm_cachescope.diagnosis.alignment import part_hashes
+from vllm_cachescope.diagnosis.changes import Change, ChangeKind
+from vllm_cachescope.diagnosis.compaction import find_compaction
+from vllm_cachescope.diagnosis.comparison import compare, compare_whole
 from vllm_cachescope.diagnosis.fingerprint import HASH_BYTES, Fingerprint
 from vllm_cachescope.diagnosis.flapping import FlappingField, FlappingFields
 from vllm_cachescope.diagnosis.part_kind import Trait
 from vllm_cachescope.diagnosis.prefix_match import (
     PrefixMatch,
-    compaction,
-    departs_alike,
-    departs_here,
+    diverges_alike,
+    diverges_here,
     is_answer_to_less,
-    is_opening,
     is_unrelated,
     match_prefix,
     may_share,
-    parent_parts,
-    reusable,
     same_static,
-    similar_system,
-    split,
 )
+from vllm_cachescope.diagnosis.reuse import reusable_tokens, similar_system
 from vllm_cachescope.diagnosis.token_fingerprint import TokenFingerprint
 from vllm_cachescope.prompt.request import Region
 from vllm_cachescope.tenancy.scope import Caller
@@ -466,8 +464,8 @@ def _place(session: _Session, new: Fingerprint, now: float) -> Placement:
         if not entry.fingerprint.hashes.startswith(agreed):
             continue
         if nearest and (
-            departs_here(entry.fingerprint, new, shared)
-            or departs_alike(entry.fingerprint, nearest.fingerprint, shared)
+            diverges_here(entry.fingerprint, new, shared)
+            or diverges_alike(entry.fingerprint, nearest.fingerprint, shared)
         ):
             continue
         found = match_prefix(entry.fingerprint, new)
@@ -480,7 +478,7 @@ def _place(session: _Session, new: Fingerprint, now: float) -> Placement:
         return _begin(session, Relation.FIRST, new, now)
     # A request that an earlier one repeats in full misses nothing.
     if shared.parts < len(new):
-        parent_known = shared.whole and shared.parts >= parent_parts(new)
+        parent_known = shared.whole and shared.parts >= new.parent_parts
         if (broken := _broken(near, new, shared, parent_known)) is not None:
             changes = compare(broken.fingerprint, new)
             compacted = changes[:1] and changes[0].kind is ChangeKind.HISTORY_COMPACTED
@@ -499,9 +497,9 @@ def _broken(
     best: Entry | None = None
     most = (shared.tokens, 0)
     beyond = range(shared.parts, len(new))
-    messages = split(new, range(new.static_parts, len(new)))
+    messages = part_hashes(new, range(new.static_parts, len(new)))
     static, known = new.static_hashes, frozenset(messages)
-    opening = is_opening(new)
+    opening = new.is_opening
     for entry in reversed(near):
         # Without an answer in it, it can only be the same question, asked with a change.
         if opening and entry.fingerprint.message_hashes != new.message_hashes:
@@ -515,7 +513,7 @@ def _broken(
         # Nor is that a loss where it was a side call's, under a prompt of its own.
         if parent_known and not same_static(entry.fingerprint, new, found):
             continue
-        could = reusable(entry.fingerprint, new, found, parent_known, messages)
+        could = reusable_tokens(entry.fingerprint, new, found, parent_known, messages)
         if could > shared.tokens and (could, found.tokens) > most:
             best, most = entry, (could, found.tokens)
     return best
@@ -528,14 +526,14 @@ def _compacted(near: Sequence[Entry], new: Fingerprint, shared: PrefixMatch) -> 
     """
     beyond = range(shared.parts, len(new))
     declared = any(new.has(part, Trait.COMPACTION) for part in beyond)
-    if not declared and not is_opening(new):
+    if not declared and not new.is_opening:
         return None
     compacted = [
         entry
         for entry in reversed(near)
         if not entry.superseded
-        and (declared or not is_opening(entry.fingerprint))
-        and compaction(entry.fingerprint, new) is not None
+        and (declared or not entry.fingerprint.is_opening)
+        and find_compaction(entry.fingerprint, new) is not None
     ]
     return max(compacted, key=lambda entry: entry.fingerprint.tokens, default=None)
 
