@@ -24,7 +24,7 @@ from vllm_cachescope.cli.traffic import (
     read_traffic,
     text_request,
 )
-from vllm_cachescope.diagnosis.diagnosis import NEW_CONTENT, Kind
+from vllm_cachescope.diagnosis.outcome import NEW_CONTENT, Kind
 from vllm_cachescope.prompt.request import Protocol, Region
 
 

@@ -9,8 +9,9 @@ import pytest
 from tests.core.agent_session import TOOL_NAMES, Agent, Body, Client, tool, words
 from vllm_cachescope.diagnosis.alignment import part_hashes
 from vllm_cachescope.diagnosis.changes import ChangeKind
-from vllm_cachescope.diagnosis.diagnosis import Diagnosis, Kind
-from vllm_cachescope.diagnosis.lineage_store import LineageStore, Relation
+from vllm_cachescope.diagnosis.lineage_store import LineageStore
+from vllm_cachescope.diagnosis.outcome import Diagnosis, Kind
+from vllm_cachescope.diagnosis.placement import Relation
 from vllm_cachescope.diagnosis.prefix_match import is_unrelated, match_prefix
 from vllm_cachescope.diagnosis.reuse import reusable_tokens
 from vllm_cachescope.prompt.request import Protocol
@@ -53,7 +54,7 @@ def test_a_conversation_goes_on() -> None:
     client, agent = Client(), Agent("on")
     assert client.send(agent.body()).kind is Kind.FIRST_REQUEST
     for _ in range(10):
-        before = client.entry
+        before = client.node
         diagnosis = client.send(agent.turn().body())
         assert (diagnosis.kind, diagnosis.lineage) == (Kind.CONTINUATION, 1)
         assert client.placement.ancestor is before
@@ -269,7 +270,7 @@ def test_after_a_side_call_that_repeats_it_with_its_answer_a_conversation_goes_o
     for _ in range(2):
         diagnosis = client.send(agent.body())
         assert diagnosis.kind is Kind.CONTINUATION and diagnosis.lineage == 1
-        assert diagnosis.expected and diagnosis.latch is None
+        assert diagnosis.expected and diagnosis.flapping is None
         agent.turn()
 
 
@@ -370,13 +371,13 @@ def test_a_response_named_instead_of_repeated() -> None:
         return body | ({"previous_response_id": previous} if previous else {})
 
     client.send(ask("one ", None), Protocol.RESPONSES, response_id="r1")
-    first = client.entry.fingerprint
+    first = client.node.fingerprint
     for i in range(2, 5):
         body = ask(f"question {i} ", f"r{i - 1}")
         diagnosis = client.send(body, Protocol.RESPONSES, response_id=f"r{i}")
         assert (diagnosis.kind, diagnosis.lineage) == (Kind.CONTINUATION, 1)
         assert diagnosis.shared_tokens >= first.tokens
-    last = client.entry.fingerprint
+    last = client.node.fingerprint
     assert len(last) == last.ends.buffer_info()[1] == 8 == len(last.piece_ends)
     assert [last.path(i) for i in range(8)] == [
         "instructions",
@@ -441,12 +442,9 @@ def test_memory_is_bounded_per_organisation_and_in_all() -> None:
     # The newest sessions are there, the oldest are not.
     assert client.store.find("org 5", "msg_59") is not None
     assert client.store.find("org 0", "msg_0") is None
-    assert client.store.nbytes == sum(
-        entry.nbytes
-        for org in client.store._orgs.values()
-        for session in org.values()
-        for entry in session
-    )
+    kept = [client.store.find(f"org {i % 6}", f"msg_{i}") for i in range(60)]
+    assert client.store.nbytes == sum(node.nbytes for node in kept if node is not None)
+    assert len(client.store) == sum(node is not None for node in kept)
 
 
 @pytest.mark.parametrize("conversations", [70, 300])
@@ -474,12 +472,13 @@ def test_clients_that_name_no_session_go_on_all_the_same(conversations: int) -> 
 def test_an_id_of_any_length_takes_bounded_memory() -> None:
     client, agent = Client(), Agent("ids", scale=0.1)
     for i in range(3):
-        client.send(agent.turn().body(), response_id=f"{i}" * 10_000_000)
-        assert client.entry.response_id is None and not client.store._by_response
+        name = f"{i}" * 10_000_000
+        client.send(agent.turn().body(), response_id=name)
+        assert client.node.response_id is None and client.store.find("org", name) is None
     before = client.store.nbytes
     client.send(agent.body(), response_id="x" * 256)
-    assert client.store.find("org", "x" * 256) is client.entry
-    assert client.store.nbytes - before >= client.entry.fingerprint.nbytes + 256
+    assert client.store.find("org", "x" * 256) is client.node
+    assert client.store.nbytes - before >= client.node.fingerprint.nbytes + 256
 
 
 def test_salts_tell_clients_apart_that_name_no_session() -> None:
@@ -488,9 +487,9 @@ def test_salts_tell_clients_apart_that_name_no_session() -> None:
         for salt in ("one", "two"):
             diagnosis = client.send({**agent.body(), "cache_salt": salt}, response_id=f"{turn}")
             assert diagnosis.kind is (Kind.CONTINUATION if turn else Kind.FIRST_REQUEST)
-            assert client.store.find("org", f"{turn}") is client.entry
+            assert client.store.find("org", f"{turn}") is client.node
         agent.turn()
-    client.store.retract(client.caller, client.placement)
+    client.store.drop(client.caller, client.placement)
     assert len(client.store) == 5
     client.caller = Caller("org", "named")
     for salt in ("one", "two"):
@@ -505,14 +504,14 @@ def test_what_never_ran_is_nothing_to_go_on_from() -> None:
     refused = agent.turn().body()
     refused["tools"][3]["input_schema"] = "not a schema"
     assert client.send(refused).kind is Kind.TOOLS_CHANGED
-    client.store.retract(client.caller, client.placement)
-    client.store.retract(client.caller, client.placement)
+    client.store.drop(client.caller, client.placement)
+    client.store.drop(client.caller, client.placement)
     assert len(client.store) == 1
     diagnosis = client.send(agent.body())
     assert diagnosis.kind is Kind.CONTINUATION and diagnosis.lineage == 1
-    client.store.retract(Caller("other", "s"), client.placement)
+    client.store.drop(Caller("other", "s"), client.placement)
     client.store.purge("org")
-    client.store.retract(client.caller, client.placement)
+    client.store.drop(client.caller, client.placement)
     assert client.store.nbytes == 0
 
 
@@ -736,11 +735,11 @@ def test_what_is_ruled_out_early_would_have_come_to_nothing() -> None:
         main = Agent(f"session {seed}", tools=rng.sample(TOOL_NAMES, 5), scale=0.1)
         session, client = Session(rng, main, [Conversation(main)]), Client()
         client.send(main.body())
-        prints = [client.placement.entry.fingerprint]
+        fingerprints = [client.placement.node.fingerprint]
         for _ in range(20):
             step(session, client)
-            prints.append(client.placement.entry.fingerprint)
-        for old, new in itertools.permutations(prints, 2):
+            fingerprints.append(client.placement.node.fingerprint)
+        for old, new in itertools.permutations(fingerprints, 2):
             static = new.static_hashes
             messages = part_hashes(new, range(new.static_parts, len(new)))
             unrelated = is_unrelated(old, static, frozenset(messages))

@@ -21,16 +21,14 @@ from vllm_cachescope.api.diagnostics import (
 from vllm_cachescope.api.diffs import Diffs
 from vllm_cachescope.api.request_context import PromptTiming
 from vllm_cachescope.cache.report import EngineId, Report
-from vllm_cachescope.diagnosis.diagnosis import (
-    Diagnosis,
-    EngineReport,
-    conclude,
-    diagnose,
-    diagnose_against,
-    measure,
-)
+from vllm_cachescope.diagnosis.attribution import EngineReport
+from vllm_cachescope.diagnosis.computed_prompt import ComputedPrompt
+from vllm_cachescope.diagnosis.diagnosis import conclude, diagnose, diagnose_against, measure
 from vllm_cachescope.diagnosis.fingerprinter import Fingerprinter
-from vllm_cachescope.diagnosis.lineage_store import Entry, LineageStore, Placement, Run
+from vllm_cachescope.diagnosis.forest import LineageNode
+from vllm_cachescope.diagnosis.lineage_store import LineageStore
+from vllm_cachescope.diagnosis.outcome import Diagnosis
+from vllm_cachescope.diagnosis.placement import LineagePlacement
 from vllm_cachescope.diagnosis.token_fingerprint import fingerprint_tokens
 from vllm_cachescope.prompt.request import PromptRequest, Protocol
 from vllm_cachescope.tenancy.scope import Caller
@@ -68,8 +66,8 @@ class PendingDiagnosis:
 
     caller: Caller
     request: PromptRequest
-    placement: Placement
-    named: Entry | None
+    placement: LineagePlacement
+    named: LineageNode | None
     compared: Diagnosis | None
     diagnosis: Diagnosis
     block_tokens: int
@@ -223,7 +221,7 @@ class BreakLog:
         compared = None
         if named is not None:
             # As it is kept: with the turns it goes on from, where it only names them.
-            compared = diagnose_against(named.fingerprint, placement.entry.fingerprint)
+            compared = diagnose_against(named.fingerprint, placement.node.fingerprint)
         return PendingDiagnosis(
             caller,
             request,
@@ -252,17 +250,17 @@ class BreakLog:
             passages: how its prompts passed through the engine.
         """
         reports, passages = list(reports), list(passages)
-        caller, entry = case.caller, case.placement.entry
+        caller, node = case.caller, case.placement.node
         if not reports and response_id is None:
             # Refused, say: the next request owes nothing to it.
-            self._lineages.retract(caller, case.placement)
+            self._lineages.drop(caller, case.placement)
             return
         if self._diffs is not None:
-            self._diffs.keep(caller, case.request, entry.fingerprint)
+            self._diffs.keep(caller, case.request, node.fingerprint)
         engine = reports[0].engine if reports else None
         if engine is None or not all(report.engine for report in reports):
             # Without the engine's last word there is nothing to put its misses down to.
-            self._lineages.answered(caller, entry, response_id)
+            self._lineages.answered(caller, node, response_id)
             return
         found = EngineReport(
             prompt_tokens=sum(report.prompt_tokens for report in reports),
@@ -270,39 +268,46 @@ class BreakLog:
             block_tokens=self._block_tokens,
             misses=tuple(miss for report in reports for miss in report.misses),
         )
-        run = None
+        computed = None
         if len(reports) == len(passages) == 1:
-            run = self._run(reports[0], engine, passages[0])
-            found = self._compared(case, found, reports[0], run, passages[0].began)
-        self._lineages.answered(caller, entry, response_id, found.prompt_tokens, run)
+            computed = self._computed(reports[0], engine, passages[0])
+            found = self._compared(case, found, reports[0], computed, passages[0].began)
+        self._lineages.answered(caller, node, response_id, found.prompt_tokens, computed)
         case.diagnosis = conclude(case.diagnosis, found, case.placement.ancestor)
         self._unknown.inc(case.diagnosis.unknown_tokens)
         if not case.diagnosis.expected or case.diagnosis.kind.is_break:
             self._record(case)
 
     def _compared(
-        self, case: PendingDiagnosis, found: EngineReport, report: Report, run: Run, began: float
+        self,
+        case: PendingDiagnosis,
+        found: EngineReport,
+        report: Report,
+        computed: ComputedPrompt,
+        began: float,
     ) -> EngineReport:
         """Complete what the engine found with what the session's other requests had left."""
         ancestor = case.placement.ancestor
-        held = self._lineages.held(case.caller, case.placement.entry, run.tokens, run.engine, began)
+        source = self._lineages.prefix_source(
+            case.caller, case.placement.node, computed.tokens, computed.engine, began
+        )
         shared = None
-        if ancestor is not None and ancestor.run is None:
+        if ancestor is not None and ancestor.computed is None:
             # Whatever it was, it may never have been computed: only what others had counts.
-            shared = held.shared_tokens if held else 0
+            shared = source.shared_tokens if source else 0
         return replace(
             found,
             began=began,
-            engine=run.engine,
+            engine=computed.engine,
             unasked=report.unasked,
             reach_s=report.reach_s,
-            held=held,
+            source=source,
             shared_tokens=shared,
         )
 
-    def _run(self, report: Report, engine: EngineId, passage: PromptTiming) -> Run:
+    def _computed(self, report: Report, engine: EngineId, passage: PromptTiming) -> ComputedPrompt:
         now = self._clock()
-        return Run(
+        return ComputedPrompt(
             tokens=fingerprint_tokens(passage.tokens, self._block_tokens, self._secret),
             covered_tokens=passage.covered_tokens,
             readable_tokens=passage.readable_tokens,

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm_cachescope.diagnosis.changes import Change, ChangeKind
-from vllm_cachescope.diagnosis.diagnosis import Diagnosis
+from vllm_cachescope.diagnosis.outcome import Diagnosis
 from vllm_cachescope.prompt.request import PromptRequest
 
 # vLLM mixes the salt into the hash of the first block.

@@ -18,16 +18,12 @@ from vllm_cachescope.cache.miss_causes import CacheMiss, MissCause
 from vllm_cachescope.cli.console import show
 from vllm_cachescope.cli.traffic import BLOCK_TOKENS, BlockCall, Call, TrafficError, read_traffic
 from vllm_cachescope.cli.ttl_replay import TtlReplay
-from vllm_cachescope.diagnosis.diagnosis import (
-    NEW_CONTENT,
-    Diagnosis,
-    EngineReport,
-    Kind,
-    conclude,
-    diagnose,
-)
+from vllm_cachescope.diagnosis.attribution import EngineReport
+from vllm_cachescope.diagnosis.diagnosis import conclude, diagnose
 from vllm_cachescope.diagnosis.fingerprinter import Fingerprinter
-from vllm_cachescope.diagnosis.lineage_store import Entry, LineageStore
+from vllm_cachescope.diagnosis.forest import LineageNode
+from vllm_cachescope.diagnosis.lineage_store import LineageStore
+from vllm_cachescope.diagnosis.outcome import NEW_CONTENT, Diagnosis, Kind
 from vllm_cachescope.durations import parse_duration
 from vllm_cachescope.prompt.boundaries import common_prefix
 from vllm_cachescope.tenancy.scope import Caller
@@ -174,13 +170,13 @@ def explain(calls: Iterable[Call], ttl_s: float | None = None) -> Iterator[Expla
         max_bytes=_BYTES,
     )
     fingerprint = Fingerprinter(secrets.token_bytes(32))
-    texts: dict[Entry, str] = {}
+    texts: dict[LineageNode, str] = {}
     lifetimes: dict[str | None, TtlReplay] = {}
     for call in calls:
         now = max(now, call.at or now)
         caller = Caller("traffic", call.session)
         placement = store.observe(caller, fingerprint(call.request, call.extra))
-        store.answered(caller, placement.entry, call.response_id)
+        store.answered(caller, placement.node, call.response_id)
         diagnosis = diagnose(placement)
         if ttl_s is not None:
             expired = lifetimes.setdefault(call.session, TtlReplay(ttl_s, _REQUESTS)).use(placement)
@@ -188,7 +184,7 @@ def explain(calls: Iterable[Call], ttl_s: float | None = None) -> Iterator[Expla
                 diagnosis = _with_expired(diagnosis, expired)
         char = None
         if call.text is not None:
-            texts[placement.entry] = call.text
+            texts[placement.node] = call.text
             before = texts.get(placement.ancestor, "") if placement.ancestor else ""
             char = common_prefix(before, call.text)
         yield Explained(call.source, call.session, call.at, diagnosis, char)

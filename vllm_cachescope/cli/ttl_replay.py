@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from vllm_cachescope.cache.miss_causes import CacheMiss, MissCause
 from vllm_cachescope.diagnosis.fingerprint import Fingerprint
-from vllm_cachescope.diagnosis.lineage_store import Placement
+from vllm_cachescope.diagnosis.placement import LineagePlacement
 from vllm_cachescope.diagnosis.prefix_match import match_prefix
 
 
@@ -42,16 +42,16 @@ class TtlReplay:
         self._ttl_s = ttl_s
         self._uses: deque[_Use] = deque(maxlen=calls)
 
-    def use(self, placement: Placement) -> list[CacheMiss]:
+    def use(self, placement: LineagePlacement) -> list[CacheMiss]:
         """Note a call and return what of its shared tokens had expired, in prompt order."""
-        now, kept = placement.entry.at, self._asked(placement.entry.fingerprint)
+        now, kept = placement.node.at, self._asked(placement.node.fingerprint)
         left = self._left(placement)
         read = 0
         for tokens, ttl_s, at in left:
             if now - at <= ttl_s:
                 read = max(read, tokens)
                 kept[ttl_s] = max(tokens, kept.get(ttl_s, 0))
-        self._uses.append(_Use(placement.entry.fingerprint, now, kept))
+        self._uses.append(_Use(placement.node.fingerprint, now, kept))
         misses: list[CacheMiss] = []
         while read < placement.shared_tokens:
             # Of several lifetimes that the next token had, the one that ended last was its end.
@@ -74,9 +74,9 @@ class TtlReplay:
             kept[shortest] = tokens
         return kept
 
-    def _left(self, placement: Placement) -> list[tuple[int, float, float]]:
+    def _left(self, placement: LineagePlacement) -> list[tuple[int, float, float]]:
         """Return what earlier calls left of what a call shares: tokens, lifetime, last use."""
-        new, shared = placement.entry.fingerprint, placement.shared_tokens
+        new, shared = placement.node.fingerprint, placement.shared_tokens
         left: list[tuple[int, float, float]] = []
         for use in reversed(self._uses):
             common = min(match_prefix(use.fingerprint, new).tokens, shared)
