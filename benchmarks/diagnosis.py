@@ -28,7 +28,7 @@ from vllm_cachescope.diagnosis.diagnosis import conclude, diagnose
 from vllm_cachescope.diagnosis.fingerprint import Fingerprint
 from vllm_cachescope.diagnosis.fingerprinter import Fingerprinter
 from vllm_cachescope.diagnosis.lineage_store import LineageStore
-from vllm_cachescope.diagnosis.outcome import Kind
+from vllm_cachescope.diagnosis.outcome import DiagnosisKind
 from vllm_cachescope.diagnosis.token_fingerprint import fingerprint_tokens
 from vllm_cachescope.prompt.request import PromptRequest
 from vllm_cachescope.tenancy.scope import Caller
@@ -86,24 +86,24 @@ def title(number: int) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, slots=True)
-class PendingDiagnosis:
-    """A request to diagnose, and what must come out."""
+class Scenario:
+    """A request to diagnose, and what kind of diagnosis must come out."""
 
     name: str
     body: dict[str, Any]
-    kind: Kind
+    kind: DiagnosisKind
 
 
-def cases(bodies: list[dict[str, Any]]) -> list[PendingDiagnosis]:
+def scenarios(bodies: list[dict[str, Any]]) -> list[Scenario]:
     """Return the requests to measure: the conversation goes on, unchanged and changed."""
     last = bodies[-1]
     schema, history = copy.deepcopy(last), copy.deepcopy(last)
     schema["tools"][7]["description"] += " Now with more detail."
     history["messages"][4]["content"] = "cleared"
     return [
-        PendingDiagnosis("the conversation goes on", last, Kind.CONTINUATION),
-        PendingDiagnosis("a tool's description changed", schema, Kind.TOOLS_CHANGED),
-        PendingDiagnosis("a message was edited", history, Kind.MESSAGES_CHANGED),
+        Scenario("the conversation goes on", last, DiagnosisKind.CONTINUATION),
+        Scenario("a tool's description changed", schema, DiagnosisKind.TOOLS_CHANGED),
+        Scenario("a message was edited", history, DiagnosisKind.MESSAGES_CHANGED),
     ]
 
 
@@ -141,7 +141,7 @@ def computed(tokens: list[int]) -> ComputedPrompt:
 
 
 def diagnosing(
-    case: PendingDiagnosis, made: Fingerprinter, seen: list[Fingerprint], tokens: list[int]
+    scenario: Scenario, made: Fingerprinter, seen: list[Fingerprint], tokens: list[int]
 ) -> float:
     """Return the median milliseconds of fingerprint, lineage and diagnosis of a request, of whose
     ``tokens`` the engine has read nothing."""
@@ -152,7 +152,7 @@ def diagnosing(
         for fingerprint, prompt in zip(seen, earlier, strict=True):
             node = store.observe(_CALLER, fingerprint).node
             store.answered(_CALLER, node, prompt_tokens=fingerprint.tokens, computed=prompt)
-        request = parsed(case.body)
+        request = parsed(scenario.body)
         gc.collect()
         start = time.thread_time()
         placement = store.observe(_CALLER, made(request))
@@ -162,7 +162,7 @@ def diagnosing(
         found = conclude(diagnose(placement), report, placement.ancestor)
         store.answered(_CALLER, placement.node, "id", len(tokens), prompt)
         times.append(1000 * (time.thread_time() - start))
-        assert found.kind is case.kind, found
+        assert found.kind is scenario.kind, found
     return statistics.median(times)
 
 
@@ -195,20 +195,24 @@ def main() -> int:
     tokenizer = production_tokenizer()
     text = json.dumps(bodies[-1], ensure_ascii=False)
     tokens = tokenizer(text)["input_ids"]
-    measured = cases(bodies)
+    measured = scenarios(bodies)
 
     def tokenising(_: int) -> float:
         return milliseconds(lambda: tokenizer(text))
 
     result.add("request", [size], "KB")
     result.add("its prompt", [len(tokens)], "tokens")
-    for case in measured:
+    for scenario in measured:
         found = pairs(
-            options.pairs, lambda _, case=case: diagnosing(case, made, seen, tokens), tokenising
+            options.pairs,
+            lambda _, scenario=scenario: diagnosing(scenario, made, seen, tokens),
+            tokenising,
         )
-        result.add(case.name, [one for one, _ in found], "ms", "at most 5 ms", lambda ms: ms <= 5)
         result.add(
-            f"{case.name}: over tokenising",
+            scenario.name, [one for one, _ in found], "ms", "at most 5 ms", lambda ms: ms <= 5
+        )
+        result.add(
+            f"{scenario.name}: over tokenising",
             [100 * one / other for one, other in found],
             "%",
             "at most 3 %",

@@ -56,22 +56,22 @@ class Server:
     ) -> Diagnosis:
         """Send the conversation as it is; the engine has read ``read`` tokens of it."""
         request = READERS[Protocol.MESSAGES](self.body, (300, 3600))
-        case = self.breaks.open(Caller("acme", "s"), request, self.body, {})
+        pending = self.breaks.open(Caller("acme", "s"), request, self.body, {})
         length = len(self.tokens)
         rows = (
             Row("read_device", Scope.ORG, 300, read),
             Row("created", Scope.ORG, 300, length - read),
         )
         report = Report(rows, misses, unasked, engine if final else None, reach_s)
-        passage = PromptTiming(
+        timing = PromptTiming(
             list(self.tokens),
             length if covered is None else covered,
             length if readable is None else readable,
             self.now if began is None else began,
             self.now,
         )
-        self.breaks.close(case, [report], None, [passage])
-        diagnosis = case.diagnosis
+        self.breaks.close(pending, [report], None, [timing])
+        diagnosis = pending.diagnosis
         if final:
             assert sum(tokens for _, tokens in diagnosis.uncached) == length - read
         return diagnosis

@@ -17,7 +17,7 @@ from vllm_cachescope.diagnosis.changes import MAX_CHANGES, ChangeKind
 from vllm_cachescope.diagnosis.comparison import compare
 from vllm_cachescope.diagnosis.diagnosis import conclude, diagnose_against, measure
 from vllm_cachescope.diagnosis.fingerprint import Fingerprint
-from vllm_cachescope.diagnosis.outcome import NEW_CONTENT, Diagnosis, Kind
+from vllm_cachescope.diagnosis.outcome import NEW_CONTENT, Diagnosis, DiagnosisKind
 from vllm_cachescope.prompt.request import Protocol
 from vllm_cachescope.wire import READERS, anthropic, openai_responses
 
@@ -31,7 +31,7 @@ class Row:
 
     name: str
     change: Callable[[Body], object]
-    kind: Kind
+    kind: DiagnosisKind
     what: ChangeKind
     path: str
     names: tuple[str, ...] = ()
@@ -106,11 +106,11 @@ def merge_messages(body: Body) -> None:
 NEW_TOOL = {"name": "Zip", "description": "packs files", "input_schema": {"type": "object"}}
 LATE = {"type": "text", "text": "A block that was not there before. " * 3}
 M, P, T, S, H = (
-    Kind.MODEL_CHANGED,
-    Kind.PARAMS_CHANGED,
-    Kind.TOOLS_CHANGED,
-    Kind.SYSTEM_CHANGED,
-    Kind.MESSAGES_CHANGED,
+    DiagnosisKind.MODEL_CHANGED,
+    DiagnosisKind.PARAMS_CHANGED,
+    DiagnosisKind.TOOLS_CHANGED,
+    DiagnosisKind.SYSTEM_CHANGED,
+    DiagnosisKind.MESSAGES_CHANGED,
 )
 C = ChangeKind
 
@@ -221,11 +221,11 @@ TABLE = [
         "messages[2].content[0]"),
     Row("last question, once answered", edit_at("messages/6/content/0/content"), H,
         C.MESSAGES_CHANGED, "messages[6].content[0]"),
-    Row("scope", set_at("system/1/cache_control/scope", "global"), Kind.MARKERS_CHANGED,
+    Row("scope", set_at("system/1/cache_control/scope", "global"), DiagnosisKind.MARKERS_CHANGED,
         C.SCOPE_CHANGED, "system[1].cache_control.scope"),
     Row("last breakpoint removed",
-        lambda b: b["messages"][-1]["content"][-1].pop("cache_control"), Kind.MARKERS_CHANGED,
-        C.MARK_REMOVED, "messages[6].content[0].cache_control"),
+        lambda b: b["messages"][-1]["content"][-1].pop("cache_control"),
+        DiagnosisKind.MARKERS_CHANGED, C.MARK_REMOVED, "messages[6].content[0].cache_control"),
 ]  # fmt: skip
 
 
@@ -233,7 +233,7 @@ TABLE = [
 def test_single_change(row: Row) -> None:
     client = Client()
     before, after = row.headers
-    assert client.send(first_body(), headers=before).kind is Kind.FIRST_REQUEST
+    assert client.send(first_body(), headers=before).kind is DiagnosisKind.FIRST_REQUEST
     body = next_body()
     row.change(body)
     diagnosis = client.send(body, headers=after)
@@ -254,7 +254,7 @@ def test_single_change(row: Row) -> None:
     # The next turn goes on from the changed request: one change, one break.
     later = agent(5).body()
     row.change(later)
-    assert client.send(later, headers=after).kind is Kind.CONTINUATION
+    assert client.send(later, headers=after).kind is DiagnosisKind.CONTINUATION
 
 
 def test_the_table_is_large_enough() -> None:
@@ -287,7 +287,7 @@ def test_what_leaves_the_prompt_alone_is_no_break(
     change(body)
     shuffled = {"anthropic-beta": ",".join(reversed(BETAS["anthropic-beta"].split(",")))}
     diagnosis = client.send(body, headers=shuffled)
-    assert diagnosis.kind is Kind.CONTINUATION
+    assert diagnosis.kind is DiagnosisKind.CONTINUATION
     assert diagnosis.expected and diagnosis.missed_tokens == 0 and diagnosis.where is None
     assert not [change for change in diagnosis.changes if change.diverges]
 
@@ -302,7 +302,7 @@ def test_a_marked_text_block_and_the_string_it_becomes_are_one() -> None:
     agent.turn()
     body = agent.body()
     body["messages"][0]["content"] = text
-    assert client.send(body).kind is Kind.CONTINUATION
+    assert client.send(body).kind is DiagnosisKind.CONTINUATION
 
 
 def test_breakpoints_that_cost_nothing_are_noted_and_no_break() -> None:
@@ -312,7 +312,7 @@ def test_breakpoints_that_cost_nothing_are_noted_and_no_break() -> None:
     del body["system"][1]["cache_control"]
     body["system"][2]["cache_control"]["ttl"] = "1h"
     diagnosis = client.send(body)
-    assert diagnosis.kind is Kind.CONTINUATION and diagnosis.expected
+    assert diagnosis.kind is DiagnosisKind.CONTINUATION and diagnosis.expected
     assert [(c.kind, c.path) for c in diagnosis.changes] == [
         (C.MARK_REMOVED, "system[1].cache_control"),
         (C.TTL_CHANGED, "system[2].cache_control.ttl"),
@@ -443,7 +443,7 @@ def test_a_nonce_is_told_from_a_flag() -> None:
         agent.turn()
         agent.system[1]["text"] = f"You are an agent. Request {round_:08d}."
         diagnosis = client.send(agent.body())
-    assert diagnosis.kind is Kind.SYSTEM_CHANGED
+    assert diagnosis.kind is DiagnosisKind.SYSTEM_CHANGED
     assert diagnosis.flapping is not None
     assert (diagnosis.flapping.flips, diagnosis.flapping.returns) == (4, False)
     assert "is new each time" in diagnosis.suggestion
@@ -488,7 +488,7 @@ def test_engine_causes(miss: CacheMiss, advice: str) -> None:
     client, diagnosis = continuation()
     final = conclude_last(client, diagnosis, EngineReport(9000, 0, 128, (miss,)))
     assert final.cause == miss.cause
-    assert final.kind is Kind.CONTINUATION and not final.expected
+    assert final.kind is DiagnosisKind.CONTINUATION and not final.expected
     assert final.engine[0] == miss
     assert advice in final.suggestion
     # 8,000 tokens were there before; all but the last, partial block was lost.
@@ -515,7 +515,7 @@ def test_several_tiers_each_explain_their_tokens() -> None:
 def test_a_full_read_needs_no_cause() -> None:
     client, diagnosis = continuation()
     final = conclude_last(client, diagnosis, EngineReport(9000, 7936, 128))
-    assert final.expected and final.cause == Kind.CONTINUATION and final.suggestion == ""
+    assert final.expected and final.cause == DiagnosisKind.CONTINUATION and final.suggestion == ""
     assert dict(final.uncached) == {MissCause.PARTIAL_BLOCK: 64, NEW_CONTENT: 1000}
 
 
@@ -568,7 +568,7 @@ def test_a_change_the_engine_read_past_cost_nothing() -> None:
     body = next_body()
     body["tool_choice"]["type"] = "any"
     diagnosis = client.send(body)
-    assert diagnosis.kind is Kind.PARAMS_CHANGED and not diagnosis.expected
+    assert diagnosis.kind is DiagnosisKind.PARAMS_CHANGED and not diagnosis.expected
     final = conclude_last(client, diagnosis, EngineReport(10000, 8960, 128))
     assert final.expected and final.missed_tokens == 0 and final.suggestion == ""
     check_sums(final, 8960)
@@ -585,12 +585,12 @@ def test_a_change_explains_what_it_cost_and_no_more() -> None:
     read = shared // 128 * 128
     final = conclude_last(client, diagnosis, EngineReport(10000, read, 128))
     causes = dict(final.uncached)
-    assert final.cause == Kind.SYSTEM_CHANGED and not final.expected
+    assert final.cause == DiagnosisKind.SYSTEM_CHANGED and not final.expected
     (change,), place = final.changes, final.where
     assert place is not None and change.token == place.token == round(
         diagnosis.changes[0].token * scale
     )
-    assert causes[Kind.SYSTEM_CHANGED] == final.missed_tokens > 1000
+    assert causes[DiagnosisKind.SYSTEM_CHANGED] == final.missed_tokens > 1000
     assert MissCause.UNKNOWN not in causes
     check_sums(final, read)
 
@@ -609,7 +609,7 @@ def test_a_retry_recomputes_its_last_block() -> None:
     client, _ = continuation()
     agent = Agent("engine").turn().turn()
     diagnosis = client.send(agent.body())
-    assert diagnosis.kind is Kind.RETRY
+    assert diagnosis.kind is DiagnosisKind.RETRY
     final = conclude_last(client, diagnosis, EngineReport(8192, 8064, 128))
     assert final.expected
     assert dict(final.uncached) == {MissCause.PARTIAL_BLOCK: 128}
@@ -619,7 +619,7 @@ def test_first_requests_explain_themselves() -> None:
     client = Client()
     diagnosis = client.send(first_body())
     final = conclude_last(client, diagnosis, EngineReport(5000, 2048, 128))
-    assert final.expected and dict(final.uncached) == {Kind.FIRST_REQUEST: 2952}
+    assert final.expected and dict(final.uncached) == {DiagnosisKind.FIRST_REQUEST: 2952}
 
 
 def test_every_token_gets_a_cause_whatever_the_engine_says() -> None:
@@ -719,7 +719,7 @@ def test_anthropic_speed_counts_as_the_model() -> None:
     assert data is not None and data["cache_miss_reason"]["type"] == "model_changed"
     # It does not change the prompt, so a conversation goes on all the same.
     client.send(first_body())
-    assert client.send(body).kind is Kind.CONTINUATION
+    assert client.send(body).kind is DiagnosisKind.CONTINUATION
 
 
 def responses_body(turns: int = 2) -> Body:

@@ -23,7 +23,7 @@ from vllm_cachescope.diagnosis.diagnosis import conclude, diagnose
 from vllm_cachescope.diagnosis.fingerprinter import Fingerprinter
 from vllm_cachescope.diagnosis.forest import LineageNode
 from vllm_cachescope.diagnosis.lineage_store import LineageStore
-from vllm_cachescope.diagnosis.outcome import NEW_CONTENT, Diagnosis, Kind
+from vllm_cachescope.diagnosis.outcome import NEW_CONTENT, Diagnosis, DiagnosisKind
 from vllm_cachescope.durations import parse_duration
 from vllm_cachescope.prompt.boundaries import common_prefix
 from vllm_cachescope.tenancy.scope import Caller
@@ -209,17 +209,17 @@ def explain_blocks(calls: Iterable[BlockCall], ttl_s: float | None = None) -> It
         before = last_call[call.blocks[known - 1]] if known else None
         partial = 0
         if before is None:
-            kind = Kind.NEW_LINEAGE if last_call else Kind.FIRST_REQUEST
+            kind = DiagnosisKind.NEW_LINEAGE if last_call else DiagnosisKind.FIRST_REQUEST
         elif known == len(call.blocks):
-            kind = Kind.RETRY if before.blocks == call.blocks else Kind.FORK
+            kind = DiagnosisKind.RETRY if before.blocks == call.blocks else DiagnosisKind.FORK
         elif known == len(before.blocks):
-            kind = Kind.CONTINUATION
+            kind = DiagnosisKind.CONTINUATION
         elif known == len(before.blocks) - 1 and before.tokens % BLOCK_TOKENS:
-            kind = Kind.CONTINUATION
+            kind = DiagnosisKind.CONTINUATION
             partial = max(0, min(before.tokens, call.tokens) - known * BLOCK_TOKENS)
         else:
-            kind = Kind.FORK
-        if kind in (Kind.CONTINUATION, Kind.RETRY):
+            kind = DiagnosisKind.FORK
+        if kind in (DiagnosisKind.CONTINUATION, DiagnosisKind.RETRY):
             lineage = lineage_of[call.blocks[known - 1]]
         else:
             lineages += 1
@@ -246,7 +246,7 @@ def _leading(call: BlockCall, last_call: dict[int, BlockCall], ttl_s: float | No
 
 def _of_blocks(
     call: BlockCall,
-    kind: Kind,
+    kind: DiagnosisKind,
     known: int,
     fresh: int,
     partial: int,
@@ -263,7 +263,7 @@ def _of_blocks(
     causes: dict[str, int] = {miss.cause: miss.tokens for miss in engine}
     rest = call.tokens - read - sum(causes.values())
     if rest:
-        own = kind in (Kind.FIRST_REQUEST, Kind.NEW_LINEAGE)
+        own = kind in (DiagnosisKind.FIRST_REQUEST, DiagnosisKind.NEW_LINEAGE)
         causes[kind if own else NEW_CONTENT] = rest
     return Diagnosis(
         kind=kind,

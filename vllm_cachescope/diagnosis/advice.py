@@ -5,11 +5,13 @@ from collections.abc import Sequence
 from vllm_cachescope.cache.miss_causes import CacheMiss, MissCause
 from vllm_cachescope.diagnosis.changes import Change, ChangeKind
 from vllm_cachescope.diagnosis.flapping import FlappingField
-from vllm_cachescope.diagnosis.outcome import UNAVOIDABLE, Kind
+from vllm_cachescope.diagnosis.outcome import UNAVOIDABLE, DiagnosisKind
 from vllm_cachescope.durations import format_duration
 
 
-def advise_on_changes(kind: Kind, changes: Sequence[Change], flapping: FlappingField | None) -> str:
+def advise_on_changes(
+    kind: DiagnosisKind, changes: Sequence[Change], flapping: FlappingField | None
+) -> str:
     """Return what to do about the first of ``changes``; empty if there is nothing to do.
 
     Args:
@@ -17,7 +19,7 @@ def advise_on_changes(kind: Kind, changes: Sequence[Change], flapping: FlappingF
         changes: what changed, the earliest first.
         flapping: the field that changed first, if it keeps changing.
     """
-    if not changes or kind is Kind.CONTEXT_COMPACTED:
+    if not changes or kind is DiagnosisKind.CONTEXT_COMPACTED:
         return ""
     change = changes[0]
     advice = _CHANGE_ADVICE[change.kind].format(

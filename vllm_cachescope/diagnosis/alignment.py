@@ -27,7 +27,8 @@ class Gap(NamedTuple):
 def common_items(old: bytes, new: bytes, width: int = HASH_BYTES) -> int:
     """Number of leading items of ``width`` bytes that two packed lists share.
 
-    One exclusive-or over the whole lists: this runs for every request kept, so no loop.
+    Each new request is compared with every request kept. Hence no loop: one exclusive-or over the
+    whole lists finds the first bit that differs.
     """
     size = min(len(old), len(new))
     differ = int.from_bytes(old[:size], "big") ^ int.from_bytes(new[:size], "big")
@@ -35,7 +36,7 @@ def common_items(old: bytes, new: bytes, width: int = HASH_BYTES) -> int:
 
 
 def common_pieces(old: Fingerprint, i: int, new: Fingerprint, j: int) -> int:
-    """How many leading pieces part ``i`` of ``old`` and part ``j`` of ``new`` share."""
+    """Number of leading pieces that part ``i`` of ``old`` and part ``j`` of ``new`` share."""
     if old.kinds[i] & _PLACE_BITS != new.kinds[j] & _PLACE_BITS:
         return 0
     return common_items(old.pieces_of(i), new.pieces_of(j))
@@ -51,7 +52,8 @@ def ascending(order: Sequence[int], weight_of: Callable[[int], int] = lambda _: 
 
     Args:
         order: distinct numbers.
-        weight_of: what the number at a position weighs; as it is, the longest subsequence wins.
+        weight_of: the weight of the number at a position. By default all weigh the same, and the
+            longest subsequence is the heaviest.
     """
     if list(order) == sorted(order):
         return list(range(len(order)))  # As a rule: nothing changed places.

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from vllm_cachescope.cache.miss_causes import CacheMiss, MissCause
 from vllm_cachescope.cache.report import EngineId
 from vllm_cachescope.diagnosis.computed_prompt import PrefixSource
-from vllm_cachescope.diagnosis.outcome import NEW_CONTENT, Diagnosis, Kind
+from vllm_cachescope.diagnosis.outcome import NEW_CONTENT, Diagnosis, DiagnosisKind
 
 _UNCOVERED = "not covered by a breakpoint"
 _UNREADABLE = "session scope, and the request named no session"
@@ -50,7 +50,12 @@ class EngineReport:
 
 
 def attribute_misses(
-    kind: Kind, report: EngineReport, read: int, shared: int, covered: int | None, exact: bool
+    kind: DiagnosisKind,
+    report: EngineReport,
+    read: int,
+    shared: int,
+    covered: int | None,
+    exact: bool,
 ) -> list[CacheMiss]:
     """Put each of the tokens from ``read`` to ``shared`` down to one cause.
 
@@ -87,7 +92,9 @@ def attribute_misses(
         return [_never_stored(left, "shorter than one block"), *behind]
     # Only whole blocks are cached, and a retry's last one is computed again: the answer starts
     # from its last token.
-    edge = end % block or (block if kind is Kind.RETRY and end == report.prompt_tokens else 0)
+    edge = end % block or (
+        block if kind is DiagnosisKind.RETRY and end == report.prompt_tokens else 0
+    )
     if exact or left < block:
         edge = min(left, edge if exact else left)
         behind.insert(0, CacheMiss(MissCause.PARTIAL_BLOCK, edge))
@@ -182,7 +189,7 @@ def uncached_by_cause(
     for miss in engine:
         causes[miss.cause] = causes.get(miss.cause, 0) + miss.tokens
         left -= miss.tokens
-    whole = diagnosis.kind in (Kind.FIRST_REQUEST, Kind.NEW_LINEAGE)
+    whole = diagnosis.kind in (DiagnosisKind.FIRST_REQUEST, DiagnosisKind.NEW_LINEAGE)
     own = left if whole else min(left, diagnosis.missed_tokens)
     if own > 0:
         causes[diagnosis.kind] = causes.get(diagnosis.kind, 0) + own

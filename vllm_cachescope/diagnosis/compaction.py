@@ -39,8 +39,8 @@ def find_compaction(
 
 
 def _before_summary(old: Fingerprint, new: Fingerprint) -> int | None:
-    """Return the number of parts before the messages, or before a summary in front of them; None
-    if not all of them are the same."""
+    """Return the number of parts before the messages, or before a summary that stands last in the
+    system prompt; None if the two requests differ in any of these parts."""
     if old.model != new.model or old.counts[0] != new.counts[0]:
         return None
     static = max(old.static_parts, new.static_parts)

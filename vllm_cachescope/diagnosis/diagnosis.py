@@ -9,17 +9,17 @@ from vllm_cachescope.diagnosis.changes import Change, ChangeKind
 from vllm_cachescope.diagnosis.comparison import compare
 from vllm_cachescope.diagnosis.fingerprint import Fingerprint
 from vllm_cachescope.diagnosis.forest import LineageNode
-from vllm_cachescope.diagnosis.outcome import UNAVOIDABLE, Diagnosis, Divergence, Kind
+from vllm_cachescope.diagnosis.outcome import UNAVOIDABLE, Diagnosis, DiagnosisKind, Divergence
 from vllm_cachescope.diagnosis.placement import LineagePlacement, Relation
 from vllm_cachescope.diagnosis.prefix_match import match_prefix
 
 _BY_RELATION = {
-    Relation.FIRST: Kind.FIRST_REQUEST,
-    Relation.NEW_LINEAGE: Kind.NEW_LINEAGE,
-    Relation.CONTINUATION: Kind.CONTINUATION,
-    Relation.RETRY: Kind.RETRY,
-    Relation.FORK: Kind.FORK,
-    Relation.COMPACTION: Kind.CONTEXT_COMPACTED,
+    Relation.FIRST: DiagnosisKind.FIRST_REQUEST,
+    Relation.NEW_LINEAGE: DiagnosisKind.NEW_LINEAGE,
+    Relation.CONTINUATION: DiagnosisKind.CONTINUATION,
+    Relation.RETRY: DiagnosisKind.RETRY,
+    Relation.FORK: DiagnosisKind.FORK,
+    Relation.COMPACTION: DiagnosisKind.CONTEXT_COMPACTED,
 }
 
 
@@ -40,7 +40,7 @@ def diagnose(placement: LineagePlacement) -> Diagnosis:
             where = Divergence("messages", new.path(part), placement.shared_tokens)
     diagnosis = Diagnosis(
         kind=kind,
-        expected=not kind.is_break or kind is Kind.CONTEXT_COMPACTED,
+        expected=not kind.is_break or kind is DiagnosisKind.CONTEXT_COMPACTED,
         where=where,
         changes=placement.changes,
         shared_tokens=placement.shared_tokens,
@@ -66,12 +66,12 @@ def diagnose_against(old: Fingerprint, new: Fingerprint) -> Diagnosis:
     shared = match_prefix(old, new)
     changes = compare(old, new)
     diverging = [change for change in changes if change.diverges]
-    kind = _kind(Relation.BREAK, tuple(diverging)) if diverging else Kind.CONTINUATION
+    kind = _kind(Relation.BREAK, tuple(diverging)) if diverging else DiagnosisKind.CONTINUATION
     missed = max(0, min(old.tokens, new.tokens) - shared.tokens) if diverging else 0
     where = Divergence(changes[0].area, changes[0].path, changes[0].token) if diverging else None
     diagnosis = Diagnosis(
         kind=kind,
-        expected=not kind.is_break or kind is Kind.CONTEXT_COMPACTED,
+        expected=not kind.is_break or kind is DiagnosisKind.CONTEXT_COMPACTED,
         where=where,
         changes=changes,
         shared_tokens=shared.tokens,
@@ -197,9 +197,9 @@ def _shared(
         rekeyed = [change.token for change in diagnosis.changes if change.rekeys]
         if rekeyed:
             return min(round(min(rekeyed) * scale), report.prompt_tokens), min(rekeyed) == 0
-    if diagnosis.kind is Kind.RETRY:
+    if diagnosis.kind is DiagnosisKind.RETRY:
         return report.prompt_tokens, True
-    if diagnosis.kind is Kind.CONTINUATION and ancestor_tokens is not None:
+    if diagnosis.kind is DiagnosisKind.CONTINUATION and ancestor_tokens is not None:
         return min(ancestor_tokens, report.prompt_tokens), True
     if report.source is not None:
         return report.source.shared_tokens, True
@@ -218,10 +218,10 @@ def _covered(report: EngineReport, ancestor: LineageNode | None, scale: float) -
     return covered - covered % report.block_tokens
 
 
-def _kind(relation: Relation, changes: tuple[Change, ...]) -> Kind:
+def _kind(relation: Relation, changes: tuple[Change, ...]) -> DiagnosisKind:
     if relation is not Relation.BREAK:
         return _BY_RELATION[relation]
     first = changes[0]
     if first.kind is ChangeKind.HISTORY_COMPACTED:
-        return Kind.CONTEXT_COMPACTED
-    return Kind(f"{first.area}_changed")
+        return DiagnosisKind.CONTEXT_COMPACTED
+    return DiagnosisKind(f"{first.area}_changed")

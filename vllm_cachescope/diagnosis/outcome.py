@@ -16,7 +16,7 @@ UNAVOIDABLE = (MissCause.PARTIAL_BLOCK, MissCause.NOT_LOOKED_UP)
 and a request for the log probabilities of its prompt has to compute all of it."""
 
 
-class Kind(StrEnum):
+class DiagnosisKind(StrEnum):
     """How a request differs from the one it goes on from.
 
     The first five are as they should be. The rest are breaks: something in front of content that
@@ -39,7 +39,7 @@ class Kind(StrEnum):
     @property
     def is_break(self) -> bool:
         """Whether it is a break, expected or not."""
-        return self is Kind.CONTEXT_COMPACTED or self.value.endswith("_changed")
+        return self is DiagnosisKind.CONTEXT_COMPACTED or self.value.endswith("_changed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class Diagnosis:
         shared_tokens: leading tokens some earlier request of the session has too.
         missed_tokens: tokens that could have been read but for the change.
         prompt_tokens: tokens of the whole prompt.
-        uncached: every token that was not read, by cause: a `Kind`, a `MissCause` or
+        uncached: every token that was not read, by cause: a `DiagnosisKind`, a `MissCause` or
             `NEW_CONTENT`, with the number of tokens.
         engine: what the engine did, as far as it explains a miss.
         suggestion: what to do about it, in a sentence; empty if there is nothing to do.
@@ -83,7 +83,7 @@ class Diagnosis:
         measured: whether the engine has counted the tokens; if not, all counts are estimates.
     """
 
-    kind: Kind
+    kind: DiagnosisKind
     expected: bool
     where: Divergence | None
     changes: tuple[Change, ...]
@@ -101,7 +101,7 @@ class Diagnosis:
 
     @property
     def cause(self) -> str:
-        """The one cause to count this request under: a `Kind` or a `MissCause`."""
+        """The one cause to count this request under: a `DiagnosisKind` or a `MissCause`."""
         if self.kind.is_break and self.missed_tokens:
             return self.kind
         avoidable = [miss for miss in self.engine if miss.cause not in UNAVOIDABLE]

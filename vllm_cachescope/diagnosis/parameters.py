@@ -1,12 +1,11 @@
 """Which parameters of a request change its prompt, and from where on."""
 
 ROUTING_PARAMS = frozenset({"prompt_cache_key", "service_tier", "speed"})
-"""Parameters that say where or how fast to run, and never reach the prompt."""
+"""Parameters that say where or how fast to compute an answer, and never reach the prompt."""
 
 # Parameters that a chat template renders at the start of the prompt, that replace the template, or
-# that change the hash of every block.
-# All others are taken to change the prompt from the messages on, as Anthropic's table of what
-# invalidates the cache has it for thinking and tool_choice.
+# that change the hash of every block. All others are taken to change the prompt from its messages
+# on: so Anthropic documents it for thinking and tool_choice.
 _FRONT_PARAMS = (
     "add_special_tokens",
     "cache_salt",

@@ -1,4 +1,4 @@
-"""Whose a part of a prompt is, and what else its shape says: one byte for each part."""
+"""The role of a part, and what else its shape says about it: one byte for each part."""
 
 from enum import IntEnum, IntFlag
 
@@ -22,7 +22,7 @@ _SUMMARY_HEAD = 400  # characters in which a summary says that it is one
 
 
 class Role(IntEnum):
-    """Whose a part is. Roles a client invents are all `OTHER`."""
+    """Who says a part. Roles a client invents are all `OTHER`."""
 
     NONE = 0
     SYSTEM = 1
@@ -55,7 +55,9 @@ _SUMMARY, _COMPACTION = int(Trait.SUMMARY), int(Trait.COMPACTION)
 
 
 def part_kind(part: Part, text: str | None) -> int:
-    """Return the `Role` of ``part`` and its `Trait` bits; but for STARTS, which its place decides.
+    """Return the byte of ``part``, its `Role` and `Trait` bits, but for STARTS.
+
+    Whether a part starts its message, only its neighbours say.
 
     Args:
         part: the part.

@@ -113,14 +113,15 @@ def same_static(old: Fingerprint, new: Fingerprint, shared: PrefixMatch) -> bool
 def may_share(old: Fingerprint, new: Fingerprint, parts: range) -> bool:
     """Whether any of ``parts`` of ``new`` may stand in ``old``. False means that none does.
 
-    A search for bytes: it may find a hash across two others, and costs next to nothing.
+    It searches the packed hashes for bytes, which costs next to nothing, but may find a hash that
+    two neighbours form by chance.
     """
     hashes = old.hashes
     return any(new.hash(part) in hashes for part in parts)
 
 
 def is_unrelated(old: Fingerprint, static: bytes, messages: frozenset[int]) -> bool:
-    """Whether ``old`` begins otherwise than a request and has no message in common with it.
+    """Whether an earlier request has another beginning than a request and no message of it.
 
     Args:
         old: the earlier request.
@@ -135,8 +136,8 @@ def is_unrelated(old: Fingerprint, static: bytes, messages: frozenset[int]) -> b
 def is_answer_to_less(old: Fingerprint, new: Fingerprint, shared: PrefixMatch) -> bool:
     """Whether ``new`` goes on from ``old`` without the last blocks of its last message.
 
-    A client may end its latest message with a reminder and leave it out once it was answered.
-    Nothing is lost by that: what it leaves out stood at the end.
+    A client may end its latest message with a reminder, and leave the reminder out once the
+    message was answered. That costs nothing: the reminder stood at the end.
     """
     at = shared.parts
     return (
@@ -148,7 +149,7 @@ def is_answer_to_less(old: Fingerprint, new: Fingerprint, shared: PrefixMatch) -
 
 
 def _agreement(old: Fingerprint, new: Fingerprint) -> int:
-    """How many parts model and parameters let the two share."""
+    """Return how many leading parts can be the same to the engine, by model and parameters."""
     if old.model != new.model:
         return 0
     if old.params == new.params:

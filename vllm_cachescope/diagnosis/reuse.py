@@ -58,9 +58,10 @@ def reusable_tokens(
         return 0
     tools, system = _similar_tools(old, new), similar_system(old, new)
     if again or (end < len(new) and new.role(end) is Role.ASSISTANT):
-        # That neither has tools shows nothing.
+        # Two requests without tools are no more alike for that.
         return new.start(end) if system or (tools and new.tools) else 0
-    # The same question in both, nothing more: a retry with a change, or a side call about it.
+    # All they have in common is the question. With tools and system prompt alike it is a retry
+    # with a change; otherwise a side call about the question.
     return new.start(end) if end == len(new) and tools and system else 0
 
 
@@ -93,7 +94,8 @@ def _last_common_turn(
 ) -> int | None:
     """Return the end in ``new`` of the last answer that stands in both beside one neighbour.
 
-    The neighbour is of another message: an answer quoted elsewhere brings only itself along.
+    The neighbour has to be of another message: an answer that is quoted in another conversation
+    stands there without it.
 
     Args:
         old: the earlier request.
@@ -115,14 +117,15 @@ def _last_common_turn(
 def _edited_last_turn(old: Fingerprint, new: Fingerprint, at: int) -> int | None:
     """Return where in ``new`` the last message of ``old`` ends, if it was edited from ``at`` on.
 
-    That message has been answered in ``new``, so an edited ``old`` must have been a request, if
-    one that was not seen.
+    None if nothing shows such an edit. The message has an answer in ``new``: so the client sent
+    ``old`` with that edit, in a request that was not seen.
     """
     last = len(old)
     while last > at and old.role(last - 1) is not Role.ASSISTANT:
         last -= 1
     if last > at:
-        # The edit is further up: the message itself must be there, and answered.
+        # The edit is in an earlier message. The last one must stand in ``new`` as it was, and be
+        # answered there.
         message = part_hashes(old, range(last, len(old)))
         ours = part_hashes(new, range(at, len(new)))
         for k in range(len(ours) - len(message)):
