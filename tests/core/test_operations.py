@@ -209,7 +209,7 @@ async def test_a_purge_forgets_the_requests_and_breaks_as_well(ask, breaks) -> N
             rows = (Row(Outcome.CREATED, Scope.ORG, 300, 200),)
             report = Report(rows, engine=EngineId(0, "epoch"))
             breaks.close(case, [report], None)
-    assert breaks._fingerprint._packs
+    assert breaks._fingerprint.remembered_groups
     for body, left in (
         ({"org": "acme", "session": "s"}, {("name:acme", "t"), ("name:zeta", "s")}),
         ({"org": "acme"}, {("name:zeta", "s")}),
@@ -217,7 +217,8 @@ async def test_a_purge_forgets_the_requests_and_breaks_as_well(ask, breaks) -> N
     ):
         _, answer = await ask("POST", "/cachescope/purge", body, TOKEN)
         assert answer["fingerprints"] == 2
-        assert not breaks._fingerprint._packs and not breaks._fingerprint._tools
+        assert not breaks._fingerprint.remembered_groups
+        assert not breaks._fingerprint.remembered_tools
         assert {(seen.caller.org, seen.caller.session) for seen in breaks.recent(None)} == left
         assert set(breaks.orgs()) == {org for org, _ in left}
 

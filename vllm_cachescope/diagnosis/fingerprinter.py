@@ -134,6 +134,11 @@ class Fingerprinter:
         )
 
     @property
+    def remembered_tools(self) -> int:
+        """How many tools are remembered now."""
+        return len(self._tools)
+
+    @property
     def remembered_groups(self) -> int:
         """How many messages, lists of tools and system prompts are remembered now."""
         return len(self._groups)
