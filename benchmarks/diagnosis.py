@@ -22,9 +22,13 @@ from transformers.integrations.mistral import convert_tekken_tokenizer
 from benchmarks.harness import Result, arguments, finish, pairs
 from demo.session import agent_session, marked
 from vllm_cachescope.cache.report import EngineId
-from vllm_cachescope.diagnosis.diagnosis import EngineReport, Kind, conclude, diagnose
-from vllm_cachescope.diagnosis.fingerprint import Fingerprint, Fingerprinter
-from vllm_cachescope.diagnosis.lineage_store import LineageStore, Run
+from vllm_cachescope.diagnosis.attribution import EngineReport
+from vllm_cachescope.diagnosis.computed_prompt import ComputedPrompt
+from vllm_cachescope.diagnosis.diagnosis import conclude, diagnose
+from vllm_cachescope.diagnosis.fingerprint import Fingerprint
+from vllm_cachescope.diagnosis.fingerprinter import Fingerprinter
+from vllm_cachescope.diagnosis.lineage_store import LineageStore
+from vllm_cachescope.diagnosis.outcome import DiagnosisKind
 from vllm_cachescope.diagnosis.token_fingerprint import fingerprint_tokens
 from vllm_cachescope.prompt.request import PromptRequest
 from vllm_cachescope.tenancy.scope import Caller
@@ -83,23 +87,23 @@ def title(number: int) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """A request to diagnose, and what must come out."""
+    """A request to diagnose, and what kind of diagnosis must come out."""
 
     name: str
     body: dict[str, Any]
-    kind: Kind
+    kind: DiagnosisKind
 
 
-def cases(bodies: list[dict[str, Any]]) -> list[Scenario]:
+def scenarios(bodies: list[dict[str, Any]]) -> list[Scenario]:
     """Return the requests to measure: the conversation goes on, unchanged and changed."""
     last = bodies[-1]
     schema, history = copy.deepcopy(last), copy.deepcopy(last)
     schema["tools"][7]["description"] += " Now with more detail."
     history["messages"][4]["content"] = "cleared"
     return [
-        Scenario("the conversation goes on", last, Kind.CONTINUATION),
-        Scenario("a tool's description changed", schema, Kind.TOOLS_CHANGED),
-        Scenario("a message was edited", history, Kind.MESSAGES_CHANGED),
+        Scenario("the conversation goes on", last, DiagnosisKind.CONTINUATION),
+        Scenario("a tool's description changed", schema, DiagnosisKind.TOOLS_CHANGED),
+        Scenario("a message was edited", history, DiagnosisKind.MESSAGES_CHANGED),
     ]
 
 
@@ -130,10 +134,10 @@ def milliseconds(work: Callable[[], object]) -> float:
     return 1000 * (time.thread_time() - start)
 
 
-def ran(tokens: list[int]) -> Run:
-    """Return what is kept of how a prompt of ``tokens`` ran."""
-    printed = fingerprint_tokens(tokens, _BLOCK, _SECRET)
-    return Run(printed, len(tokens), len(tokens), 300, _ENGINE, 0.0, 0.0)
+def computed(tokens: list[int]) -> ComputedPrompt:
+    """Return what is kept of a prompt of ``tokens`` that the engine computed."""
+    hashed = fingerprint_tokens(tokens, _BLOCK, _SECRET)
+    return ComputedPrompt(hashed, len(tokens), len(tokens), 300, _ENGINE, 0.0, 0.0)
 
 
 def diagnosing(
@@ -142,21 +146,21 @@ def diagnosing(
     """Return the median milliseconds of fingerprint, lineage and diagnosis of a request, of whose
     ``tokens`` the engine has read nothing."""
     times = []
-    earlier = [ran(tokens[: fingerprint.tokens]) for fingerprint in seen]
+    earlier = [computed(tokens[: fingerprint.tokens]) for fingerprint in seen]
     for _ in range(_ROUNDS):
         store = LineageStore(time.monotonic, requests=_KEPT + 1)
-        for fingerprint, run in zip(seen, earlier, strict=True):
-            entry = store.observe(_CALLER, fingerprint).entry
-            store.answered(_CALLER, entry, prompt_tokens=fingerprint.tokens, run=run)
+        for fingerprint, prompt in zip(seen, earlier, strict=True):
+            node = store.observe(_CALLER, fingerprint).node
+            store.answered(_CALLER, node, prompt_tokens=fingerprint.tokens, computed=prompt)
         request = parsed(scenario.body)
         gc.collect()
         start = time.thread_time()
         placement = store.observe(_CALLER, made(request))
-        run = ran(tokens)
-        held = store.held(_CALLER, placement.entry, run.tokens, _ENGINE, 1.0)
-        report = EngineReport(len(tokens), 0, _BLOCK, held=held, engine=_ENGINE)
+        prompt = computed(tokens)
+        source = store.prefix_source(_CALLER, placement.node, prompt.tokens, _ENGINE, 1.0)
+        report = EngineReport(len(tokens), 0, _BLOCK, source=source, engine=_ENGINE)
         found = conclude(diagnose(placement), report, placement.ancestor)
-        store.answered(_CALLER, placement.entry, "id", len(tokens), run)
+        store.answered(_CALLER, placement.node, "id", len(tokens), prompt)
         times.append(1000 * (time.thread_time() - start))
         assert found.kind is scenario.kind, found
     return statistics.median(times)
@@ -170,8 +174,8 @@ def kept_bytes(bodies: list[dict[str, Any]], tokens: list[int]) -> float:
     gc.collect()
     tracemalloc.start()
     for request in requests:
-        entry = store.observe(_CALLER, made(request)).entry
-        store.answered(_CALLER, entry, prompt_tokens=len(tokens), run=ran(tokens))
+        node = store.observe(_CALLER, made(request)).node
+        store.answered(_CALLER, node, prompt_tokens=len(tokens), computed=computed(tokens))
     gc.collect()
     taken, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -191,7 +195,7 @@ def main() -> int:
     tokenizer = production_tokenizer()
     text = json.dumps(bodies[-1], ensure_ascii=False)
     tokens = tokenizer(text)["input_ids"]
-    measured = cases(bodies)
+    measured = scenarios(bodies)
 
     def tokenising(_: int) -> float:
         return milliseconds(lambda: tokenizer(text))

@@ -5,9 +5,13 @@ import json
 import random
 from typing import Any
 
-from vllm_cachescope.diagnosis.diagnosis import Diagnosis, diagnose
-from vllm_cachescope.diagnosis.fingerprint import Fingerprint, Fingerprinter
-from vllm_cachescope.diagnosis.lineage_store import Entry, LineageStore, Placement
+from vllm_cachescope.diagnosis.diagnosis import diagnose
+from vllm_cachescope.diagnosis.fingerprint import Fingerprint
+from vllm_cachescope.diagnosis.fingerprinter import Fingerprinter
+from vllm_cachescope.diagnosis.forest import LineageNode
+from vllm_cachescope.diagnosis.lineage_store import LineageStore
+from vllm_cachescope.diagnosis.outcome import Diagnosis
+from vllm_cachescope.diagnosis.placement import LineagePlacement
 from vllm_cachescope.prompt.request import Protocol
 from vllm_cachescope.tenancy.scope import Caller
 from vllm_cachescope.wire import anthropic, openai_chat, openai_completions, openai_responses
@@ -176,7 +180,7 @@ class Client:
         self.caller = Caller(org, session)
         self.fingerprinter = Fingerprinter(b"a secret of the operator")
         self.store = LineageStore(lambda: self.now, **bounds)
-        self.placement: Placement | None = None
+        self.placement: LineagePlacement | None = None
 
     def fingerprint(
         self,
@@ -197,11 +201,11 @@ class Client:
     ) -> Diagnosis:
         self.now += 1.0
         self.placement = self.store.observe(self.caller, self.fingerprint(body, protocol, headers))
-        self.store.answered(self.caller, self.placement.entry, response_id)
+        self.store.answered(self.caller, self.placement.node, response_id)
         return diagnose(self.placement)
 
     @property
-    def entry(self) -> Entry:
+    def node(self) -> LineageNode:
         """The request that was sent last."""
         assert self.placement is not None
-        return self.placement.entry
+        return self.placement.node

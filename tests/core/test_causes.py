@@ -12,7 +12,7 @@ from vllm_cachescope.api.diagnoser import Diagnoser
 from vllm_cachescope.api.request_context import PromptTiming
 from vllm_cachescope.cache.miss_causes import CacheMiss, MissCause
 from vllm_cachescope.cache.report import EngineId, Report, Row
-from vllm_cachescope.diagnosis.diagnosis import NEW_CONTENT, Diagnosis
+from vllm_cachescope.diagnosis.outcome import NEW_CONTENT, Diagnosis
 from vllm_cachescope.prompt.request import Protocol
 from vllm_cachescope.tenancy.scope import Caller, Scope
 from vllm_cachescope.wire import READERS

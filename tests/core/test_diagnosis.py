@@ -12,17 +12,12 @@ from pydantic import TypeAdapter
 from tests.core.agent_session import TTLS, Agent, Body, Client, words
 from vllm_cachescope.api.diagnostics import anthropic_diagnostics, openai_diagnostics
 from vllm_cachescope.cache.miss_causes import CacheMiss, MissCause
-from vllm_cachescope.diagnosis.changes import MAX_CHANGES, ChangeKind, compare
-from vllm_cachescope.diagnosis.diagnosis import (
-    NEW_CONTENT,
-    Diagnosis,
-    EngineReport,
-    Kind,
-    conclude,
-    diagnose_against,
-    measure,
-)
+from vllm_cachescope.diagnosis.attribution import EngineReport
+from vllm_cachescope.diagnosis.changes import MAX_CHANGES, ChangeKind
+from vllm_cachescope.diagnosis.comparison import compare
+from vllm_cachescope.diagnosis.diagnosis import conclude, diagnose_against, measure
 from vllm_cachescope.diagnosis.fingerprint import Fingerprint
+from vllm_cachescope.diagnosis.outcome import NEW_CONTENT, Diagnosis, DiagnosisKind
 from vllm_cachescope.prompt.request import Protocol
 from vllm_cachescope.wire import READERS, anthropic, openai_responses
 
@@ -36,7 +31,7 @@ class Row:
 
     name: str
     change: Callable[[Body], object]
-    kind: Kind
+    kind: DiagnosisKind
     what: ChangeKind
     path: str
     names: tuple[str, ...] = ()
@@ -111,11 +106,11 @@ def merge_messages(body: Body) -> None:
 NEW_TOOL = {"name": "Zip", "description": "packs files", "input_schema": {"type": "object"}}
 LATE = {"type": "text", "text": "A block that was not there before. " * 3}
 M, P, T, S, H = (
-    Kind.MODEL_CHANGED,
-    Kind.PARAMS_CHANGED,
-    Kind.TOOLS_CHANGED,
-    Kind.SYSTEM_CHANGED,
-    Kind.MESSAGES_CHANGED,
+    DiagnosisKind.MODEL_CHANGED,
+    DiagnosisKind.PARAMS_CHANGED,
+    DiagnosisKind.TOOLS_CHANGED,
+    DiagnosisKind.SYSTEM_CHANGED,
+    DiagnosisKind.MESSAGES_CHANGED,
 )
 C = ChangeKind
 
@@ -226,11 +221,11 @@ TABLE = [
         "messages[2].content[0]"),
     Row("last question, once answered", edit_at("messages/6/content/0/content"), H,
         C.MESSAGES_CHANGED, "messages[6].content[0]"),
-    Row("scope", set_at("system/1/cache_control/scope", "global"), Kind.MARKERS_CHANGED,
+    Row("scope", set_at("system/1/cache_control/scope", "global"), DiagnosisKind.MARKERS_CHANGED,
         C.SCOPE_CHANGED, "system[1].cache_control.scope"),
     Row("last breakpoint removed",
-        lambda b: b["messages"][-1]["content"][-1].pop("cache_control"), Kind.MARKERS_CHANGED,
-        C.MARK_REMOVED, "messages[6].content[0].cache_control"),
+        lambda b: b["messages"][-1]["content"][-1].pop("cache_control"),
+        DiagnosisKind.MARKERS_CHANGED, C.MARK_REMOVED, "messages[6].content[0].cache_control"),
 ]  # fmt: skip
 
 
@@ -238,7 +233,7 @@ TABLE = [
 def test_single_change(row: Row) -> None:
     client = Client()
     before, after = row.headers
-    assert client.send(first_body(), headers=before).kind is Kind.FIRST_REQUEST
+    assert client.send(first_body(), headers=before).kind is DiagnosisKind.FIRST_REQUEST
     body = next_body()
     row.change(body)
     diagnosis = client.send(body, headers=after)
@@ -259,7 +254,7 @@ def test_single_change(row: Row) -> None:
     # The next turn goes on from the changed request: one change, one break.
     later = agent(5).body()
     row.change(later)
-    assert client.send(later, headers=after).kind is Kind.CONTINUATION
+    assert client.send(later, headers=after).kind is DiagnosisKind.CONTINUATION
 
 
 def test_the_table_is_large_enough() -> None:
@@ -292,7 +287,7 @@ def test_what_leaves_the_prompt_alone_is_no_break(
     change(body)
     shuffled = {"anthropic-beta": ",".join(reversed(BETAS["anthropic-beta"].split(",")))}
     diagnosis = client.send(body, headers=shuffled)
-    assert diagnosis.kind is Kind.CONTINUATION
+    assert diagnosis.kind is DiagnosisKind.CONTINUATION
     assert diagnosis.expected and diagnosis.missed_tokens == 0 and diagnosis.where is None
     assert not [change for change in diagnosis.changes if change.diverges]
 
@@ -307,7 +302,7 @@ def test_a_marked_text_block_and_the_string_it_becomes_are_one() -> None:
     agent.turn()
     body = agent.body()
     body["messages"][0]["content"] = text
-    assert client.send(body).kind is Kind.CONTINUATION
+    assert client.send(body).kind is DiagnosisKind.CONTINUATION
 
 
 def test_breakpoints_that_cost_nothing_are_noted_and_no_break() -> None:
@@ -317,7 +312,7 @@ def test_breakpoints_that_cost_nothing_are_noted_and_no_break() -> None:
     del body["system"][1]["cache_control"]
     body["system"][2]["cache_control"]["ttl"] = "1h"
     diagnosis = client.send(body)
-    assert diagnosis.kind is Kind.CONTINUATION and diagnosis.expected
+    assert diagnosis.kind is DiagnosisKind.CONTINUATION and diagnosis.expected
     assert [(c.kind, c.path) for c in diagnosis.changes] == [
         (C.MARK_REMOVED, "system[1].cache_control"),
         (C.TTL_CHANGED, "system[2].cache_control.ttl"),
@@ -335,7 +330,7 @@ def test_size_deltas_and_names_are_reported() -> None:
     assert change.chars_before is not None and change.chars_after is not None
     assert change.chars_after - change.chars_before == len(added)
     # Its first 8,000 characters are as before: the divergence is found inside the block.
-    block = client.entry.fingerprint.start(client.entry.fingerprint.static_parts - 1)
+    block = client.node.fingerprint.start(client.node.fingerprint.static_parts - 1)
     assert block + 1500 < change.token < block + 2000
 
 
@@ -396,48 +391,48 @@ def test_everything_at_once() -> None:
 
 def test_what_slides_away_is_not_said_to_come_back() -> None:
     client, agent = Client(), Agent("slides", scale=0.1)
-    latches = []
+    seen = []
     for _ in range(6):
         client.send(agent.turn().turn().body())
         del agent.messages[1:3]
-        latches.append(client.send(agent.body()).latch)
-    assert [latch.returns for latch in latches if latch] == [False] * 5
+        seen.append(client.send(agent.body()).flapping)
+    assert [field.returns for field in seen if field] == [False] * 5
 
     client, agent = Client(), Agent("comes and goes", scale=0.1)
     block = {"type": "text", "text": "You may use the network. " * 20}
-    latches = []
+    seen = []
     for i in range(6):
         agent.system = [*agent.system, block] if i % 2 else agent.system[:3]
-        latches.append(client.send(agent.turn().body()).latch)
-    assert [latch.returns for latch in latches if latch] == [True] * 4
+        seen.append(client.send(agent.turn().body()).flapping)
+    assert [field.returns for field in seen if field] == [True] * 4
 
 
 def test_no_more_changes_are_worked_out_than_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     old = [{"role": "user" if i % 2 else "assistant", "content": f"{i}"} for i in range(4090)]
     new = [{**m, "content": m["content"] + "!" * (i % 2)} for i, m in enumerate(old)]
     client, named = Client(), []
-    prints = [client.fingerprint({"model": "m", "messages": m}) for m in (old, new)]
+    fingerprints = [client.fingerprint({"model": "m", "messages": m}) for m in (old, new)]
     path = Fingerprint.path
     monkeypatch.setattr(Fingerprint, "path", lambda *args: named.append(args) or path(*args))
-    assert len(compare(*prints)) == len(named) == MAX_CHANGES
+    assert len(compare(*fingerprints)) == len(named) == MAX_CHANGES
 
 
-def test_a_flapping_field_is_latched() -> None:
+def test_a_flapping_field_is_told_from_its_second_change_on() -> None:
     client = Client()
     agent = Agent("latch")
     client.send(agent.body())
-    latches = []
+    seen = []
     for round_ in range(6):
         agent.turn()
         agent.params = {"chat_template_kwargs": {"enable_thinking": bool(round_ % 2)}}
-        latches.append(client.send(agent.body()).latch)
+        seen.append(client.send(agent.body()).flapping)
     # It was absent, then False, True, False, …: back at an earlier value with the third change.
-    assert latches[0] is None
-    assert [latch.flips for latch in latches[1:] if latch] == [2, 3, 4, 5, 6]
-    assert [latch.returns for latch in latches[1:] if latch] == [False, True, True, True, True]
-    assert latches[-1] is not None
-    assert latches[-1].field == "chat_template_kwargs.enable_thinking"
-    assert latches[-1].tokens_lost > latches[-2].tokens_lost > 0
+    assert seen[0] is None
+    assert [field.flips for field in seen[1:] if field] == [2, 3, 4, 5, 6]
+    assert [field.returns for field in seen[1:] if field] == [False, True, True, True, True]
+    assert seen[-1] is not None
+    assert seen[-1].field == "chat_template_kwargs.enable_thinking"
+    assert seen[-1].tokens_lost > seen[-2].tokens_lost > 0
 
 
 def test_a_nonce_is_told_from_a_flag() -> None:
@@ -448,9 +443,9 @@ def test_a_nonce_is_told_from_a_flag() -> None:
         agent.turn()
         agent.system[1]["text"] = f"You are an agent. Request {round_:08d}."
         diagnosis = client.send(agent.body())
-    assert diagnosis.kind is Kind.SYSTEM_CHANGED
-    assert diagnosis.latch is not None
-    assert (diagnosis.latch.flips, diagnosis.latch.returns) == (4, False)
+    assert diagnosis.kind is DiagnosisKind.SYSTEM_CHANGED
+    assert diagnosis.flapping is not None
+    assert (diagnosis.flapping.flips, diagnosis.flapping.returns) == (4, False)
     assert "is new each time" in diagnosis.suggestion
 
 
@@ -461,7 +456,7 @@ def continuation(client: Client | None = None) -> tuple[Client, Diagnosis]:
     client = client or Client()
     agent = Agent("engine").turn()
     client.send(agent.body())
-    client.entry.prompt_tokens = 8000
+    client.node.prompt_tokens = 8000
     agent.turn()
     return client, client.send(agent.body())
 
@@ -493,7 +488,7 @@ def test_engine_causes(miss: CacheMiss, advice: str) -> None:
     client, diagnosis = continuation()
     final = conclude_last(client, diagnosis, EngineReport(9000, 0, 128, (miss,)))
     assert final.cause == miss.cause
-    assert final.kind is Kind.CONTINUATION and not final.expected
+    assert final.kind is DiagnosisKind.CONTINUATION and not final.expected
     assert final.engine[0] == miss
     assert advice in final.suggestion
     # 8,000 tokens were there before; all but the last, partial block was lost.
@@ -520,7 +515,7 @@ def test_several_tiers_each_explain_their_tokens() -> None:
 def test_a_full_read_needs_no_cause() -> None:
     client, diagnosis = continuation()
     final = conclude_last(client, diagnosis, EngineReport(9000, 7936, 128))
-    assert final.expected and final.cause == Kind.CONTINUATION and final.suggestion == ""
+    assert final.expected and final.cause == DiagnosisKind.CONTINUATION and final.suggestion == ""
     assert dict(final.uncached) == {MissCause.PARTIAL_BLOCK: 64, NEW_CONTENT: 1000}
 
 
@@ -528,7 +523,7 @@ def test_a_prefix_shorter_than_a_block_was_never_stored() -> None:
     client = Client()
     agent = Agent("short", tools=[], scale=0.02)
     client.send(agent.body())
-    client.entry.prompt_tokens = 90
+    client.node.prompt_tokens = 90
     agent.turn()
     final = conclude_last(client, client.send(agent.body()), EngineReport(140, 0, 128))
     assert final.cause == MissCause.NEVER_STORED
@@ -542,9 +537,9 @@ def test_what_no_breakpoint_covers_was_never_stored() -> None:
     body = agent.body()
     del body["messages"][-1]["content"][-1]["cache_control"]
     client.send(body)
-    client.entry.prompt_tokens = 4000
-    covered = client.entry.fingerprint.covered_tokens
-    assert 0 < covered < client.entry.fingerprint.tokens
+    client.node.prompt_tokens = 4000
+    covered = client.node.fingerprint.covered_tokens
+    assert 0 < covered < client.node.fingerprint.tokens
     agent.turn()
     body = agent.body()
     del body["messages"][-1]["content"][-1]["cache_control"]
@@ -569,11 +564,11 @@ def test_a_change_the_engine_read_past_cost_nothing() -> None:
     """A parameter that the template ignores: the prompt's tokens are the same."""
     client = Client()
     client.send(first_body())
-    client.entry.prompt_tokens = 9000
+    client.node.prompt_tokens = 9000
     body = next_body()
     body["tool_choice"]["type"] = "any"
     diagnosis = client.send(body)
-    assert diagnosis.kind is Kind.PARAMS_CHANGED and not diagnosis.expected
+    assert diagnosis.kind is DiagnosisKind.PARAMS_CHANGED and not diagnosis.expected
     final = conclude_last(client, diagnosis, EngineReport(10000, 8960, 128))
     assert final.expected and final.missed_tokens == 0 and final.suggestion == ""
     check_sums(final, 8960)
@@ -590,12 +585,12 @@ def test_a_change_explains_what_it_cost_and_no_more() -> None:
     read = shared // 128 * 128
     final = conclude_last(client, diagnosis, EngineReport(10000, read, 128))
     causes = dict(final.uncached)
-    assert final.cause == Kind.SYSTEM_CHANGED and not final.expected
+    assert final.cause == DiagnosisKind.SYSTEM_CHANGED and not final.expected
     (change,), place = final.changes, final.where
     assert place is not None and change.token == place.token == round(
         diagnosis.changes[0].token * scale
     )
-    assert causes[Kind.SYSTEM_CHANGED] == final.missed_tokens > 1000
+    assert causes[DiagnosisKind.SYSTEM_CHANGED] == final.missed_tokens > 1000
     assert MissCause.UNKNOWN not in causes
     check_sums(final, read)
 
@@ -603,7 +598,7 @@ def test_a_change_explains_what_it_cost_and_no_more() -> None:
 def test_a_harmless_change_may_cost_the_last_block_where_the_prompt_ends_with_it() -> None:
     client = Client()
     client.send(first_body())
-    client.entry.prompt_tokens = 8192
+    client.node.prompt_tokens = 8192
     body = first_body()
     body["tool_choice"]["type"] = "any"
     final = conclude_last(client, client.send(body), EngineReport(8192, 8064, 128))
@@ -614,7 +609,7 @@ def test_a_retry_recomputes_its_last_block() -> None:
     client, _ = continuation()
     agent = Agent("engine").turn().turn()
     diagnosis = client.send(agent.body())
-    assert diagnosis.kind is Kind.RETRY
+    assert diagnosis.kind is DiagnosisKind.RETRY
     final = conclude_last(client, diagnosis, EngineReport(8192, 8064, 128))
     assert final.expected
     assert dict(final.uncached) == {MissCause.PARTIAL_BLOCK: 128}
@@ -624,7 +619,7 @@ def test_first_requests_explain_themselves() -> None:
     client = Client()
     diagnosis = client.send(first_body())
     final = conclude_last(client, diagnosis, EngineReport(5000, 2048, 128))
-    assert final.expected and dict(final.uncached) == {Kind.FIRST_REQUEST: 2952}
+    assert final.expected and dict(final.uncached) == {DiagnosisKind.FIRST_REQUEST: 2952}
 
 
 def test_every_token_gets_a_cause_whatever_the_engine_says() -> None:
@@ -724,7 +719,7 @@ def test_anthropic_speed_counts_as_the_model() -> None:
     assert data is not None and data["cache_miss_reason"]["type"] == "model_changed"
     # It does not change the prompt, so a conversation goes on all the same.
     client.send(first_body())
-    assert client.send(body).kind is Kind.CONTINUATION
+    assert client.send(body).kind is DiagnosisKind.CONTINUATION
 
 
 def responses_body(turns: int = 2) -> Body:
@@ -877,12 +872,12 @@ def test_openai_has_a_reason_only_for_what_was_not_read(
     set_at(path, value)(body)
     request = READERS[Protocol.CHAT](body, TTLS)
     client.send(chat_body(), Protocol.CHAT)
-    client.entry.prompt_tokens = 1500
+    client.node.prompt_tokens = 1500
     new = client.fingerprint(body, Protocol.CHAT)
-    compared = diagnose_against(client.entry.fingerprint, new)
+    compared = diagnose_against(client.node.fingerprint, new)
 
     def told(read: int) -> Body | None:
-        measured = measure(compared, EngineReport(1600, read, 16), client.entry)
+        measured = measure(compared, EngineReport(1600, read, 16), client.node)
         return openai_diagnostics(request, measured, read_tokens=read)
 
     assert told(1488) == {"type": "cache_hit"}

@@ -26,7 +26,7 @@ from vllm_cachescope.api.redaction import REDACTED, Redaction
 from vllm_cachescope.api.request_context import PromptTiming
 from vllm_cachescope.cache.report import EngineId, Report, Row
 from vllm_cachescope.config import ConfigError, DiffSettings
-from vllm_cachescope.diagnosis.fingerprint import Fingerprinter
+from vllm_cachescope.diagnosis.fingerprinter import Fingerprinter
 from vllm_cachescope.prompt.request import Protocol
 from vllm_cachescope.tenancy.scope import Caller, Scope
 from vllm_cachescope.wire import READERS

@@ -26,7 +26,7 @@ from vllm_cachescope.cli.traffic import (
     read_traffic,
     text_request,
 )
-from vllm_cachescope.diagnosis.diagnosis import NEW_CONTENT, Kind
+from vllm_cachescope.diagnosis.outcome import NEW_CONTENT, DiagnosisKind
 from vllm_cachescope.prompt.request import Protocol, Region
 
 
@@ -73,10 +73,10 @@ def check_complete(explanation: Explanation) -> None:
 def test_bodies_by_themselves(tmp_path: Path) -> None:
     explanation = explained(write(tmp_path / "bodies.jsonl", session(2)))
     assert [call.diagnosis.kind for call in explanation.calls] == [
-        Kind.FIRST_REQUEST,
-        Kind.TOOLS_CHANGED,
-        Kind.TOOLS_CHANGED,
-        *[Kind.CONTINUATION] * 3,
+        DiagnosisKind.FIRST_REQUEST,
+        DiagnosisKind.TOOLS_CHANGED,
+        DiagnosisKind.TOOLS_CHANGED,
+        *[DiagnosisKind.CONTINUATION] * 3,
     ]
     assert len(explanation.breaks) == len(explanation.unexpected) == 2
     first = explanation.breaks[0]
@@ -106,8 +106,8 @@ def test_envelopes(tmp_path: Path) -> None:
     assert [call.session for call in calls if isinstance(call, Call)] == ["b", "a", "a", "a"]
     assert calls[2].extra["anthropic-beta"] == ["x", "y"]
     kinds = [call.diagnosis.kind for call in explained(tmp_path / "calls.jsonl.gz").calls]
-    assert kinds[:2] == [Kind.FIRST_REQUEST] * 2
-    assert kinds[2:] == [Kind.PARAMS_CHANGED, Kind.PARAMS_CHANGED]
+    assert kinds[:2] == [DiagnosisKind.FIRST_REQUEST] * 2
+    assert kinds[2:] == [DiagnosisKind.PARAMS_CHANGED, DiagnosisKind.PARAMS_CHANGED]
 
 
 @pytest.mark.parametrize(
@@ -122,8 +122,8 @@ def test_a_time_that_cannot_be_is_none(
     assert run(str(path), "--json", "--ttl", "5m") == 0
     calls = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["calls"]
     assert [(call["at"], call["kind"]) for call in calls] == [
-        (None, Kind.FIRST_REQUEST),
-        (None, Kind.RETRY),
+        (None, DiagnosisKind.FIRST_REQUEST),
+        (None, DiagnosisKind.RETRY),
     ]
 
 
@@ -143,7 +143,9 @@ def test_a_lifetime_explains_what_expired(tmp_path: Path) -> None:
         for at, body in zip((0, 200, 700), bodies, strict=True)
     ]
     path = write(tmp_path / "idle.jsonl", lines)
-    assert [c.diagnosis.cause for c in explained(path).calls][1:] == [Kind.CONTINUATION] * 2
+    assert [c.diagnosis.cause for c in explained(path).calls][1:] == [
+        DiagnosisKind.CONTINUATION
+    ] * 2
     explanation = explained(path, 300)
     last = explanation.calls[-1].diagnosis
     assert last.cause == MissCause.EXPIRED and not last.expected
@@ -229,9 +231,9 @@ def test_other_formats(protocol: Protocol, tmp_path: Path) -> None:
     broken = explained(write(tmp_path / "calls.jsonl", lines)).calls[-1].diagnosis
     if protocol is Protocol.COMPLETIONS:
         # One text: all that can be said is where it parts from the text before it.
-        assert broken.kind is Kind.FORK and 640 <= broken.shared_tokens <= 752
+        assert broken.kind is DiagnosisKind.FORK and 640 <= broken.shared_tokens <= 752
     else:
-        assert broken.kind is Kind.SYSTEM_CHANGED
+        assert broken.kind is DiagnosisKind.SYSTEM_CHANGED
 
 
 # Text traces
@@ -260,11 +262,11 @@ def test_text_traces(tmp_path: Path) -> None:
     texts += ["", texts[3]]
     explanation = explained(write(tmp_path / "trace.jsonl.gz", text_lines(texts)))
     assert [call.diagnosis.kind for call in explanation.calls] == [
-        Kind.FIRST_REQUEST,
-        *[Kind.CONTINUATION] * 3,
-        Kind.MESSAGES_CHANGED,
-        Kind.NEW_LINEAGE,
-        Kind.RETRY,
+        DiagnosisKind.FIRST_REQUEST,
+        *[DiagnosisKind.CONTINUATION] * 3,
+        DiagnosisKind.MESSAGES_CHANGED,
+        DiagnosisKind.NEW_LINEAGE,
+        DiagnosisKind.RETRY,
     ]
     broken = explanation.calls[4]
     at = next(i for i, (a, b) in enumerate(zip(texts[3], texts[4], strict=False)) if a != b)
@@ -282,7 +284,7 @@ def test_an_answer_quoted_by_another_agent_is_no_break(tmp_path: Path) -> None:
     planner = f"user: Make a plan.\n\nassistant: {facts}\n\n{plan}\n\nuser: Now shorten it."
     leader = f"assistant: We follow this plan:\n\n{facts}\n\n{plan}\n\nuser: Who is next?"
     explanation = explained(write(tmp_path / "quote.jsonl", text_lines([planner, leader])))
-    assert explanation.calls[1].diagnosis.kind is Kind.NEW_LINEAGE
+    assert explanation.calls[1].diagnosis.kind is DiagnosisKind.NEW_LINEAGE
 
 
 def test_text_requests() -> None:
@@ -321,21 +323,21 @@ ROWS = [
 def test_block_traces() -> None:
     explanation = Explanation(list(explain_blocks(block_calls(ROWS))))
     assert [call.diagnosis.kind for call in explanation.calls] == [
-        Kind.FIRST_REQUEST,
-        Kind.CONTINUATION,
-        Kind.RETRY,
-        Kind.FORK,
-        Kind.CONTINUATION,
-        Kind.NEW_LINEAGE,
-        Kind.RETRY,
+        DiagnosisKind.FIRST_REQUEST,
+        DiagnosisKind.CONTINUATION,
+        DiagnosisKind.RETRY,
+        DiagnosisKind.FORK,
+        DiagnosisKind.CONTINUATION,
+        DiagnosisKind.NEW_LINEAGE,
+        DiagnosisKind.RETRY,
     ]
     assert [dict(call.diagnosis.uncached) for call in explanation.calls] == [
-        {Kind.FIRST_REQUEST: 1300},
+        {DiagnosisKind.FIRST_REQUEST: 1300},
         {MissCause.PARTIAL_BLOCK: 276, NEW_CONTENT: 400},
         {},
         {NEW_CONTENT: 512},
         {NEW_CONTENT: 512},
-        {Kind.NEW_LINEAGE: 100},
+        {DiagnosisKind.NEW_LINEAGE: 100},
         {},
     ]
     check_complete(explanation)
@@ -513,8 +515,8 @@ def test_bytes_that_are_not_utf8(tmp_path: Path) -> None:
     path = tmp_path / "calls.jsonl"
     path.write_bytes(b'{"prompt": "a\xff\xfe b"}\n{"prompt": "a\xff\xfe b"}\n')
     assert [call.diagnosis.kind for call in explained(path).calls] == [
-        Kind.FIRST_REQUEST,
-        Kind.RETRY,
+        DiagnosisKind.FIRST_REQUEST,
+        DiagnosisKind.RETRY,
     ]
 
 

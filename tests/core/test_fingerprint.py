@@ -14,13 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.core.agent_session import TTLS, Agent, Client, words
-from vllm_cachescope.diagnosis.fingerprint import (
-    HASH_BYTES,
-    Fingerprint,
-    Fingerprinter,
-    Role,
-    Trait,
-)
+from vllm_cachescope.diagnosis.fingerprint import HASH_BYTES, Fingerprint
+from vllm_cachescope.diagnosis.fingerprinter import Fingerprinter
+from vllm_cachescope.diagnosis.part_kind import Role, Trait
 from vllm_cachescope.prompt.request import Part, PromptRequest, Protocol, Region
 from vllm_cachescope.wire import anthropic, openai_chat
 
@@ -88,10 +84,10 @@ def test_a_session_of_24_tools_and_60_messages_fits_20_kilobytes() -> None:
         agent.turn()
     body = agent.body()
     assert len(body["tools"]) == 24 and len(json.dumps(body)) > 390_000
-    print_ = Fingerprinter(SECRET)(anthropic.read(body, TTLS))
-    assert deep_size(print_) <= 20_000
+    found = Fingerprinter(SECRET)(anthropic.read(body, TTLS))
+    assert deep_size(found) <= 20_000
     # What the store counts is about what it takes.
-    assert 0.7 <= print_.nbytes / deep_size(print_) <= 1.5
+    assert 0.7 <= found.nbytes / deep_size(found) <= 1.5
 
 
 def test_secrets_separate() -> None:
@@ -99,7 +95,7 @@ def test_secrets_separate() -> None:
     one, other = Fingerprinter(b"one")(request), Fingerprinter(b"other")(request)
     assert one.hashes != other.hashes and one.ends == other.ends
     assert all(one.hash(i) != other.hash(i) for i in range(len(one)))
-    assert one.chunks != other.chunks and one.edges != other.edges
+    assert one.pieces != other.pieces and one.edges != other.edges
 
 
 def test_the_memo_is_bounded_and_changes_nothing() -> None:
@@ -107,17 +103,17 @@ def test_the_memo_is_bounded_and_changes_nothing() -> None:
     agent = Agent("memo")
     request = anthropic.read(agent.body(), TTLS)
     first = small(request)
-    assert len(small._tools) == 3
+    assert small.remembered_tools == 3
     assert small(request).tools == first.tools == large(request).tools == large(request).tools
-    assert len(large._tools) == 24
+    assert large.remembered_tools == 24
 
 
 def test_messages_are_remembered_within_bounds() -> None:
     small, large = Fingerprinter(SECRET, memo_bytes=9_000), Fingerprinter(SECRET)
     request = anthropic.read(Agent("parts").body(), TTLS)
-    prints = [made(request) for made in (small, small, large, large)]
-    assert len(small._packs) == 2 < len(large._packs)
-    assert len({(found.edges, found.chunks, found.hashes) for found in prints}) == 1
+    fingerprints = [made(request) for made in (small, small, large, large)]
+    assert small.remembered_groups == 2 < large.remembered_groups
+    assert len({(one.edges, one.pieces, one.hashes) for one in fingerprints}) == 1
 
 
 def test_key_order_counts_and_is_told_apart() -> None:
@@ -125,14 +121,14 @@ def test_key_order_counts_and_is_told_apart() -> None:
     tool = Agent("order").tools[0]
     turned = {key: tool[key] for key in reversed(tool)}
     nested = dict(tool, input_schema=dict(reversed(tool["input_schema"].items())))
-    prints = [
+    fingerprints = [
         made(PromptRequest(Protocol.MESSAGES, "m", (Part(Region.TOOLS, "tools[0]", t),))).tools[0]
         for t in (tool, turned, nested)
     ]
-    assert len({p.ordered for p in prints}) == 3
-    assert len({p.unordered for p in prints}) == 1
-    assert prints[0].field_map() == prints[2].field_map()
-    assert set(prints[0].fields) == {"name", "description", "input_schema"}
+    assert len({p.ordered for p in fingerprints}) == 3
+    assert len({p.unordered for p in fingerprints}) == 1
+    assert fingerprints[0].field_map() == fingerprints[2].field_map()
+    assert set(fingerprints[0].fields) == {"name", "description", "input_schema"}
 
 
 def test_openai_functions_are_named_and_split_into_fields() -> None:
@@ -140,12 +136,12 @@ def test_openai_functions_are_named_and_split_into_fields() -> None:
     nested = {"type": "function", "function": function}
     flat = {"type": "function", **function}
     builtin = {"type": "web_search"}
-    print_ = fingerprint(
+    found = fingerprint(
         *(Part(Region.TOOLS, f"tools[{i}]", t) for i, t in enumerate([nested, flat, builtin, 7]))
     )
-    assert [tool.name for tool in print_.tools] == ["read", "read", "web_search", "?"]
-    assert print_.tools[0].field_map() == print_.tools[1].field_map()
-    assert print_.tools[0].fields == ("type", "name", "description", "parameters")
+    assert [tool.name for tool in found.tools] == ["read", "read", "web_search", "?"]
+    assert found.tools[0].field_map() == found.tools[1].field_map()
+    assert found.tools[0].fields == ("type", "name", "description", "parameters")
 
 
 def test_a_string_and_its_text_block_are_one_prompt() -> None:
@@ -179,10 +175,10 @@ def test_equal_hashes_mean_equal_json(one: Any, other: Any) -> None:
         is_text = isinstance(value, dict) and value.get("type") in ("text",) and len(value) == 2
         return value["text"] if is_text and isinstance(value.get("text"), str) else value
 
-    prints = [fingerprint(message(value)) for value in (one, other, json.loads(json_of(one)))]
+    fingerprints = [fingerprint(message(value)) for value in (one, other, json.loads(json_of(one)))]
     same = json_of(bare(one)) == json_of(bare(other))
-    assert (prints[0].hashes == prints[1].hashes) == same
-    assert prints[0].hashes == prints[2].hashes
+    assert (fingerprints[0].hashes == fingerprints[1].hashes) == same
+    assert fingerprints[0].hashes == fingerprints[2].hashes
 
 
 def test_strings_do_not_run_into_each_other() -> None:
@@ -192,20 +188,20 @@ def test_strings_do_not_run_into_each_other() -> None:
 
 
 def test_positions_and_sizes() -> None:
-    print_ = Client().fingerprint(Agent("sizes").turn().body())
-    assert len(print_.hashes) == len(print_) * HASH_BYTES
-    assert print_.counts == (24, 2, 5)  # the billing block is not in the prompt
-    assert print_.path(24) == "system[1]" and print_.path(28) == "messages[1].content[0]"
-    assert print_.role(28) is Role.ASSISTANT and print_.role(0) is Role.NONE
-    assert print_.has(28, Trait.STARTS) and not print_.has(29, Trait.STARTS)
-    assert list(print_.ends) == sorted(print_.ends)
-    assert print_.tokens == sum(print_.size(i) for i in range(len(print_)))
-    assert [mark.path for mark in print_.marks] == [
+    found = Client().fingerprint(Agent("sizes").turn().body())
+    assert len(found.hashes) == len(found) * HASH_BYTES
+    assert found.counts == (24, 2, 5)  # the billing block is not in the prompt
+    assert found.path(24) == "system[1]" and found.path(28) == "messages[1].content[0]"
+    assert found.role(28) is Role.ASSISTANT and found.role(0) is Role.NONE
+    assert found.has(28, Trait.STARTS) and not found.has(29, Trait.STARTS)
+    assert list(found.ends) == sorted(found.ends)
+    assert found.tokens == sum(found.size(i) for i in range(len(found)))
+    assert [mark.path for mark in found.marks] == [
         "system[1].cache_control",
         "system[2].cache_control",
         "messages[2].content[0].cache_control",
     ]
-    assert print_.covered_tokens == print_.tokens
+    assert found.covered_tokens == found.tokens
 
 
 def test_an_image_counts_as_an_image_and_not_as_its_base64() -> None:
@@ -219,8 +215,8 @@ def test_parameters_are_kept_by_name_one_level_down() -> None:
         "thinking": {},
         "tool_choice": "a",
     }
-    print_ = fingerprint(params=params)
-    assert sorted(print_.params) == [
+    found = fingerprint(params=params)
+    assert sorted(found.params) == [
         "output_config.effort",
         "output_config.format",
         "thinking",
@@ -233,9 +229,9 @@ def test_parameters_are_kept_by_name_one_level_down() -> None:
 
 @pytest.mark.parametrize("value", ["\ud800 half a pair", {"\udfff": "\ud800"}, ["\udc80"]])
 def test_half_surrogates(value: Any) -> None:
-    print_ = fingerprint(message(value), params={"p": value})
-    assert print_.hashes == fingerprint(message(value), params={"p": value}).hashes
-    assert print_.hashes != fingerprint(message("?")).hashes
+    found = fingerprint(message(value), params={"p": value})
+    assert found.hashes == fingerprint(message(value), params={"p": value}).hashes
+    assert found.hashes != fingerprint(message("?")).hashes
     Fingerprinter(SECRET)(PromptRequest(Protocol.MESSAGES, "\ud800" * 300, ()))
     tool = {"name": "\ud800" * 300, "description": "\udfff"}
     assert len(fingerprint(Part(Region.TOOLS, "tools[0]", tool)).tools[0].name) <= 100
@@ -253,7 +249,7 @@ def test_whatever_a_message_holds_it_is_remembered_as_itself() -> None:
         Fingerprinter(SECRET)(PromptRequest(Protocol.CHAT, "m", (part,))).hashes
         for part in messages
     ]
-    assert first == again == alone and len(set(first)) == len(messages) == len(made._packs)
+    assert first == again == alone and len(set(first)) == len(messages) == made.remembered_groups
 
 
 def test_numbers_json_does_not_have() -> None:
@@ -318,15 +314,15 @@ HOSTILE = hostile()
 def test_hostile_requests_cost_bounded_time_and_memory(name: str) -> None:
     client = Client()
     start = time.thread_time()
-    print_ = client.fingerprinter(HOSTILE[name])
+    found = client.fingerprinter(HOSTILE[name])
     again = client.fingerprinter(HOSTILE[name])
-    client.store.observe(client.caller, print_)
+    client.store.observe(client.caller, found)
     client.store.observe(client.caller, again)
     # About as long as reading the body took; two minutes would be an attack.
     assert time.thread_time() - start < 10
-    assert print_.nbytes < 400_000
-    assert deep_size(print_) < 800_000
-    assert again.hashes == print_.hashes
+    assert found.nbytes < 400_000
+    assert deep_size(found) < 800_000
+    assert again.hashes == found.hashes
 
 
 def test_fingerprinting_keeps_no_more_than_the_fingerprint() -> None:
@@ -373,16 +369,16 @@ def test_a_folded_tail_still_counts() -> None:
     assert one.hash(511) == two.hash(511) and one.hash(512) != two.hash(512)
 
 
-def test_chunks_find_the_place_inside_a_text() -> None:
+def test_pieces_find_the_place_inside_a_text() -> None:
     rng = random.Random(3)
     text = words(rng, 40_000)
     at = 25_000
     one = fingerprint(message(text))
     two = fingerprint(message(text[:at] + "#" + text[at:]))
     shared = 0
-    while one.chunks_of(0)[shared * 8 : shared * 8 + 8] == two.chunks_of(0)[shared * 8 :][:8]:
+    while one.pieces_of(0)[shared * 8 : shared * 8 + 8] == two.pieces_of(0)[shared * 8 :][:8]:
         shared += 1
-    assert shared * one.chunk_tokens * 4 <= at < (shared + 1) * one.chunk_tokens * 4
+    assert shared * one.piece_tokens * 4 <= at < (shared + 1) * one.piece_tokens * 4
 
 
 def tool_result(**fields: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Prints of tokens: how much two prompts share, and nothing of what they say."""
+"""Fingerprints of tokens: how much two prompts share, and nothing of what they say."""
 
 import random
 

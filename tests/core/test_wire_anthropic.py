@@ -9,7 +9,8 @@ from tests.core.wire_bodies import EPHEMERAL, TTLS
 from vllm_cachescope.errors import BadRequest
 from vllm_cachescope.prompt.request import Mark, Part, PromptRequest, Protocol, Region
 from vllm_cachescope.tenancy.scope import Scope
-from vllm_cachescope.wire.anthropic import is_dropped, read
+from vllm_cachescope.wire.anthropic import read
+from vllm_cachescope.wire.billing_header import is_dropped
 
 HOUR = {"type": "ephemeral", "ttl": "1h"}
 SESSION = "0f4c2d9e-5a17-4b7e-9a55-3f8f2f1b6c01"

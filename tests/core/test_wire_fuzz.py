@@ -14,7 +14,7 @@ from tests.examples import examples
 from vllm_cachescope.errors import BadRequest
 from vllm_cachescope.prompt.request import PromptRequest, Protocol
 from vllm_cachescope.wire import READERS, strip
-from vllm_cachescope.wire.anthropic import is_dropped
+from vllm_cachescope.wire.billing_header import is_dropped
 from vllm_cachescope.wire.errors import error_body
 from vllm_cachescope.wire.truncate import truncate
 

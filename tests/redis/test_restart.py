@@ -16,7 +16,7 @@ from tests.redis.servers import RedisServer, wait_until
 from vllm_cachescope.api.diagnoser import Diagnoser
 from vllm_cachescope.api.request_context import PromptTiming
 from vllm_cachescope.connectors.vllm import shm_regions
-from vllm_cachescope.diagnosis.diagnosis import Diagnosis
+from vllm_cachescope.diagnosis.outcome import Diagnosis
 from vllm_cachescope.prompt.request import Protocol
 from vllm_cachescope.tenancy.scope import Caller
 from vllm_cachescope.wire import READERS

@@ -13,7 +13,7 @@ from typing import Any
 from cachetools import FIFOCache
 from prometheus_client import REGISTRY, CollectorRegistry, Counter
 
-from vllm_cachescope.diagnosis.diagnosis import Diagnosis
+from vllm_cachescope.diagnosis.outcome import Diagnosis
 from vllm_cachescope.tenancy.scope import Caller
 
 REMEMBERED_BREAKS = 100

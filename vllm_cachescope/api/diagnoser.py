@@ -12,16 +12,14 @@ from vllm_cachescope.api.diagnostics import anthropic_diagnostics, openai_diagno
 from vllm_cachescope.api.diffs import Diffs
 from vllm_cachescope.api.request_context import PromptTiming
 from vllm_cachescope.cache.report import EngineId, Report
-from vllm_cachescope.diagnosis.diagnosis import (
-    Diagnosis,
-    EngineReport,
-    conclude,
-    diagnose,
-    diagnose_against,
-    measure,
-)
-from vllm_cachescope.diagnosis.fingerprint import Fingerprinter
-from vllm_cachescope.diagnosis.lineage_store import Entry, LineageStore, Placement, Run
+from vllm_cachescope.diagnosis.attribution import EngineReport
+from vllm_cachescope.diagnosis.computed_prompt import ComputedPrompt
+from vllm_cachescope.diagnosis.diagnosis import conclude, diagnose, diagnose_against, measure
+from vllm_cachescope.diagnosis.fingerprinter import Fingerprinter
+from vllm_cachescope.diagnosis.forest import LineageNode
+from vllm_cachescope.diagnosis.lineage_store import LineageStore
+from vllm_cachescope.diagnosis.outcome import Diagnosis
+from vllm_cachescope.diagnosis.placement import LineagePlacement
 from vllm_cachescope.diagnosis.token_fingerprint import fingerprint_tokens
 from vllm_cachescope.prompt.request import PromptRequest, Protocol
 from vllm_cachescope.tenancy.scope import Caller
@@ -46,8 +44,8 @@ class PendingDiagnosis:
 
     caller: Caller
     request: PromptRequest
-    placement: Placement
-    named: Entry | None
+    placement: LineagePlacement
+    named: LineageNode | None
     compared: Diagnosis | None
     diagnosis: Diagnosis
     block_tokens: int
@@ -135,7 +133,7 @@ class Diagnoser:
         compared = None
         if named is not None:
             # The kept fingerprint has the earlier turns too, where the request only names them.
-            compared = diagnose_against(named.fingerprint, placement.entry.fingerprint)
+            compared = diagnose_against(named.fingerprint, placement.node.fingerprint)
         return PendingDiagnosis(
             caller,
             request,
@@ -164,17 +162,17 @@ class Diagnoser:
             timings: when its prompts were computed.
         """
         reports, timings = list(reports), list(timings)
-        caller, entry = pending.caller, pending.placement.entry
+        caller, node = pending.caller, pending.placement.node
         if not reports and response_id is None:
             # The server refused the request, say: no later one can read what it left.
-            self._lineages.retract(caller, pending.placement)
+            self._lineages.drop(caller, pending.placement)
             return
         if self._diffs is not None:
-            self._diffs.texts.keep(caller, pending.request, entry.fingerprint)
+            self._diffs.texts.keep(caller, pending.request, node.fingerprint)
         engine = reports[0].engine if reports else None
         if engine is None or not all(report.engine for report in reports):
             # Estimates only: they say nothing of what the cache lost.
-            self._lineages.answered(caller, entry, response_id)
+            self._lineages.answered(caller, node, response_id)
             return
         found = EngineReport(
             prompt_tokens=sum(report.prompt_tokens for report in reports),
@@ -186,7 +184,7 @@ class Diagnoser:
         if len(reports) == len(timings) == 1:
             computed = self._computed(reports[0], engine, timings[0])
             found = self._with_session(pending, found, reports[0], computed, timings[0].began)
-        self._lineages.answered(caller, entry, response_id, found.prompt_tokens, computed)
+        self._lineages.answered(caller, node, response_id, found.prompt_tokens, computed)
         pending.diagnosis = conclude(pending.diagnosis, found, pending.placement.ancestor)
         self._unexplained.inc(pending.diagnosis.unknown_tokens)
         if not pending.diagnosis.expected or pending.diagnosis.kind.is_break:
@@ -203,7 +201,7 @@ class Diagnoser:
             How many requests were dropped.
         """
         self.breaks.purge(org, session)
-        self._fingerprint.forget()  # It has the names of tools, and not whose they are.
+        self._fingerprint.purge()  # It has the names of tools, and not whose they are.
         if self._diffs is not None:
             self._diffs.purge(org, session)
         return self._lineages.purge(org, session)
@@ -213,31 +211,31 @@ class Diagnoser:
         pending: PendingDiagnosis,
         found: EngineReport,
         report: Report,
-        computed: Run,
+        computed: ComputedPrompt,
         began: float,
     ) -> EngineReport:
         """Complete what the engine found with what the session's other requests had left."""
         ancestor = pending.placement.ancestor
-        held = self._lineages.held(
-            pending.caller, pending.placement.entry, computed.tokens, computed.engine, began
+        source = self._lineages.prefix_source(
+            pending.caller, pending.placement.node, computed.tokens, computed.engine, began
         )
         shared = None
-        if ancestor is not None and ancestor.run is None:
+        if ancestor is not None and ancestor.computed is None:
             # The ancestor may never have been computed: only what other requests had counts.
-            shared = held.shared_tokens if held else 0
+            shared = source.shared_tokens if source else 0
         return replace(
             found,
             began=began,
             engine=computed.engine,
             unasked=report.unasked,
             reach_s=report.reach_s,
-            held=held,
+            source=source,
             shared_tokens=shared,
         )
 
-    def _computed(self, report: Report, engine: EngineId, timing: PromptTiming) -> Run:
+    def _computed(self, report: Report, engine: EngineId, timing: PromptTiming) -> ComputedPrompt:
         now = self._clock()
-        return Run(
+        return ComputedPrompt(
             tokens=fingerprint_tokens(timing.tokens, self._block_tokens, self._secret),
             covered_tokens=timing.covered_tokens,
             readable_tokens=timing.readable_tokens,

@@ -8,7 +8,7 @@ The packages have fewer reasons than a `Diagnosis` has causes. Where none of the
 from typing import Any
 
 from vllm_cachescope.diagnosis.changes import Change, ChangeKind
-from vllm_cachescope.diagnosis.diagnosis import Diagnosis
+from vllm_cachescope.diagnosis.outcome import Diagnosis
 from vllm_cachescope.prompt.request import PromptRequest
 
 # The first of these areas that changed is the reason. A changed `speed` counts as another model: so

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from vllm_cachescope.cache.miss_causes import CacheMiss, MissCause
 from vllm_cachescope.cli.explanation import Explained
 from vllm_cachescope.cli.traffic import BLOCK_TOKENS, BlockCall
-from vllm_cachescope.diagnosis.diagnosis import NEW_CONTENT, Diagnosis, Kind
+from vllm_cachescope.diagnosis.outcome import NEW_CONTENT, Diagnosis, DiagnosisKind
 
 
 def explain_blocks(calls: Iterable[BlockCall], ttl_s: float | None = None) -> Iterator[Explained]:
@@ -27,17 +27,17 @@ def explain_blocks(calls: Iterable[BlockCall], ttl_s: float | None = None) -> It
         before = last_call[call.blocks[known - 1]] if known else None
         partial = 0
         if before is None:
-            kind = Kind.NEW_LINEAGE if last_call else Kind.FIRST_REQUEST
+            kind = DiagnosisKind.NEW_LINEAGE if last_call else DiagnosisKind.FIRST_REQUEST
         elif known == len(call.blocks):
-            kind = Kind.RETRY if before.blocks == call.blocks else Kind.FORK
+            kind = DiagnosisKind.RETRY if before.blocks == call.blocks else DiagnosisKind.FORK
         elif known == len(before.blocks):
-            kind = Kind.CONTINUATION
+            kind = DiagnosisKind.CONTINUATION
         elif known == len(before.blocks) - 1 and before.tokens % BLOCK_TOKENS:
-            kind = Kind.CONTINUATION
+            kind = DiagnosisKind.CONTINUATION
             partial = max(0, min(before.tokens, call.tokens) - known * BLOCK_TOKENS)
         else:
-            kind = Kind.FORK
-        if kind in (Kind.CONTINUATION, Kind.RETRY):
+            kind = DiagnosisKind.FORK
+        if kind in (DiagnosisKind.CONTINUATION, DiagnosisKind.RETRY):
             lineage = lineage_of[call.blocks[known - 1]]
         else:
             lineages += 1
@@ -64,7 +64,7 @@ def _leading(call: BlockCall, last_call: dict[int, BlockCall], ttl_s: float | No
 
 def _of_blocks(
     call: BlockCall,
-    kind: Kind,
+    kind: DiagnosisKind,
     known: int,
     fresh: int,
     partial: int,
@@ -81,7 +81,7 @@ def _of_blocks(
     causes: dict[str, int] = {miss.cause: miss.tokens for miss in engine}
     rest = call.tokens - read - sum(causes.values())
     if rest:
-        own = kind in (Kind.FIRST_REQUEST, Kind.NEW_LINEAGE)
+        own = kind in (DiagnosisKind.FIRST_REQUEST, DiagnosisKind.NEW_LINEAGE)
         causes[kind if own else NEW_CONTENT] = rest
     return Diagnosis(
         kind=kind,

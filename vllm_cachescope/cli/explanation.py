@@ -9,9 +9,12 @@ from typing import Any
 from vllm_cachescope.cache.miss_causes import CacheMiss
 from vllm_cachescope.cli.traffic import Call
 from vllm_cachescope.cli.ttl_replay import TtlReplay
-from vllm_cachescope.diagnosis.diagnosis import Diagnosis, EngineReport, conclude, diagnose
-from vllm_cachescope.diagnosis.fingerprint import Fingerprinter
-from vllm_cachescope.diagnosis.lineage_store import Entry, LineageStore
+from vllm_cachescope.diagnosis.attribution import EngineReport
+from vllm_cachescope.diagnosis.diagnosis import conclude, diagnose
+from vllm_cachescope.diagnosis.fingerprinter import Fingerprinter
+from vllm_cachescope.diagnosis.forest import LineageNode
+from vllm_cachescope.diagnosis.lineage_store import LineageStore
+from vllm_cachescope.diagnosis.outcome import Diagnosis
 from vllm_cachescope.prompt.boundaries import common_prefix
 from vllm_cachescope.tenancy.scope import Caller
 
@@ -163,13 +166,13 @@ def explain(calls: Iterable[Call], ttl_s: float | None = None) -> Iterator[Expla
         max_bytes=_BYTES,
     )
     fingerprint = Fingerprinter(secrets.token_bytes(32))
-    texts: dict[Entry, str] = {}
+    texts: dict[LineageNode, str] = {}
     replays: dict[str | None, TtlReplay] = {}
     for call in calls:
         now = max(now, call.at or now)
         caller = Caller("traffic", call.session)
         placement = store.observe(caller, fingerprint(call.request, call.extra))
-        store.answered(caller, placement.entry, call.response_id)
+        store.answered(caller, placement.node, call.response_id)
         diagnosis = diagnose(placement)
         if ttl_s is not None:
             replay = replays.setdefault(call.session, TtlReplay(ttl_s, _REQUESTS))
@@ -178,7 +181,7 @@ def explain(calls: Iterable[Call], ttl_s: float | None = None) -> Iterator[Expla
                 diagnosis = _with_expired(diagnosis, expired)
         char = None
         if call.text is not None:
-            texts[placement.entry] = call.text
+            texts[placement.node] = call.text
             before = texts.get(placement.ancestor, "") if placement.ancestor else ""
             char = common_prefix(before, call.text)
         yield Explained(call.source, call.session, call.at, diagnosis, char)

@@ -16,9 +16,10 @@ from typing import Any
 
 from vllm_cachescope.cli.traffic import Call
 from vllm_cachescope.cli.volatile import Rule, volatile_values
-from vllm_cachescope.diagnosis.fingerprint import Fingerprinter, ToolFingerprint
+from vllm_cachescope.diagnosis.fingerprint import ToolFingerprint
+from vllm_cachescope.diagnosis.fingerprinter import Fingerprinter
 from vllm_cachescope.prompt.request import Part, Protocol, Region
-from vllm_cachescope.wire.anthropic import is_dropped
+from vllm_cachescope.wire.billing_header import is_dropped
 
 _MAX_SCAN = 200_000  # characters of one string that are looked at
 _MAX_VALUES = 10_000  # values of one part that are looked at

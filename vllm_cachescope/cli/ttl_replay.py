@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from vllm_cachescope.cache.miss_causes import CacheMiss, MissCause
 from vllm_cachescope.diagnosis.fingerprint import Fingerprint
-from vllm_cachescope.diagnosis.lineage_store import Placement
+from vllm_cachescope.diagnosis.placement import LineagePlacement
 from vllm_cachescope.diagnosis.prefix_match import match_prefix
 
 
@@ -44,7 +44,7 @@ class TtlReplay:
         self._ttl_s = ttl_s
         self._uses: deque[_Use] = deque(maxlen=calls)
 
-    def use(self, placement: Placement) -> list[CacheMiss]:
+    def use(self, placement: LineagePlacement) -> list[CacheMiss]:
         """Record a call. Return what had expired of the tokens it shares with earlier calls, in
         prompt order.
 
@@ -52,14 +52,14 @@ class TtlReplay:
             placement: where the call stands among those of its session. The call's time is in
                 seconds.
         """
-        now, kept = placement.entry.at, self._kept(placement.entry.fingerprint)
+        now, kept = placement.node.at, self._kept(placement.node.fingerprint)
         stored = self._stored(placement)
         read = 0
         for tokens, ttl_s, at in stored:
             if now - at <= ttl_s:
                 read = max(read, tokens)
                 kept[ttl_s] = max(tokens, kept.get(ttl_s, 0))
-        self._uses.append(_Use(placement.entry.fingerprint, now, kept))
+        self._uses.append(_Use(placement.node.fingerprint, now, kept))
         misses: list[CacheMiss] = []
         while read < placement.shared_tokens:
             # The next token may have been stored several times: what expired last was its end.
@@ -82,10 +82,10 @@ class TtlReplay:
             kept[shortest] = tokens
         return kept
 
-    def _stored(self, placement: Placement) -> list[tuple[int, float, float]]:
+    def _stored(self, placement: LineagePlacement) -> list[tuple[int, float, float]]:
         """Return what earlier calls stored of the prefix that a call shares with them, as
         ``(leading tokens, TTL in seconds, time of last use)``, expired or not."""
-        new, shared = placement.entry.fingerprint, placement.shared_tokens
+        new, shared = placement.node.fingerprint, placement.shared_tokens
         stored: list[tuple[int, float, float]] = []
         for use in reversed(self._uses):
             common = min(match_prefix(use.fingerprint, new).tokens, shared)

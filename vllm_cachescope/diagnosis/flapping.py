@@ -1,7 +1,8 @@
 """Fields that keep changing: a flag that goes back and forth, a value that is new every time."""
 
-from collections import OrderedDict
 from dataclasses import dataclass, field
+
+from cachetools import LRUCache
 
 from vllm_cachescope.diagnosis.changes import Change, ChangeKind
 
@@ -17,8 +18,8 @@ class FlappingField:
         field: its path or name.
         flips: how often it changed.
         tokens_lost: estimated tokens that could not be reused because of it, in all.
-        returns: whether it came back to a value it had before: it flaps. Otherwise it is new each
-            time, as a nonce is.
+        returns: whether it came back to an earlier value, as a flag does that goes back and forth.
+            False where its value was new each time, as a nonce is.
     """
 
     field: str
@@ -36,24 +37,24 @@ class _Field:
 
 
 class FlappingFields:
-    """Counts the changes of each field in a session's lineages, the latest 64 fields."""
+    """Counts the changes of each field in a session's lineages, of the 64 that changed last."""
 
     def __init__(self) -> None:
-        self._fields: OrderedDict[tuple[int, str], _Field] = OrderedDict()
+        self._fields: LRUCache[tuple[int, str], _Field] = LRUCache(_MAX_FIELDS)
 
     def note(self, lineage: int, change: Change, tokens_lost: int) -> FlappingField | None:
-        """Count a change; return the field's latch once it has changed twice.
+        """Count a change.
 
         Args:
             lineage: the lineage it happened in.
             change: what changed.
             tokens_lost: estimated tokens that could not be reused because of it.
+
+        Returns:
+            The field that changed, from its second change on; None at its first.
         """
         name = _name(change)
         found = self._fields.setdefault((lineage, name), _Field())
-        self._fields.move_to_end((lineage, name))
-        if len(self._fields) > _MAX_FIELDS:
-            self._fields.popitem(last=False)
         if not found.values:
             found.values.append(change.old_value)
         found.returns |= change.value in found.values
@@ -66,7 +67,7 @@ class FlappingFields:
 
 
 def _name(change: Change) -> str:
-    """Name the field that ``change`` is about, the same for its way there and its way back."""
+    """Return a name of what changed that is the same when it changes back."""
     kind = change.kind
     if kind is ChangeKind.TOOLS_REORDERED:
         return "tools"

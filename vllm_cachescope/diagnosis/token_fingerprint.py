@@ -17,21 +17,23 @@ class TokenFingerprint:
     """A prompt's tokens as keyed hashes, each of all tokens up to some point.
 
     Attributes:
-        step: tokens from one point to the next.
-        hashes: one for each point, packed.
+        step: tokens from one point to the next, such as 16.
+        hashes: for each point, the hash of all tokens before it, 8 bytes long.
     """
 
     step: int
     hashes: bytes
 
     def shared_tokens(self, other: "TokenFingerprint", at_least: int = 0) -> int:
-        """Return how many leading tokens the two have in common, rounded down to a point of
-        both. Prints made under different keys, or of prompts cut into different blocks, have
+        """Return how many leading tokens the two have in common, rounded down to a point of both.
+
+        Fingerprints made under different keys, or of prompts cut into different blocks, have
         nothing in common.
 
         Args:
-            other: the other prompt's print.
-            at_least: where fewer are in common, 0 may be returned: it is found out sooner.
+            other: the other prompt's fingerprint.
+            at_least: a number of tokens of interest, such as 4,096. Where fewer are in common, 0
+                may be returned, which takes less time than to find out how many.
         """
         step = max(self.step, other.step)
         if step % min(self.step, other.step):
@@ -50,7 +52,7 @@ class TokenFingerprint:
 
     @property
     def tokens(self) -> int:
-        """Where its last point is."""
+        """Number of tokens up to its last point."""
         return len(self.hashes) // _HASH_BYTES * self.step
 
     def _at(self, token: int) -> bytes:
@@ -59,7 +61,7 @@ class TokenFingerprint:
 
 
 def fingerprint_tokens(tokens: Sequence[int], block_tokens: int, secret: bytes) -> TokenFingerprint:
-    """Return the print of a prompt, one point for each block or for several.
+    """Return the fingerprint of a prompt, with one point for each block or for several.
 
     Args:
         tokens: the prompt.
@@ -70,7 +72,7 @@ def fingerprint_tokens(tokens: Sequence[int], block_tokens: int, secret: bytes) 
     while len(tokens) // step > MAX_HASHES:
         step *= 2
     ids = array("I")
-    # Unlike the constructor it counts no references to the tokens, which would be a write to each.
+    # Faster than the constructor, which writes to each token to count references.
     ids.fromlist(tokens if isinstance(tokens, list) else list(tokens))
     data = memoryview(ids).cast("B")
     width = ids.itemsize * step

@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from vllm_cachescope.prompt.request import Part, PromptRequest, Protocol, Region
+from vllm_cachescope.prompt.request import PromptRequest, Protocol, Region
 from vllm_cachescope.wire.fields import is_text, read_object, read_text
 from vllm_cachescope.wire.parts import DEFAULT_TTL_S, PartCollector
 
@@ -22,8 +22,6 @@ _PARAMS = (
 
 # Objects of the body on which a client may put a marker by mistake.
 _UNMARKABLE = ("metadata", "tool_choice", "thinking", "output_config")
-
-_BILLING = "x-anthropic-billing-header"
 
 # Claude Code wrote user_<hash>_account_<uuid>_session_<uuid> before it wrote JSON.
 _SESSION = re.compile(r"_session_([0-9a-fA-F-]{36})\Z")
@@ -86,24 +84,6 @@ def read(
         diagnose=diagnostics is not None,
         previous_id=previous_id,
     )
-
-
-def is_dropped(part: Part) -> bool:
-    """Tell whether vLLM leaves ``part`` out of the prompt.
-
-    A breakpoint on such a part is legal all the same. What it leaves out is Claude Code's billing
-    header: a block of ``system`` that starts with it, and its line at the start of a text of the
-    role ``system`` (`AnthropicServingMessages` and the chat renderer of vLLM 0.32). A part of
-    which other lines remain is not dropped.
-    """
-    text = part.content
-    if isinstance(text, Mapping):
-        text = text.get("text") if text.get("type") == "text" else None
-    if not isinstance(text, str) or not text.startswith(_BILLING):
-        return False
-    if part.path.startswith("system["):
-        return True
-    return (part.path == "system" or part.role == "system") and not text.partition("\n")[2]
 
 
 def _read_content(

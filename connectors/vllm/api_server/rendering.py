@@ -12,8 +12,8 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
 from vllm_cachescope.prompt.boundaries import SpecialTokens
-from vllm_cachescope.prompt.request import Part, Protocol, Region
-from vllm_cachescope.wire.anthropic import is_dropped
+from vllm_cachescope.prompt.request import Protocol
+from vllm_cachescope.wire.billing_header import drop_billing_blocks
 from vllm_cachescope.wire.body import encode
 
 REMEMBERED_TOKENS = 4_000_000
@@ -159,7 +159,6 @@ def _content_key(cut: Mapping[str, Any], protocol: Protocol) -> bytes:
     rendered = {key: value for key, value in cut.items() if key not in _NOT_RENDERED}
     system = rendered.get("system")
     if protocol is Protocol.MESSAGES and isinstance(system, list):
-        # Claude Code's billing header changes with each request and never reaches the prompt.
-        blocks = (Part(Region.SYSTEM, f"system[{i}]", block) for i, block in enumerate(system))
-        rendered["system"] = [part.content for part in blocks if not is_dropped(part)]
+        # A block that changes with each request would make each prefix a new one.
+        rendered["system"] = drop_billing_blocks(system)
     return hashlib.sha256(encode([protocol, rendered])).digest()

@@ -1,0 +1,199 @@
+"""Puts every token that was not read from the cache down to one cause."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from vllm_cachescope.cache.miss_causes import CacheMiss, MissCause
+from vllm_cachescope.cache.report import EngineId
+from vllm_cachescope.diagnosis.computed_prompt import PrefixSource
+from vllm_cachescope.diagnosis.outcome import NEW_CONTENT, Diagnosis, DiagnosisKind
+
+_UNCOVERED = "not covered by a breakpoint"
+_UNREADABLE = "session scope, and the request named no session"
+_IN_FLIGHT = "an earlier request was still computing it"
+
+# An estimated number of shared tokens may be this much too high, as a fraction.
+_ESTIMATE_ERROR = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class EngineReport:
+    """What the engine found of one request, and what it might have found.
+
+    Attributes:
+        prompt_tokens: length of its prompt in tokens.
+        read_tokens: leading tokens read from any tier.
+        block_tokens: tokens per block.
+        misses: what it looked for in vain, in prompt order, each tier naming what it knows.
+        shared_tokens: exactly how many leading tokens the prompt has in common with its ancestor's;
+            None to go by the estimate, or by ``source``.
+        source: the earlier prompt that its prefix should have been read from; None if there is
+            none, or if that is not known.
+        began: when it began, in seconds, on the clock of ``source``.
+        engine: where it was computed; must be set if ``source`` is.
+        unasked: why a shared tier could not be asked for blocks that this engine never had; its
+            ``tokens`` mean nothing.
+        reach_s: how far back the engine remembers which blocks it had, in seconds; None for since
+            it started.
+    """
+
+    prompt_tokens: int
+    read_tokens: int
+    block_tokens: int
+    misses: tuple[CacheMiss, ...] = ()
+    shared_tokens: int | None = None
+    source: PrefixSource | None = None
+    began: float = 0.0
+    engine: EngineId | None = None
+    unasked: CacheMiss | None = None
+    reach_s: float | None = None
+
+
+def attribute_misses(
+    kind: DiagnosisKind,
+    report: EngineReport,
+    read: int,
+    shared: int,
+    covered: int | None,
+    exact: bool,
+) -> list[CacheMiss]:
+    """Put each of the tokens from ``read`` to ``shared`` down to one cause.
+
+    First to what the engine reports, from the front on; then to what a block's edge, the
+    breakpoints and the place where the tokens had been computed explain; and what is left over to
+    `MissCause.UNKNOWN`. Where ``shared`` is an estimate, tokens within its error have no cause.
+
+    Args:
+        kind: how the request differs from the one it goes on from.
+        report: what the engine found.
+        read: leading tokens that were read.
+        shared: leading tokens that should have been there.
+        covered: leading tokens that a breakpoint covered when they were computed, in whole blocks;
+            None if unknown.
+        exact: whether ``shared`` is exact.
+    """
+    source, block = report.source, report.block_tokens
+    engine: list[CacheMiss] = []
+    behind: list[CacheMiss] = []  # of the tokens at the end, which come after those of `engine`
+    end = max(read, shared)
+    if source is not None:
+        # The requests are equal this far and their tokens are not: so the template rendered them.
+        same = max(read, source.shared_tokens)
+        if end - end % source.prompt.tokens.step > same:
+            behind.append(CacheMiss(MissCause.RENDERED_DIFFERENTLY, end - same))
+            end = same
+        # A block that only begins in what later requests may read is not theirs to read.
+        readable = source.prompt.readable_tokens
+        if end > readable and end > (readable := max(read, readable - readable % block)):
+            behind.insert(0, _never_stored(end - readable, _UNREADABLE))
+            end = readable
+    left = end - read
+    if left and end < block:
+        return [_never_stored(left, "shorter than one block"), *behind]
+    # Only whole blocks are cached, and a retry's last one is computed again: the answer starts
+    # from its last token.
+    edge = end % block or (
+        block if kind is DiagnosisKind.RETRY and end == report.prompt_tokens else 0
+    )
+    if exact or left < block:
+        edge = min(left, edge if exact else left)
+        behind.insert(0, CacheMiss(MissCause.PARTIAL_BLOCK, edge))
+        left -= edge
+        end -= edge
+    for miss in report.misses:
+        if tokens := min(miss.tokens, left):
+            # The device was the only place for tokens that no breakpoint covered. That it evicted
+            # them is the client's doing.
+            uncovered = 0
+            if covered is not None and miss.cause is MissCause.EVICTED and not miss.detail:
+                uncovered = min(tokens, max(0, end - left + tokens - covered))
+            if tokens > uncovered:
+                engine.append(replace(miss, tokens=tokens - uncovered))
+            if uncovered:
+                engine.append(_never_stored(uncovered, _UNCOVERED))
+            left -= tokens
+    if left and source is not None and source.prompt.computed_at > report.began:
+        engine.append(_never_stored(left, _IN_FLIGHT))
+        left = 0
+    if covered is not None and not _elsewhere(report):
+        uncovered = min(left, max(0, end - covered))
+        engine += [_never_stored(uncovered, _UNCOVERED)] if uncovered else []
+        left -= uncovered
+    if left and source is not None and (why := _cause_elsewhere(report, source, left)) is not None:
+        engine.append(why)
+        left = 0
+    if left and not exact:
+        # Less than the estimate's error: the prefix ends a little before where it was put.
+        slack = min(left, round(shared * _ESTIMATE_ERROR) + block)
+        left = 0 if left == slack else left
+    if left:
+        engine.append(CacheMiss(MissCause.UNKNOWN, left))
+    return engine + [miss for miss in behind if miss.tokens]
+
+
+def _never_stored(tokens: int, detail: str) -> CacheMiss:
+    return CacheMiss(MissCause.NEVER_STORED, tokens, detail=detail)
+
+
+def _elsewhere(report: EngineReport) -> bool:
+    """Whether another engine's own memory held the tokens, and no tier that this one shares."""
+    if report.source is None or report.engine is None or report.engine.tiers:
+        return False
+    return _is_other(report.engine, report.source.prompt.engine)
+
+
+def _is_other(engine: EngineId, other: EngineId) -> bool:
+    return (engine.rank, engine.epoch) != (other.rank, other.epoch)
+
+
+def _cause_elsewhere(report: EngineReport, source: PrefixSource, tokens: int) -> CacheMiss | None:
+    """Return why the engine knows nothing of tokens that were computed once; None if it should."""
+    here, there = report.engine, source.prompt.engine
+    assert here is not None
+    if _is_other(here, there):
+        if report.unasked is not None:
+            return replace(report.unasked, tokens=tokens)
+        if here.tiers and here.hashing != there.hashing:
+            return CacheMiss(MissCause.HASH_SETTINGS_DIFFER, tokens)
+        names = " and ".join(here.tiers)
+        no_copy = f"{names} had no copy" if names else ""
+        if here.rank == there.rank:
+            cause, where = MissCause.ENGINE_RESTARTED, ""
+        else:
+            cause, where = MissCause.OTHER_REPLICA, f"it was on engine {there.rank}"
+        detail = ", and ".join(filter(None, (where, no_copy)))
+        return CacheMiss(cause, tokens, detail=detail or None)
+    idle_s = report.began - source.prompt.used_at
+    if report.reach_s is None or idle_s <= report.reach_s:
+        return None
+    # The engine no longer remembers what became of the blocks. Past their lifetime they have
+    # expired; before its end they can only have been evicted.
+    if idle_s > source.prompt.ttl_s:
+        age_s = idle_s - source.prompt.ttl_s
+        return CacheMiss(MissCause.EXPIRED, tokens, ttl_s=source.prompt.ttl_s, age_s=age_s)
+    return CacheMiss(MissCause.EVICTED, tokens, detail="too long ago to be remembered")
+
+
+def uncached_by_cause(
+    diagnosis: Diagnosis, read: int, engine: Iterable[CacheMiss]
+) -> tuple[tuple[str, int], ...]:
+    """Return how many tokens from ``read`` on each cause kept from being read.
+
+    Args:
+        diagnosis: the diagnosis; its ``uncached`` is not looked at.
+        read: leading tokens that were read.
+        engine: what the engine did, as `attribute_misses` returns it.
+    """
+    causes: dict[str, int] = {}
+    left = diagnosis.prompt_tokens - read
+    for miss in engine:
+        causes[miss.cause] = causes.get(miss.cause, 0) + miss.tokens
+        left -= miss.tokens
+    whole = diagnosis.kind in (DiagnosisKind.FIRST_REQUEST, DiagnosisKind.NEW_LINEAGE)
+    own = left if whole else min(left, diagnosis.missed_tokens)
+    if own > 0:
+        causes[diagnosis.kind] = causes.get(diagnosis.kind, 0) + own
+        left -= own
+    if left > 0:
+        causes[NEW_CONTENT] = left
+    return tuple(causes.items())

@@ -1,0 +1,132 @@
+"""Why a prompt was not read from the cache as far as it might have been: what a diagnosis says."""
+
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any
+
+from vllm_cachescope.cache.miss_causes import CacheMiss, MissCause
+from vllm_cachescope.diagnosis.changes import Change
+from vllm_cachescope.diagnosis.flapping import FlappingField
+
+NEW_CONTENT = "new_content"
+"""Cause of the tokens that no earlier request had: the turns that were added."""
+
+UNAVOIDABLE = (MissCause.PARTIAL_BLOCK, MissCause.NOT_LOOKED_UP)
+"""Causes that nobody can do anything about: a prompt's last block is only cached once it is full,
+and a request for the log probabilities of its prompt has to compute all of it."""
+
+
+class DiagnosisKind(StrEnum):
+    """How a request differs from the one it goes on from.
+
+    The first five are as they should be. The rest are breaks: something in front of content that
+    had been cached is not what it was. Of these, CONTEXT_COMPACTED is an expected one.
+    """
+
+    FIRST_REQUEST = "first_request"
+    NEW_LINEAGE = "new_lineage"
+    CONTINUATION = "continuation"
+    RETRY = "retry"
+    FORK = "fork"
+    CONTEXT_COMPACTED = "context_compacted"
+    MODEL_CHANGED = "model_changed"
+    PARAMS_CHANGED = "params_changed"
+    TOOLS_CHANGED = "tools_changed"
+    SYSTEM_CHANGED = "system_changed"
+    MESSAGES_CHANGED = "messages_changed"
+    MARKERS_CHANGED = "markers_changed"
+
+    @property
+    def is_break(self) -> bool:
+        """Whether it is a break, expected or not."""
+        return self is DiagnosisKind.CONTEXT_COMPACTED or self.value.endswith("_changed")
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """Where two prompts diverge.
+
+    Attributes:
+        region: ``model``, ``params``, ``tools``, ``system``, ``messages`` or ``markers``.
+        path: where in the client's body, as in ``tools[7]`` or ``messages[12].content[0]``.
+        token: tokens of the prompt before it; an estimate, scaled to the prompt's true length once
+            that is known.
+    """
+
+    region: str
+    path: str
+    token: int
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """Why a request could not be read from the cache as far as it might have been.
+
+    Attributes:
+        kind: how it differs from the request it goes on from.
+        expected: whether that is as it should be. False for every break but a compaction, and for
+            tokens that the cache lost.
+        where: where the two prompts diverge; None if they do not.
+        changes: what changed, the earliest first: ``changes[0]`` is the cause, the rest would have
+            broken the prefix later.
+        shared_tokens: leading tokens some earlier request of the session has too.
+        missed_tokens: tokens that could have been read but for the change.
+        prompt_tokens: tokens of the whole prompt.
+        uncached: every token that was not read, by cause: a `DiagnosisKind`, a `MissCause` or
+            `NEW_CONTENT`, with the number of tokens.
+        engine: what the engine did, as far as it explains a miss.
+        suggestion: what to do about it, in a sentence; empty if there is nothing to do.
+        lineage: number of the request's lineage in its session.
+        parent_lineage: the lineage it branched off from, if it began one.
+        ancestor_id: response id of the request it was compared with, if it has one.
+        flapping: the field that changed earliest, if it keeps changing.
+        measured: whether the engine has counted the tokens; if not, all counts are estimates.
+    """
+
+    kind: DiagnosisKind
+    expected: bool
+    where: Divergence | None
+    changes: tuple[Change, ...]
+    shared_tokens: int
+    missed_tokens: int
+    prompt_tokens: int
+    uncached: tuple[tuple[str, int], ...]
+    engine: tuple[CacheMiss, ...] = ()
+    suggestion: str = ""
+    lineage: int = 0
+    parent_lineage: int | None = None
+    ancestor_id: str | None = None
+    flapping: FlappingField | None = None
+    measured: bool = False
+
+    @property
+    def cause(self) -> str:
+        """The one cause to count this request under: a `DiagnosisKind` or a `MissCause`."""
+        if self.kind.is_break and self.missed_tokens:
+            return self.kind
+        avoidable = [miss for miss in self.engine if miss.cause not in UNAVOIDABLE]
+        if avoidable:
+            return max(avoidable, key=lambda miss: miss.tokens).cause
+        return self.kind
+
+    @property
+    def unknown_tokens(self) -> int:
+        """Tokens that nothing explains the absence of: a gap in what the tiers report."""
+        return sum(tokens for cause, tokens in self.uncached if cause == MissCause.UNKNOWN)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tools and parameters that changed, each once."""
+        return tuple(dict.fromkeys(name for change in self.changes for name in change.names))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as plain data for JSON, without the hashes.
+
+        The flapping field stands under ``latch``, its public name.
+        """
+        data = {"latch" if k == "flapping" else k: v for k, v in asdict(self).items()}
+        for change in data["changes"]:
+            del change["value"], change["old_value"]
+        data["uncached"] = dict(self.uncached)
+        data["cause"] = self.cause
+        return data
