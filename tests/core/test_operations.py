@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
+from tests.core.reach import reachable
 from vllm_cachescope.api.diagnoser import Diagnoser
 from vllm_cachescope.api.engines import Engines, Purged
 from vllm_cachescope.api.http_request import joined_headers
@@ -195,20 +196,26 @@ async def test_a_key_the_server_does_not_know_may_nothing_but_see_the_state(ask)
 
 
 async def test_a_purge_drops_the_requests_and_breaks_as_well(ask, diagnoser) -> None:
-    def request(text: str, session: str) -> dict[str, Any]:
+    def tool(org: str, session: str) -> str:
+        return f"tool of {session} of {org}"
+
+    def request(text: str, org: str, session: str) -> dict[str, Any]:
         blocks = [{"type": "text", "text": text}, {"type": "text", "text": "stays " * 50}]
         return {"model": "m", "max_tokens": 1, "system": blocks, "metadata": {"user_id": session},
+                "tools": [{"name": tool(org, session), "input_schema": {"type": "object"}}],
                 "messages": [{"role": "user", "content": "hello"}]}  # fmt: skip
 
     for org, session in (("name:acme", "s"), ("name:acme", "t"), ("name:zeta", "s")):
         for text in ("one " * 99, "other " * 99):
-            body = request(text, session)
+            body = request(text, org, session)
             read = READERS[Protocol.MESSAGES](body, (300,), 300)
             pending = diagnoser.open(Caller(org, session), read, body, {})
             rows = (Row(Outcome.CREATED, Scope.ORG, 300, 200),)
             report = Report(rows, engine=EngineId(0, "epoch"))
             diagnoser.close(pending, [report], None)
-    assert diagnoser._fingerprint._packs
+    # Tools' names are remembered apart from the requests, too.
+    everyone = {("name:acme", "s"), ("name:acme", "t"), ("name:zeta", "s")}
+    assert all(is_kept(diagnoser, tool(*owner)) for owner in everyone)
     for body, left in (
         ({"org": "acme", "session": "s"}, {("name:acme", "t"), ("name:zeta", "s")}),
         ({"org": "acme"}, {("name:zeta", "s")}),
@@ -216,11 +223,20 @@ async def test_a_purge_drops_the_requests_and_breaks_as_well(ask, diagnoser) -> 
     ):
         _, answer = await ask("POST", "/cachescope/purge", body, TOKEN)
         assert answer["fingerprints"] == 2
-        assert not diagnoser._fingerprint._packs and not diagnoser._fingerprint._tools
+        assert {owner for owner in everyone if is_kept(diagnoser, tool(*owner))} == left
         assert {
             (seen.caller.org, seen.caller.session) for seen in diagnoser.breaks.recent(None)
         } == left
         assert set(diagnoser.orgs()) == {org for org, _ in left}
+
+
+def is_kept(root: object, text: str) -> bool:
+    """Tell whether ``root`` keeps ``text`` alive, as text or as bytes."""
+    return any(
+        (isinstance(item, str) and text in item)
+        or (isinstance(item, bytes | bytearray) and text.encode() in item)
+        for item in reachable(root)
+    )
 
 
 @pytest.mark.parametrize("key", ["acme's key", TOKEN])
