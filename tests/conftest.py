@@ -1,6 +1,12 @@
 import logging
 
 import pytest
+from hypothesis import settings
+
+import tests.examples  # noqa: F401 — it has the profiles
+from tests.engine import forks
+
+settings.load_profile("usual")
 
 
 @pytest.fixture
@@ -11,3 +17,10 @@ def caplog(
     listens."""
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     return caplog
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fork_server(request: pytest.FixtureRequest) -> None:
+    """Have vLLM imported for the engines while the first tests run."""
+    if any(item.get_closest_marker("engine") for item in request.session.items):
+        forks.start_server()

@@ -1,10 +1,8 @@
 """The plugin that vLLM loads in each of its processes, since the package is installed."""
 
-import os
-import secrets
 from contextlib import suppress
 
-from vllm_cachescope.config import CONNECTOR, MADE_UP, SECRET_VARIABLE
+from vllm_cachescope.config import CONNECTOR, make_up_secret
 
 
 def register() -> None:
@@ -22,7 +20,7 @@ def register() -> None:
             CONNECTOR, "vllm_cachescope.connectors.vllm.engine.connector", CONNECTOR
         )
     # vLLM loads plugins before it starts processes, so that all of them inherit one secret.
-    os.environ.setdefault(SECRET_VARIABLE, MADE_UP + secrets.token_hex(32))
+    make_up_secret()
     config_check.install()
     # The connector refuses to run without the hook; a vLLM that runs without it is left alone.
     with suppress(hashing.HookNotInForce):

@@ -62,9 +62,12 @@ class Rendering:
             enable_auto_tools=True,
             tool_parser="hermes",
         )
+        # As vLLM's own constructor does, which wants an engine.
+        merging = AnthropicServingMessages._should_merge_inline_system(self._online)  # noqa: SLF001
+        self._merging = merging
         serving = SimpleNamespace(
             to_chat_completion_request=AnthropicServingMessages.to_chat_completion_request,
-            _merge_inline_system=AnthropicServingMessages._should_merge_inline_system(self._online),
+            _merge_inline_system=merging,
         )
         self._serving = serving
         self.boundaries = Boundaries(
@@ -86,7 +89,7 @@ class Rendering:
             if protocol is Protocol.MESSAGES:
                 chat = self._serving.to_chat_completion_request(
                     AnthropicMessagesRequest.model_validate(body),
-                    merge_inline_system=self._serving._merge_inline_system,
+                    merge_inline_system=self._merging,
                 )
             else:
                 chat = ChatCompletionRequest.model_validate(body)

@@ -7,7 +7,6 @@ import difflib
 import json
 import os
 import secrets
-import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -72,7 +71,7 @@ class Diffs:
         self.texts = PromptTexts(settings.redact, clock)
         self._unwritten = threading.Semaphore(MAX_UNWRITTEN)
         self._pool = ThreadPoolExecutor(1, "cachescope-diffs")
-        _prepare(self._directory)
+        _prepare(settings)
 
     def write(
         self, caller: Caller, changes: Iterable[Change], at: float, details: dict[str, Any]
@@ -169,18 +168,14 @@ class Diffs:
         return sorted(self._directory.glob(f"*-????????{SUFFIX}"))
 
 
-def _prepare(directory: Path) -> None:
+def _prepare(settings: DiffSettings) -> None:
     try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        mode = stat.S_IMODE(directory.stat().st_mode)
+        settings.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"diffs.directory: {directory} cannot be made: {error}") from None
-    if mode & 0o077:
         raise ConfigError(
-            f"diffs.directory: {directory} is open to others (mode {mode:o}); allowed: 700"
-        )
-    if not os.access(directory, os.R_OK | os.W_OK | os.X_OK):
-        raise ConfigError(f"diffs.directory: {directory} cannot be written to")
+            f"diffs.directory: {settings.directory} cannot be made: {error}"
+        ) from None
+    settings.check()
 
 
 def _diff(path: str, before: str, after: str) -> Iterator[str]:

@@ -81,7 +81,7 @@ class RequestHandler:
             await self.app(scope, replayed, send)
             return
         try:
-            request = READERS[protocol](body, config.allowed_ttls, config.regions.messages.ttl)
+            request = READERS[protocol](body, config.allowed_ttls, config.regions.messages.ttl_s)
         except BadRequest as error:
             await JSONResponse(error_body(protocol, error), 400)(scope, replayed, send)
             return

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from vllm_cachescope.api.request_context import PromptTiming, RequestContext, current_request
-from vllm_cachescope.cache.report import Outcome, Report, account
+from vllm_cachescope.cache.report import Outcome, Report, attribute_tokens
 from vllm_cachescope.config import Config
 from vllm_cachescope.connectors.vllm import engine_rpc
 from vllm_cachescope.connectors.vllm.api_server.planning import Planner
@@ -125,7 +125,7 @@ class Admission:
         """
         read = output.num_cached_tokens or 0
         blocks = range(read // self._block_size, plan.covered_tokens // self._block_size)
-        return account(plan, self._block_size, [(Outcome.READ_DEVICE, read)], blocks)
+        return attribute_tokens(plan, self._block_size, [(Outcome.READ_DEVICE, read)], blocks)
 
     def _fetch_later(self, context: RequestContext, plan: Plan) -> None:
         before = context.fetching

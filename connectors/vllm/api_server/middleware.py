@@ -16,7 +16,7 @@ from vllm_cachescope.api.services import Server
 from vllm_cachescope.connectors.vllm import config_check, engine_rpc, shm_regions
 from vllm_cachescope.connectors.vllm.api_server.admission import Admission
 from vllm_cachescope.logs import logger_of
-from vllm_cachescope.tiers.remote import PURGE_S
+from vllm_cachescope.tiers.store_jobs import PURGE_S
 
 ANSWER_S = 10.0
 """How long an engine may take to answer a command, in seconds: a long step of it, and more."""

@@ -11,7 +11,7 @@ from vllm_cachescope.config import Config
 from vllm_cachescope.connectors.vllm.api_server.boundaries import Boundaries, RenderedPrefix
 from vllm_cachescope.prompt.plan import Plan, Span
 from vllm_cachescope.prompt.request import PromptRequest, Region
-from vllm_cachescope.prompt.segments import RegionDefault, Segment, segments
+from vllm_cachescope.prompt.segments import Segment, segments
 from vllm_cachescope.tenancy.owner_tags import OwnerTags
 from vllm_cachescope.tenancy.scope import Caller, Scope, ScopeKeys
 
@@ -31,10 +31,7 @@ class Planner:
         self._keys = ScopeKeys(secret)
         self._owners = OwnerTags(secret)
         self._boundaries = Boundaries(state, self._on_tokenizing)
-        self._defaults = {
-            region: RegionDefault(config.regions.of(region).scope, config.regions.of(region).ttl)
-            for region in Region
-        }
+        self._defaults = {region: config.regions.of(region) for region in Region}
 
     def purge_renderings(self) -> None:
         """Drop what is kept of rendered prompts, of all organisations."""
