@@ -28,10 +28,11 @@ thorough: setup ## the long forms of tests: more examples, larger bodies, longer
 	$(BIN)/pytest -n auto --hypothesis-profile=thorough -m 'slow or not slow' tests/core
 	$(BIN)/pytest -m slow tests/redis
 
-lint: setup ## ruff, and mypy --strict on the core
+lint: setup ## ruff, mypy --strict, and which room may import which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 compat: setup ## what other versions must do as well: vLLM 0.31, and Valkey where there is one
 	@scripts/setup.sh --venv .venv-0.31 --engine 0.31.0

@@ -11,8 +11,7 @@ from typing import Any
 
 from tests.engine.clock import VARIABLE, Clock
 from vllm_cachescope.cache.report import Report
-from vllm_cachescope.connectors.vllm.engine.hashing import PLAN_KEY
-from vllm_cachescope.prompt.plan import Plan, Span, seal
+from vllm_cachescope.prompt.plan import PLAN_KEY, Plan, Span, seal
 from vllm_cachescope.tenancy.owner_tags import OwnerTags
 from vllm_cachescope.tenancy.scope import Caller, Scope, ScopeKeys
 

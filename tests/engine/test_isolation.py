@@ -30,7 +30,7 @@ from tests.engine.engine import (
 )
 from vllm_cachescope.connectors.vllm import shm_regions
 from vllm_cachescope.connectors.vllm.engine import hashing
-from vllm_cachescope.prompt.plan import Plan, seal
+from vllm_cachescope.prompt.plan import PLAN_KEY, Plan, seal
 from vllm_cachescope.tenancy.scope import Caller, Scope
 
 pytestmark = pytest.mark.engine
@@ -228,11 +228,11 @@ def forged(plan: Plan) -> list[dict | None]:
     return [
         None,
         {},
-        {hashing.PLAN_KEY: None},
-        {hashing.PLAN_KEY: seal(plan, b"the secret of somebody else")},
-        {hashing.PLAN_KEY: {**genuine, "mac": "0" * 32}},
-        {hashing.PLAN_KEY: {**genuine, "nonce": "another"}},
-        {hashing.PLAN_KEY: {**seal(other, SECRET.encode()), "spans": genuine["spans"]}},
+        {PLAN_KEY: None},
+        {PLAN_KEY: seal(plan, b"the secret of somebody else")},
+        {PLAN_KEY: {**genuine, "mac": "0" * 32}},
+        {PLAN_KEY: {**genuine, "nonce": "another"}},
+        {PLAN_KEY: {**seal(other, SECRET.encode()), "spans": genuine["spans"]}},
     ]
 
 
@@ -264,7 +264,7 @@ def scoped_nothing(request, start, end, mm):
 
 
 def ignores_the_plan(request, start, end, mm):
-    return (hashing.PLAN_KEY, "the same for all"), mm
+    return (PLAN_KEY, "the same for all"), mm
 
 
 @pytest.mark.parametrize("replacement", [scoped_nothing, ignores_the_plan])

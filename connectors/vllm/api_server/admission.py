@@ -16,9 +16,8 @@ from vllm_cachescope.cache.report import Outcome, Report, attribute_tokens
 from vllm_cachescope.config import Config
 from vllm_cachescope.connectors.vllm import engine_rpc
 from vllm_cachescope.connectors.vllm.api_server.planning import Planner
-from vllm_cachescope.connectors.vllm.engine.hashing import PLAN_KEY
 from vllm_cachescope.logs import logger_of
-from vllm_cachescope.prompt.plan import Plan, Span, seal
+from vllm_cachescope.prompt.plan import PLAN_KEY, Plan, Span, seal
 from vllm_cachescope.tenancy.scope import Scope
 
 logger = logger_of(__name__)

@@ -37,6 +37,7 @@ from vllm_cachescope.connectors.vllm.engine.stats import Gauges, move_remote_cou
 from vllm_cachescope.connectors.vllm.engine.tiers.cpu import CPU
 from vllm_cachescope.connectors.vllm.engine.tiers.device import DEVICE
 from vllm_cachescope.logs import logger_of
+from vllm_cachescope.prompt.plan import PLAN_KEY
 from vllm_cachescope.tiers.jobs import Purge
 
 MAX_PURGES = 64
@@ -180,7 +181,7 @@ class CacheScopeConnector(OffloadingConnector):
         report = self.cachescope.request_finished(request)
         if report is None:
             return params
-        return {**(params or {}), hashing.PLAN_KEY: report.to_wire()}
+        return {**(params or {}), PLAN_KEY: report.to_wire()}
 
     def has_pending_push_work(self) -> bool:
         # One step more, so that the metrics show what an idle engine has dropped.

@@ -18,11 +18,8 @@ from vllm.utils.hashing import sha256
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.request import Request
 
-from vllm_cachescope.prompt.plan import Plan, Span, seal, unseal
+from vllm_cachescope.prompt.plan import PLAN_KEY, Plan, Span, seal, unseal
 from vllm_cachescope.tenancy.scope import Caller, Scope, ScopeKeys
-
-PLAN_KEY = "cachescope"
-"""Key of the plan, and of the report, in `kv_transfer_params`."""
 
 UNPLANNED_TTL_S = 300
 
