@@ -11,7 +11,7 @@ from vllm_cachescope.tenancy.owner_tags import NOBODY, owner_at
 from vllm_cachescope.tenancy.scope import Scope
 
 PLAN_KEY = "cachescope"
-"""Key of the sealed plan in a request's ``kv_transfer_params``, and of the report in an output's."""
+"""Key of the sealed plan in a request's ``kv_transfer_params``, and of the report in its output's."""
 
 
 @dataclass(frozen=True, slots=True)
