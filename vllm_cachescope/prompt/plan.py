@@ -11,7 +11,7 @@ from vllm_cachescope.tenancy.owner_tags import NOBODY, owner_at
 from vllm_cachescope.tenancy.scope import Scope
 
 PLAN_KEY = "cachescope"
-"""Key of the sealed plan in a request's ``kv_transfer_params``, and of the report in its output's."""
+"""Key in ``kv_transfer_params`` of a request's sealed plan, and of the report on its prompt."""
 
 
 @dataclass(frozen=True, slots=True)
