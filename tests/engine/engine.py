@@ -272,7 +272,8 @@ class Engine:
 
     def free_chunks(self) -> int:
         """Return how many chunks of the CPU tier are free, by vLLM's own count."""
-        return self.connector.connector_scheduler.manager.primary_tier._get_num_free_chunks()
+        tier = self.connector.connector_scheduler.manager.primary_tier
+        return tier._get_num_free_chunks()  # noqa: SLF001 — vLLM has no public count
 
     def counter(self, name: str, *values: str) -> float:
         """Return the sum of the engine's metric ``name`` over all labels, or where the labels have

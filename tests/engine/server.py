@@ -36,6 +36,8 @@ SMALL = ("--max-model-len", "4096", "--num-gpu-blocks-override", "40", *ONE_PROC
 ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_CPU_KVCACHE_SPACE": "1",
+    # A helper for the log probabilities of prompts is all that would be compiled, in 10 seconds.
+    "TORCH_COMPILE_DISABLE": "1",
     # What vLLM finds out about a model class, for which it starts a Python of its own.
     "VLLM_CACHE_ROOT": str(ROOT / ".cache" / "vllm"),
 }
