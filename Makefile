@@ -3,7 +3,10 @@ BIN := .venv/bin
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint compat bench clean
+.PHONY: help setup demo test thorough lint compat bench clean
+
+# The slowest tests and set-ups of each part, so that a slow-down shows.
+SLOWEST := --durations=15
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -16,10 +19,14 @@ demo: setup ## serve a small model with the plugin and drive it with real client
 
 test: setup lint ## the checks and the suite, on a real engine
 	@# What needs no engine runs on all cores; engines would take each other's.
-	$(BIN)/pytest -n auto tests/core
-	$(BIN)/pytest --ignore=tests/compat --ignore=tests/core --ignore=tests/lmcache
+	$(BIN)/pytest $(SLOWEST) -n auto tests/core
+	$(BIN)/pytest $(SLOWEST) --ignore=tests/compat --ignore=tests/core --ignore=tests/lmcache
 	@# By itself: LMCache imports llvmlite, over which vLLM 0.32 falls when it starts on a CPU.
-	$(BIN)/pytest tests/lmcache
+	$(BIN)/pytest $(SLOWEST) tests/lmcache
+
+thorough: setup ## the long forms of tests: more examples, larger bodies, longer trouble
+	$(BIN)/pytest -n auto --hypothesis-profile=thorough -m 'slow or not slow' tests/core
+	$(BIN)/pytest -m slow tests/redis
 
 lint: setup ## ruff, and mypy --strict on the core
 	$(BIN)/ruff check .

@@ -24,7 +24,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from benchmarks.harness import Result, arguments, finish
 from demo.model import SMALL, build
 from demo.session import agent_session, marked, to_chat
-from vllm_cachescope.connectors.vllm.api_server.rendering import Boundaries
+from vllm_cachescope.connectors.vllm.api_server.boundaries import Boundaries
 from vllm_cachescope.prompt.request import Protocol, Region
 from vllm_cachescope.prompt.segments import RegionDefault, segments
 from vllm_cachescope.tenancy.scope import Scope
@@ -109,7 +109,7 @@ async def measure(result: Result, pairs: int) -> None:
             counted.characters = 0
             with timed(finding):
                 ends = await boundaries.ends(
-                    await boundaries.cuts(request, stripped, plan),
+                    await boundaries.prefixes(request, stripped, plan),
                     Protocol.CHAT,
                     prompt["prompt_token_ids"],
                     prompt["prompt"],

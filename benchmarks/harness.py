@@ -19,7 +19,7 @@ from demo.client import MODEL
 from demo.model import MODELS, SMALL, build
 from demo.server import Server
 from demo.session import agent_session, marked
-from vllm_cachescope.cli.main import serve_command
+from vllm_cachescope.cli.serve import serve_command
 
 T = TypeVar("T")
 

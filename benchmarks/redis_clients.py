@@ -15,8 +15,9 @@ from vllm_cachescope.connectors.redis import stores
 from vllm_cachescope.connectors.vllm.store_factory import limits_of
 from vllm_cachescope.tenancy.owner_tags import NOBODY
 from vllm_cachescope.tiers.envelope import HEADER_BYTES
-from vllm_cachescope.tiers.keyspace import Keyspace, qualified, secret_mark
-from vllm_cachescope.tiers.remote import Finished, Outgoing, RemoteTier
+from vllm_cachescope.tiers.jobs import Finished, Outgoing
+from vllm_cachescope.tiers.keyspace import Keyspace, qualified, secret_digest
+from vllm_cachescope.tiers.remote import RemoteTier
 
 TTL_S = 300
 PATIENCE_S = 60.0
@@ -77,7 +78,7 @@ class Ours(Client):
         self.names = [keyspace.name(key) for key in self._keys]
         self._tier = RemoteTier(
             "redis",
-            stores(url, PATIENCE_S, keyspace, secret_mark(b"benchmark"), time.monotonic),
+            stores(url, PATIENCE_S, keyspace, secret_digest(b"benchmark"), time.monotonic),
             block_bytes,
             limits_of(settings),
             time.monotonic,
@@ -114,7 +115,7 @@ class Ours(Client):
             time.sleep(0.0005)
             finished = self._tier.finished()
         if not finished[0].complete:
-            raise RuntimeError(f"a transfer was not complete: {self._tier.take_counts()}")
+            raise RuntimeError(f"a transfer was not complete: {self._tier.take_stats()}")
 
 
 class RedisPy(Client):

@@ -30,7 +30,7 @@ from demo.client import (
 )
 from demo.server import Server
 from demo.session import AgentSession, agent_session, marked
-from vllm_cachescope.cli.main import serve_command
+from vllm_cachescope.cli.serve import serve_command
 from vllm_cachescope.durations import parse_duration
 
 BLOCK = 128

@@ -108,12 +108,15 @@ class Server:
             # spare, threads then share cores and wait for each other most of the time.
             "VLLM_CPU_NUM_OF_RESERVED_CPU": "1",
         }
-        with open(scratch / "log", "wb") as log:
-            self._process = subprocess.Popen(
+        self._process = self._launch(os.environ | own | self._environment, scratch / "log")
+
+    def _launch(self, environment: dict[str, str], log: Path) -> "subprocess.Popen[bytes]":
+        with open(log, "wb") as file:
+            return subprocess.Popen(
                 self._command,
-                env=os.environ | own | self._environment,
+                env=environment,
                 stdin=subprocess.DEVNULL,
-                stdout=log,
+                stdout=file,
                 stderr=subprocess.STDOUT,
                 # A Ctrl-C is for us; we tell the server.
                 start_new_session=True,

@@ -27,7 +27,7 @@ def stores(
     readers: int,
     timeout_s: float,
     keyspace: Keyspace,
-    mark: bytes,
+    secret_digest: bytes,
     clock: Callable[[], float],
     wall_clock: Callable[[], float],
 ) -> Callable[[], LMCacheStore]:
@@ -39,7 +39,7 @@ def stores(
         readers: how many threads read.
         timeout_s: how long any one thing that the adapter does may take, in seconds.
         keyspace: names of the entries.
-        mark: tells our secret from others; see `keyspace.secret_mark`.
+        secret_digest: tells our secret from others; see `keyspace.secret_digest`.
         clock: the tier's clock.
         wall_clock: Unix time in seconds, on which entries expire: that of all engines that share
             the entries.
@@ -52,7 +52,7 @@ def stores(
         Staging(slot_bytes, readers + 1),
         timeout_s,
         keyspace.namespace,
-        mark,
+        secret_digest,
         clock,
         wall_clock,
     )

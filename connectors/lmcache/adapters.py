@@ -1,10 +1,10 @@
-"""What there is to know of LMCache's adapters: their configuration, and what they hold."""
+"""LMCache's L2 adapters: their configuration, the keys of our objects, what they list."""
 
 import contextlib
 import importlib
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from lmcache.v1.distributed.api import ObjectKey
@@ -54,7 +54,7 @@ class Kind:
 
     VALUE = b"v"
     EXPIRY = b"e"
-    MARK = b"m"
+    SECRET = b"m"
     CANARY = b"c"
 
 
@@ -106,7 +106,7 @@ def shown(adapter: Mapping[str, Any]) -> str:
 
 def listed(
     config: L2AdapterConfigBase, adapter: L2AdapterInterface
-) -> Iterator[tuple[Entry, bytes]]:
+) -> Generator[tuple[Entry, bytes]]:
     """Yield the entries that the store holds, of all namespaces, with the kind of the object.
 
     Raises:
@@ -148,7 +148,7 @@ def _without_secrets(adapter: Mapping[str, Any]) -> str:
 
 
 class _ReadKeys(dict[str, Any]):
-    """A mapping that knows which of its keys somebody wanted to know."""
+    """A mapping that knows which of its keys were read."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         super().__init__(values)

@@ -1,66 +1,56 @@
 """When the entries of a store expire, as far as this engine knows."""
 
-import heapq
 import threading
+from itertools import islice
 
+from vllm_cachescope.cache.expiry_queue import ExpiryQueue
 from vllm_cachescope.connectors.lmcache.adapters import Entry
 
 UNREADABLE = 0
-"""The expiry of an entry whose record is damaged: it is never alive, and goes."""
+"""The expiry of an entry whose record is damaged: it is never alive, and is dropped."""
 
 
 class Expiries:
     """Expiry times in ms of Unix time, by entry. Safe to use from several threads.
 
-    What is in here was read from the store or written to it. Other engines may have let an entry
-    live longer since; none lets it live shorter.
+    The times were read from records in the store, or written there. Other engines may have let an
+    entry live longer since; none lets it live shorter.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._times: dict[Entry, int] = {}
-        # An item for each entry at least, with a time that it had once.
-        self._order: list[tuple[int, Entry]] = []
-
-    def __len__(self) -> int:
-        return len(self._times)
+        self._queue = ExpiryQueue[Entry, int]()
 
     def __contains__(self, entry: Entry) -> bool:
-        return entry in self._times
+        with self._lock:
+            return entry in self._queue
 
     def of(self, entry: Entry) -> int:
         """Return when ``entry`` expires; 0 if that is not known."""
-        return self._times.get(entry, 0)
+        with self._lock:
+            return self._queue.time_of(entry) or 0
+
+    def is_unreadable(self, entry: Entry) -> bool:
+        """Whether the record of ``entry`` is known to be damaged."""
+        with self._lock:
+            return self._queue.time_of(entry) == UNREADABLE
 
     def learn(self, entry: Entry, expires_ms: int) -> None:
-        """The record of ``entry`` says this."""
+        """Note the time that the record of ``entry`` says."""
         with self._lock:
-            if expires_ms < self._times.get(entry, expires_ms + 1):
-                heapq.heappush(self._order, (expires_ms, entry))
-            self._times[entry] = expires_ms
+            self._queue.set(entry, expires_ms)
 
-    def forget(self, entry: Entry) -> None:
-        """There is no such entry."""
+    def drop(self, entry: Entry) -> None:
+        """Note that there is no such entry."""
         with self._lock:
-            self._times.pop(entry, None)
+            self._queue.drop(entry)
 
-    def take_expired(self, now_ms: int, limit: int) -> list[tuple[Entry, int]]:
-        """Forget entries that have expired, and return them with the time; ``limit`` at most."""
-        expired: list[tuple[Entry, int]] = []
+    def pop_expired(self, now_ms: int, limit: int) -> list[tuple[Entry, int]]:
+        """Drop up to ``limit`` entries that have expired; return them with their times."""
         with self._lock:
-            while self._order and self._order[0][0] <= now_ms and len(expired) < limit:
-                _, entry = heapq.heappop(self._order)
-                expires_ms = self._times.get(entry)
-                if expires_ms is None:
-                    continue
-                if expires_ms > now_ms:
-                    heapq.heappush(self._order, (expires_ms, entry))
-                else:
-                    del self._times[entry]
-                    expired.append((entry, expires_ms))
-        return expired
+            return list(islice(self._queue.pop_expired(now_ms), limit))
 
     def beginning_with(self, prefix: bytes) -> list[Entry]:
         """Return the entries, of whatever namespace, whose key begins with ``prefix``."""
         with self._lock:
-            return [entry for entry in self._times if entry.key.startswith(prefix)]
+            return [entry for entry in self._queue if entry.key.startswith(prefix)]

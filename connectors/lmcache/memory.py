@@ -57,14 +57,14 @@ class Pool:
         """Return ``count`` buffers.
 
         Raises:
-            StoreFailed: if an adapter has too many of them, and does not give them back.
+            StoreFailed: if an adapter has too many of them, and does not release them.
         """
         with self._lock:
             if count > len(self._free):
                 raise StoreFailed("the adapter has too much under way that does not end")
             return [self._free.pop() for _ in range(count)]
 
-    def give_back(self, buffer: Buffer) -> None:
+    def release(self, buffer: Buffer) -> None:
         """Nobody uses ``buffer`` any more."""
         with self._lock:
             self._free.append(buffer)
@@ -76,7 +76,7 @@ class Staging:
     Attributes:
         batch: how many values one thread should have under way at once.
         values, records: the buffers. There are enough of them for all threads, and as many again
-            for what was given up and has not ended.
+            for what was abandoned and has not ended.
         desc: where they are, for adapters that register memory.
 
     Args:

@@ -6,22 +6,22 @@ beginning of the next when it was sent what it did not expect. So nothing is ask
 that has once failed: its session is retired, and the next one begins with a new adapter.
 """
 
-import logging
 import os
 import select
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from lmcache.v1.distributed.api import ObjectKey
 from lmcache.v1.distributed.l2_adapters import L2AdapterInterface
 from lmcache.v1.platform import consume_fd
 
 from vllm_cachescope.connectors.lmcache.memory import Buffer, Staging
+from vllm_cachescope.logs import logger_of
 from vllm_cachescope.tiers.store import StoreFailed, StoreLate
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 _TICK_MS = 500
 
@@ -50,7 +50,7 @@ class Call(Generic[T]):
             raise StoreLate("the adapter does not come back")
         if self._error is not None:
             raise StoreFailed(str(self._error) or repr(self._error)) from self._error
-        return self._result  # type: ignore[return-value]
+        return cast(T, self._result)
 
     def _run(self) -> None:
         try:
@@ -70,10 +70,10 @@ class Task:
         over: set when it has ended, or nothing is expected of it any more.
         found: which of the keys it succeeded with; None if it is not known.
         held: whether the adapter may touch the buffers.
-        let_go: whether nobody waits for it.
+        abandoned: whether nobody waits for it.
     """
 
-    __slots__ = ("buffers", "found", "held", "keys", "let_go", "over", "since")
+    __slots__ = ("abandoned", "buffers", "found", "held", "keys", "over", "since")
 
     def __init__(self, keys: list[ObjectKey], buffers: Sequence[Buffer], since: float) -> None:
         self.keys = keys
@@ -81,7 +81,7 @@ class Task:
         self.since = since
         self.over = threading.Event()
         self.found: list[bool] | None = None
-        self.held = self.let_go = False
+        self.held = self.abandoned = False
 
 
 class Session:
@@ -89,23 +89,27 @@ class Session:
 
     Args:
         adapter: a new one; it is closed with the session.
+        canary: the key of an object that the store holds as long as it holds anything of ours.
         staging: the memory of the tasks' buffers.
         stuck_s: how long a task may take before the adapter counts as stuck, in seconds.
         clock: the tier's clock.
 
     Attributes:
         adapter: the adapter.
+        canary: see above.
         spoiled: whether an object did not load that was there.
     """
 
     def __init__(
         self,
         adapter: L2AdapterInterface,
+        canary: ObjectKey,
         staging: Staging,
         stuck_s: float,
         clock: Callable[[], float],
     ) -> None:
         self.adapter = adapter
+        self.canary = canary
         self.spoiled = False
         self._staging = staging
         self._stuck_s = stuck_s
@@ -148,6 +152,29 @@ class Session:
         self._submit(self._lookups, task)
         return self.wait(task, deadline)
 
+    def find(self, keys: Sequence[ObjectKey], deadline: float) -> list[bool]:
+        """Return which objects there are, once it is known that the adapter tells the truth: it
+        answers "no" to everything when its server has gone or was emptied, and does not find the
+        canary then.
+
+        Raises:
+            StoreFailed: if it cannot be told, or the canary is not found. The session is over then.
+        """
+        canary, *found = self.lookup([self.canary, *keys], deadline)
+        if not canary:
+            reason = "it does not find what it held: it has gone, or was emptied"
+            self.retire(reason)
+            raise StoreFailed(reason)
+        return found
+
+    def check_alive(self, deadline: float) -> None:
+        """Tell a "no" from a failure, after something did not load or was not stored.
+
+        Raises:
+            StoreFailed: if the adapter has failed.
+        """
+        self.find([], deadline)
+
     @contextmanager
     def loading(self, keys: Sequence[ObjectKey], buffers: Sequence[Buffer]) -> Iterator[list[Task]]:
         """Begin to load an object into each buffer, each as a task of its own, so that the adapter
@@ -178,7 +205,7 @@ class Session:
             raise StoreFailed(self._reason)
         return task.found
 
-    def delete(self, keys: list[ObjectKey], deadline: float) -> None:
+    def drop(self, keys: list[ObjectKey], deadline: float) -> None:
         """Delete objects, as far as the adapter does it: it does not tell.
 
         Raises:
@@ -200,7 +227,7 @@ class Session:
         finally:
             with self._lock:
                 for task in tasks:
-                    self._let_go(task)
+                    self._abandon(task)
 
     def _submit(self, tasks: dict[int, Task], task: Task) -> None:
         # The lock is held until the task is known, or its answer could come before.
@@ -217,16 +244,16 @@ class Session:
             tasks[number] = task
             task.held = True
 
-    def _let_go(self, task: Task) -> None:
+    def _abandon(self, task: Task) -> None:
         """Nobody waits for the task any more. Needs the lock."""
-        task.let_go = True
+        task.abandoned = True
         self._free(task)
 
     def _free(self, task: Task) -> None:
-        """Give the buffers back if neither side needs them. Needs the lock."""
-        if task.let_go and not task.held:
+        """Release the buffers if neither side needs them. Needs the lock."""
+        if task.abandoned and not task.held:
             for buffer in task.buffers:
-                buffer.pool.give_back(buffer)
+                buffer.pool.release(buffer)
             task.buffers = ()
 
     def _tasks(self) -> list[Task]:

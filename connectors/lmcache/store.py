@@ -1,8 +1,8 @@
 """Blocks behind one of LMCache's adapters.
 
-An entry is two objects: the value, a header with the block behind it, and a record of when it
-expires. Without a record that has time left there is no entry. The value is written once, before
-its record; the record is written again when the entry is used, for the adapters can only replace
+An entry is two objects: the value, which is a header and the block behind it, and a record of when
+the entry expires. Without a record that has time left there is no entry. The value is written once,
+before its record. The record is written again when the entry is used: the adapters can only replace
 whole objects, and a block is too much to write for each use.
 """
 
@@ -20,45 +20,49 @@ class LMCacheStore(Store):
     Args:
         backend: the adapter, and what else they share.
         address: where it is.
+
+    Attributes:
+        backend: see above.
     """
 
     def __init__(self, backend: Backend, address: str) -> None:
         self.address = address
-        self._backend = backend
+        self.backend = backend
 
     def alive(self) -> bool:
-        return self._backend.alive()
+        return self.backend.alive()
 
     def connect(self, deadline: float) -> None:
         try:
-            self._backend.connect(self, deadline)
+            self.backend.connect(self, deadline)
         except StoreUnfit as error:
             raise StoreFailed(str(error)) from None
 
     def greet(self, deadline: float) -> dict[str, int]:
-        known = self._backend.alive()
-        session = self._backend.connect(self, deadline)
+        known = self.backend.alive()
+        session = self.backend.connect(self, deadline)
         if known:
-            self._backend.shake_hands(session, deadline)
-        return self._backend.usage()
+            self.backend.shake_hands(session, deadline)
+        return self.backend.memory()
 
     def find(self, keys: Sequence[bytes], deadline: float) -> list[bool]:
-        return self._backend.present([self._backend.entry(key) for key in keys], deadline)
+        entries = self.backend.entries
+        return entries.present([entries.entry(key) for key in keys], deadline)
 
     def read(
         self, keys: Sequence[bytes], slots: Sequence[memoryview], deadline: Callable[[], float]
     ) -> Iterator[bytes | None]:
-        backend = self._backend
-        session = backend.session()
-        entries = [backend.entry(key) for key in keys]
+        staging, entries = self.backend.staging, self.backend.entries
+        session = self.backend.session()
+        wanted = [entries.entry(key) for key in keys]
         # Once more: a RESP adapter does not survive being asked for what is not there.
-        present = backend.present(entries, deadline())
-        for part in _parts(len(entries), backend.staging.batch):
+        present = entries.present(wanted, deadline())
+        for part in _parts(len(wanted), staging.batch):
             there = [i for i in part if present[i]]
-            names = [name(entries[i], Kind.VALUE) for i in there]
-            buffers = backend.staging.values.take(len(there))
+            names = [name(wanted[i], Kind.VALUE) for i in there]
+            buffers = staging.values.take(len(there))
             with (
-                backend.suspicious(session) as unloadable,
+                entries.blaming(session) as is_to_blame,
                 session.loading(names, buffers) as tasks,
             ):
                 loads = dict(zip(there, zip(tasks, buffers, strict=True), strict=True))
@@ -71,62 +75,65 @@ class LMCacheStore(Store):
                         end = HEADER_BYTES + slots[i].nbytes
                         slots[i][:] = buffer.view[HEADER_BYTES:end]
                         yield bytes(buffer.view[:HEADER_BYTES])
-                    elif unloadable(entries[i]):
-                        backend.make_sure_it_lives(session, deadline())
+                    elif is_to_blame(wanted[i]):
+                        session.check_alive(deadline())
                         yield b""
                     else:
                         raise StoreFailed("it may have suffered from a value that did not load")
 
     def write(self, values: Sequence[Value], deadline: float) -> list[Written]:
-        backend = self._backend
-        session = backend.session()
-        entries = [backend.entry(value.key) for value in values]
-        until_ms = [backend.wall_ms(value.expires_at) for value in values]
-        present = backend.present(entries, deadline)
+        staging, entries = self.backend.staging, self.backend.entries
+        session = self.backend.session()
+        targets = [entries.entry(value.key) for value in values]
+        until_ms = [entries.wall_ms(value.expires_at) for value in values]
+        present = entries.present(targets, deadline)
         results = [Written.PRESENT if there else Written.EXPIRED for there in present]
-        backend.used({entries[i]: until_ms[i] for i, there in enumerate(present) if there})
-        now_ms = backend.now_ms()
+        self.backend.upkeep.touch({targets[i]: until_ms[i] for i, p in enumerate(present) if p})
+        now_ms = entries.now_ms()
         absent = [i for i, there in enumerate(present) if not there and until_ms[i] > now_ms]
         # What is left of earlier lives: some adapters do not store what they hold already.
-        backend.erase([entries[i] for i in absent], deadline)
-        for part in _parts(len(absent), backend.staging.batch):
+        entries.drop([targets[i] for i in absent], deadline)
+        for part in _parts(len(absent), staging.batch):
             chosen = [absent[j] for j in part]
-            buffers = backend.staging.values.take(len(chosen))
+            buffers = staging.values.take(len(chosen))
             for i, buffer in zip(chosen, buffers, strict=True):
                 end = HEADER_BYTES + values[i].payload.nbytes
                 buffer.view[:HEADER_BYTES] = values[i].head
                 buffer.view[HEADER_BYTES:end] = values[i].payload
-            names = [name(entries[i], Kind.VALUE) for i in chosen]
+            names = [name(targets[i], Kind.VALUE) for i in chosen]
             with session.storing(names, buffers) as tasks:
                 for i, task in zip(chosen, tasks, strict=True):
                     stored = session.wait(task, deadline)[0]
                     results[i] = Written.STORED if stored else Written.REFUSED
             if any(results[i] is Written.REFUSED for i in chosen):
-                backend.make_sure_it_lives(session, deadline)
+                session.check_alive(deadline)
                 self.refusal = "LMCache's log says why"
-            backend.record(
-                {entries[i]: until_ms[i] for i in chosen if results[i] is Written.STORED},
+            entries.record(
+                {targets[i]: until_ms[i] for i in chosen if results[i] is Written.STORED},
                 deadline,
             )
         return results
 
-    def refresh(self, keys: Sequence[tuple[bytes, float]], deadline: float) -> None:
-        backend = self._backend
-        backend.used({backend.entry(key): backend.wall_ms(until) for key, until in keys})
+    def touch(self, keys: Sequence[tuple[bytes, float]], deadline: float) -> None:
+        entries = self.backend.entries
+        self.backend.upkeep.touch(
+            {entries.entry(key): entries.wall_ms(expires_at) for key, expires_at in keys}
+        )
 
-    def delete(self, keys: Sequence[bytes], deadline: float) -> int:
+    def drop(self, keys: Sequence[bytes], deadline: float) -> int:
         self.connect(deadline)
-        return self._backend.erase([self._backend.entry(key) for key in keys], deadline)
+        entries = self.backend.entries
+        return entries.drop([entries.entry(key) for key in keys], deadline)
 
     def purge(self, prefix: bytes, deadline: float) -> int:
         self.connect(deadline)
-        return self._backend.purge(prefix, deadline)
+        return self.backend.entries.purge(prefix, deadline)
 
-    def take_reclaimed(self) -> int:
-        return self._backend.take_reclaimed()
+    def take_expired(self) -> int:
+        return self.backend.upkeep.take_expired()
 
     def close(self) -> None:
-        self._backend.leave(self)
+        self.backend.disconnect(self)
 
 
 def _parts(count: int, size: int) -> Iterator[range]:

@@ -3,19 +3,22 @@
 from collections.abc import Callable
 
 from vllm_cachescope.cache.quotas import Quotas
-from vllm_cachescope.connectors.redis.accounts import ServerClock
 from vllm_cachescope.connectors.redis.address import parse
-from vllm_cachescope.connectors.redis.store import RedisStore, Topology
+from vllm_cachescope.connectors.redis.server_clock import ServerClock
+from vllm_cachescope.connectors.redis.store import RedisStore
+from vllm_cachescope.connectors.redis.topology import Topology
 from vllm_cachescope.tiers.keyspace import Keyspace
+
+__all__ = ["parse", "stores"]
 
 
 def stores(
     url: str,
     timeout_s: float,
     keyspace: Keyspace,
-    mark: bytes,
+    secret_digest: bytes,
     clock: Callable[[], float],
-    shares: Quotas | None = None,
+    quotas: Quotas | None = None,
 ) -> Callable[[], RedisStore]:
     """Return what makes a store for each thread of a tier; see `RedisStore`.
 
@@ -25,5 +28,5 @@ def stores(
     address = parse(url)
     topology, server_clock = Topology(address), ServerClock()
     return lambda: RedisStore(
-        address, topology, keyspace, mark, timeout_s, clock, shares, server_clock
+        address, topology, keyspace, secret_digest, timeout_s, clock, quotas, server_clock
     )

@@ -22,6 +22,12 @@ from redis.sentinel import Sentinel
 DEFAULT_PORT = 6379
 DEFAULT_SENTINEL_PORT = 26379
 
+SCHEMES = (
+    *("redis", "rediss", "unix"),
+    *("redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster"),
+)
+"""The schemes of addresses."""
+
 
 @dataclass(frozen=True, slots=True)
 class Address:
@@ -82,12 +88,10 @@ def parse(url: str) -> Address:
     Raises:
         ValueError: if it is none.
     """
+    if not url.startswith(tuple(f"{scheme}://" for scheme in SCHEMES)):
+        # Not shown: what stands before a "://" that is missing may hold the password.
+        raise ValueError(f"there is no address of this scheme; allowed: {', '.join(SCHEMES)}")
     scheme, plus, kind = url.partition("://")[0].partition("+")
-    if plus and (scheme not in ("redis", "rediss") or kind not in ("sentinel", "cluster")):
-        raise ValueError(
-            f"there is no {scheme}+{kind}:// address; allowed: redis, rediss, unix, "
-            "redis+sentinel, rediss+sentinel, redis+cluster, rediss+cluster"
-        )
     parts = urlsplit(url)
     credentials, _, hosts = parts.netloc.rpartition("@")
     if not plus:

@@ -56,7 +56,7 @@ class Channel:
         sock = connection._sock
         assert sock is not None
         self._socket: socket.socket = sock
-        self._gathers = not isinstance(sock, ssl.SSLSocket)
+        self._gathers: bool = not isinstance(sock, ssl.SSLSocket)
 
     def close(self) -> None:
         """Close the connection."""
@@ -146,7 +146,7 @@ class Channel:
             self._fail(error)
 
     def skip(self, length: int, deadline: float) -> None:
-        """Receive ``length`` bytes of a value and forget them."""
+        """Receive ``length`` bytes of a value, and drop them."""
         waste = memoryview(bytearray(min(length, 1 << 20)))
         while length > 0:
             step = min(length, len(waste))

@@ -1,10 +1,10 @@
-"""Finds mistakes in the configuration before vLLM loads anything, and says them in one message."""
+"""Finds mistakes in the configuration before vLLM loads anything, and says each in one message."""
 
 import gc
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from types import TracebackType
@@ -14,6 +14,18 @@ from vllm_cachescope.config import CONNECTOR, Config, ConfigError, load
 from vllm_cachescope.connectors.vllm import store_factory
 
 
+def load_checked(extra_config: Mapping[str, Any]) -> Config:
+    """Return the configuration in ``kv_connector_extra_config``, checked as far as that can be
+    done before a model is loaded. The command line, the engine and the API side all load it here.
+
+    Raises:
+        ConfigError: if it cannot be used.
+    """
+    config = load(extra_config)
+    config.check(store_factory.check)
+    return config
+
+
 def read(kv_transfer_config: Any) -> Config:
     """Return CacheScope's configuration from vLLM's ``--kv-transfer-config``.
 
@@ -21,18 +33,14 @@ def read(kv_transfer_config: Any) -> Config:
         ConfigError: if there is none, or it cannot be used.
     """
     connector = getattr(kv_transfer_config, "kv_connector", None)
-    # One that comes with a module of its own may be derived from ours.
+    # A connector that comes with a module of its own may be derived from ours.
     derived = getattr(kv_transfer_config, "kv_connector_module_path", None) is not None
     if connector != CONNECTOR and not derived:
         raise ConfigError(
             "--middleware names CacheScope, and --kv-transfer-config does not; give it "
             f'"kv_connector": "{CONNECTOR}" and "kv_role": "kv_both"'
         )
-    config = load(kv_transfer_config.kv_connector_extra_config)
-    config.check()
-    for tier in config.tiers:
-        store_factory.check(tier)
-    return config
+    return load_checked(kv_transfer_config.kv_connector_extra_config)
 
 
 def install() -> None:
@@ -43,11 +51,11 @@ def install() -> None:
     arguments = getattr(arg_utils, "EngineArgs", None)
     if arguments is None or hasattr(arguments.create_engine_config, "is_checked"):
         return
-    arguments.create_engine_config = _checked(arguments.create_engine_config)
+    arguments.create_engine_config = _checking_first(arguments.create_engine_config)
     sys.excepthook = _without_traceback(sys.excepthook)
 
 
-def _checked(create: Callable[..., Any]) -> Callable[..., Any]:
+def _checking_first(create: Callable[..., Any]) -> Callable[..., Any]:
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         transfer = self.kv_transfer_config
         if getattr(transfer, "kv_connector", None) == CONNECTOR:
@@ -60,8 +68,8 @@ def _checked(create: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def ended_by_mistakes() -> Iterator[None]:
-    """For mistakes that only the engine can see. They end its process, if it has one of its own,
-    with nothing but the message."""
+    """End the process with nothing but the message on a mistake that only the engine can see, if
+    the engine has a process of its own."""
     try:
         yield
     except ConfigError as error:
@@ -72,7 +80,8 @@ def ended_by_mistakes() -> Iterator[None]:
 
 
 def _without_traceback(inner: Callable[..., Any]) -> Callable[..., Any]:
-    """A mistake of the operator's is no place in our code: the message says it all."""
+    """Return an excepthook that prints a `ConfigError` without a traceback: a mistake of the
+    operator's is at no place in our code."""
 
     def excepthook(
         kind: type[BaseException], error: BaseException, trace: TracebackType | None
@@ -86,6 +95,7 @@ def _without_traceback(inner: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _was_said_by_an_engine() -> bool:
+    """Whether a process of ours ended in `ended_by_mistakes`."""
     # vLLM's own exception lists how the engine's processes ended, but not those that it has yet
     # to wait for; the objects that stand for them know by now.
     return any(

@@ -1,33 +1,40 @@
-"""The way from the API process to the connector in the engine process.
+"""Calls from the API process to the connector in the engine process.
 
-vLLM lets its API process call methods of `EngineCore` by name; one more method of it passes calls
-on to the connector. They run between two steps, on the scheduler's thread.
+vLLM lets its API process call methods of `EngineCore` by name. One more method, which `install`
+adds, passes calls on to the connector. A call runs between two steps, on the scheduler's thread.
 """
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from vllm.engine.protocol import EngineClient
+from typing import Any
 
 _METHOD = "cachescope"
 
 
 def install() -> None:
-    """Give vLLM's EngineCore the method. To be called in the engine's process."""
+    """Add the method to vLLM's `EngineCore`. To be called in the engine's process."""
     from vllm.v1.engine.core import EngineCore
 
-    setattr(EngineCore, _METHOD, _run)
+    setattr(EngineCore, _METHOD, _pass_on)
 
 
-def _run(core: Any, command: str, args: list[Any]) -> Any:
+def _pass_on(core: Any, command: str, args: list[Any]) -> Any:
     # In one list: vLLM lets through no more arguments than the method has parameters.
     return getattr(core.scheduler.connector, f"command_{command}")(*args)
 
 
-async def call(engine: "EngineClient", command: str, *args: Any) -> list[Any]:
-    """Run the connector's ``command_<command>`` in every engine; return their answers."""
-    client = engine.engine_core
+async def call(engine_client: Any, command: str, *args: Any) -> list[Any]:
+    """Call a command of the connector in every engine.
+
+    Args:
+        engine_client: vLLM's `AsyncLLM`.
+        command: ``sweep`` for the connector's method ``command_sweep``.
+        args: its arguments, which msgpack has to be able to encode.
+
+    Returns:
+        The answer of each engine, by rank.
+    """
+    # Not in vLLM's `EngineClient`, the type that its API server knows.
+    client = engine_client.engine_core
     if hasattr(client, "call_utility_all_async"):
         return list(await client.call_utility_all_async(_METHOD, command, list(args)))
-    # vLLM 0.31 asks all of its engines too, and returns the first one's answer.
+    # vLLM 0.31 asks every engine as well, and returns the answer of the first.
     return [await client.call_utility_async(_METHOD, command, list(args))]

@@ -1,11 +1,8 @@
-"""What vLLM loads in each of its processes because the package is installed."""
+"""The plugin that vLLM loads in each of its processes, since the package is installed."""
 
-import logging
-import os
-import secrets
 from contextlib import suppress
 
-from vllm_cachescope.config import CONNECTOR, MADE_UP, SECRET_VARIABLE
+from vllm_cachescope.config import CONNECTOR, make_up_secret
 
 
 def register() -> None:
@@ -22,34 +19,9 @@ def register() -> None:
         KVConnectorFactory.register_connector(
             CONNECTOR, "vllm_cachescope.connectors.vllm.engine.connector", CONNECTOR
         )
-    log_as_vllm()
     # vLLM loads plugins before it starts processes, so that all of them inherit one secret.
-    os.environ.setdefault(SECRET_VARIABLE, MADE_UP + secrets.token_hex(32))
+    make_up_secret()
     config_check.install()
     # The connector refuses to run without the hook; a vLLM that runs without it is left alone.
     with suppress(hashing.HookNotInForce):
         hashing.install()
-
-
-class _AsVllm(logging.Handler):
-    """Logs what vLLM would log, where it does, as it is configured by then."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Have vLLM's handlers, and nobody else's, take ``record``."""
-        theirs = logging.getLogger("vllm")
-        if theirs.isEnabledFor(record.levelno):
-            for handler in theirs.handlers:
-                if record.levelno >= handler.level:
-                    handler.handle(record)
-
-
-def log_as_vllm() -> None:
-    """Have our loggers log as vLLM's does. One that has handlers or a level keeps them."""
-    # vLLM gives handlers and a level to its own logger only, after it has loaded us; and the root
-    # logger of a server lets nothing below an error pass.
-    for name in ("vllm_cachescope", "cachescope.breaks"):
-        logger = logging.getLogger(name)
-        if not logger.handlers:
-            logger.addHandler(_AsVllm())
-        if logger.level == logging.NOTSET:
-            logger.setLevel(logging.DEBUG)

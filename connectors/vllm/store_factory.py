@@ -1,5 +1,8 @@
-"""Remote tiers' settings made into stores, by their type, and into limits. What a type needs is
-imported for its users only."""
+"""Makes the stores and the limits of remote tiers from their settings.
+
+What a type of store needs, redis-py or LMCache, is imported only where a tier of that type is
+configured.
+"""
 
 import time
 from collections.abc import Callable
@@ -8,17 +11,23 @@ from types import ModuleType
 from vllm_cachescope.cache.quotas import Quotas
 from vllm_cachescope.config import ConfigError, LMCacheTier, RedisTier, Tier
 from vllm_cachescope.tiers.keyspace import Keyspace
-from vllm_cachescope.tiers.remote import Limits
+from vllm_cachescope.tiers.limits import Limits
 from vllm_cachescope.tiers.store import Store
 
 
 def check(settings: Tier) -> None:
-    """Look into what a tier's configuration says of its store.
+    """Check what a tier's settings say of its store, without connecting to it.
 
     Raises:
         ConfigError: if there is no such store, or what it needs is not installed.
     """
-    if isinstance(settings, LMCacheTier):
+    if isinstance(settings, RedisTier):
+        redis = _redis(settings)
+        try:
+            redis.parse(settings.url.get_secret_value())
+        except ValueError as error:
+            raise ConfigError(f"tier {settings.name}: url: {error} (value not shown)") from None
+    else:
         lmcache = _lmcache(settings)
         try:
             lmcache.parse(settings.adapter)
@@ -27,7 +36,7 @@ def check(settings: Tier) -> None:
 
 
 def limits_of(settings: Tier) -> Limits:
-    """Return what a tier may cost."""
+    """Return the limits of a tier: what it may cost a request and this process."""
     return Limits(
         load_deadline_s=settings.load_deadline,
         load_share=settings.load_share,
@@ -44,41 +53,54 @@ def stores(
     settings: Tier,
     slot_bytes: int,
     keyspace: Keyspace,
-    mark: bytes,
+    secret_digest: bytes,
     clock: Callable[[], float],
-    shares: Quotas | None,
+    quotas: Quotas | None,
 ) -> Callable[[], Store]:
-    """Return what makes a store for each thread of a tier.
+    """Return a function that makes a store; a tier calls it once for each of its threads.
 
     Args:
-        settings: the tier's part of the configuration, which has been checked.
+        settings: the tier's part of the configuration; `check` has accepted it.
         slot_bytes: bytes per block.
         keyspace: names of the entries.
-        mark: tells our secret from others; see `keyspace.secret_mark`.
+        secret_digest: tells our secret from others; see `keyspace.secret_digest`.
         clock: the tier's clock.
-        shares: what each organisation may have, for a store that keeps account of that.
+        quotas: what each organisation may hold, for a store that counts what it holds.
     """
+    made: Callable[[], Store]
     if isinstance(settings, RedisTier):
-        from vllm_cachescope.connectors import redis
-
         url = settings.url.get_secret_value()
-        return redis.stores(url, settings.timeout, keyspace, mark, clock, shares)
-    made: Callable[[], Store] = _lmcache(settings).stores(
-        settings.adapter,
-        slot_bytes,
-        settings.connections,
-        settings.timeout,
-        keyspace,
-        mark,
-        clock,
-        time.time,
-    )
+        made = _redis(settings).stores(
+            url, settings.timeout, keyspace, secret_digest, clock, quotas
+        )
+    else:
+        made = _lmcache(settings).stores(
+            settings.adapter,
+            slot_bytes,
+            settings.connections,
+            settings.timeout,
+            keyspace,
+            secret_digest,
+            clock,
+            time.time,
+        )
     return made
 
 
 def keeps_accounts(settings: Tier) -> bool:
     """Whether the store of a tier counts what organisations hold, for all engines at once."""
     return isinstance(settings, RedisTier)
+
+
+def _redis(settings: RedisTier) -> ModuleType:
+    try:
+        from vllm_cachescope.connectors import redis
+    except ImportError as error:
+        raise ConfigError(
+            f"tier {settings.name}: type redis needs redis-py ({error}); install it with "
+            "pip install 'vllm-cachescope[redis]'"
+        ) from error
+    return redis
 
 
 def _lmcache(settings: LMCacheTier) -> ModuleType:

@@ -5,7 +5,6 @@ import json
 import random
 from typing import Any
 
-from vllm_cachescope.api.diagnostics import extra_fields
 from vllm_cachescope.diagnosis.diagnosis import diagnose
 from vllm_cachescope.diagnosis.fingerprint import Fingerprint
 from vllm_cachescope.diagnosis.fingerprinter import Fingerprinter
@@ -16,6 +15,7 @@ from vllm_cachescope.diagnosis.placement import LineagePlacement
 from vllm_cachescope.prompt.request import Protocol
 from vllm_cachescope.tenancy.scope import Caller
 from vllm_cachescope.wire import anthropic, openai_chat, openai_completions, openai_responses
+from vllm_cachescope.wire.extras import extra_fields
 
 TTLS = (300, 1800, 3600, 43200, 86400)
 READERS = {

@@ -17,14 +17,14 @@ def test_the_last_word_on_a_block_counts() -> None:
     ]
 
 
-def test_the_oldest_are_forgotten_first() -> None:
+def test_the_oldest_are_dropped_first() -> None:
     known = BlockStates(limit=2)
     for key in (b"a", b"b", b"a", b"c"):
         known.note([key], BlockState.HELD)
     assert known.find(b"b") is None and known.find(b"a") is known.find(b"c") is BlockState.HELD
 
 
-def test_every_other_fate_explains_something() -> None:
+def test_every_other_state_explains_something() -> None:
     assert set(ABSENCES) == set(BlockState) - {BlockState.HELD}
     assert {absence.cause for absence in ABSENCES.values()} == {
         MissCause.EVICTED,

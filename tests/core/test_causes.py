@@ -2,14 +2,13 @@
 the tokens had been computed."""
 
 import random
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import prometheus_client
 import pytest
+from prometheus_client import CollectorRegistry
 
-from vllm_cachescope.api.break_log import BreakLog
+from vllm_cachescope.api.diagnoser import Diagnoser
 from vllm_cachescope.api.request_context import PromptTiming
 from vllm_cachescope.cache.miss_causes import CacheMiss, MissCause
 from vllm_cachescope.cache.report import EngineId, Report, Row
@@ -29,7 +28,13 @@ class Server:
 
     def __init__(self) -> None:
         self.now = 100.0
-        self.breaks = BreakLog(b"a secret of tests", BLOCK, lambda: self.now, lambda: self.now)
+        self.diagnoser = Diagnoser(
+            b"a secret of tests",
+            BLOCK,
+            lambda: self.now,
+            lambda: self.now,
+            registry=CollectorRegistry(),
+        )
         self.body: dict[str, Any] = {"model": "m", "max_tokens": 1, "messages": []}
         self.tokens: list[int] = []
         self.chance = random.Random(1)
@@ -56,7 +61,7 @@ class Server:
     ) -> Diagnosis:
         """Send the conversation as it is; the engine has read ``read`` tokens of it."""
         request = READERS[Protocol.MESSAGES](self.body, (300, 3600))
-        pending = self.breaks.open(Caller("acme", "s"), request, self.body, {})
+        pending = self.diagnoser.open(Caller("acme", "s"), request, self.body, {})
         length = len(self.tokens)
         rows = (
             Row("read_device", Scope.ORG, 300, read),
@@ -70,7 +75,7 @@ class Server:
             self.now if began is None else began,
             self.now,
         )
-        self.breaks.close(pending, [report], None, [timing])
+        self.diagnoser.close(pending, [report], None, [timing])
         diagnosis = pending.diagnosis
         if final:
             assert sum(tokens for _, tokens in diagnosis.uncached) == length - read
@@ -78,11 +83,8 @@ class Server:
 
 
 @pytest.fixture
-def server() -> Iterator[Server]:
-    made = Server()
-    yield made
-    for counter in (made.breaks._count, made.breaks._unknown):
-        prometheus_client.REGISTRY.unregister(counter)
+def server() -> Server:
+    return Server()
 
 
 def causes(diagnosis: Diagnosis) -> dict[str, int]:
@@ -125,7 +127,7 @@ def test_where_it_was_and_why_it_is_not_here(
     seen = server.ask(engine=engine, **told)
     assert causes(seen) == {cause: 400}
     assert not seen.expected and seen.suggestion
-    assert server.breaks.recent("acme")[0].diagnosis.cause == cause
+    assert server.diagnoser.breaks.recent("acme")[0].diagnosis.cause == cause
 
 
 def test_a_shared_tier_has_no_copy_of_what_no_breakpoint_covers(server: Server) -> None:
@@ -217,7 +219,7 @@ def test_whom_the_engine_never_answered_is_nobodys_ancestor_in_tokens(server: Se
     server.turn()
     assert not server.ask(final=False).measured
     server.turn()
-    assert server.breaks.recent(None) == []
+    assert server.diagnoser.breaks.recent(None) == []
     assert server.ask(final=True).expected
 
 

@@ -7,7 +7,7 @@ import yaml
 
 from vllm_cachescope.cache.quotas import read_quotas
 from vllm_cachescope.cli.main import main
-from vllm_cachescope.config import SECRET_VARIABLE, Config, ConfigError, Share, load
+from vllm_cachescope.config import SECRET_VARIABLE, Config, ConfigError, OrgQuota, load
 from vllm_cachescope.prompt.request import Region
 from vllm_cachescope.tenancy.scope import Scope
 
@@ -128,7 +128,7 @@ def test_keys_beside_the_file_override_it_at_every_depth(tmp_path: Path) -> None
     path.write_text("cpu_bytes: 2GiB\nregions: {tools: {scope: global, ttl: 1h}}\n")
     config = load({"config_file": str(path), "regions": {"tools": {"ttl": "5m"}}})
     assert config.cpu_bytes == 2 << 30
-    assert (config.regions.tools.scope, config.regions.tools.ttl) == (Scope.GLOBAL, 300)
+    assert (config.regions.tools.scope, config.regions.tools.ttl_s) == (Scope.GLOBAL, 300)
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
@@ -183,16 +183,16 @@ def test_shares_are_read_with_the_organisations_ids() -> None:
             },
         }
     )
-    assert config.quota_orgs("redis") == {
-        "name:acme": Share(quota=2 << 30, reserve=1 << 20),
-        "key:0": Share(quota=1 << 30, reserve=0),
-        "global": Share(quota=1 << 30, reserve=1 << 20),
+    assert config.org_quotas("redis") == {
+        "name:acme": OrgQuota(quota=2 << 30, reserve=1 << 20),
+        "key:0": OrgQuota(quota=1 << 30, reserve=0),
+        "global": OrgQuota(quota=1 << 30, reserve=1 << 20),
     }
-    assert config.quota_orgs("cpu") == {}
+    assert config.org_quotas("cpu") == {}
     with pytest.raises(ConfigError, match=r"quotas\.cpu\.orgs: 'zeta' is no organisation"):
-        load({"quotas": {"cpu": {"orgs": {"zeta": {}}}}}).quota_orgs("cpu")
+        load({"quotas": {"cpu": {"orgs": {"zeta": {}}}}}).org_quotas("cpu")
     gateways = load({"org_header": "x-org", "quotas": {"cpu": {"orgs": {"zeta": {}}}}})
-    assert list(gateways.quota_orgs("cpu")) == ["header:zeta"]
+    assert list(gateways.org_quotas("cpu")) == ["header:zeta"]
 
 
 def test_shares_are_counted_in_whole_entries() -> None:

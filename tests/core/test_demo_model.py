@@ -17,6 +17,8 @@ def tiny(tmp_path_factory):
 @pytest.fixture(scope="module")
 def generate(tiny):
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    # The model is so small that threads would mostly wait for each other.
+    torch.set_num_threads(1)
 
     def generate(prompt: list[int], tokens: int = 24) -> list[int]:
         ids = torch.tensor([prompt])

@@ -1,6 +1,7 @@
 """Diffs of what broke a prefix: what is written, what is left out, and how little of it is kept."""
 
 import errno
+import gc
 import io
 import json
 import re
@@ -11,13 +12,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import prometheus_client
 import pytest
+from prometheus_client import CollectorRegistry
 
 from tests.core.reach import reachable
 from vllm_cachescope.api import diffs as module
-from vllm_cachescope.api.break_log import Break, BreakLog
-from vllm_cachescope.api.diffs import REDACTED, Diffs
+from vllm_cachescope.api import prompt_texts
+from vllm_cachescope.api.break_log import Break
+from vllm_cachescope.api.diagnoser import Diagnoser
+from vllm_cachescope.api.diffs import Diffs
+from vllm_cachescope.api.prompt_texts import PromptTexts
+from vllm_cachescope.api.redaction import REDACTED, Redaction
 from vllm_cachescope.api.request_context import PromptTiming
 from vllm_cachescope.cache.report import EngineId, Report, Row
 from vllm_cachescope.config import ConfigError, DiffSettings
@@ -40,39 +45,37 @@ class Side:
         self.diffs = None
         if directory is not None:
             self.diffs = Diffs(DiffSettings(directory=directory, **settings), lambda: self.now)
-        self.breaks = BreakLog(
-            b"a secret of tests", 16, lambda: self.now, lambda: float(self.asked), self.diffs
+        self.diagnoser = Diagnoser(
+            b"a secret of tests",
+            16,
+            lambda: self.now,
+            lambda: float(self.asked),
+            self.diffs,
+            CollectorRegistry(),
         )
 
     def ask(self, body: dict[str, Any], caller: Caller = ACME) -> None:
         """Put a request through of which the beginning is read; the rest is like no other's."""
         request = READERS[Protocol.MESSAGES](body, (300, 3600))
-        case = self.breaks.open(caller, request, body, {})
+        pending = self.diagnoser.open(caller, request, body, {})
         self.asked += 1
         rows = Row("read_device", Scope.ORG, 300, 320), Row("created", Scope.ORG, 300, 2880)
         report = Report(rows, engine=EngineId(0, "e"))
         tokens = [*range(320), *[1000 + self.asked] * 2880]
-        passage = PromptTiming(tokens, 3200, 3200, self.now, self.now)
-        self.breaks.close(case, [report], None, [passage])
+        timing = PromptTiming(tokens, 3200, 3200, self.now, self.now)
+        self.diagnoser.close(pending, [report], None, [timing])
 
     def last(self) -> tuple[Break, str]:
         """Return the latest break, and its diff."""
-        seen = self.breaks.recent(None)[0]
+        seen = self.diagnoser.breaks.recent(None)[0]
         assert self.diffs is not None and self.directory is not None and seen.diff is not None
         self.diffs.flush()
         return seen, (self.directory / seen.diff).read_text()
 
 
 @pytest.fixture
-def side(tmp_path: Path) -> Iterator[Side]:
-    made = Side(tmp_path / "diffs", redact=[r"project \w+"])
-    yield made
-    unregister(made.breaks)
-
-
-def unregister(breaks: BreakLog) -> None:
-    for counter in (breaks._count, breaks._unknown):
-        prometheus_client.REGISTRY.unregister(counter)
+def side(tmp_path: Path) -> Side:
+    return Side(tmp_path / "diffs", redact=[r"project \w+"])
 
 
 def body(system: str = "", description: str = "Weighs things.") -> dict[str, Any]:
@@ -164,7 +167,7 @@ def test_what_is_secret_is_left_out_of_both_sides(side: Side, secret: str, where
     assert text.count(REDACTED) == 2
     for word in secret.split():
         assert len(word) < 8 or word not in text
-    assert not [kept for kept in strings_behind(side.breaks) if secret in kept]
+    assert not [kept for kept in strings_behind(side.diagnoser) if secret in kept]
 
 
 def test_what_a_field_with_the_name_of_a_secret_holds_is_left_out(side: Side) -> None:
@@ -179,7 +182,7 @@ def test_what_a_field_with_the_name_of_a_secret_holds_is_left_out(side: Side) ->
     _, text = side.last()
     assert '"description": "New key."' in text and '"default": "New default"' in text
     assert "NewNew" not in text and "OldOld" not in text and "70001" not in text
-    assert not [kept for kept in strings_behind(side.breaks) if "OldOld" in kept]
+    assert not [kept for kept in strings_behind(side.diagnoser) if "OldOld" in kept]
 
 
 def test_a_change_in_a_secret_only_is_said_to_be_one(side: Side) -> None:
@@ -191,23 +194,20 @@ def test_a_change_in_a_secret_only_is_said_to_be_one(side: Side) -> None:
 
 def test_the_directory_is_bounded_and_the_oldest_go_first(tmp_path: Path) -> None:
     side = Side(tmp_path / "diffs", max_bytes=15_000, max_files=5)
-    try:
-        (tmp_path / "diffs" / "notes.txt").write_text("x" * 10_000)
-        names = []
-        for i in range(12):
-            side.ask(body(f"a {i}"))
-            names.append(side.last()[0].diff if i else None)
-        left = sorted(path.name for path in (tmp_path / "diffs").glob("*.diff"))
-        assert left == sorted(filter(None, names))[-5:]
-        for i in range(12):
-            side.ask(body(f"{i} " * 400))
-            side.last()
-            files = list((tmp_path / "diffs").glob("*.diff"))
-            assert 0 < sum(path.stat().st_size for path in files) <= 15_000
-        # What is not ours is left alone.
-        assert (tmp_path / "diffs" / "notes.txt").stat().st_size == 10_000
-    finally:
-        unregister(side.breaks)
+    (tmp_path / "diffs" / "notes.txt").write_text("x" * 10_000)
+    names = []
+    for i in range(12):
+        side.ask(body(f"a {i}"))
+        names.append(side.last()[0].diff if i else None)
+    left = sorted(path.name for path in (tmp_path / "diffs").glob("*.diff"))
+    assert left == sorted(filter(None, names))[-5:]
+    for i in range(12):
+        side.ask(body(f"{i} " * 400))
+        side.last()
+        files = list((tmp_path / "diffs").glob("*.diff"))
+        assert 0 < sum(path.stat().st_size for path in files) <= 15_000
+    # What is not ours is left alone.
+    assert (tmp_path / "diffs" / "notes.txt").stat().st_size == 10_000
 
 
 def test_what_cannot_be_written_costs_the_file_only(
@@ -218,7 +218,7 @@ def test_what_cannot_be_written_costs_the_file_only(
     side.directory.rmdir()
     side.ask(body("b"))
     side.diffs.flush()
-    assert side.breaks.recent(None)[0].diagnosis.cause == "system_changed"
+    assert side.diagnoser.breaks.recent(None)[0].diagnosis.cause == "system_changed"
     assert "could not be written" in caplog.text
 
 
@@ -226,15 +226,15 @@ def test_another_sessions_texts_are_not_compared(side: Side) -> None:
     side.ask(body("a"))
     side.ask(body("b"), Caller("acme", "other"))
     side.ask(body("b"), Caller("other", "s"))
-    assert all(seen.diff is None for seen in side.breaks.recent(None))
+    assert all(seen.diff is None for seen in side.diagnoser.breaks.recent(None))
 
 
 def test_texts_are_forgotten_with_their_session(side: Side) -> None:
     side.ask(body(PLANTED))
-    assert [text for text in strings_behind(side.breaks) if PLANTED in text]
-    side.now += module.DEFAULT_TTL_S
+    assert [text for text in strings_behind(side.diagnoser) if PLANTED in text]
+    side.now += prompt_texts.DEFAULT_TTL_S
     side.ask(body("later"), Caller("acme", "other"))
-    assert not [text for text in strings_behind(side.breaks) if PLANTED in text]
+    assert not [text for text in strings_behind(side.diagnoser) if PLANTED in text]
 
 
 def test_a_purge_takes_texts_and_files(side: Side) -> None:
@@ -243,10 +243,10 @@ def test_a_purge_takes_texts_and_files(side: Side) -> None:
         side.ask(body(f"{PLANTED} 2"), caller)
     assert side.directory is not None and side.diffs is not None
     for org, session, left in (("acme", "s", 2), ("acme", None, 1), (None, None, 0)):
-        side.breaks.forget(org, session)
+        side.diagnoser.purge(org, session)
         side.diffs.flush()
         assert len(list(side.directory.iterdir())) == left
-    assert not [text for text in strings_behind(side.breaks) if PLANTED in text]
+    assert not [text for text in strings_behind(side.diagnoser) if PLANTED in text]
 
 
 def test_a_damaged_file_keeps_no_other_from_a_purge(
@@ -258,13 +258,13 @@ def test_a_damaged_file_keeps_no_other_from_a_purge(
     side.ask(body("a"))
     side.ask(body("b"))
     side.last()
-    side.breaks.forget("acme")
+    side.diagnoser.purge("acme")
     side.diffs.flush()
     assert sorted(path.name for path in side.directory.iterdir()) == [
         f"0-{i:08}.diff" for i in range(3)
     ]
     assert caplog.text.count("could not be deleted") == 3
-    side.breaks.forget(None)
+    side.diagnoser.purge(None)
     side.diffs.flush()
     assert not list(side.directory.iterdir())
 
@@ -282,14 +282,15 @@ def test_what_could_not_be_finished_is_removed(side: Side, monkeypatch: pytest.M
     assert not list(side.directory.iterdir())
 
 
-def test_memory_is_bounded(side: Side, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "KEPT_BYTES", 20_000)
+def test_memory_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompt_texts, "KEPT_BYTES", 20_000)
+    side = Side(tmp_path / "diffs")
     assert side.diffs is not None
     for i in range(40):
         side.ask(body(str(i)), Caller("acme", str(i)))
-        assert 0 < side.diffs._kept_bytes <= 20_000
-    side.diffs.forget(None)
-    assert side.diffs._kept_bytes == 0
+        assert 0 < side.diffs.texts.nbytes <= 20_000
+    side.diffs.purge(None)
+    assert side.diffs.texts.nbytes == 0
 
 
 @pytest.mark.parametrize(
@@ -297,20 +298,21 @@ def test_memory_is_bounded(side: Side, monkeypatch: pytest.MonkeyPatch) -> None:
     [([f"{i:03}" for i in range(256)], 40), (["\U0001f600" * 190_000], 3)],
     ids=["tiny blocks", "wide characters"],
 )
-def test_what_is_counted_is_what_is_taken(side: Side, blocks: list[str], requests: int) -> None:
+def test_what_is_counted_is_what_is_taken(blocks: list[str], requests: int) -> None:
     raw = json.dumps(body() | {"system": [{"type": "text", "text": text} for text in blocks]})
     fingerprinter = Fingerprinter(b"a secret of tests")
-    assert side.diffs is not None
     tracemalloc.start()
     try:
+        texts = PromptTexts((), lambda: 0.0)
         for i in range(requests):
             # Read anew each time, since a text may be one with the request's.
             request = READERS[Protocol.MESSAGES](json.loads(raw), (300, 3600))
             fingerprint = fingerprinter(request)
-            side.diffs.keep(Caller("acme", f"session {i}"), request, fingerprint)
+            texts.keep(Caller("acme", f"session {i}"), request, fingerprint)
         before, _ = tracemalloc.get_traced_memory()
-        counted = side.diffs._kept_bytes
-        side.diffs._texts.clear()
+        counted = texts.nbytes
+        del texts
+        gc.collect()
         taken = before - tracemalloc.get_traced_memory()[0]
     finally:
         tracemalloc.stop()
@@ -352,9 +354,9 @@ def test_a_hostile_body_takes_bounded_time(side: Side, name: str) -> None:
     fingerprint = Fingerprinter(b"a secret of tests")(request)
     assert side.diffs is not None
     begun = time.process_time()
-    side.diffs.keep(ACME, request, fingerprint)
+    side.diffs.texts.keep(ACME, request, fingerprint)
     assert time.process_time() - begun < 0.5
-    assert side.diffs._texts
+    assert len(side.diffs.texts)
 
 
 def test_what_one_request_leaves_the_next_takes_in(
@@ -368,9 +370,9 @@ def test_what_one_request_leaves_the_next_takes_in(
     taken = []
     for _ in range(5):
         side.ask(asked)
-        taken.append(len(side.diffs._texts))
+        taken.append(len(side.diffs.texts))
     assert taken == [2, 3, 4, 5, 5]
-    monkeypatch.setattr(module, "_text", None)  # What is known costs nothing.
+    monkeypatch.setattr(Redaction, "redact", None)  # What is known costs nothing.
     side.ask(asked)
 
 
@@ -386,13 +388,10 @@ def strings_behind(root: object) -> Iterator[str]:
 def test_without_diffs_no_text_is_kept(tmp_path: Path) -> None:
     for directory in (None, tmp_path / "diffs"):
         side = Side(directory)
-        try:
-            for i in range(3):
-                asked = body(f"{PLANTED} {i}", f"{PLANTED} {i}")
-                asked["messages"][0]["content"] += PLANTED
-                side.ask(asked)
-            kept = [text for text in strings_behind(side.breaks) if PLANTED in text]
-            # The search is one that finds something where there is something to be found.
-            assert bool(kept) == (directory is not None)
-        finally:
-            unregister(side.breaks)
+        for i in range(3):
+            asked = body(f"{PLANTED} {i}", f"{PLANTED} {i}")
+            asked["messages"][0]["content"] += PLANTED
+            side.ask(asked)
+        kept = [text for text in strings_behind(side.diagnoser) if PLANTED in text]
+        # The search is one that finds something where there is something to be found.
+        assert bool(kept) == (directory is not None)

@@ -14,7 +14,9 @@ from tests.core.agent_session import Agent, Body, words
 from vllm_cachescope.cache.miss_causes import MissCause
 from vllm_cachescope.cli import explain as command
 from vllm_cachescope.cli import main
-from vllm_cachescope.cli.explain import Explanation, explain_blocks, explain_file
+from vllm_cachescope.cli.block_trace import explain_blocks
+from vllm_cachescope.cli.explain import explain_file
+from vllm_cachescope.cli.explanation import Explanation
 from vllm_cachescope.cli.traffic import (
     BLOCK_TOKENS,
     BlockCall,

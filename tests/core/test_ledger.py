@@ -69,7 +69,7 @@ def test_with_one_class_the_policy_is_lru() -> None:
     for now, key in enumerate((b"a", b"b", b"c")):
         policy.use(key, 300, now)
     policy.use(b"a", 300, 3)
-    assert policy.victims(3, 10, spare=lambda key: False) == [b"b", b"c", b"a"]
+    assert policy.victims(3, 10, must_stay=lambda key: False) == [b"b", b"c", b"a"]
 
 
 def test_idling_counts_against_the_lifetime() -> None:
@@ -77,14 +77,14 @@ def test_idling_counts_against_the_lifetime() -> None:
     policy.use(b"hour", 3600, now=0)
     policy.use(b"minutes", 300, now=540)
     # After 600 s: 600/3600 of the hour, 60/300 of the five minutes.
-    assert policy.victims(1, 600, spare=lambda key: False) == [b"minutes"]
+    assert policy.victims(1, 600, must_stay=lambda key: False) == [b"minutes"]
     # After 1000 s: 0.28 and 1.53; with the short one spared, the long one goes.
-    assert policy.victims(1, 1000, spare=lambda key: key == b"minutes") == [b"hour"]
+    assert policy.victims(1, 1000, must_stay=lambda key: key == b"minutes") == [b"hour"]
 
 
 def test_too_few_victims_is_none_and_changes_nothing() -> None:
     policy = LifetimeShare()
     policy.use(b"a", 300, 0)
     policy.use(b"b", 300, 1)
-    assert policy.victims(2, 5, spare=lambda key: key == b"b") is None
-    assert policy.victims(2, 5, spare=lambda key: False) == [b"a", b"b"]
+    assert policy.victims(2, 5, must_stay=lambda key: key == b"b") is None
+    assert policy.victims(2, 5, must_stay=lambda key: False) == [b"a", b"b"]

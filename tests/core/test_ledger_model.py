@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.examples import examples
 from vllm_cachescope.cache.eviction import LifetimeShare
 from vllm_cachescope.cache.ledger import Ledger
 from vllm_cachescope.prompt.plan import Plan, Span
 from vllm_cachescope.tenancy.scope import Caller, Scope, ScopeKeys
 
-EXAMPLES = 640
 MIN_OPERATIONS, MAX_OPERATIONS = 100, 400
 
 DEVICE_BLOCKS = 14
@@ -221,7 +221,7 @@ done = Counter[str]()
 
 
 @settings(
-    max_examples=EXAMPLES,
+    max_examples=examples(640),
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
@@ -262,10 +262,10 @@ def check(operations: list[int]) -> None:
     done["operations"] += len(operations)
 
 
-def test_a_hundred_thousand_random_operations() -> None:
+def test_random_operations() -> None:
     done.clear()
     check()
-    assert done["operations"] >= 100_000
+    assert done["operations"] >= examples(100_000)
     # Each of these was put to the test many times.
     for what in ("pause", "reset", "read", "dropped", "evicted", "expired"):
-        assert done[what] > 1000, (what, done)
+        assert done[what] > examples(1000), (what, done)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from tests.core.agent_session import TOOL_NAMES, Agent, Body, Client, tool, words
+from tests.examples import examples
 from vllm_cachescope.diagnosis.alignment import part_hashes
 from vllm_cachescope.diagnosis.changes import ChangeKind
 from vllm_cachescope.diagnosis.lineage_store import LineageStore
@@ -734,12 +735,12 @@ def play(seed: int, steps: int) -> tuple[int, int]:
 
 def test_generated_sessions_have_no_false_break_and_no_missed_one() -> None:
     requests = planted = 0
-    for seed in range(2000):
+    for seed in range(examples(2000)):
         # Most sessions are short; every twentieth is long enough to fork and compact repeatedly.
         played = play(seed, 40 if seed % 20 == 0 else 6)
         requests, planted = requests + played[0], planted + played[1]
-    assert requests == 15_400
-    assert planted > 1_000
+    assert requests == examples(15_400)
+    assert planted > examples(1_000)
 
 
 def test_what_is_ruled_out_early_would_have_come_to_nothing() -> None:

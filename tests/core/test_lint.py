@@ -9,7 +9,7 @@ import pytest
 
 from tests.core.agent_session import TTLS, Agent, Body
 from vllm_cachescope.cli import lint as command
-from vllm_cachescope.cli.lint import Severity, lint
+from vllm_cachescope.cli.lint_rules import Severity, lint
 from vllm_cachescope.cli.traffic import Call
 from vllm_cachescope.wire import anthropic, openai_chat, openai_completions
 

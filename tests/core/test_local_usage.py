@@ -1,11 +1,11 @@
-"""What an engine counts of a tier that keeps no account itself."""
+"""What an engine counts of a tier whose store does not count itself."""
 
 import random
 
 from vllm_cachescope.cache.quotas import Quotas
-from vllm_cachescope.config import Share
+from vllm_cachescope.config import OrgQuota
+from vllm_cachescope.tiers.expiry import expiry
 from vllm_cachescope.tiers.local_usage import LocalUsage
-from vllm_cachescope.tiers.remote import expiry
 
 ACME, ZETA = b"acme    s1      ", b"zeta    s1      "
 
@@ -25,77 +25,77 @@ def names(owner: bytes, *numbers: int) -> list[bytes]:
 
 
 def test_an_organisation_over_its_quota_loses_its_oldest() -> None:
-    account = LocalUsage(Quotas(10, Share(quota=30), {}))
-    assert account.stored(blocks(ACME, 1, 2, 3), 0) == []
-    assert account.stored(blocks(ZETA, 1, 2, used_at=1), 1) == []
+    usage = LocalUsage(Quotas(10, OrgQuota(quota=30), {}))
+    assert usage.stored(blocks(ACME, 1, 2, 3), 0) == []
+    assert usage.stored(blocks(ZETA, 1, 2, used_at=1), 1) == []
     # A prompt loses its end before its beginning.
-    account.used(blocks(ACME, 1, 2, used_at=2))
-    assert account.stored(blocks(ACME, 4, used_at=3), 3) == names(ACME, 3)
-    assert account.stored(blocks(ACME, 4, 5, 6, used_at=4), 4) == names(ACME, 2, 1)
-    assert account.shown(5) == {ACME[:8].hex(): 30, ZETA[:8].hex(): 20}
+    usage.touch(blocks(ACME, 1, 2, used_at=2))
+    assert usage.stored(blocks(ACME, 4, used_at=3), 3) == names(ACME, 3)
+    assert usage.stored(blocks(ACME, 4, 5, 6, used_at=4), 4) == names(ACME, 2, 1)
+    assert usage.shown(5) == {ACME[:8].hex(): 30, ZETA[:8].hex(): 20}
 
 
 def test_a_prompt_stored_in_parts_keeps_its_beginning() -> None:
-    account = LocalUsage(Quotas(10, Share(quota=50), {}))
-    account.stored(blocks(ACME, 91, 92, 93), 0)
+    usage = LocalUsage(Quotas(10, OrgQuota(quota=50), {}))
+    usage.stored(blocks(ACME, 91, 92, 93), 0)
     # Each step of a long prefill stores what it computed; the prompt was first used at 10.
     gone = []
     for step in range(4):
         numbers = (2 * step, 2 * step + 1)
-        gone += account.stored(blocks(ACME, *numbers, used_at=10, behind=2 * step), 11 + step)
+        gone += usage.stored(blocks(ACME, *numbers, used_at=10, behind=2 * step), 11 + step)
     assert gone == names(ACME, 93, 92, 91, 5, 7, 6)
 
 
 def test_a_use_takes_nothing_away() -> None:
-    account = LocalUsage(Quotas(10, Share(quota=20), {}))
-    account.stored(blocks(ACME, 1, ttl_s=3600), 0)
-    account.stored(blocks(ACME, 2, used_at=1), 1)
-    account.used(blocks(ACME, 1, used_at=2, ttl_s=10))
-    account.used(blocks(ACME, 3, used_at=2))
-    assert account.stored(blocks(ACME, 4, used_at=3), 3) == names(ACME, 2)
+    usage = LocalUsage(Quotas(10, OrgQuota(quota=20), {}))
+    usage.stored(blocks(ACME, 1, ttl_s=3600), 0)
+    usage.stored(blocks(ACME, 2, used_at=1), 1)
+    usage.touch(blocks(ACME, 1, used_at=2, ttl_s=10))
+    usage.touch(blocks(ACME, 3, used_at=2))
+    assert usage.stored(blocks(ACME, 4, used_at=3), 3) == names(ACME, 2)
 
 
 def test_what_has_expired_or_was_purged_does_not_count() -> None:
-    account = LocalUsage(Quotas(10, Share(quota=20), {}))
-    account.stored(blocks(ACME, 1, 2), 0)
-    assert account.shown(299) == {ACME[:8].hex(): 20}
-    assert account.shown(300) == {}
-    assert account.stored(blocks(ACME, 3, 4, used_at=300), 300) == []
-    account.purged(ACME[:8])
-    assert account.shown(300) == {}
-    account.used(blocks(ACME, 3, used_at=301))
-    assert account.stored(blocks(ACME, 5, 6, used_at=301), 301) == []
+    usage = LocalUsage(Quotas(10, OrgQuota(quota=20), {}))
+    usage.stored(blocks(ACME, 1, 2), 0)
+    assert usage.shown(299) == {ACME[:8].hex(): 20}
+    assert usage.shown(300) == {}
+    assert usage.stored(blocks(ACME, 3, 4, used_at=300), 300) == []
+    usage.purged(ACME[:8])
+    assert usage.shown(300) == {}
+    usage.touch(blocks(ACME, 3, used_at=301))
+    assert usage.stored(blocks(ACME, 5, 6, used_at=301), 301) == []
 
 
 def test_over_the_capacity_reserves_are_spared() -> None:
-    shares = Quotas(10, Share(), {ZETA[:8]: Share(reserve=20)}, capacity=50)
-    account = LocalUsage(shares)
-    account.stored(blocks(ZETA, 1, 2), 0)
-    assert account.stored(blocks(ACME, 1, 2, 3, used_at=1), 1) == []
-    assert account.stored(blocks(ACME, 4, used_at=2), 2) == names(ACME, 3)
-    assert account.stored(blocks(ZETA, 3, used_at=3), 3) == names(ZETA, 2)
+    quotas = Quotas(10, OrgQuota(), {ZETA[:8]: OrgQuota(reserve=20)}, capacity=50)
+    usage = LocalUsage(quotas)
+    usage.stored(blocks(ZETA, 1, 2), 0)
+    assert usage.stored(blocks(ACME, 1, 2, 3, used_at=1), 1) == []
+    assert usage.stored(blocks(ACME, 4, used_at=2), 2) == names(ACME, 3)
+    assert usage.stored(blocks(ZETA, 3, used_at=3), 3) == names(ZETA, 2)
     # What is beyond a reserve goes by age, with all the rest.
-    gone = account.stored(blocks(ZETA, 4, 5, 6, used_at=4), 4)
+    gone = usage.stored(blocks(ZETA, 4, 5, 6, used_at=4), 4)
     assert gone == names(ZETA, 1) + names(ACME, 2, 1)
 
 
 def test_what_goes_is_what_a_list_in_order_of_expiry_would_lose() -> None:
     chance = random.Random(0)
-    account, kept = LocalUsage(Quotas(10, Share(quota=200), {})), dict[bytes, float]()
+    usage, kept = LocalUsage(Quotas(10, OrgQuota(quota=200), {})), dict[bytes, float]()
     for now in range(600):
         entries = blocks(
             ACME, *chance.sample(range(60), 4), used_at=now, ttl_s=chance.choice([20, 100])
         )
         if chance.random() < 0.5:
-            account.used(entries)
+            usage.touch(entries)
             known = {key: until for key, until in entries if key in kept}
             kept |= {key: max(until, kept[key]) for key, until in known.items()}
             continue
-        gone = account.stored(entries, now)
+        gone = usage.stored(entries, now)
         kept |= {key: max(until, kept.get(key, 0.0)) for key, until in entries}
         kept = {key: until for key, until in kept.items() if until > now}
         order = sorted(kept, key=kept.__getitem__)
         assert gone == order[: max(0, len(order) - 20)]
         for key in gone:
             del kept[key]
-    assert account.shown(600)[ACME[:8].hex()] == 10 * sum(u > 600 for u in kept.values())
+    assert usage.shown(600)[ACME[:8].hex()] == 10 * sum(u > 600 for u in kept.values())

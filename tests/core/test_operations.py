@@ -5,12 +5,12 @@ from hashlib import sha256
 from typing import Any
 
 import pytest
-from prometheus_client import REGISTRY
+from prometheus_client import CollectorRegistry
 
-from vllm_cachescope.api.break_log import BreakLog
-from vllm_cachescope.api.diagnostics import extra_fields
-from vllm_cachescope.api.middleware import _headers
-from vllm_cachescope.api.operations import Engines, Operations, Purged
+from vllm_cachescope.api.diagnoser import Diagnoser
+from vllm_cachescope.api.engines import Engines, Purged
+from vllm_cachescope.api.http_request import joined_headers
+from vllm_cachescope.api.operations import Operations
 from vllm_cachescope.cache.report import EngineId, Outcome, Report, Row
 from vllm_cachescope.config import Config, load
 from vllm_cachescope.prompt.request import Protocol
@@ -18,6 +18,7 @@ from vllm_cachescope.tenancy.caller import CallerDirectory
 from vllm_cachescope.tenancy.owner_tags import OwnerTags
 from vllm_cachescope.tenancy.scope import Caller, Scope
 from vllm_cachescope.wire import READERS
+from vllm_cachescope.wire.extras import extra_fields
 
 SECRET = "a secret of the tests"
 OWNERS = OwnerTags(SECRET.encode())
@@ -48,14 +49,12 @@ class Recorded(Engines):
 
 
 @pytest.fixture(scope="module")
-def breaks():
-    yield (made := BreakLog(SECRET.encode(), 16))
-    for metric in (made._count, made._unknown):
-        REGISTRY.unregister(metric)
+def diagnoser():
+    return Diagnoser(SECRET.encode(), 16, registry=CollectorRegistry())
 
 
 @pytest.fixture
-def ask(breaks):
+def ask(diagnoser):
     """Ask operations with a configuration; return status and answer."""
 
     async def ask(
@@ -70,7 +69,7 @@ def ask(breaks):
     ) -> tuple[int, Any]:
         settings = made(config)
         directory = CallerDirectory(SECRET.encode(), settings.tenant_names(), settings.org_header)
-        operations = Operations(settings, directory, breaks, engines or Recorded())
+        operations = Operations(settings, directory, diagnoser, engines or Recorded())
         sent = dict(headers or {}) | ({"x-api-key": key} if key else {})
 
         async def read_body() -> bytes:
@@ -174,15 +173,15 @@ async def test_without_a_token_in_the_configuration_nobody_is_the_operator(ask) 
     ("sent", "status"), [("ein langer schlüssel", 200), ("ein langer schlussel", 403)]
 )
 async def test_the_operators_token_is_compared_byte_by_byte(ask, sent, status) -> None:
-    headers = _headers({"headers": [(b"X-API-Key", sent.encode())]})
+    headers = joined_headers({"headers": [(b"X-API-Key", sent.encode())]})
     options = {"headers": headers, "operator_token": "ein langer schlüssel"}
     assert (await ask("POST", "/cachescope/purge", {"all": True}, **options))[0] == status
 
 
 def test_headers_of_one_name_are_one_list() -> None:
     sent = [(b"anthropic-beta", b"b, a"), (b"x-session-id", b"s"), (b"Anthropic-Beta", b"c")]
-    headers = _headers({"headers": sent})
-    assert headers == {"anthropic-beta": "b, a, c", "x-session-id": "s"}
+    headers = joined_headers({"headers": sent})
+    assert dict(headers) == {"anthropic-beta": "b, a, c", "x-session-id": "s"}
     assert extra_fields({}, headers) == {"anthropic-beta": ["a", "b", "c"]}
 
 
@@ -195,7 +194,7 @@ async def test_a_key_the_server_does_not_know_may_nothing_but_see_the_state(ask)
     assert not engines.purged
 
 
-async def test_a_purge_forgets_the_requests_and_breaks_as_well(ask, breaks) -> None:
+async def test_a_purge_drops_the_requests_and_breaks_as_well(ask, diagnoser) -> None:
     def request(text: str, session: str) -> dict[str, Any]:
         blocks = [{"type": "text", "text": text}, {"type": "text", "text": "stays " * 50}]
         return {"model": "m", "max_tokens": 1, "system": blocks, "metadata": {"user_id": session},
@@ -205,11 +204,11 @@ async def test_a_purge_forgets_the_requests_and_breaks_as_well(ask, breaks) -> N
         for text in ("one " * 99, "other " * 99):
             body = request(text, session)
             read = READERS[Protocol.MESSAGES](body, (300,), 300)
-            case = breaks.open(Caller(org, session), read, body, {})
+            pending = diagnoser.open(Caller(org, session), read, body, {})
             rows = (Row(Outcome.CREATED, Scope.ORG, 300, 200),)
             report = Report(rows, engine=EngineId(0, "epoch"))
-            breaks.close(case, [report], None)
-    assert breaks._fingerprint.remembered_groups
+            diagnoser.close(pending, [report], None)
+    assert diagnoser._fingerprint.remembered_groups
     for body, left in (
         ({"org": "acme", "session": "s"}, {("name:acme", "t"), ("name:zeta", "s")}),
         ({"org": "acme"}, {("name:zeta", "s")}),
@@ -217,28 +216,30 @@ async def test_a_purge_forgets_the_requests_and_breaks_as_well(ask, breaks) -> N
     ):
         _, answer = await ask("POST", "/cachescope/purge", body, TOKEN)
         assert answer["fingerprints"] == 2
-        assert not breaks._fingerprint.remembered_groups
-        assert not breaks._fingerprint.remembered_tools
-        assert {(seen.caller.org, seen.caller.session) for seen in breaks.recent(None)} == left
-        assert set(breaks.orgs()) == {org for org, _ in left}
+        assert not diagnoser._fingerprint.remembered_groups
+        assert not diagnoser._fingerprint.remembered_tools
+        assert {
+            (seen.caller.org, seen.caller.session) for seen in diagnoser.breaks.recent(None)
+        } == left
+        assert set(diagnoser.orgs()) == {org for org, _ in left}
 
 
 @pytest.mark.parametrize("key", ["acme's key", TOKEN])
-async def test_breaks_are_answered_whatever_a_client_calls_its_tools(ask, breaks, key) -> None:
+async def test_breaks_are_answered_whatever_a_client_calls_its_tools(ask, diagnoser, key) -> None:
     half = "\ud800"
     for value in (1, 2):
         tool = {"name": half, "input_schema": {"type": "object"}, half: value}
         body = {"model": half, "max_tokens": 1, "tools": [tool],
                 "messages": [{"role": "user", "content": "hello " * 99}]}  # fmt: skip
         read = READERS[Protocol.MESSAGES](body, (300,), 300)
-        case = breaks.open(Caller("name:acme", "half"), read, body, {})
+        pending = diagnoser.open(Caller("name:acme", "half"), read, body, {})
         report = Report((Row(Outcome.CREATED, Scope.ORG, 300, 200),), engine=EngineId(0, "epoch"))
-        breaks.close(case, [report], None)
+        diagnoser.close(pending, [report], None)
     status, answer = await ask("GET", "/cachescope/breaks", key=key)
     assert (status, answer["breaks"][0]["changes"][0]["fields"]) == (200, [half])
     body = {"org": "acme", "session": half}
     assert (await ask("POST", "/cachescope/purge", body, TOKEN))[0] == 200
-    breaks.forget(None)
+    diagnoser.purge(None)
 
 
 async def test_a_purge_that_did_not_reach_a_tier_says_so(ask) -> None:

@@ -8,31 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_cachescope.prompt.plan import Plan, Span, seal, unseal
+from tests.core.plans import PLAN, plans
+from vllm_cachescope.prompt.plan import Plan, seal, unseal
 from vllm_cachescope.tenancy.scope import Scope
 
 SECRET = b"a secret of sixteen bytes or more"
-
-PLAN = Plan(
-    (
-        Span(100, Scope.GLOBAL, "g", 3600),
-        Span(300, Scope.ORG, "o", 300),
-        Span(350, Scope.SESSION, "s", 300, covered=False),
-    ),
-    "nonce",
-)
-
-
-@st.composite
-def plans(draw: st.DrawFn) -> Plan:
-    ends = sorted(draw(st.sets(st.integers(1, 2000), min_size=1, max_size=6)))
-    scopes = sorted(draw(st.lists(st.sampled_from(Scope), min_size=len(ends), max_size=len(ends))))
-    spans = [
-        Span(end, scope, f"{scope.label}-{i}", draw(st.integers(1, 9999)), draw(st.booleans()))
-        for i, (end, scope) in enumerate(zip(ends, scopes, strict=True))
-    ]
-    nonce = draw(st.text(min_size=1, max_size=8))
-    return Plan(tuple(spans), nonce, draw(st.binary(min_size=16, max_size=16)))
 
 
 @pytest.mark.parametrize(
@@ -58,9 +38,9 @@ def test_a_blocks_owner_is_as_narrow_as_its_span(block_end: int, owner: bytes) -
 
 @pytest.mark.parametrize(("block_end", "start"), [(100, 0), (112, 100), (350, 100), (400, 100)])
 def test_what_everyone_shares_counts_towards_nobody_else(block_end: int, start: int) -> None:
-    assert PLAN.own_start(block_end) == start
+    assert PLAN.quota_start(block_end) == start
     # Where everyone shares the whole prompt, its answer is everyone's as well.
-    assert replace(PLAN, spans=PLAN.spans[:1]).own_start(block_end) == 0
+    assert replace(PLAN, spans=PLAN.spans[:1]).quota_start(block_end) == 0
 
 
 @given(plans(), plans())

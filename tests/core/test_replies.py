@@ -36,15 +36,15 @@ def run(
     reports: tuple[Report, ...] = (REPORT,),
 ) -> tuple[dict[bytes, bytes], bytes]:
     """Send a reply through, and return the headers and the body that the client got."""
-    exchange = RequestContext(Caller("acme"), PromptRequest(protocol, "m", (), prewarm=prewarm))
-    exchange.reports.update({str(i): report for i, report in enumerate(reports)})
+    context = RequestContext(Caller("acme"), PromptRequest(protocol, "m", (), prewarm=prewarm))
+    context.reports.update({str(i): report for i, report in enumerate(reports)})
     got: list[Message] = []
 
     async def send(message: Message) -> None:
         got.append(message)
 
     async def serve() -> None:
-        reply = Reply(exchange, send, stream_prewarm=stream_prewarm)
+        reply = Reply(context, send, stream_prewarm=stream_prewarm)
         headers = [(b"content-type", content_type.encode()), (b"content-length", b"1")]
         await reply.send({"type": "http.response.start", "status": status, "headers": headers})
         for i, chunk in enumerate(chunks):

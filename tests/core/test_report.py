@@ -1,16 +1,16 @@
-"""Accounts: every token of a prompt has one outcome, whatever happened."""
+"""Reports: every token of a prompt has one outcome, whatever happened."""
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.core.test_plan import PLAN, plans
-from vllm_cachescope.cache.report import Outcome, Report, account
+from tests.core.plans import PLAN, plans
+from vllm_cachescope.cache.report import Outcome, Report, attribute_tokens
 from vllm_cachescope.prompt.plan import Plan
 from vllm_cachescope.tenancy.scope import Scope
 
 
 def test_rows_split_by_outcome_scope_and_lifetime() -> None:
-    report = account(PLAN, 16, [(Outcome.READ_DEVICE, 64), ("read_cpu", 64)], range(8, 18))
+    report = attribute_tokens(PLAN, 16, [(Outcome.READ_DEVICE, 64), ("read_cpu", 64)], range(8, 18))
     assert {(r.outcome, r.scope, r.ttl_s): r.tokens for r in report.rows} == {
         ("read_device", Scope.GLOBAL, 3600): 64,
         ("read_cpu", Scope.GLOBAL, 3600): 32,  # the block over position 100 is the org's
@@ -30,7 +30,7 @@ def test_rows_add_up_to_the_prompt(plan: Plan, block_size: int, data: st.DataObj
     read = data.draw(st.integers(0, blocks))
     split = data.draw(st.integers(0, read))
     created = data.draw(st.sets(st.integers(read, max(blocks - 1, read)))) if blocks > read else []
-    report = account(
+    report = attribute_tokens(
         plan,
         block_size,
         [("read_device", split * block_size), ("read_cpu", (read - split) * block_size)],

@@ -4,25 +4,21 @@ import json
 import os
 import subprocess
 import sys
-from hashlib import sha256
 from pathlib import Path
 
 import jsonschema
 import pytest
 
-from demo.session import AgentSession, agent_session, to_chat
+from demo.session import agent_session, to_chat
+from tests.core.session_digest import digest
 
 ROOT = Path(__file__).parents[2]
-
-
-def digest(session: AgentSession) -> str:
-    return sha256(json.dumps(session.body(session.turns - 1)).encode()).hexdigest()
 
 
 def test_the_same_in_every_process():
     code = (
         "from demo.session import agent_session\n"
-        "from tests.core.test_session import digest\n"
+        "from tests.core.session_digest import digest\n"
         "print(digest(agent_session(7)))"
     )
     env = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": str(ROOT)}

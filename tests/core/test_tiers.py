@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from vllm_cachescope.tiers.breaker import Breaker
 from vllm_cachescope.tiers.envelope import HEADER_BYTES, BadEnvelope, Lifetime, check, header
-from vllm_cachescope.tiers.keyspace import Keyspace, secret_mark
+from vllm_cachescope.tiers.keyspace import Keyspace, secret_digest
 
 
 @given(
@@ -55,9 +55,9 @@ def test_names_differ_with_everything_that_makes_blocks_differ():
     assert len(names) == 6
 
 
-def test_the_mark_of_a_secret_does_not_tell_it():
-    assert secret_mark(b"a") != secret_mark(b"b")
-    assert b"open sesame" not in secret_mark(b"open sesame")
+def test_the_digest_of_a_secret_does_not_tell_it():
+    assert secret_digest(b"a") != secret_digest(b"b")
+    assert b"open sesame" not in secret_digest(b"open sesame")
 
 
 class Time:

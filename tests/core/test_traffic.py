@@ -4,7 +4,9 @@ from typing import Any
 
 import pytest
 
-from vllm_cachescope.cli.traffic import Call, protocol_of, read_traffic
+from vllm_cachescope.cli.traffic import Call, TrafficError, protocol_of, read_traffic
+from vllm_cachescope.config import Config
+from vllm_cachescope.durations import format_duration
 from vllm_cachescope.prompt.request import Protocol
 
 CHAT, MESSAGES = Protocol.CHAT, Protocol.MESSAGES
@@ -84,3 +86,17 @@ def test_chat_parameters_are_seen(tmp_path: Path) -> None:
     body = {"model": "m", "messages": HELLO, "reasoning_effort": "low", "prompt_cache_key": "k"}
     (call,) = read(tmp_path, body)
     assert call.request.params == {"reasoning_effort": "low"} and call.session == "k"
+
+
+def test_ttls_are_those_that_a_server_accepts(tmp_path: Path) -> None:
+    def body(ttl: str) -> dict[str, Any]:
+        marker = {"type": "ephemeral", "ttl": ttl}
+        text = {"type": "text", "text": "Be brief.", "cache_control": marker}
+        return {"model": "m", "max_tokens": 8, "system": [text], "messages": HELLO}
+
+    allowed = Config().allowed_ttls
+    calls = read(tmp_path, *(body(format_duration(ttl_s)) for ttl_s in allowed))
+    marks = [part.mark for call in calls for part in call.request.parts if part.mark]
+    assert tuple(mark.ttl_s for mark in marks) == allowed
+    with pytest.raises(TrafficError, match="'7m' is not allowed here; allowed: one of 5m, 30m, 1h"):
+        read(tmp_path, body("7m"))

@@ -8,33 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.core.wire_bodies import EPHEMERAL, TTLS, bodies
+from tests.core.wire_bodies import EPHEMERAL, MARK, TTLS, bodies, marked
 from vllm_cachescope.errors import BadRequest
 from vllm_cachescope.prompt.request import Part, Protocol, Region
 from vllm_cachescope.wire import READERS, strip
 from vllm_cachescope.wire.truncate import truncate
 
-MARK = {"cache_control": EPHEMERAL}
 POINT = {"prompt_cache_breakpoint": {"mode": "explicit"}}
-
-
-def marked(**marks: Any) -> dict[str, Any]:
-    """A Messages body with ``marks`` wherever one may stand."""
-    block = {"type": "text", "text": "x", **marks}
-    document = {"type": "document", "source": {"type": "content", "content": [block]}, **marks}
-    result = {"type": "tool_result", "tool_use_id": "t", "content": [block, document], **marks}
-    use = {"type": "tool_use", "id": "t", "name": "a", "input": {"cache_control": 1}, **marks}
-    return {
-        "model": "m",
-        "max_tokens": 1,
-        "tools": [{"name": "a", "input_schema": {"properties": {"cache_control": {}}}, **marks}],
-        "system": [block],
-        "messages": [
-            {"role": "assistant", "content": [use]},
-            {"role": "user", "content": [result, block]},
-        ],
-        "diagnostics": {"previous_message_id": None},
-    }
 
 
 @pytest.mark.parametrize("marks", [MARK, POINT, {"cache_control": None}])
@@ -175,28 +155,3 @@ def test_truncate_chat_at_the_system_region_leaves_out_documents() -> None:
 def test_truncate_completions_has_nothing_to_cut() -> None:
     body = {"prompt": "x"}
     assert truncate(body, Protocol.COMPLETIONS, Part(Region.MESSAGES, "prompt", "x")) == body
-
-
-def test_no_marker_reaches_the_prompt_in_vllm() -> None:
-    """vLLM renders some blocks as text, and hands Responses tools on with keys it does not know."""
-    protocol = pytest.importorskip("vllm.entrypoints.anthropic.protocol")
-    serving = pytest.importorskip("vllm.entrypoints.anthropic.serving")
-    responses = pytest.importorskip("vllm.entrypoints.openai.responses.protocol")
-
-    def converted(**marks: Any) -> Any:
-        block = {"type": "text", "text": "x", **marks}
-        result = {"type": "tool_result", "tool_use_id": "t", "content": [block], **marks}
-        body = {"model": "m", "max_tokens": 1, "tools": marked(**marks)["tools"]}
-        body["messages"] = [{"role": "assistant", "content": [result]}]
-        request = protocol.AnthropicMessagesRequest.model_validate(strip(body))
-        chat = serving.AnthropicServingMessages.to_chat_completion_request(request)
-        return chat.messages, chat.tools
-
-    assert converted(**MARK) == converted()
-
-    def tools(**marks: Any) -> Any:
-        tool = {"type": "function", "name": "a", "parameters": {}, "strict": False, **marks}
-        body = strip({"model": "m", "input": "x", "tools": [tool]})
-        return [tool.model_dump() for tool in responses.ResponsesRequest(**body).tools]
-
-    assert tools(**MARK) == tools()

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.core.wire_bodies import EPHEMERAL, TTLS, bodies, hostile_bodies, hostile_json, markers
+from tests.examples import examples
 from vllm_cachescope.errors import BadRequest
 from vllm_cachescope.prompt.request import PromptRequest, Protocol
 from vllm_cachescope.wire import READERS, strip
@@ -40,7 +41,7 @@ def survive(protocol: Protocol, body: dict[str, Any]) -> None:
     strip(body)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=examples(500), deadline=None)
 @given(protocols, hostile_bodies)
 def test_random_json(protocol: Protocol, body: dict[str, Any]) -> None:
     survive(protocol, body)
@@ -64,7 +65,7 @@ def broken(draw: st.DrawFn) -> tuple[Protocol, dict[str, Any]]:
     return protocol, body
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=examples(1500), deadline=None)
 @given(broken())
 def test_one_broken_value(case: tuple[Protocol, dict[str, Any]]) -> None:
     survive(*case)

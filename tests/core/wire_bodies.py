@@ -16,6 +16,7 @@ PATHS = {
 }
 
 EPHEMERAL: dict[str, Any] = {"type": "ephemeral"}
+MARK = {"cache_control": EPHEMERAL}
 
 # Every word that some reader looks for, so that random JSON gets past the first check.
 _KEY_WORDS = """
@@ -151,3 +152,22 @@ bodies: dict[Protocol, st.SearchStrategy[dict[str, Any]]] = {
     Protocol.CHAT: chat_bodies,
     Protocol.RESPONSES: responses_bodies,
 }
+
+
+def marked(**marks: Any) -> dict[str, Any]:
+    """A Messages body with ``marks`` wherever one may stand."""
+    block = {"type": "text", "text": "x", **marks}
+    document = {"type": "document", "source": {"type": "content", "content": [block]}, **marks}
+    result = {"type": "tool_result", "tool_use_id": "t", "content": [block, document], **marks}
+    use = {"type": "tool_use", "id": "t", "name": "a", "input": {"cache_control": 1}, **marks}
+    return {
+        "model": "m",
+        "max_tokens": 1,
+        "tools": [{"name": "a", "input_schema": {"properties": {"cache_control": {}}}, **marks}],
+        "system": [block],
+        "messages": [
+            {"role": "assistant", "content": [use]},
+            {"role": "user", "content": [result, block]},
+        ],
+        "diagnostics": {"previous_message_id": None},
+    }

@@ -29,7 +29,7 @@ def engine(shared_engine) -> Engine:
 @pytest.fixture(scope="session")
 def api(tiny_model, tmp_path_factory) -> Iterator[Api]:
     """The one API server with the plugin. Its caches are as other tests have left them."""
-    with serve_scoped(tiny_model, tmp_path_factory.mktemp("server")) as api:
+    with serve_scoped(tiny_model, tmp_path_factory.mktemp("server"), as_user=True) as api:
         yield api
 
 

@@ -267,9 +267,13 @@ class Engine:
         """Return how many entries each tier holds of each lifetime; zeros left out."""
         return {
             (tier, ttl_s): entries
-            for tier, ttl_s, entries in self.connector._keeper.resident()
+            for tier, ttl_s, entries in self.connector.cachescope.resident()
             if entries
         }
+
+    def free_chunks(self) -> int:
+        """Return how many chunks of the CPU tier are free, by vLLM's own count."""
+        return self.connector.connector_scheduler.manager.primary_tier._get_num_free_chunks()
 
     def counter(self, name: str, *values: str) -> float:
         """Return the sum of the engine's metric ``name`` over all labels, or where the labels have

@@ -14,7 +14,7 @@ from vllm.renderers import renderer_from_config
 from vllm.renderers.online_renderer import OnlineRenderer
 
 from demo.model import TEMPLATES
-from vllm_cachescope.connectors.vllm.api_server.rendering import Boundaries, Cut
+from vllm_cachescope.connectors.vllm.api_server.boundaries import Boundaries, RenderedPrefix
 from vllm_cachescope.prompt.request import Protocol, Region
 from vllm_cachescope.prompt.segments import RegionDefault, Segment, segments
 from vllm_cachescope.tenancy.scope import Scope
@@ -62,9 +62,12 @@ class Rendering:
             enable_auto_tools=True,
             tool_parser="hermes",
         )
+        # As vLLM's own constructor does, which wants an engine.
+        merging = AnthropicServingMessages._should_merge_inline_system(self._online)  # noqa: SLF001
+        self._merging = merging
         serving = SimpleNamespace(
             to_chat_completion_request=AnthropicServingMessages.to_chat_completion_request,
-            _merge_inline_system=AnthropicServingMessages._should_merge_inline_system(self._online),
+            _merge_inline_system=merging,
         )
         self._serving = serving
         self.boundaries = Boundaries(
@@ -86,7 +89,7 @@ class Rendering:
             if protocol is Protocol.MESSAGES:
                 chat = self._serving.to_chat_completion_request(
                     AnthropicMessagesRequest.model_validate(body),
-                    merge_inline_system=self._serving._merge_inline_system,
+                    merge_inline_system=self._merging,
                 )
             else:
                 chat = ChatCompletionRequest.model_validate(body)
@@ -98,13 +101,13 @@ class Rendering:
     ) -> tuple[list[int], str, tuple[Segment, ...], list[int]]:
         """Return the prompt's tokens and text, its segments, and where they end."""
         tokens, text = await self.prompt(protocol, body)
-        planned, cuts = await self.rendered(protocol, body)
-        return tokens, text, planned, await self.boundaries.ends(cuts, protocol, tokens, text)
+        planned, prefixes = await self.rendered(protocol, body)
+        return tokens, text, planned, await self.boundaries.ends(prefixes, protocol, tokens, text)
 
     async def rendered(
         self, protocol: Protocol, body: Mapping[str, Any]
-    ) -> tuple[tuple[Segment, ...], list[Cut | None]]:
+    ) -> tuple[tuple[Segment, ...], list[RenderedPrefix | None]]:
         """Return the segments of ``body``, and it rendered as far as each goes."""
         request = READERS[protocol](body, TTLS, 300)
         planned = segments(request, DEFAULTS)
-        return planned, await self.boundaries.cuts(request, strip(dict(body)), planned)
+        return planned, await self.boundaries.prefixes(request, strip(dict(body)), planned)

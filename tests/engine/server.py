@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
@@ -18,9 +18,10 @@ import openai
 from prometheus_client.parser import text_string_to_metric_families
 
 from demo.server import Server
+from tests.engine import forks
 from tests.engine.clock import VARIABLE, Clock
 from tests.engine.engine import SECRET
-from vllm_cachescope.cli.main import MIDDLEWARE
+from vllm_cachescope.cli.serve import MIDDLEWARE
 
 ROOT = Path(__file__).parents[2]
 MODEL = "toy"
@@ -28,6 +29,9 @@ OPERATOR_TOKEN = "the operator of the tests"
 NAMED_KEY = "key of the named"
 ONE_PROCESS = ("--distributed-executor-backend", "uni")
 """For scheduler and worker: a server is up sooner than with one for each."""
+
+SMALL = ("--max-model-len", "4096", "--num-gpu-blocks-override", "40", *ONE_PROCESS)
+"""Options of a server with little room."""
 
 ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -56,9 +60,27 @@ def plugin(**config: Any) -> list[str]:
     return ["--kv-transfer-config", json.dumps(transfer), "--middleware", MIDDLEWARE]
 
 
+class ForkedServer(Server):
+    """A server in a process that has vLLM imported when it starts."""
+
+    def _launch(self, environment: dict[str, str], log: Path) -> Any:
+        interpreter, option, *command = self._command
+        assert (interpreter, option) == (sys.executable, "-m")
+        return forks.Command(command, environment, log)
+
+
 @contextmanager
-def serve(model: Path, arguments: list[str], environment: dict[str, str]) -> Iterator[str]:
-    """Serve ``model`` under the name `MODEL`; yield the server's URL."""
+def serve(
+    model: Path, arguments: list[str], environment: dict[str, str], as_user: bool = False
+) -> Iterator[str]:
+    """Serve ``model`` under the name `MODEL`; yield the server's URL.
+
+    Args:
+        model: the model's directory.
+        arguments: further arguments of the server.
+        environment: further variables of its environment.
+        as_user: whether to start vLLM as a user does, instead of with a fork.
+    """
     command = [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", str(model), "--served-model-name", MODEL),
@@ -74,7 +96,8 @@ def serve(model: Path, arguments: list[str], environment: dict[str, str]) -> Ite
         # On a CPU vLLM makes a worker process all the same, unless it is told twice.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if set(ONE_PROCESS) <= set(arguments) else "1",
     }
-    with Server(command, ENVIRONMENT | own | environment) as server:
+    server_class = Server if as_user else ForkedServer
+    with server_class(command, ENVIRONMENT | own | environment) as server:
         yield server.url
 
 
@@ -130,16 +153,39 @@ class Api:
 
 
 @contextmanager
-def serve_scoped(model: Path, scratch: Path, *options: str, **config: Any) -> Iterator[Api]:
+def serve_scoped(
+    model: Path, scratch: Path, *options: str, as_user: bool = False, **config: Any
+) -> Iterator[Api]:
     """Serve ``model`` with the plugin, on a clock of its own.
 
     Args:
         model: the model's directory.
         scratch: where the clock's file goes.
         options: further options of the server.
+        as_user: whether to start vLLM as a user does, instead of with a fork.
         config: further keys of the plugin's configuration.
     """
     path = scratch / "server clock"
     clock = Clock(path)
-    with serve(model, [*plugin(**config), *options], {VARIABLE: str(path)}) as url:
+    arguments = [*plugin(**config), *options]
+    with serve(model, arguments, {VARIABLE: str(path)}, as_user) as url:
         yield Api(url, clock)
+
+
+def breaks(api: Api, key: str) -> list[dict]:
+    response = httpx.get(f"{api.url}/cachescope/breaks", headers={"x-api-key": key}, timeout=60)
+    return response.raise_for_status().json()["breaks"]
+
+
+def named(api: Api, key: str, ask: Callable[[], object]) -> dict:
+    """Return the one break that ``ask`` makes, and see that the metrics name the same cause."""
+    before = api.metrics("cachescope_breaks_total", "cause")
+    known = len(breaks(api, key))
+    ask()
+    after = api.metrics("cachescope_breaks_total", "cause")
+    seen, *_ = found = breaks(api, key)
+    assert len(found) == known + 1, found[:1]
+    assert after - before == {(seen["cause"],): 1}
+    assert sum(seen["uncached"].values()) <= seen["prompt_tokens"]
+    assert sum(api.metrics("cachescope_unexplained_tokens_total").values()) == 0
+    return seen

@@ -286,7 +286,7 @@ async def test_what_was_rendered_is_forgotten_on_demand(renderings):
     expected = await rendering.cut(Protocol.MESSAGES, body)
     for forget, times in ((False, 1), (True, 2)):
         if forget:
-            rendering.boundaries.forget()
+            rendering.boundaries.purge()
         rendering.tokenized.clear()
         assert await rendering.cut(Protocol.MESSAGES, body) == expected
         assert len(rendering.tokenized) == times
@@ -309,6 +309,6 @@ async def test_parts_are_rendered_while_the_server_tokenises(renderings):
     finally:
         rendering.meanwhile = None
     assert rendering.tokenized == [text]
-    ((planned, cuts),) = rendered
-    ends = await rendering.boundaries.ends(cuts, Protocol.MESSAGES, tokens, text)
+    ((planned, prefixes),) = rendered
+    ends = await rendering.boundaries.ends(prefixes, Protocol.MESSAGES, tokens, text)
     assert (tokens, text, planned, ends) == expected

@@ -2,21 +2,18 @@
 named in the list of breaks and in the metrics alike."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
 
-from tests.engine.server import MODEL, ONE_PROCESS, OPERATOR_TOKEN, Api, serve_scoped
-from tests.engine.test_diagnostics import breaks, session
-from tests.engine.test_sdk import EPHEMERAL, block
+from tests.engine.bodies import EPHEMERAL, block, conversation, session
+from tests.engine.engine import BLOCK_BYTES
+from tests.engine.server import MODEL, OPERATOR_TOKEN, SMALL, Api, breaks, named, serve_scoped
 
 pytestmark = pytest.mark.engine
-
-CHUNK_BYTES = 2 * 2 * 2 * 32 * 4 * 128  # k and v, layers, heads, width, float32, tokens
-SMALL = ("--max-model-len", "4096", "--num-gpu-blocks-override", "40", *ONE_PROCESS)
 
 
 @pytest.fixture(scope="module")
@@ -28,36 +25,9 @@ def directory(tmp_path_factory) -> Path:
 def small(tiny_model, tmp_path_factory, directory) -> Iterator[Api]:
     """A server with little room, which writes diffs."""
     scratch = tmp_path_factory.mktemp("small")
-    config = {"cpu_bytes": 24 * CHUNK_BYTES, "diffs": {"directory": str(directory)}}
+    config = {"cpu_bytes": 24 * BLOCK_BYTES, "diffs": {"directory": str(directory)}}
     with serve_scoped(tiny_model, scratch, *SMALL, **config) as api:
         yield api
-
-
-def named(api: Api, key: str, ask: Callable[[], object]) -> dict:
-    """Return the one break that ``ask`` makes, and see that the metrics name the same cause."""
-    before = api.metrics("cachescope_breaks_total", "cause")
-    known = len(breaks(api, key))
-    ask()
-    after = api.metrics("cachescope_breaks_total", "cause")
-    seen, *_ = found = breaks(api, key)
-    assert len(found) == known + 1, found[:1]
-    assert after - before == {(seen["cause"],): 1}
-    assert sum(seen["uncached"].values()) <= seen["prompt_tokens"]
-    assert sum(api.metrics("cachescope_unexplained_tokens_total").values()) == 0
-    return seen
-
-
-def conversation(name: str, turns: int = 1, words: int = 300, **mark: object) -> dict:
-    """Return a conversation of ``turns`` questions, the last of them marked as ``mark`` says."""
-    messages: list[dict] = []
-    for turn in range(turns):
-        messages += [
-            {"role": "user", "content": [block(f"{name} question {turn}", words)]},
-            {"role": "assistant", "content": f"Answer {turn} to {name}."},
-        ]
-    messages[-2]["content"][0] |= mark
-    system = [block(f"{name} system", words, cache_control=EPHEMERAL)]
-    return {"model": MODEL, "max_tokens": 2, "system": system, "messages": messages[:-1]}
 
 
 def send(api: Api, key: str, body: dict, name: str = "s") -> dict:

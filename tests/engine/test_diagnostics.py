@@ -1,41 +1,17 @@
 """Why a prompt was not read, told by a real server to real clients."""
 
 import json
+import re
 from pathlib import Path
 
-import httpx
 import psutil
 import pytest
 
+from tests.engine.bodies import EPHEMERAL, agent_body, block, session
 from tests.engine.engine import BLOCK
-from tests.engine.server import MODEL, Api
-from tests.engine.test_sdk import block
+from tests.engine.server import MODEL, Api, breaks
 
 pytestmark = pytest.mark.engine
-
-EPHEMERAL = {"type": "ephemeral"}
-
-
-def body(name: str, tool: str = "Weighs things.", question: str = "first", **fields) -> dict:
-    """Return an agent's request: a tool, a long system prompt and one question."""
-    return {
-        "model": MODEL,
-        "max_tokens": 3,
-        "tools": [{"name": "weigh", "description": tool, "input_schema": {"type": "object"}}],
-        "system": [block(f"diagnosed {name}", 500)],
-        "messages": [
-            {
-                "role": "user",
-                "content": [block(f"{name} {question}", 200, cache_control=EPHEMERAL)],
-            }
-        ],
-        **fields,
-    }
-
-
-def breaks(api: Api, key: str) -> list[dict]:
-    response = httpx.get(f"{api.url}/cachescope/breaks", headers={"x-api-key": key}, timeout=60)
-    return response.raise_for_status().json()["breaks"]
 
 
 def log(api: Api) -> str:
@@ -46,16 +22,12 @@ def log(api: Api) -> str:
     return Path(f"/proc/{pid}/fd/1").read_text(errors="replace")
 
 
-def session(name: str) -> dict[str, str]:
-    return {"X-CacheScope-Session": name}
-
-
 @pytest.mark.parametrize("streamed", [False, True])
 def test_the_client_hears_what_it_changed(api: Api, streamed: bool) -> None:
     client = api.anthropic("key of the diagnosed")
     name = f"streamed {streamed}"
-    first = client.messages.create(**body(name), extra_headers=session(name))
-    changed = body(name, "Weighs anything.", diagnostics={"previous_message_id": first.id})
+    first = client.messages.create(**agent_body(name), extra_headers=session(name))
+    changed = agent_body(name, "Weighs anything.", diagnostics={"previous_message_id": first.id})
     if streamed:
         with client.messages.stream(**changed, extra_headers=session(name)) as stream:
             message = stream.get_final_message()
@@ -96,8 +68,8 @@ def test_anthropics_clients_hear_each_reason(
     api: Api, reason: str, change: dict, streamed: bool
 ) -> None:
     key = f"key of {reason}, streamed {streamed}"
-    first = asked(api, key, body(key), streamed)
-    changed = body(key, **{"diagnostics": {"previous_message_id": first.id}, **change})
+    first = asked(api, key, agent_body(key), streamed)
+    changed = agent_body(key, **{"diagnostics": {"previous_message_id": first.id}, **change})
     message = asked(api, key, changed, streamed)
     found = message.diagnostics.cache_miss_reason
     assert found.type == reason
@@ -115,12 +87,12 @@ def test_breaks_are_listed_and_counted(api: Api) -> None:
 
     key, before = "key of the changeable", counted()
     for description in ("Weighs things.", "Weighs anything."):
-        asked(api, key, body(key, description), streamed=False)
-    edited = body(key, description)
+        asked(api, key, agent_body(key, description), streamed=False)
+    edited = agent_body(key, description)
     edited["system"][0]["text"] += " Be kind."
     asked(api, key, edited, streamed=False)
     # Another conversation of the session, and a break in it.
-    aside = body(f"{key}, aside", tools=[], system=[block("a title, please", 300)])
+    aside = agent_body(f"{key}, aside", tools=[], system=[block("a title, please", 300)])
     asked(api, key, aside, streamed=False)
     aside["system"][0]["text"] += " A short one."
     asked(api, key, aside, streamed=False)
@@ -146,7 +118,7 @@ def test_a_break_is_in_the_servers_log(api: Api, expected: bool) -> None:
     change = {} if expected else {"tool": "Weighs anything."}
     for fields, beta in (({}, "one"), (change, "other")):
         headers = session(name) | {"anthropic-beta": beta}
-        client.messages.create(**body(name, **fields), extra_headers=headers)
+        client.messages.create(**agent_body(name, **fields), extra_headers=headers)
     (seen,) = (b for b in breaks(api, key) if b["session"] == name)
     assert seen["expected"] == expected
     (line,) = (line for line in log(api).splitlines() if name in line)
@@ -155,10 +127,16 @@ def test_a_break_is_in_the_servers_log(api: Api, expected: bool) -> None:
     assert json.loads(data) == seen
 
 
+@pytest.mark.parametrize("tier", ["device", "cpu"])
+def test_the_engine_process_logs_as_vllm_does(api: Api, tier: str) -> None:
+    (line,) = (line for line in log(api).splitlines() if f"Tier {tier} at " in line)
+    assert re.search(r"^\(EngineCore.* INFO .*\[connector\.py:\d+\] Tier ", line), line
+
+
 def test_what_did_not_change_is_not_reported(api: Api) -> None:
     client = api.anthropic("key of the steady")
-    first = client.messages.create(**body("steady"), extra_headers=session("steady"))
-    asked = body("steady", diagnostics={"previous_message_id": first.id})
+    first = client.messages.create(**agent_body("steady"), extra_headers=session("steady"))
+    asked = agent_body("steady", diagnostics={"previous_message_id": first.id})
     again = client.messages.create(**asked, extra_headers=session("steady"))
     assert again.usage.cache_read_input_tokens > 0
     assert again.diagnostics is None
@@ -166,8 +144,8 @@ def test_what_did_not_change_is_not_reported(api: Api) -> None:
 
 
 def test_another_organisations_message_is_not_found(api: Api) -> None:
-    first = api.anthropic("key of the owner").messages.create(**body("owned"))
-    asked = body("owned", diagnostics={"previous_message_id": first.id})
+    first = api.anthropic("key of the owner").messages.create(**agent_body("owned"))
+    asked = agent_body("owned", diagnostics={"previous_message_id": first.id})
     answer = api.anthropic("key of the curious").messages.create(**asked)
     assert answer.diagnostics.cache_miss_reason.type == "previous_message_not_found"
 
@@ -176,7 +154,7 @@ def test_an_expiry_is_named_with_its_lifetime(api: Api) -> None:
     client = api.anthropic("key of the late")
     for advance in (0, 400):
         api.clock.advance(advance)
-        client.messages.create(**body("late"), extra_headers=session("late"))
+        client.messages.create(**agent_body("late"), extra_headers=session("late"))
     (seen,) = breaks(api, "key of the late")
     assert seen["cause"] == "expired"
     assert seen["engine"][0]["ttl_s"] == 300 and seen["engine"][0]["age_s"] == pytest.approx(100)
@@ -269,7 +247,7 @@ def test_another_salt_or_scope_is_a_break_that_is_explained(api: Api) -> None:
 
     key = "key of the narrowed"
     for scope in ("org", "session"):
-        given = body(key)
+        given = agent_body(key)
         given["system"][0]["cache_control"] = {**EPHEMERAL, "scope": scope}
         asked(api, key, given, streamed=False)
     (seen,) = breaks(api, key)

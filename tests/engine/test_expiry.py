@@ -111,15 +111,14 @@ def test_expired_memory_is_given_back_without_pressure(engine, prompt):
     assert engine.resident() == {
         ("device", 300): 7, ("cpu", 300): 7, ("device", 3600): 7, ("cpu", 3600): 7
     }  # fmt: skip
-    primary = engine.connector._keeper._cpu._primary
-    free = primary._get_num_free_chunks()
+    free = engine.free_chunks()
     cached = engine.scheduler.kv_cache_manager.block_pool.cached_block_hash_to_block
     assert len(cached) == 14
 
     engine.clock.advance(300)
     assert engine.connector.command_sweep() == 7
     assert engine.resident() == {("device", 3600): 7, ("cpu", 3600): 7}
-    assert primary._get_num_free_chunks() == free + 7
+    assert engine.free_chunks() == free + 7
     assert len(cached) == 7
     assert engine.connector.command_sweep() == 0
 

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import httpx
 import pytest
 
-from tests.engine.server import NAMED_KEY, OPERATOR_TOKEN, Api
-from tests.engine.test_diagnostics import EPHEMERAL, body, breaks, session
+from tests.engine.bodies import EPHEMERAL, agent_body, session
+from tests.engine.server import NAMED_KEY, OPERATOR_TOKEN, Api, breaks
 from vllm_cachescope.cli.main import main
 from vllm_cachescope.connectors.vllm.api_server.middleware import EngineProcesses
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.engine
 
 def created(api: Api, key: str, name: str, session_id: str) -> int:
     """Send a request; return how many of its tokens were not read."""
-    answer = api.post("/v1/messages", body(name), key, **session(session_id)).json()
+    answer = api.post("/v1/messages", agent_body(name), key, **session(session_id)).json()
     return answer["usage"]["cache_creation_input_tokens"]
 
 
@@ -51,7 +51,7 @@ async def test_prompts_that_the_api_process_has_rendered_are_forgotten_too() -> 
 
 def test_a_client_may_have_its_own_session_forgotten(api: Api) -> None:
     key = "key of the forgetful"
-    scoped, changed = body("forgetful"), body("forgetful", "Weighs anything.")
+    scoped, changed = agent_body("forgetful"), agent_body("forgetful", "Weighs anything.")
     for asked in (scoped, changed):
         asked["messages"][0]["content"][0]["cache_control"] = EPHEMERAL | {"scope": "session"}
     for name in ("one", "other"):

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from tests.engine.engine import BLOCK, OWNERS, Ask, draw_tokens, org_plan, plan, sealed
+from tests.engine.engine import BLOCK, CPU_CHUNKS, OWNERS, Ask, draw_tokens, org_plan, plan, sealed
 from vllm_cachescope.tenancy.scope import Caller, Scope
 
 pytestmark = pytest.mark.engine
@@ -62,12 +62,11 @@ def test_just_what_is_named_is_forgotten(engine, prompt, tier, prefix, forgotten
 
 
 def test_memory_is_given_back_at_once(engine, prompt):
-    primary = engine.connector._keeper._cpu._primary
-    free = primary._get_num_free_chunks()
+    free = engine.free_chunks()
     cached = engine.scheduler.kv_cache_manager.block_pool.cached_block_hash_to_block
     engine.ask(prompt, org_plan("acme", prompt))
     assert purge(engine, OWNERS.prefix("acme")) == {"device": 9, "cpu": 9}
-    assert primary._get_num_free_chunks() == free
+    assert engine.free_chunks() == free
     assert len(cached) == 0
 
 
@@ -111,8 +110,7 @@ def test_a_prompt_that_waits_when_its_blocks_are_purged(engine):
     assert engine.resident() == {}
     pool = engine.scheduler.kv_cache_manager.block_pool
     assert len(pool.cached_block_hash_to_block) == 0
-    primary = engine.connector._keeper._cpu._primary
-    assert primary._get_num_free_chunks() == primary._num_chunks
+    assert engine.free_chunks() == CPU_CHUNKS
 
 
 def test_what_was_purged_is_known_to_have_been(engine, prompt):

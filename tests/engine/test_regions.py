@@ -113,8 +113,10 @@ def test_what_an_engine_could_not_remove_is_found_later(tmp_path):
 
 @pytest.mark.engine
 def test_the_real_engine_holds_its_claim(engine):
+    from vllm_cachescope.connectors.vllm.engine.offloading import region_path
+
     manager = engine.connector.connector_scheduler.manager
-    region = Path(manager.claimed_region.name).with_suffix(".mmap")
+    region = Path(region_path(manager))
     assert region.exists()
     # As an engine that starts beside it would.
     found = subprocess.run(

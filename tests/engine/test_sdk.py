@@ -13,25 +13,11 @@ import httpx
 import openai
 import pytest
 
+from tests.engine.bodies import EPHEMERAL, HOUR, block, text
 from tests.engine.engine import BLOCK
 from tests.engine.server import MODEL
 
 pytestmark = pytest.mark.engine
-
-EPHEMERAL = {"type": "ephemeral"}
-HOUR = {"type": "ephemeral", "ttl": "1h"}
-
-_WORDS = ("anchor", "ballast", "capstan", "davit", "ensign", "fender", "gangway", "hawser")
-
-
-def text(seed: object, words: int = 400) -> str:
-    """Return a text that is the same for the same seed and, from its start on, like no other."""
-    chance = random.Random(str(seed))
-    return f"{seed}: " + " ".join(chance.choices(_WORDS, k=words))
-
-
-def block(seed: object, words: int = 400, **marks: object) -> dict:
-    return {"type": "text", "text": text(seed, words), **marks}
 
 
 def messages_body(name: str, **fields: object) -> dict:

@@ -7,13 +7,13 @@ import pytest
 
 from tests.lmcache.side import LMCacheSide, Wall
 from tests.redis.servers import REDIS_SERVER, RedisServer
-from vllm_cachescope.connectors.lmcache import backend
+from vllm_cachescope.connectors.lmcache import upkeep
 
 
 @pytest.fixture(autouse=True)
 def busy_upkeep(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody wants to wait for it here."""
-    monkeypatch.setattr(backend, "UPKEEP_S", 0.1)
+    monkeypatch.setattr(upkeep, "UPKEEP_S", 0.1)
 
 
 @pytest.fixture

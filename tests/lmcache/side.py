@@ -7,7 +7,7 @@ from typing import Any
 from tests.redis.engine_side import SECRET, SLOT, EngineSide
 from vllm_cachescope.connectors import lmcache
 from vllm_cachescope.connectors.lmcache.store import LMCacheStore
-from vllm_cachescope.tiers.keyspace import secret_mark
+from vllm_cachescope.tiers.keyspace import secret_digest
 
 
 class Wall:
@@ -33,16 +33,16 @@ class LMCacheSide(EngineSide):
 
     def new_store(self) -> LMCacheStore:
         """Return a store as a new engine's thread has it, with an adapter of its own."""
-        return self._stores("", secret_mark(SECRET))()
+        return self._stores("", secret_digest(SECRET))()
 
-    def _stores(self, url: str, mark: bytes) -> Callable[[], LMCacheStore]:
+    def _stores(self, url: str, secret_digest: bytes) -> Callable[[], LMCacheStore]:
         return lmcache.stores(
             self._adapter,
             SLOT,
             self.limits.connections,
             self.limits.timeout_s,
             self.keyspace,
-            mark,
+            secret_digest,
             time.monotonic,
             self._wall,
         )

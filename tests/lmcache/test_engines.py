@@ -79,12 +79,12 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
         **PATIENT,
     }
 
-    def start(*tiers: dict[str, object]) -> Replica:
-        return Replica(model, tmp_path_factory.mktemp("engine"), {"tiers": list(tiers)})
+    def start(*tiers: dict[str, object], fresh: bool) -> Replica:
+        scratch = tmp_path_factory.mktemp("engine")
+        return Replica(model, scratch, {"tiers": list(tiers)}, fresh)
 
-    cluster = Cluster(
-        near, resp, files, start(redis_tier, files_tier, resp_tier), start(files_tier, resp_tier)
-    )
+    first = start(redis_tier, files_tier, resp_tier, fresh=False)
+    cluster = Cluster(near, resp, files, first, start(files_tier, resp_tier, fresh=True))
     cluster.first.ready()
     cluster.second.ready()
     yield cluster

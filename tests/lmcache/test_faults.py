@@ -27,10 +27,10 @@ def test_a_dead_server_costs_nothing_once_it_is_known_to_be_dead(
     side.put(keys(10))
     server.kill()
     ask_until_left_alone(side)
-    side.tier.take_counts()
+    side.tier.take_stats()
     assert side.get(keys(10)).seconds < 0.05
     assert not side.finished[side.put(keys(10))].complete
-    assert side.tier.take_counts() == {("store", "dropped"): 10}
+    assert side.tier.take_stats() == {("store", "dropped"): 10}
     server.start()
     assert_recovers(side)
 
@@ -120,7 +120,7 @@ def test_entries_that_vanish_between_lookup_and_load(place: Place, start_side):
             place.remove(name)
     side.tier.load(77, request, hits, [side.slot(i) for i in range(20)])
     assert [key for key, _ in side.step_until(77).loaded] == keys(20)[:5]
-    assert side.tier.take_counts()["load", "gone"] == 15
+    assert side.tier.take_stats()["load", "gone"] == 15
     # What is only half there is written again.
     side.put(keys(20))
     assert len(side.get_exact(keys(20)).keys) == 20

@@ -1,5 +1,6 @@
 """A tier over LMCache's adapters, between memory and real file systems and servers."""
 
+import json
 import os
 import random
 import threading
@@ -13,8 +14,9 @@ from tests.lmcache.side import LMCacheSide, Wall
 from tests.redis.engine_side import SLOT, content, keys
 from tests.redis.servers import wait_until
 from vllm_cachescope.cache.quotas import Quotas
-from vllm_cachescope.config import CONNECTOR, ConfigError, Share
-from vllm_cachescope.connectors.lmcache import adapters, backend
+from vllm_cachescope.cli.main import main
+from vllm_cachescope.config import CONNECTOR, ConfigError, OrgQuota
+from vllm_cachescope.connectors.lmcache import adapters, upkeep
 from vllm_cachescope.connectors.vllm import config_check
 from vllm_cachescope.tiers.envelope import HEADER_BYTES
 from vllm_cachescope.tiers.local_usage import LocalUsage
@@ -39,7 +41,7 @@ def purged(side: LMCacheSide, prefix: bytes) -> int:
 
 def leave_a_moment() -> None:
     """Let the upkeep look once more."""
-    time.sleep(1.5 * backend.UPKEEP_S)
+    time.sleep(1.5 * upkeep.UPKEEP_S)
 
 
 @anywhere
@@ -52,10 +54,10 @@ def test_what_one_engine_stores_the_next_one_reads(place, start_side):
     side.close()
     fresh = start_side(place.adapter)
     assert fresh.get_exact(keys(25)).keys == loaded.keys
-    assert fresh.tier.take_counts()["lookup", "miss"] == 5
+    assert fresh.tier.take_stats()["lookup", "miss"] == 5
     # There is nothing to store.
     fresh.put(keys(20))
-    assert fresh.tier.take_counts()["store", "present"] == 20
+    assert fresh.tier.take_stats()["store", "present"] == 20
     assert start_side(place.adapter, identity="another model").get(keys(20)).keys == {}
 
 
@@ -99,7 +101,7 @@ def _left_s(side: LMCacheSide, key: bytes, wall: Wall) -> float:
     store.connect(time.monotonic() + 5)
     try:
         store.find([key], time.monotonic() + 5)
-        return store._backend.expiries.of(entry) / 1000 - wall()
+        return store.backend.entries.expiries.of(entry) / 1000 - wall()
     finally:
         store.close()
 
@@ -130,7 +132,7 @@ def test_what_expires_between_the_lookup_and_the_load_is_gone(place, start_side,
     wall.advance(301)
     side.tier.load(77, request, hits, [side.slot(i) for i in range(6)])
     assert side.step_until(77).loaded == ()
-    assert side.tier.take_counts()["load", "gone"] == 6
+    assert side.tier.take_stats()["load", "gone"] == 6
 
 
 @everywhere
@@ -141,7 +143,7 @@ def test_expired_entries_are_reclaimed_and_counted(place, start_side, wall):
     wall.advance(301)
     wait_until(lambda: len(place.values()) == len(place.records()) == 2)
     # The tier learns of it when it has something to do.
-    wait_until(lambda: side.get(keys(1)) and side.tier.take_counts()["reclaim", "expired"] == 10)
+    wait_until(lambda: side.get(keys(1)) and side.tier.take_stats()["reclaim", "expired"] == 10)
     # And they can be stored anew.
     side.put(keys(10))
     assert len(side.get_exact(keys(12)).keys) == 12
@@ -174,8 +176,8 @@ def test_what_dead_engines_left_is_reclaimed(place, start_side, wall, monkeypatc
     place.remove(place.records()[0])
     place.remove(place.values()[-1])
     wall.advance(301)
-    monkeypatch.setattr(backend, "FIRST_LIST_S", 0.0)
-    monkeypatch.setattr(backend, "LIST_S", 0.0)
+    monkeypatch.setattr(upkeep, "FIRST_LIST_S", 0.0)
+    monkeypatch.setattr(upkeep, "LIST_S", 0.0)
     side = start_side(place.adapter, identity="a third model")
     side.put(keys(3))
     wait_until(lambda: len(place.values()) == len(place.records()) == 3, 20)
@@ -192,7 +194,7 @@ def test_an_adapter_that_lists_what_it_holds(start_side, wall, monkeypatch, tmp_
     side = start_side(adapter)
     side.put(keys(20))
     side.close()
-    monkeypatch.setattr(backend, "FIRST_LIST_S", 0.0)
+    monkeypatch.setattr(upkeep, "FIRST_LIST_S", 0.0)
     side = start_side(adapter)
     side.put(keys(7, "more"))
     assert purged(side, keys(1)[0][:16]) == 27
@@ -209,8 +211,10 @@ ACME, OTHER = b"acme....", b"other..."
 
 @anywhere
 def test_over_its_quota_an_organisation_loses_its_own_oldest(place, start_side):
-    """Of these stores none keeps accounts, so each engine counts what it has stored itself."""
-    side = start_side(place.adapter, account=LocalUsage(Quotas(SLOT, Share(quota=20 * SLOT), {})))
+    """None of these stores counts, so each engine counts what it has stored itself."""
+    side = start_side(
+        place.adapter, local_usage=LocalUsage(Quotas(SLOT, OrgQuota(quota=20 * SLOT), {}))
+    )
 
     def prompt(owner: bytes, number: int) -> list[bytes]:
         return keys(5, f"prompt {number}", owner + bytes(8))
@@ -223,7 +227,7 @@ def test_over_its_quota_an_organisation_loses_its_own_oldest(place, start_side):
             side.put(prompt(owner, number))
     assert left(OTHER) == [0, 1, 2]
     assert left(ACME) == [4, 5, 6, 7]
-    assert side.tier.take_counts()["evict", "quota"] == 20
+    assert side.tier.take_stats()["evict", "quota"] == 20
     wait_until(lambda: len(place.values()) == len(place.records()) == 35)
     # What is used is not the oldest.
     side.use(prompt(ACME, 4))
@@ -313,7 +317,7 @@ def test_a_damaged_value_is_noticed_and_deleted(place, start_side, damage):
     assert damaged not in found
     if place.adapter["type"] != "resp" or len(value) > SLOT:
         assert len(found) == 5
-        assert side.tier.take_counts()["load", "damaged"] == 1
+        assert side.tier.take_stats()["load", "damaged"] == 1
     # Otherwise the adapter has lost its place in the conversation, and others with this one.
     wait_until(lambda: name not in place.names())
     wait_until(lambda: side.put(keys(6)) and len(side.get_exact(keys(6)).keys) == 6)
@@ -404,11 +408,14 @@ def test_a_mistake_names_the_key_the_value_and_what_is_allowed(adapter, says):
     assert "sesame" not in str(caught.value)
 
 
-def test_a_mistake_in_an_adapter_stops_the_start():
+def test_a_mistake_in_an_adapter_stops_the_start(capsys):
     tier = {"type": "lmcache", "name": "files", "adapter": {"type": "fs", "path": "/x"}}
     transfer = SimpleNamespace(
         kv_connector=CONNECTOR,
         kv_connector_extra_config={"secret": "a secret of tests", "tiers": [tier]},
     )
-    with pytest.raises(ConfigError, match="tier files: adapter: base_path must be"):
+    with pytest.raises(ConfigError, match="tier files: adapter: base_path must be") as caught:
         config_check.read(transfer)
+    assignments = ["secret=a secret of tests", f"tiers={json.dumps([tier])}"]
+    assert main(["serve", "m", *(f"--set={one}" for one in assignments)]) == 2
+    assert capsys.readouterr().err == f"{caught.value}\n"

@@ -32,6 +32,7 @@ assert find_spec(plugin.module) and find_spec(script.module)
 beside = Path(vllm_cachescope.__file__).parents[1]
 found = [spec for name in ("connectors", "tests", "demo") if (spec := find_spec(name))]
 assert not any(beside / spec.name == Path(spec.submodule_search_locations[0]) for spec in found)
+assert vllm_cachescope.__version__ == version("vllm-cachescope")
 print(version("vllm-cachescope"), vllm_cachescope.connectors.__file__)
 """
 
@@ -94,6 +95,8 @@ def check(python: Path, cwd: Path) -> Path:
     installed, connectors = run(python, "-c", CHECK, cwd=cwd).split()
     assert installed == "0.1.0"
     assert "cachescope" in run(python.parent / "cachescope", "--help", cwd=cwd)
+    for command in ([python.parent / "cachescope"], [python, "-m", "vllm_cachescope"]):
+        assert run(*command, "--version", cwd=cwd) == "cachescope 0.1.0\n"
     return Path(connectors)
 
 

@@ -9,9 +9,13 @@ from dataclasses import dataclass, replace
 from vllm_cachescope.cache.quotas import Quotas
 from vllm_cachescope.connectors import redis
 from vllm_cachescope.tenancy.owner_tags import NOBODY
-from vllm_cachescope.tiers.keyspace import Keyspace, qualified, secret_mark
+from vllm_cachescope.tiers.expiry import expiry
+from vllm_cachescope.tiers.inquiries import Lookup
+from vllm_cachescope.tiers.jobs import Finished, Outgoing
+from vllm_cachescope.tiers.keyspace import Keyspace, qualified, secret_digest
+from vllm_cachescope.tiers.limits import Limits
 from vllm_cachescope.tiers.local_usage import LocalUsage
-from vllm_cachescope.tiers.remote import Finished, Found, Limits, Outgoing, RemoteTier, expiry
+from vllm_cachescope.tiers.remote import RemoteTier
 from vllm_cachescope.tiers.store import Store
 
 SLOT = 256 << 10
@@ -67,31 +71,31 @@ class EngineSide:
         url: str,
         identity: str = "model",
         secret: bytes = SECRET,
-        shares: Quotas | None = None,
-        account: LocalUsage | None = None,
+        quotas: Quotas | None = None,
+        local_usage: LocalUsage | None = None,
         **limits: object,
     ) -> None:
-        self.shares = shares
+        self.quotas = quotas
         self.keyspace = Keyspace({"model": identity})
         self.limits = replace(LIMITS, **limits)
         self.memory = memoryview(bytearray(self.limits.inflight_bytes * 2))
         self.tier = RemoteTier(
             "redis",
-            self._stores(url, secret_mark(secret)),
+            self._stores(url, secret_digest(secret)),
             SLOT,
             self.limits,
             time.monotonic,
             random.random,
-            account,
+            local_usage,
         )
         self.tier.start()
         self._requests = 0
         self._jobs = 0
         self.finished: dict[int, Finished] = {}
 
-    def _stores(self, url: str, mark: bytes) -> Callable[[], Store]:
+    def _stores(self, url: str, secret_digest: bytes) -> Callable[[], Store]:
         return redis.stores(
-            url, self.limits.timeout_s, self.keyspace, mark, time.monotonic, self.shares
+            url, self.limits.timeout_s, self.keyspace, secret_digest, time.monotonic, self.quotas
         )
 
     def slot(self, index: int) -> memoryview:
@@ -134,7 +138,7 @@ class EngineSide:
 
     def use(self, keys: list[bytes], ttl_s: int = 300) -> None:
         """Use the blocks of a prompt, which begins with them."""
-        self.tier.used(zip(keys, self._untils(len(keys), ttl_s), strict=True))
+        self.tier.touch(zip(keys, self._untils(len(keys), ttl_s), strict=True))
 
     @staticmethod
     def _untils(
@@ -149,12 +153,12 @@ class EngineSide:
         request = f"r{self._requests}"
         started = time.monotonic()
         while True:
-            found = [self.tier.seek(request, key) for key in keys]
+            found = [self.tier.lookup(request, key) for key in keys]
             self.tier.flush()
-            if Found.RETRY not in found:
+            if Lookup.RETRY not in found:
                 break
             time.sleep(0.001)
-        hits = [key for key, f in zip(keys, found, strict=True) if f is Found.HIT]
+        hits = [key for key, f in zip(keys, found, strict=True) if f is Lookup.HIT]
         return request, hits, time.monotonic() - started
 
     def get(self, keys: list[bytes], worth_s: float = 0.0) -> Loaded:
@@ -175,7 +179,7 @@ class EngineSide:
             self.tier.load(self._jobs, request, hits, slots, worth_s)
             loaded = dict(self.step_until(self._jobs).loaded)
         seconds = time.monotonic() - started
-        self.tier.forget(request)
+        self.tier.end_request(request)
         slots = {key: bytes(self.slot(i)) for i, key in enumerate(hits)}
         return Loaded(loaded, seconds, slots)
 

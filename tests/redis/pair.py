@@ -42,9 +42,10 @@ class Pair:
         return self.server.client.keys("*00000000")
 
     def replace_b(self) -> None:
-        """Kill the second engine and start another one in its place."""
+        """Kill the second engine and start another one in its place, in a fresh interpreter."""
         self.b.stop()
-        self.b = _replica(self._model, self._scratch / "b again", self._tier, self.proxy.url)
+        scratch = self._scratch / "b again"
+        self.b = _replica(self._model, scratch, self._tier, self.proxy.url, fresh=True)
 
     def heal(self) -> None:
         """End all that is wrong with the server, and wait until both engines use it."""
@@ -101,11 +102,13 @@ def running_pair(scratch: Path, **tier: Any) -> Iterator[Pair]:
         proxy.close()
 
 
-def _replica(model: Path, scratch: Path, tier: dict[str, Any], url: str) -> Replica:
+def _replica(
+    model: Path, scratch: Path, tier: dict[str, Any], url: str, fresh: bool = False
+) -> Replica:
     scratch.mkdir()
     probes = {"first_probe": "50ms", "longest_probe": "200ms"}
     config = {
         "tiers": [{"type": "redis", "url": url, **probes, **tier}],
         "quotas": {"redis": {"orgs": {GREEDY: {"quota": GREEDY_BLOCKS * BLOCK_BYTES}}}},
     }
-    return Replica(model, scratch, config)
+    return Replica(model, scratch, config, fresh)

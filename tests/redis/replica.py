@@ -5,6 +5,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from tests.engine import forks
 from tests.engine.engine import Answer, Ask
 
 _START_S = 240
@@ -20,16 +21,27 @@ class Replica:
         model: the model's directory.
         scratch: where it may write; its own.
         config: CacheScope's configuration, beyond that of all test engines.
+        fresh: whether it is in an interpreter of its own, with a hash seed of its own, instead of
+            in a fork.
         options: further engine arguments.
     """
 
-    def __init__(self, model: Path, scratch: Path, config: dict[str, Any], **options: Any) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, remote = context.Pipe()
-        self._process = context.Process(
-            target=_serve, args=(remote, model, scratch, config, options), daemon=True
-        )
-        self._process.start()
+    def __init__(
+        self,
+        model: Path,
+        scratch: Path,
+        config: dict[str, Any],
+        fresh: bool = False,
+        **options: Any,
+    ) -> None:
+        self._pipe, remote = multiprocessing.Pipe()
+        arguments = (remote, model, scratch, config, options)
+        if fresh:
+            spawning = multiprocessing.get_context("spawn")
+            self._process = spawning.Process(target=_serve, args=arguments, daemon=True)
+            self._process.start()
+        else:
+            self._process = forks.process(_serve, *arguments, daemon=True)
         remote.close()
         self._started = False
 

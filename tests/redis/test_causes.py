@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import pytest
 
 from demo.model import MODELS, TINY, build
-from tests.engine.server import Api, serve_scoped
-from tests.engine.test_causes import CHUNK_BYTES, SMALL, conversation, named
-from tests.engine.test_diagnostics import breaks
-from tests.engine.test_sdk import EPHEMERAL
+from tests.engine.bodies import EPHEMERAL, conversation
+from tests.engine.engine import BLOCK_BYTES
+from tests.engine.server import SMALL, Api, breaks, named, serve_scoped
 from tests.redis.servers import RedisServer, wait_until
 
 pytestmark = pytest.mark.engine
@@ -85,7 +84,7 @@ def running(tmp_path_factory) -> Iterator[Deployment]:
         "longest_probe": "200ms",
     }
     options = (*SMALL, "--data-parallel-size", "2")
-    config = {"cpu_bytes": 24 * CHUNK_BYTES, "tiers": [tier]}
+    config = {"cpu_bytes": 24 * BLOCK_BYTES, "tiers": [tier]}
     try:
         with serve_scoped(model, scratch, *options, **config) as api:
             yield Deployment(api, server)
@@ -157,8 +156,8 @@ def test_the_tier_was_full(deployment: Deployment) -> None:
 def test_engines_with_another_secret_use_the_tier(deployment: Deployment) -> None:
     deployment.shared("estranged")
     client = deployment.server.client
-    mark = b":".join([*deployment.names()[0].split(b":")[:3], b"secret"])
-    client.set(mark, "the mark of another secret")
+    handshake = b":".join([*deployment.names()[0].split(b":")[:3], b"secret"])
+    client.set(handshake, "the digest of another secret")
     # Whoever loses the server shakes hands with it again.
     deployment.server.stop()
     for i in range(4):
@@ -168,7 +167,7 @@ def test_engines_with_another_secret_use_the_tier(deployment: Deployment) -> Non
     try:
         wait_until(lambda: deployment.ask("estranged", 2, engine=1) and said(deployment))
     finally:
-        client.delete(mark)
+        client.delete(handshake)
 
 
 def said(deployment: Deployment) -> bool:

@@ -32,12 +32,12 @@ def test_a_dead_server_costs_nothing_once_it_is_known_to_be_dead(server, start_e
     side.put(keys(10))
     server.kill()
     ask_until_left_alone(side)
-    side.tier.take_counts()
+    side.tier.take_stats()
     assert side.get(keys(10)).seconds < 0.01
     job = side.put(keys(10))
     assert not side.finished[job].complete
     # Nothing is asked any more, and what cannot be stored is counted.
-    assert side.tier.take_counts() == {("store", "dropped"): 10}
+    assert side.tier.take_stats() == {("store", "dropped"): 10}
     assert "refused" in side.tier.health()["reason"]
 
 
@@ -126,7 +126,7 @@ def test_values_that_vanish_between_lookup_and_load(server, start_engine_side):
         server.client.delete(side.name(key))
     side.tier.load(77, request, hits, [side.slot(i) for i in range(20)])
     assert [key for key, _ in side.step_until(77).loaded] == keys(20)[:5]
-    assert side.tier.take_counts()["load", "gone"] == 15
+    assert side.tier.take_stats()["load", "gone"] == 15
 
 
 def test_flushall_while_it_is_loading(server, start_engine_side):
@@ -163,7 +163,7 @@ def test_every_flipped_bit_is_noticed(server, start_engine_side):
                 old = server.client.execute_command("GETBIT", side.name(key), position)
                 server.client.execute_command("SETBIT", side.name(key), position, 1 - old)
         assert side.get(damaged).keys == {}
-        noticed += side.tier.take_counts()["load", "damaged"]
+        noticed += side.tier.take_stats()["load", "damaged"]
         # They are gone, so that whole ones can take their place.
         wait_until(lambda: server.client.dbsize() == 1)
     assert noticed == 1000
@@ -188,7 +188,7 @@ def test_values_that_are_not_ours_are_misses_and_deleted(server, start_engine_si
     side.put(keys(2))
     tamper(server.client, name, other)
     assert set(side.get_exact(keys(2)).keys) == {keys(2)[1]}
-    assert side.tier.take_counts()["load", "damaged"] == 1
+    assert side.tier.take_stats()["load", "damaged"] == 1
     wait_until(lambda: not server.client.exists(name))
     side.put(keys(2))
     assert len(side.get_exact(keys(2)).keys) == 2
@@ -211,13 +211,13 @@ def test_a_full_server_is_read_and_not_written(server, start_engine_side, caplog
     server.client.config_set("maxmemory", 1)
     job = side.put(keys(10, "more"))
     assert not side.finished[job].complete
-    assert side.tier.take_counts()["store", "refused"] > 0
+    assert side.tier.take_stats()["store", "refused"] > 0
     assert "OOM" in caplog.text
     assert not side.tier.health()["writable"]
     assert len(side.get_exact(keys(10)).keys) == 10
     # For a while nothing is sent to it in vain.
     side.put(keys(10, "more"))
-    assert side.tier.take_counts()["store", "dropped"] == 10
+    assert side.tier.take_stats()["store", "dropped"] == 10
     server.client.config_set("maxmemory", 0)
     wait_until(lambda: side.finished[side.put(keys(10, "more"))].complete)
     assert side.tier.health()["writable"]

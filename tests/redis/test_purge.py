@@ -7,7 +7,7 @@ from tests.redis.engine_side import SECRET, EngineSide, keys
 from tests.redis.servers import Proxy, wait_until
 from vllm_cachescope.tenancy.owner_tags import NOBODY, OwnerTags
 from vllm_cachescope.tenancy.scope import Caller
-from vllm_cachescope.tiers.remote import Purge
+from vllm_cachescope.tiers.jobs import Purge
 
 OWNERS = OwnerTags(SECRET)
 HELD = {
@@ -113,7 +113,7 @@ def test_entries_are_misses_from_the_moment_they_are_purged(server, start_engine
     assert len(hits) == 7
     server.stop()
     done = side.tier.purge(OWNERS.prefix("acme"))
-    assert side.tier.seek(request, mine[0]).value == "miss"
+    assert side.tier.lookup(request, mine[0]).value == "miss"
     assert not done.over
     server.resume()
     wait_until(lambda: done.over)

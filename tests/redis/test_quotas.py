@@ -8,15 +8,15 @@ import redis
 from tests.redis.engine_side import SECRET, SLOT, EngineSide, keys
 from tests.redis.servers import wait_until
 from vllm_cachescope.cache.quotas import Quotas
-from vllm_cachescope.config import Share
-from vllm_cachescope.connectors.redis.accounts import CLOCK_S, ServerClock
+from vllm_cachescope.config import OrgQuota
+from vllm_cachescope.connectors.redis.server_clock import CLOCK_S, ServerClock
 from vllm_cachescope.tenancy.owner_tags import NOBODY, OwnerTags
 from vllm_cachescope.tenancy.scope import Caller
 from vllm_cachescope.tiers.local_usage import LocalUsage
 
 OWNERS = OwnerTags(SECRET)
 ACME, ZETA = OWNERS.of(Caller("acme", "s1")), OWNERS.of(Caller("zeta"))
-QUOTA = Quotas(SLOT, Share(quota=20 * SLOT), {ZETA[:8]: Share(quota=100 * SLOT)})
+QUOTA = Quotas(SLOT, OrgQuota(quota=20 * SLOT), {ZETA[:8]: OrgQuota(quota=100 * SLOT)})
 
 
 def mine(owner: bytes, number: int, count: int = 5) -> list[bytes]:
@@ -29,22 +29,22 @@ def held(side: EngineSide, owner: bytes, prompts: range) -> list[int]:
     return [i for i in prompts if set(side.get(mine(owner, i)).keys) == set(mine(owner, i))]
 
 
-def account(side: EngineSide, owner: bytes) -> bytes:
-    return side.keyspace.account(owner[:8])
+def usage(side: EngineSide, owner: bytes) -> bytes:
+    return side.keyspace.usage(owner[:8])
 
 
 def test_engines_that_flood_a_store_together_lose_their_own_oldest(server, start_engine_side):
-    sides = [start_engine_side(server.url, shares=QUOTA) for _ in range(2)]
+    sides = [start_engine_side(server.url, quotas=QUOTA) for _ in range(2)]
     for i in range(6):
         sides[0].put(mine(ZETA, i))
     sides[0].put(mine(NOBODY, 0))
     for i in range(12):
         sides[i % 2].put(mine(ACME, i))
-        assert server.client.zcard(account(sides[0], ACME)) <= 20
+        assert server.client.zcard(usage(sides[0], ACME)) <= 20
     assert held(sides[1], ACME, range(12)) == [8, 9, 10, 11]
     assert held(sides[1], ZETA, range(6)) == list(range(6))
     assert held(sides[1], NOBODY, range(1)) == [0]
-    evicted = sum(side.tier.take_counts()["evict", "quota"] for side in sides)
+    evicted = sum(side.tier.take_stats()["evict", "quota"] for side in sides)
     assert evicted == 40
     reasons = {
         absence.detail for side in sides if (absence := side.tier.absence("r", mine(ACME, 0)[0]))
@@ -57,13 +57,13 @@ def test_engines_that_flood_a_store_together_lose_their_own_oldest(server, start
 
 @pytest.mark.parametrize("used", [False, True])
 def test_a_prompt_loses_its_end_before_its_beginning(server, start_engine_side, used):
-    side = start_engine_side(server.url, shares=QUOTA)
+    side = start_engine_side(server.url, quotas=QUOTA)
     for i in range(4):
         side.put(mine(ACME, i))
     if used:
         for i in range(4):
             side.use(mine(ACME, i), 600)
-        soonest = (account(side, ACME), 0, 0)
+        soonest = (usage(side, ACME), 0, 0)
         ahead_us = 1e6 * (time.time() + 500)
         wait_until(lambda: server.client.zrange(*soonest, withscores=True)[0][1] > ahead_us)
     side.put(mine(ACME, 4)[:3], ttl_s=900)
@@ -75,7 +75,7 @@ def test_a_prompt_loses_its_end_before_its_beginning(server, start_engine_side, 
 @pytest.mark.parametrize("counted", ["there", "here"])
 def test_a_prompt_stored_in_parts_keeps_its_beginning(server, start_engine_side, counted):
     """Each step of a long prefill stores what it has computed."""
-    how = {"shares": QUOTA} if counted == "there" else {"account": LocalUsage(QUOTA)}
+    how = {"quotas": QUOTA} if counted == "there" else {"local_usage": LocalUsage(QUOTA)}
     side = start_engine_side(server.url, **how)
     for i in range(2):
         side.put(mine(ACME, i))
@@ -104,15 +104,15 @@ def test_the_servers_clock_is_reckoned_anew_only_where_that_was_wrong():
 
 
 def test_what_is_used_is_not_the_oldest(server, start_engine_side):
-    a, b = (start_engine_side(server.url, shares=QUOTA) for _ in range(2))
+    a, b = (start_engine_side(server.url, quotas=QUOTA) for _ in range(2))
     for i in range(4):
         a.put(mine(ACME, i), ttl_s=300)
-    scores = dict(server.client.zrange(account(a, ACME), 0, -1, withscores=True))
+    scores = dict(server.client.zrange(usage(a, ACME), 0, -1, withscores=True))
     b.use(mine(ACME, 0), 600)
     wait_until(
         lambda: (
             sum(
-                server.client.zscore(account(a, ACME), member) > score + 290_000_000
+                server.client.zscore(usage(a, ACME), member) > score + 290_000_000
                 for member, score in scores.items()
             )
             == 5
@@ -122,31 +122,31 @@ def test_what_is_used_is_not_the_oldest(server, start_engine_side):
     b.put(mine(ACME, 1), ttl_s=500)
     a.put(mine(ACME, 4) + mine(ACME, 5))
     assert held(a, ACME, range(6)) == [0, 1, 4, 5]
-    assert server.client.pttl(account(a, ACME)) > 590_000
+    assert server.client.pttl(usage(a, ACME)) > 590_000
 
 
 def test_a_use_of_what_is_not_there_counts_for_nothing(server, start_engine_side):
-    side = start_engine_side(server.url, shares=QUOTA)
+    side = start_engine_side(server.url, quotas=QUOTA)
     side.use(mine(ACME, 0))
     side.put(mine(ZETA, 0))
-    assert not server.client.exists(account(side, ACME))
-    assert server.client.zcard(side.keyspace.accounts) == 1
+    assert not server.client.exists(usage(side, ACME))
+    assert server.client.zcard(side.keyspace.usage_orgs) == 1
 
 
 def test_what_has_expired_does_not_count(server, start_engine_side):
-    side = start_engine_side(server.url, shares=QUOTA)
+    side = start_engine_side(server.url, quotas=QUOTA)
     for i in range(4):
         side.put(mine(ACME, i))
-    for member in server.client.zrange(account(side, ACME), 0, 9):
-        server.client.zadd(account(side, ACME), {member: 1})
+    for member in server.client.zrange(usage(side, ACME), 0, 9):
+        server.client.zadd(usage(side, ACME), {member: 1})
     side.put(mine(ACME, 4) + mine(ACME, 5))
     assert held(side, ACME, range(6)) == list(range(6))
-    assert server.client.zcard(account(side, ACME)) == 20
+    assert server.client.zcard(usage(side, ACME)) == 20
 
 
 def test_over_the_capacity_reserves_are_spared(server, start_engine_side):
-    shares = Quotas(SLOT, Share(), {ZETA[:8]: Share(reserve=10 * SLOT)}, capacity=30 * SLOT)
-    side = start_engine_side(server.url, shares=shares)
+    quotas = Quotas(SLOT, OrgQuota(), {ZETA[:8]: OrgQuota(reserve=10 * SLOT)}, capacity=30 * SLOT)
+    side = start_engine_side(server.url, quotas=quotas)
     third = OWNERS.of(Caller("third", "s"))
     for i in range(2):
         side.put(mine(ZETA, i))
@@ -157,7 +157,7 @@ def test_over_the_capacity_reserves_are_spared(server, start_engine_side):
         # All together are counted every second.
         side.put(mine(ACME, len(others)))
         others.append(len(others))
-        return side.tier.take_counts().get(("evict", "quota"), 0) > 0
+        return side.tier.take_stats().get(("evict", "quota"), 0) > 0
 
     wait_until(is_full)
     assert held(side, ZETA, range(2)) == [0, 1]
@@ -166,8 +166,8 @@ def test_over_the_capacity_reserves_are_spared(server, start_engine_side):
     assert server.client.dbsize() <= 30 + 5 + 5
 
 
-def test_a_purge_settles_the_account(server, start_engine_side):
-    sides = [start_engine_side(server.url, shares=QUOTA, identity=model) for model in "ab"]
+def test_a_purge_is_counted(server, start_engine_side):
+    sides = [start_engine_side(server.url, quotas=QUOTA, identity=model) for model in "ab"]
     for side in sides:
         for owner in (ACME, ZETA):
             side.put(mine(owner, 0))
@@ -175,8 +175,8 @@ def test_a_purge_settles_the_account(server, start_engine_side):
     wait_until(lambda: done.over)
     assert (done.entries, done.reason) == (10, None)
     for side in sides:
-        assert not server.client.exists(account(side, ACME))
-        assert server.client.zcard(account(side, ZETA)) == 5
+        assert not server.client.exists(usage(side, ACME))
+        assert server.client.zcard(usage(side, ZETA)) == 5
     for i in range(4):
         sides[0].put(mine(ACME, i))
     assert held(sides[0], ACME, range(4)) == [0, 1, 2, 3]
@@ -186,7 +186,7 @@ def test_without_the_rights_it_stores_all_the_same_and_says_so(server, start_eng
     rights = "~cachescope:* +set +get +exists +pexpire +pttl +unlink"
     server.client.execute_command(f"ACL SETUSER kv on >pw {rights}")
     url = f"redis://kv:pw@127.0.0.1:{server.port}"
-    side = start_engine_side(url, shares=QUOTA)
+    side = start_engine_side(url, quotas=QUOTA)
     for i in range(6):
         side.put(mine(ACME, i))
     assert held(side, ACME, range(6)) == list(range(6))
@@ -199,9 +199,9 @@ def test_without_the_rights_it_stores_all_the_same_and_says_so(server, start_eng
 
 
 def test_health_tells_who_holds_how_much(server, start_engine_side):
-    first = start_engine_side(server.url, shares=QUOTA)
+    first = start_engine_side(server.url, quotas=QUOTA)
     first.put(mine(ACME, 0))
-    assert start_engine_side(server.url, shares=QUOTA).tier.health()["orgs"] == {
+    assert start_engine_side(server.url, quotas=QUOTA).tier.health()["orgs"] == {
         ACME[:8].hex(): 5 * SLOT
     }
 
@@ -210,7 +210,7 @@ def test_on_a_cluster(nodes, start_engine_side):
     for node in nodes:
         node.client.flushall()
     url = f"redis+cluster://127.0.0.1:{nodes[1].port}"
-    sides = [start_engine_side(url, shares=QUOTA, timeout_s=5.0) for _ in range(2)]
+    sides = [start_engine_side(url, quotas=QUOTA, timeout_s=5.0) for _ in range(2)]
     for i in range(12):
         sides[i % 2].put(mine(ACME, i))
     for i in range(2):
@@ -218,13 +218,13 @@ def test_on_a_cluster(nodes, start_engine_side):
     assert held(sides[1], ACME, range(12)) == [8, 9, 10, 11]
     assert held(sides[1], ZETA, range(2)) == [0, 1]
     client = redis.RedisCluster("127.0.0.1", nodes[0].port)
-    assert client.zcard(account(sides[0], ACME)) == 20
+    assert client.zcard(usage(sides[0], ACME)) == 20
     client.close()
 
 
 @pytest.mark.parametrize("count", [4, 12])
-def test_a_store_without_accounts_is_counted_by_each_engine(server, start_engine_side, count):
-    side = start_engine_side(server.url, account=LocalUsage(QUOTA))
+def test_a_store_that_does_not_count_is_counted_by_each_engine(server, start_engine_side, count):
+    side = start_engine_side(server.url, local_usage=LocalUsage(QUOTA))
     other = start_engine_side(server.url)
     for i in range(count):
         side.put(mine(ACME, i))
@@ -233,7 +233,7 @@ def test_a_store_without_accounts_is_counted_by_each_engine(server, start_engine
     assert held(side, ACME, range(99, 100)) == [99]
     assert not server.client.keys("*held*")
     if count > 4:
-        assert side.tier.take_counts()["evict", "quota"] == 5 * (count - 4)
+        assert side.tier.take_stats()["evict", "quota"] == 5 * (count - 4)
     done = side.tier.purge(b"")
     wait_until(lambda: done.over)
     assert side.tier.health()["orgs"] == {}

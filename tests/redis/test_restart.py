@@ -6,14 +6,14 @@ import random
 import time
 from collections.abc import Iterator
 
-import prometheus_client
 import pytest
+from prometheus_client import CollectorRegistry
 
 from demo.model import MODELS, TINY, build
 from tests.engine.engine import BLOCK, Ask, draw_tokens, org_plan, sealed
 from tests.redis.replica import Replica
 from tests.redis.servers import RedisServer, wait_until
-from vllm_cachescope.api.break_log import BreakLog
+from vllm_cachescope.api.diagnoser import Diagnoser
 from vllm_cachescope.api.request_context import PromptTiming
 from vllm_cachescope.connectors.vllm import shm_regions
 from vllm_cachescope.diagnosis.outcome import Diagnosis
@@ -29,8 +29,8 @@ ACME = Caller("acme", "s")
 class Conversation:
     """A conversation that goes on whatever happens to the engine."""
 
-    def __init__(self, breaks: BreakLog) -> None:
-        self._breaks = breaks
+    def __init__(self) -> None:
+        self._diagnoser = Diagnoser(b"a secret of tests", BLOCK, registry=CollectorRegistry())
         self._chance = random.Random(5)
         self._tokens: list[int] = []
         self._messages: list[dict] = []
@@ -43,21 +43,18 @@ class Conversation:
         self._messages.append({"role": "user", "content": "How heavy is it? " * 200})
         body = {"model": "m", "max_tokens": 1, "messages": self._messages}
         request = READERS[Protocol.MESSAGES](body, (300, 3600))
-        case = self._breaks.open(ACME, request, body, {})
+        pending = self._diagnoser.open(ACME, request, body, {})
         began = time.monotonic()
         (answer,) = engine.run(Ask(self._tokens, sealed(org_plan("acme", self._tokens))))
         length = len(self._tokens)
-        passage = PromptTiming(list(self._tokens), length, length, began, time.monotonic())
-        self._breaks.close(case, [answer.report], None, [passage])
-        return case.diagnosis
+        timing = PromptTiming(list(self._tokens), length, length, began, time.monotonic())
+        self._diagnoser.close(pending, [answer.report], None, [timing])
+        return pending.diagnosis
 
 
 @pytest.fixture
-def conversation() -> Iterator[Conversation]:
-    breaks = BreakLog(b"a secret of tests", BLOCK)
-    yield Conversation(breaks)
-    for counter in (breaks._count, breaks._unknown):
-        prometheus_client.REGISTRY.unregister(counter)
+def conversation() -> Conversation:
+    return Conversation()
 
 
 @pytest.fixture

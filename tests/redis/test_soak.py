@@ -140,7 +140,9 @@ def pair(tmp_path) -> Iterator[Pair]:
         yield pair
 
 
-@pytest.mark.parametrize("duration_s", [60, pytest.param(600, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "duration_s", [15, *(pytest.param(long_s, marks=pytest.mark.slow) for long_s in (60, 600))]
+)
 def test_long_and_troubled_work_is_exact_and_leaves_nothing_behind(pair, duration_s):
     chance = random.Random(duration_s)
     workload = Workload(pair, chance)
@@ -205,7 +207,7 @@ def test_long_and_troubled_work_is_exact_and_leaves_nothing_behind(pair, duratio
     # Those of this process that may have come are the proxy's: two for each connection through it.
     wait_until(lambda: threading.active_count() <= threads + 2 * CONNECTIONS)
     assert _regions() <= shared_memory
-    # Each entry goes with its lifetime; the mark of the secret stays for as long as the engines.
+    # Each entry goes with its lifetime; the digest of the secret stays for as long as the engines.
     wait_until(lambda: len(pair.server.client.keys()) == 1, 2 * TTL_S + 10)
 
 

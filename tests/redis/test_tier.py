@@ -8,7 +8,7 @@ import pytest
 from tests.redis.engine_side import SLOT, content, keys
 from tests.redis.servers import wait_until
 from vllm_cachescope.tiers.envelope import HEADER_BYTES
-from vllm_cachescope.tiers.keyspace import secret_mark
+from vllm_cachescope.tiers.keyspace import secret_digest
 
 
 def test_another_engine_reads_what_one_has_stored(server, start_engine_side):
@@ -88,7 +88,7 @@ def test_what_is_there_already_is_not_sent_again(server, start_engine_side):
     received = server.client.info()["total_net_input_bytes"]
     b.put(keys(20), ttl_s=600)
     assert server.client.info()["total_net_input_bytes"] - received < SLOT
-    assert b.tier.take_counts()["store", "present"] == 20
+    assert b.tier.take_stats()["store", "present"] == 20
     assert all(server.client.pttl(a.name(key)) > 590_000 for key in keys(20))
 
 
@@ -129,7 +129,7 @@ def test_a_full_queue_drops_what_does_not_fit(server, start_engine_side):
     side = start_engine_side(server.url, inflight_bytes=8 * SLOT)
     job = side.put(keys(12))
     assert not side.finished[job].complete
-    assert side.tier.take_counts()["store", "dropped"] == 4
+    assert side.tier.take_stats()["store", "dropped"] == 4
     assert len(server.client.keys()) == 8 + 1
 
 
@@ -138,7 +138,7 @@ def test_more_hits_than_may_be_under_way_are_misses(server, start_engine_side):
     side.put(keys(20))
     small = start_engine_side(server.url, inflight_bytes=8 * SLOT)
     assert list(small.get_exact(keys(20)).keys) == keys(20)[:8]
-    assert small.tier.take_counts()["load", "dropped"] == 12
+    assert small.tier.take_stats()["load", "dropped"] == 12
 
 
 def test_answers_that_come_in_the_middle_of_the_questions(server, start_engine_side):
@@ -146,13 +146,13 @@ def test_answers_that_come_in_the_middle_of_the_questions(server, start_engine_s
     side = start_engine_side(server.url)
     side.put(keys(10))
     for key in keys(10):
-        assert side.tier.seek("r", key).value == "retry"
+        assert side.tier.lookup("r", key).value == "retry"
     side.tier.flush()
-    assert side.tier.seek("r", keys(10)[0]).value == "retry"
-    wait_until(lambda: side.tier.take_counts().get(("lookup", "hit")))
-    assert {side.tier.seek("r", key).value for key in keys(10)} == {"retry"}
+    assert side.tier.lookup("r", keys(10)[0]).value == "retry"
+    wait_until(lambda: side.tier.take_stats().get(("lookup", "hit")))
+    assert {side.tier.lookup("r", key).value for key in keys(10)} == {"retry"}
     side.tier.flush()
-    assert {side.tier.seek("r", key).value for key in keys(10)} == {"hit"}
+    assert {side.tier.lookup("r", key).value for key in keys(10)} == {"hit"}
 
 
 def test_one_request_loads_once(server, start_engine_side):
@@ -161,8 +161,8 @@ def test_one_request_loads_once(server, start_engine_side):
     request, hits, _ = side.find(keys(2))
     side.tier.load(99, request, hits[:1], [side.slot(0)])
     side.step_until(99)
-    assert side.tier.seek(request, keys(2)[1]).value == "miss"
-    side.tier.forget(request)
+    assert side.tier.lookup(request, keys(2)[1]).value == "miss"
+    side.tier.end_request(request)
     assert len(side.get_exact(keys(2)).keys) == 2
 
 
@@ -201,13 +201,13 @@ def test_the_secret_of_another_replica_is_told_apart(server, start_engine_side, 
     assert len(server.client.keys()) == 1
     # Another model is none of its business.
     assert start_engine_side(server.url, identity="m2", secret=b"y" * 20).tier.usable
-    # Once the last engine with the other secret has gone, its mark expires.
+    # Once the last engine with the other secret has gone, its digest expires.
     server.client.delete(a.keyspace.handshake)
     wait_until(lambda: b.tier.usable)
-    assert server.client.get(b.keyspace.handshake) == secret_mark(b"another secret of the tests")
+    assert server.client.get(b.keyspace.handshake) == secret_digest(b"another secret of the tests")
 
 
-def test_the_mark_of_the_secret_goes_with_the_last_engine(server, start_engine_side):
+def test_the_digest_of_the_secret_goes_with_the_last_engine(server, start_engine_side):
     side = start_engine_side(server.url)
     assert 0 < server.client.pttl(side.keyspace.handshake) <= 60_000
 
@@ -219,7 +219,7 @@ def test_the_scheduler_is_never_kept_waiting(server, start_engine_side):
     server.stop()
     started = time.monotonic()
     for i in range(50):
-        side.tier.seek(f"x{i}", keys(1)[0])
+        side.tier.lookup(f"x{i}", keys(1)[0])
         side.tier.flush()
         side.use(keys(10))
         side.put(keys(2, f"{i}"), wait=False)

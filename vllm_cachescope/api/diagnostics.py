@@ -1,21 +1,18 @@
-"""The diagnostics that clients ask for, as the `anthropic` and `openai` packages type them.
+"""The diagnostics that clients ask for, in the types of the `anthropic` and `openai` packages.
 
-Both compare a request with one the client names and know fewer causes than `Diagnosis`; where no
-reason of theirs fits, they say "unavailable" as theirs do.
+The client names an earlier request, and is told why the new one could not read what that one left.
+The packages have fewer reasons than a `Diagnosis` has causes. Where none of them fits the answer is
+"unavailable", as it is from Anthropic and OpenAI.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 from vllm_cachescope.diagnosis.changes import Change, ChangeKind
 from vllm_cachescope.diagnosis.outcome import Diagnosis
 from vllm_cachescope.prompt.request import PromptRequest
 
-# vLLM mixes the salt into the hash of the first block.
-_EXTRA_FIELDS = ("service_tier", "speed", "verbosity", "prompt_cache_key", "cache_salt")
-_BETAS = "anthropic-beta"
-
-# `model_changed` covers speed, as the docstring of the `anthropic` package's type has it.
+# The first of these areas that changed is the reason. A changed `speed` counts as another model: so
+# the docstring of the `anthropic` package's type has it.
 _ANTHROPIC_ORDER = ("model", "tools", "system", "params", "messages")
 
 _OPENAI_PARAMS = {
@@ -36,21 +33,6 @@ _OPENAI_AREAS = {
 }
 
 
-def extra_fields(body: Mapping[str, Any], headers: Mapping[str, str]) -> dict[str, Any]:
-    """Return what is to be compared besides the prompt and its parameters.
-
-    Args:
-        body: the client's body.
-        headers: its headers, names in lower case. The order of beta names means nothing.
-    """
-    extra: dict[str, Any] = {
-        name: body[name] for name in _EXTRA_FIELDS if body.get(name) is not None
-    }
-    if betas := headers.get(_BETAS):
-        extra[_BETAS] = sorted(name.strip() for name in betas.split(","))
-    return extra
-
-
 def anthropic_diagnostics(
     request: PromptRequest, diagnosis: Diagnosis | None, *, pending: bool = False
 ) -> dict[str, Any] | None:
@@ -58,9 +40,9 @@ def anthropic_diagnostics(
 
     Args:
         request: the request; it says whether diagnostics were asked for.
-        diagnosis: the comparison with the request it names (`diagnose_against`), and once the
-            engine has counted, what `measure` makes of it; None if that request is not known to
-            the caller's organisation.
+        diagnosis: the comparison with the request that it names, from `diagnose_against`, and
+            once the engine has counted from `measure`; None if the caller's organisation has no
+            such request.
         pending: whether the response has to go out before the comparison is done.
 
     Returns:
@@ -92,9 +74,9 @@ def openai_diagnostics(
 
     Args:
         request: the request; it says whether diagnostics were asked for.
-        diagnosis: the comparison with the response it names (`diagnose_against`), and once the
-            engine has counted, what `measure` makes of it; None if that response is not known to
-            the caller's organisation.
+        diagnosis: the comparison with the request of the response that it names, from
+            `diagnose_against`, and once the engine has counted from `measure`; None if the
+            caller's organisation has no such response.
         read_tokens: tokens read from the cache, once known.
 
     Returns:
@@ -106,12 +88,12 @@ def openai_diagnostics(
         return {"type": "comparison_response_not_found"}
     reason = next((r for change in diagnosis.changes if (r := _openai_reason(change))), None)
     diverges = any(change.diverges for change in diagnosis.changes)
-    # To the package a `reason` is "the reason prompt cache reuse did not occur"
-    # (`PromptCacheDiagnosticsCacheMiss`): there is none, whatever changed, where all that could be
-    # read was read.
+    # In the package a `reason` is "the reason prompt cache reuse did not occur"
+    # (`PromptCacheDiagnosticsCacheMiss`). If everything was read that could be, there is none,
+    # whatever the client changed.
     reused = diagnosis.measured and not diagnosis.missed_tokens
     if reused or (reason is None and not diverges):
-        # Nothing the client did; that the cache lost it has no word here.
+        # The client changed nothing. That the cache lost the tokens is no reason of the package's.
         hit = read_tokens is None or read_tokens > 0
         return {"type": "cache_hit" if hit else "unavailable"}
     if reason is None:
@@ -139,8 +121,11 @@ def _openai_reason(change: Change) -> str | None:
 
 
 def _param_reason(path: str) -> str | None:
-    """Return the reason of the longest entry that ``path`` is or lies in: parameters are compared
-    one level deep, `response_format` as ``response_format.type`` and so on."""
+    """Return the reason of the longest entry that ``path`` is or lies in.
+
+    Parameters are compared one level deep: a change of `response_format` has the path
+    ``response_format.type``.
+    """
     while path not in _OPENAI_PARAMS and "." in path:
         path = path.rpartition(".")[0]
     return _OPENAI_PARAMS.get(path)

@@ -4,9 +4,11 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import Message, Send
 
-from vllm_cachescope.api.break_log import PendingDiagnosis
+from vllm_cachescope.api.diagnoser import PendingDiagnosis
+from vllm_cachescope.api.prewarming import drop_token, stream_of
 from vllm_cachescope.api.request_context import RequestContext
 from vllm_cachescope.api.usage import Usage, write_chat, write_messages, write_responses
 from vllm_cachescope.prompt.request import Protocol
@@ -20,36 +22,36 @@ _WRITERS: dict[Protocol, Callable[[dict[str, Any], Usage], None]] = {
 
 
 class Reply:
-    """Passes a server's reply on to the client, usage rewritten.
+    """Passes a server's reply on to the client, with the usage rewritten.
 
     Args:
-        exchange: the exchange the reply belongs to; its reports fill in while the reply runs.
-        send: the client's side.
-        case: the request's diagnosis, if it has one.
-        stream_prewarm: whether the client asked for a pre-warming to be streamed, which the
-            server was asked to answer in one piece.
+        context: the request's context; its reports fill in while the reply is sent.
+        send: sends a message to the client.
+        pending: the request's diagnosis; None if the reply is to have none.
+        stream_prewarm: whether the client wants to have a pre-warming streamed, which the server
+            answers in one piece.
 
     Attributes:
-        id: the response's id, once seen.
+        id: the response's id; None before it was seen.
     """
 
     def __init__(
         self,
-        exchange: RequestContext,
+        context: RequestContext,
         send: Send,
-        case: PendingDiagnosis | None = None,
+        pending: PendingDiagnosis | None = None,
         stream_prewarm: bool = False,
     ) -> None:
-        assert exchange.request is not None
-        self._exchange = exchange
-        self._request = exchange.request
+        assert context.request is not None
+        self._context = context
+        self._request = context.request
         self._send = send
-        self._case = case
+        self._pending = pending
         self.id: str | None = None
         self._stream_prewarm = stream_prewarm
         self._start: Message | None = None
         self._streaming = False
-        self._held = b""
+        self._unsent = b""
 
     async def send(self, message: Message) -> None:
         """Take one ASGI message from the server."""
@@ -63,36 +65,37 @@ class Reply:
             await self._send(message)
 
     async def _begin(self, message: Message) -> None:
-        content_type = _header(message, b"content-type")
-        if message["status"] == 200 and content_type.startswith(b"text/event-stream"):
+        content_type = Headers(scope=message).get("content-type", "")
+        if message["status"] == 200 and content_type.startswith("text/event-stream"):
             self._streaming = True
             await self._send(message)
-        elif message["status"] == 200 and content_type.startswith(b"application/json"):
-            # Held back: the length changes with the usage.
+        elif message["status"] == 200 and content_type.startswith("application/json"):
+            # Not sent before the body is known: its length changes with the usage.
             self._start = message
         else:
             await self._send(message)
 
     async def _collect(self, message: Message) -> None:
-        self._held += message.get("body", b"")
+        self._unsent += message.get("body", b"")
         if message.get("more_body", False):
             return
         assert self._start is not None
-        body = self._rewritten(self._held)
+        body = self._rewritten(self._unsent)
+        headers = MutableHeaders(scope=self._start)
         if self._stream_prewarm:
-            body = b"".join(_as_events(json.loads(body)))
-            _set_header(self._start, b"content-type", b"text/event-stream; charset=utf-8")
-        _set_header(self._start, b"content-length", str(len(body)).encode())
+            body = b"".join(stream_of(json.loads(body)))
+            headers["content-type"] = "text/event-stream; charset=utf-8"
+        headers["content-length"] = str(len(body))
         await self._send(self._start)
         await self._send({"type": "http.response.body", "body": body})
 
     async def _stream(self, message: Message) -> None:
         more = message.get("more_body", False)
         # An event ends with an empty line and may be cut anywhere by the chunks.
-        *events, self._held = (self._held + message.get("body", b"")).split(b"\n\n")
+        *events, self._unsent = (self._unsent + message.get("body", b"")).split(b"\n\n")
         out = b"".join(self._rewritten_event(event) + b"\n\n" for event in events)
-        if not more and self._held:
-            out, self._held = out + self._rewritten_event(self._held), b""
+        if not more and self._unsent:
+            out, self._unsent = out + self._rewritten_event(self._unsent), b""
         if out or not more:
             await self._send({**message, "body": out})
 
@@ -125,7 +128,7 @@ class Reply:
             if "id" in holder and (has_usage or _is_finished(holder)):
                 changed |= self._diagnose(holder, usage)
         if self._request.prewarm and "usage" in data:
-            _empty(data)
+            drop_token(data)
             changed = True
         if not changed:
             return raw
@@ -133,16 +136,16 @@ class Reply:
 
     def _diagnose(self, reply: dict[str, Any], usage: Usage | None) -> bool:
         """Write the diagnostics that the client asked for; return whether it asked for any."""
-        if self._case is None or not self._request.diagnose:
+        if self._pending is None or not self._request.diagnose:
             return False
         name = "prompt_cache_diagnostics"
         if self._request.protocol is Protocol.MESSAGES:
             name = "diagnostics"
-        reply[name] = self._case.answer(usage.read if usage else None)
+        reply[name] = self._pending.answer(usage.read if usage else None)
         return True
 
     def _usage(self) -> Usage | None:
-        reports = self._exchange.reports.values()
+        reports = self._context.reports.values()
         if not reports:
             return None
         created: dict[int, int] = {}
@@ -157,7 +160,8 @@ class Reply:
 
 
 def _replies(data: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield what carries usage and an id: a reply, or an event and the reply inside it."""
+    """Yield the objects that may have usage and an id: ``data`` and a reply inside of it, as the
+    event ``message_start`` has one."""
     yield data
     for name in ("message", "response"):
         if isinstance(data.get(name), dict):
@@ -165,51 +169,9 @@ def _replies(data: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _is_finished(chunk: dict[str, Any]) -> bool:
-    """Whether it ends a choice: the last chunk that comes for certain in a stream of chunks."""
+    """Whether a chunk of Chat completions ends a choice. Every stream has such a chunk; one with
+    usage comes after it only if the client asked for it."""
     choices = chunk.get("choices")
     return isinstance(choices, list) and any(
         isinstance(choice, dict) and choice.get("finish_reason") for choice in choices
     )
-
-
-def _empty(reply: dict[str, Any]) -> None:
-    """Take out of a pre-warming's reply the one token that was made."""
-    if reply.get("object") == "response":
-        reply["output"] = []
-        reply["status"], reply["incomplete_details"] = "completed", None
-        reply["usage"]["total_tokens"] = reply["usage"].get("input_tokens", 0)
-    else:
-        reply["content"] = []
-        reply["stop_reason"], reply["stop_sequence"] = "max_tokens", None
-    reply["usage"]["output_tokens"] = 0
-
-
-def _as_events(reply: dict[str, Any]) -> Iterator[bytes]:
-    """Yield the stream of events that says what a pre-warming's reply says."""
-    events: tuple[dict[str, Any], ...]
-    if reply.get("object") == "response":
-        started = {**reply, "status": "in_progress", "usage": None}
-        events = (
-            {"type": "response.created", "sequence_number": 0, "response": started},
-            {"type": "response.completed", "sequence_number": 1, "response": reply},
-        )
-    else:
-        started = {**reply, "stop_reason": None, "stop_sequence": None}
-        delta = {"stop_reason": reply["stop_reason"], "stop_sequence": None}
-        events = (
-            {"type": "message_start", "message": started},
-            {"type": "message_delta", "delta": delta, "usage": reply["usage"]},
-            {"type": "message_stop"},
-        )
-    for event in events:
-        data = json.dumps(event, ensure_ascii=False, separators=(",", ":"))
-        yield f"event: {event['type']}\ndata: {data}\n\n".encode()
-
-
-def _header(message: Message, name: bytes) -> bytes:
-    return next((bytes(v) for k, v in message["headers"] if k.lower() == name), b"")
-
-
-def _set_header(message: Message, name: bytes, value: bytes) -> None:
-    kept = [(k, v) for k, v in message["headers"] if k.lower() != name]
-    message["headers"] = [*kept, (name, value)]

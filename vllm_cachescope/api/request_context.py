@@ -13,14 +13,14 @@ from vllm_cachescope.tenancy.scope import Caller
 
 @dataclass(slots=True)
 class PromptTiming:
-    """One prompt's passage through the engine.
+    """One prompt, and when the engine had it and had computed it.
 
     Attributes:
-        tokens: the prompt.
+        tokens: the prompt's token ids.
         covered_tokens: leading tokens that a breakpoint covers.
         readable_tokens: leading tokens that later requests of the session may read.
-        began: when the engine was given it, in seconds of `time.monotonic`.
-        computed_at: when its first token was there; None before.
+        began: when the engine was given the prompt, in seconds of `time.monotonic`.
+        computed_at: when the engine returned its first token, on the same clock; None before.
     """
 
     tokens: Sequence[int]
@@ -32,30 +32,30 @@ class PromptTiming:
 
 @dataclass(slots=True)
 class RequestContext:
-    """What the middleware and the engine's side tell each other about a request.
+    """What the middleware and the way to the engine tell each other about a request.
 
     Attributes:
-        caller: on whose behalf it runs.
-        request: the request as the cache sees it; None on a path whose body is not read, which
-            is cached as one unmarked prompt.
+        caller: on whose behalf the request runs.
+        request: the request as the cache sees it; None on a path whose body is not read: its
+            prompt is cached as a whole.
         body: the body as the server sees it, without cache markers.
-        cuts: the task that renders its parts; None before it is started. What it returns is the
-            engine's side's own.
-        reports: what became of each of its prompts, by the prompt's nonce. The engine's side
-            puts in an estimate as soon as the first token is there and the truth when it knows.
-        passages: how each of its prompts passed through the engine, by the same nonce.
-        fetching: the task that fetches the reports of a request that the client gave up; None
-            if there is none.
+        rendering: the task that renders the beginnings of the prompt, of which the adapter to the
+            server knows the result; None before it is started.
+        reports: what became of each of the request's prompts, by the prompt's nonce. The first
+            token brings an estimate, the last one the engine's own count.
+        timings: each of the request's prompts with its times, by the same nonce.
+        fetching: the task that fetches the reports of a request whose client has disconnected;
+            None if there is none.
     """
 
     caller: Caller
     request: PromptRequest | None = None
     body: Mapping[str, Any] = field(default_factory=dict)
-    cuts: Task[Any] | None = None
+    rendering: Task[Any] | None = None
     reports: dict[str, Report] = field(default_factory=dict)
-    passages: dict[str, PromptTiming] = field(default_factory=dict)
+    timings: dict[str, PromptTiming] = field(default_factory=dict)
     fetching: Task[None] | None = None
 
 
-current_request: ContextVar[RequestContext | None] = ContextVar("cachescope_exchange", default=None)
-"""The exchange that the running code works for; None outside one."""
+current_request: ContextVar[RequestContext | None] = ContextVar("cachescope_request", default=None)
+"""The context of the request that the running code works for; None outside of a request."""

@@ -1,4 +1,4 @@
-"""What a request read from the cache and wrote to it, in each protocol's own words."""
+"""How many tokens a request read from the cache and wrote to it, in each protocol's own fields."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,15 +10,15 @@ _HALF_HOUR_S = 1800
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """How the tokens of one prompt were come by. All counts are tokens.
+    """Where the tokens of a request's prompts came from. All counts are tokens.
 
     Attributes:
-        prompt_tokens: the whole prompt.
-        read: taken from the cache, whatever the tier.
-        created_by_ttl: computed and put into the cache, by lifetime in seconds.
+        prompt_tokens: all tokens of the prompts.
+        read: tokens read from the cache, from whatever tier.
+        created_by_ttl: tokens computed and put into the cache, by lifetime in seconds.
 
     Raises:
-        ValueError: if a count is negative, or they exceed the prompt together.
+        ValueError: if a count is negative, or their sum is more than the prompt.
     """
 
     prompt_tokens: int

@@ -1,31 +1,32 @@
-"""Which block to give up when a tier is full."""
+"""Which blocks to evict when a tier is full."""
 
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from heapq import heapify, heappop, heappush, heapreplace
 
 Place = tuple[int, bytes]
-"""A queue of blocks: their lifetime in seconds, and the organisation they belong to."""
+"""Names a queue of blocks: their TTL in seconds, and the tag of their organisation."""
 
 Head = tuple[bytes, float]
-"""A block at the head of its queue: its key, and when it was last used."""
+"""The block at the head of a queue: its key, and when it was last used, in seconds."""
 
 
 class LifetimeShare:
     """Evicts the block that has spent the largest share of its lifetime since its last use.
 
-    Recency, weighted by TTL class: a block marked ``1h`` is given up after 12 minutes of idling
-    where one marked ``5m`` goes after one minute. With a single TTL class this is LRU.
+    This is recency, weighted by TTL class: a block with a TTL of 1 hour that has idled for 12
+    minutes ranks like one with a TTL of 5 minutes that has idled for one minute. With a single TTL
+    class it is LRU.
 
-    An organisation that holds no more than its reserve is spared: its blocks go only when nothing
-    else can.
+    An organisation that holds no more blocks than its reserve is spared: its blocks are evicted
+    only when there are no others.
 
-    In each class an organisation's blocks are kept in order of last use, and the organisations in
-    heaps by the first of theirs, so that only the heads of the classes are compared. A block costs
-    O(log organisations).
+    Each pair of TTL class and organisation has a queue of its blocks in order of last use. Each
+    class has a heap of its organisations, by the heads of their queues, so that only one block a
+    class is compared. A block costs O(log organisations).
 
     Args:
-        reserve: how many blocks of an organisation are spared.
+        reserve: returns how many blocks of an organisation are spared, by its tag.
     """
 
     def __init__(self, reserve: Callable[[bytes], int] = lambda org: 0) -> None:
@@ -33,10 +34,11 @@ class LifetimeShare:
         self._queues: dict[Place, OrderedDict[bytes, float]] = {}
         self._places: dict[bytes, Place] = {}
         self._held: Counter[bytes] = Counter()
-        # By whether they are spared, and class: the organisations, each under a time that no block
-        # of its queue was used before. Heads only grow younger, so the heaps may lag behind them.
+        # By (is spared, TTL): a heap of (time, organisation), where no block of that queue was
+        # used before that time. The heads of queues only grow younger, so a heap's times may be
+        # too early, and never too late.
         self._heaps: defaultdict[tuple[bool, int], list[tuple[float, bytes]]] = defaultdict(list)
-        # The times that count; what else is in the heaps is left over.
+        # The time of each queue that is in a heap. Heap items with other times are stale.
         self._listed: dict[tuple[bool, Place], float] = {}
 
     def __len__(self) -> int:
@@ -60,7 +62,7 @@ class LifetimeShare:
         self.enlist(place)
 
     def remove(self, key: bytes) -> None:
-        """Forget ``key``; one that is not known is ignored."""
+        """Remove ``key``; one that is not known is ignored."""
         place = self._places.pop(key, None)
         if place is None:
             return
@@ -71,19 +73,21 @@ class LifetimeShare:
                 self._listed.pop((spared, place), None)
         self._hold(place[1], -1)
 
-    def victims(self, count: int, now: float, spare: Callable[[bytes], bool]) -> list[bytes] | None:
-        """Return the ``count`` keys to evict first, most dispensable first, without removing them.
+    def victims(
+        self, count: int, now: float, must_stay: Callable[[bytes], bool]
+    ) -> list[bytes] | None:
+        """Return the keys to evict first, the most dispensable one first, without removing them.
 
         Args:
             count: how many.
             now: current time in seconds.
-            spare: tells of a key that must stay (in use, or part of the very request that needs
-                the room).
+            must_stay: whether a key may not be evicted: it is in use, or belongs to the very
+                request that needs the room.
 
         Returns:
-            None if fewer than ``count`` keys may go.
+            ``count`` keys; None if fewer may be evicted.
         """
-        selection = _Selection(self, now, spare)
+        selection = _Selection(self, now, must_stay)
         chosen: list[bytes] = []
         for spared in (False, True):
             while len(chosen) < count and (key := selection.take(spared)) is not None:
@@ -92,12 +96,12 @@ class LifetimeShare:
         return chosen if len(chosen) == count else None
 
     def victims_of(
-        self, org: bytes, count: int, now: float, spare: Callable[[bytes], bool]
+        self, org: bytes, count: int, now: float, must_stay: Callable[[bytes], bool]
     ) -> list[bytes]:
         """Return up to ``count`` keys of ``org`` to evict first; see `victims`."""
         queues = {
-            ttl_s: ((key, at) for key, at in self._queues[ttl_s, org].items() if not spare(key))
-            for ttl_s in self._classes()
+            ttl_s: ((key, at) for key, at in self._queues[ttl_s, org].items() if not must_stay(key))
+            for ttl_s in self.classes()
             if (ttl_s, org) in self._queues
         }
         heads = {ttl_s: head for ttl_s, queue in queues.items() if (head := next(queue, None))}
@@ -110,45 +114,51 @@ class LifetimeShare:
         return chosen
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Remove all keys."""
         for held in (self._queues, self._places, self._held, self._heaps, self._listed):
             held.clear()
 
-    # For `_Selection`.
+    def is_spared(self, org: bytes, evicted: int = 0) -> bool:
+        """Whether ``org`` holds no more than its reserve once ``evicted`` of its blocks are
+        evicted."""
+        return self._held[org] - evicted <= self._reserve(org)
 
-    def is_spared(self, org: bytes, gone: int = 0) -> bool:
-        """Whether ``org`` holds no more than its reserve, once ``gone`` of its blocks are gone."""
-        return self._held[org] - gone <= self._reserve(org)
+    # What follows is for `_Selection`.
+
+    def classes(self) -> Collection[int]:
+        """Return every TTL there was, in seconds."""
+        return {ttl_s for _, ttl_s in self._heaps}
 
     def queue(self, place: Place) -> Iterator[Head]:
-        """Return an iterator over a queue, oldest first."""
+        """Return an iterator over a queue, oldest use first."""
         return iter(self._queues.get(place, OrderedDict()).items())
 
     def first(self, spared: bool, ttl_s: int) -> tuple[float, bytes] | None:
-        """Return the first organisation of a heap, with its time; None if there is none."""
+        """Return the first item of a heap, ``(time, organisation)``; None if it is empty."""
         heap = self._heaps[spared, ttl_s]
         while heap and self._listed.get((spared, (ttl_s, heap[0][1]))) != heap[0][0]:
             heappop(heap)
         return heap[0] if heap else None
 
     def unlist(self, spared: bool, place: Place) -> None:
-        """Take the first organisation out of a heap."""
+        """Remove the first item of a heap, which is that of the queue at ``place``."""
         heappop(self._heaps[spared, place[0]])
         del self._listed[spared, place]
 
     def relist(self, spared: bool, place: Place, used_at: float) -> None:
-        """Give the first organisation of a heap a later time."""
+        """Give the first item of a heap, which is that of the queue at ``place``, a later time."""
         self._listed[spared, place] = used_at
         heapreplace(self._heaps[spared, place[0]], (used_at, place[1]))
 
     def enlist(self, place: Place) -> None:
-        """See to it that a queue is in the heap where it belongs, and not after its head."""
+        """Ensure that the queue at ``place``, if it has blocks, is in the heap where it belongs,
+        at no later time than that of its head."""
         head = next(self.queue(place), None)
         if head is not None:
             self.push(self.is_spared(place[1]), place, head[1])
 
     def push(self, spared: bool, place: Place, used_at: float) -> None:
-        """Put a queue into a heap, unless it is there already, and early enough."""
+        """Ensure that the queue at ``place`` is in a heap, at ``used_at`` or earlier."""
         listed = self._listed.get((spared, place))
         if listed is not None and listed <= used_at:
             return
@@ -156,6 +166,7 @@ class LifetimeShare:
         heap = self._heaps[spared, place[0]]
         heappush(heap, (used_at, place[1]))
         if len(heap) > 2 * len(self._queues) + 16:
+            # Most items are stale.
             heap[:] = [
                 (at, org)
                 for (kind, (ttl_s, org)), at in self._listed.items()
@@ -163,62 +174,61 @@ class LifetimeShare:
             ]
             heapify(heap)
 
-    def _classes(self) -> set[int]:
-        return {ttl_s for _, ttl_s in self._heaps}
-
     def _hold(self, org: bytes, blocks: int) -> None:
         was_spared = self.is_spared(org)
         self._held[org] += blocks
         if not self._held[org]:
             del self._held[org]
         elif self.is_spared(org) != was_spared:
-            for ttl_s in self._classes():
+            for ttl_s in self.classes():
                 self.enlist((ttl_s, org))
 
 
 class _Selection:
-    """One choice of victims. Those it has taken count as gone, and what must stay is passed over.
+    """One choice of victims. A block that was chosen counts as evicted from there on.
 
     Args:
-        order: what it chooses from. It must not change meanwhile.
+        order: what the victims are chosen from. It must not change meanwhile.
         now: current time in seconds.
-        spare: tells of a key that must stay.
+        must_stay: whether a key may not be chosen.
     """
 
-    def __init__(self, order: LifetimeShare, now: float, spare: Callable[[bytes], bool]) -> None:
+    def __init__(
+        self, order: LifetimeShare, now: float, must_stay: Callable[[bytes], bool]
+    ) -> None:
         self._order = order
         self._now = now
-        self._spare = spare
+        self._must_stay = must_stay
         self._queues: dict[Place, Iterator[Head]] = {}
         self._heads: dict[Place, Head | None] = {}
-        self._taken: Counter[bytes] = Counter()
+        self._chosen: Counter[bytes] = Counter()
 
     def take(self, spared: bool) -> bytes | None:
-        """Take the most dispensable block of the organisations that are spared, or are not; None
-        if there is none."""
-        found = [place for ttl_s in self._order._classes() if (place := self._first(spared, ttl_s))]
+        """Choose the most dispensable block of the organisations that are spared, or of those
+        that are not; None if there is none."""
+        found = [place for ttl_s in self._order.classes() if (place := self._first(spared, ttl_s))]
         if not found:
             return None
         place = max(found, key=self._share)
         key, _ = self._head(place)  # type: ignore[misc]
-        self._taken[place[1]] += 1
+        self._chosen[place[1]] += 1
         self._advance(place)
         return key
 
     def end(self) -> None:
-        """Put back into its place what was passed over, and what may not go in the end."""
+        """Put every queue back into its place in the heaps: nothing has been evicted yet."""
         for place in self._heads:
             self._order.enlist(place)
 
     def _first(self, spared: bool, ttl_s: int) -> Place | None:
-        """Return the queue with the oldest block that may be taken."""
+        """Return the queue with the oldest block that may be chosen."""
         while (listed := self._order.first(spared, ttl_s)) is not None:
             used_at, org = listed
             place = ttl_s, org
             head = self._head(place)
             if head is None:
                 self._order.unlist(spared, place)
-            elif self._order.is_spared(org, self._taken[org]) != spared:
+            elif self._order.is_spared(org, self._chosen[org]) != spared:
                 self._order.unlist(spared, place)
                 self._order.push(not spared, place, head[1])
             elif head[1] > used_at:
@@ -238,5 +248,5 @@ class _Selection:
         return self._heads[place]
 
     def _advance(self, place: Place) -> None:
-        rest = self._queues[place]
-        self._heads[place] = next((head for head in rest if not self._spare(head[0])), None)
+        queue = self._queues[place]
+        self._heads[place] = next((head for head in queue if not self._must_stay(head[0])), None)

@@ -1,12 +1,21 @@
-"""Why a block that was cached is cached no longer."""
+"""Why blocks that were cached once are cached no longer."""
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from enum import StrEnum
 
-from vllm_cachescope.cache.ledger import Reason
+MAX_RECORDS = 200_000
+"""How many evicted blocks are remembered: some 40 MB."""
 
-REMEMBERED_DEPARTURES = 200_000
-"""How many departed blocks are remembered: some 40 MB."""
+
+class EvictionReason(StrEnum):
+    """Why a block left a tier."""
+
+    TTL = "ttl"
+    CAPACITY = "capacity"
+    QUOTA = "quota"
+    PURGE = "purge"
+    RESET = "reset"
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,48 +24,54 @@ class EvictionRecord:
 
     Attributes:
         reason: why.
-        ttl_s: the lifetime it had, in seconds.
-        at: when, in seconds on the ledger's clock; for an expiry, the end of its lifetime and
-            not the moment when that was noticed.
-        tier: the tier that it left.
+        ttl_s: the lifetime that the block had, in seconds.
+        at: when, in seconds on the ledger's clock; for an expiry, the end of the block's lifetime
+            and not the moment when that was noticed.
+        tier: name of the tier, such as ``device``.
     """
 
-    reason: Reason
+    reason: EvictionReason
     ttl_s: int
     at: float
     tier: str
 
 
 class EvictionHistory:
-    """The most recent departures, by block key."""
+    """The most recent evictions, by block key.
 
-    def __init__(self, limit: int = REMEMBERED_DEPARTURES) -> None:
+    Args:
+        limit: how many are remembered; the oldest ones are dropped first.
+    """
+
+    def __init__(self, limit: int = MAX_RECORDS) -> None:
         self._limit = limit
-        self._departures: OrderedDict[bytes, EvictionRecord] = OrderedDict()
-        self._forgotten = False
+        # No `cachetools.FIFOCache`: it takes twice the memory and hides its oldest item.
+        self._records: OrderedDict[bytes, EvictionRecord] = OrderedDict()
+        self._is_complete = True
 
     def __len__(self) -> int:
-        return len(self._departures)
+        return len(self._records)
 
-    def record(self, key: bytes, departure: EvictionRecord) -> None:
-        """Note that the block ``key`` is gone; its last departure counts."""
-        self._departures.pop(key, None)
-        self._departures[key] = departure
-        if len(self._departures) > self._limit:
-            self._departures.popitem(last=False)
-            self._forgotten = True
+    def record(self, key: bytes, eviction: EvictionRecord) -> None:
+        """Note that the block ``key`` was evicted, in place of its earlier record."""
+        self._records.pop(key, None)
+        self._records[key] = eviction
+        if len(self._records) > self._limit:
+            self._records.popitem(last=False)
+            self._is_complete = False
 
     def find(self, key: bytes) -> EvictionRecord | None:
-        """Return how the block ``key`` went; None if it never came, or went too long ago."""
-        return self._departures.get(key)
+        """Return how the block ``key`` was evicted; None if it never was, or too long ago."""
+        return self._records.get(key)
 
     @property
     def since(self) -> float | None:
-        """When the oldest departure was that is still known; None if none was forgotten."""
-        if not self._forgotten or not self._departures:
+        """When the oldest eviction happened that is still remembered, in seconds on the ledger's
+        clock; None if all are."""
+        if self._is_complete or not self._records:
             return None
-        return next(iter(self._departures.values())).at
+        return next(iter(self._records.values())).at
 
-    def returned(self, key: bytes) -> None:
-        """Note that the block ``key`` is cached again."""
-        self._departures.pop(key, None)
+    def drop(self, key: bytes) -> None:
+        """Drop the record of the block ``key``: it is cached again."""
+        self._records.pop(key, None)

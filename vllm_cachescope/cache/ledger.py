@@ -3,20 +3,9 @@
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from enum import StrEnum
 
 from vllm_cachescope.cache.eviction import LifetimeShare
 from vllm_cachescope.tenancy.owner_tags import NOBODY, org_of
-
-
-class Reason(StrEnum):
-    """Why a block left a tier."""
-
-    TTL = "ttl"
-    CAPACITY = "capacity"
-    QUOTA = "quota"
-    PURGE = "purge"
-    RESET = "reset"
 
 
 @dataclass(slots=True)
@@ -24,10 +13,11 @@ class Entry:
     """A cached block.
 
     Attributes:
-        ttl_s: the longest lifetime it was ever marked with, in seconds.
-        expires_at: when it expires unless used before, on the ledger's clock, in seconds.
-        owner: whose it is; see `owners`.
-        tiers: names of the tiers that hold it.
+        ttl_s: the longest TTL that the block ever had, in seconds.
+        expires_at: when the block expires unless it is used before, in seconds on the ledger's
+            clock.
+        owner: whose the block is; see `owner_tags`.
+        tiers: names of the tiers that hold the block.
     """
 
     ttl_s: int
@@ -37,13 +27,13 @@ class Entry:
 
 
 class Ledger:
-    """The lifetimes of all blocks this engine knows, whatever tier holds them.
+    """The lifetimes of all blocks that this engine knows, whatever tier holds them.
 
-    A lifetime belongs to a block's identity and not to one of its copies: a use on any tier
-    refreshes it on all, and once it has expired no tier may serve it. Every operation is O(1)
-    per block: in each TTL class the order of last use is the order of expiry.
+    A lifetime belongs to a block's hash and not to one of its copies: a use on any tier refreshes
+    the block on all tiers, and once the block has expired no tier may serve it. Every operation
+    is O(1) per block: in each TTL class the order of last use is the order of expiry.
 
-    Time is a parameter and may stand still; it must not run backwards.
+    Time is a parameter, in seconds. It may stand still and must not run backwards.
     """
 
     def __init__(self) -> None:
@@ -61,7 +51,7 @@ class Ledger:
         return key in self._entries
 
     def follow(self, tier: str, order: LifetimeShare) -> None:
-        """Keep ``order`` as ``tier`` holds blocks and they are used, from here on."""
+        """From here on keep ``order`` true to what ``tier`` holds and when that is used."""
         self._orders[tier] = order
 
     def get(self, key: bytes) -> Entry | None:
@@ -76,9 +66,8 @@ class Ledger:
     def touch(self, key: bytes, ttl_s: int, now: float, owner: bytes = NOBODY) -> bool:
         """Start or refresh the lifetime of ``key``; the longer of its old and new TTL counts.
 
-        The caller must have dropped expired entries first: touching one would revive it.
-        Blocks of one prompt are to be touched from the last to the first, so that under
-        pressure a prefix loses its end before its beginning.
+        Call `pop_expired` first: touching an expired entry would revive it. Touch the blocks of a
+        prompt from the last to the first, so that the end of a prefix is evicted first.
 
         Returns:
             True if the key was not known before.
@@ -116,14 +105,14 @@ class Ledger:
                 order.use(key, entry.ttl_s, used_at, org_of(entry.owner))
 
     def displace(self, key: bytes, tier: str) -> None:
-        """Note that ``tier`` no longer holds ``key``; a key that no tier holds is forgotten."""
+        """Note that ``tier`` no longer holds ``key``; drop the entry if no other tier does."""
         entry = self._entries.get(key)
         if entry is None or tier not in entry.tiers:
             return
         entry.tiers.remove(tier)
-        self._left(key, entry, tier)
+        self._displaced(key, entry, tier)
         if not entry.tiers:
-            self._forget(key, entry)
+            self._drop(key, entry)
 
     def pop_expired(self, now: float) -> list[tuple[bytes, Entry]]:
         """Remove and return every entry whose lifetime is over."""
@@ -133,7 +122,7 @@ class Ledger:
                 key, entry = next(iter(queue.items()))
                 if entry.expires_at > now:
                     break
-                self._remove(key, entry)
+                self._drop_everywhere(key, entry)
                 expired.append((key, entry))
         return expired
 
@@ -147,24 +136,25 @@ class Ledger:
             if (entry := self._entries[key]).owner.startswith(prefix)
         ]
         for key, entry in purged:
-            self._remove(key, entry)
+            self._drop_everywhere(key, entry)
         return purged
 
     def clear_tier(self, tier: str) -> list[tuple[bytes, int]]:
-        """Note that ``tier`` was emptied; return the keys it held and their TTLs in seconds."""
+        """Note that ``tier`` was emptied; return ``(key, ttl_s)`` of each block that it held."""
         held = [(key, entry.ttl_s) for key, entry in self._entries.items() if tier in entry.tiers]
         for key, _ in held:
             self.displace(key, tier)
         return held
 
     def resident(self) -> Iterator[tuple[str, int, int]]:
-        """Yield ``(tier, ttl_s, blocks)`` for every tier and TTL class ever seen, zeros included:
-        a gauge that is not written keeps its last value."""
+        """Yield ``(tier, ttl_s, blocks)`` for every tier and TTL class there ever was. Those with
+        no blocks are included, since a gauge that is not set keeps its last value."""
         for (tier, ttl_s), blocks in self._resident.items():
             yield tier, ttl_s, blocks
 
     def held(self, tier: str) -> dict[bytes, int]:
-        """Return how many blocks of each organisation ``tier`` holds, by its tag."""
+        """Return how many blocks of each organisation ``tier`` holds, by the organisation's
+        tag."""
         return dict(self._held.get(tier, ()))
 
     def _count(self, tier: str, entry: Entry, blocks: int) -> None:
@@ -177,17 +167,17 @@ class Ledger:
     def _class(self, ttl_s: int) -> OrderedDict[bytes, Entry]:
         return self._by_ttl.setdefault(ttl_s, OrderedDict())
 
-    def _remove(self, key: bytes, entry: Entry) -> None:
+    def _drop_everywhere(self, key: bytes, entry: Entry) -> None:
         for tier in entry.tiers:
-            self._left(key, entry, tier)
-        self._forget(key, entry)
+            self._displaced(key, entry, tier)
+        self._drop(key, entry)
 
-    def _left(self, key: bytes, entry: Entry, tier: str) -> None:
+    def _displaced(self, key: bytes, entry: Entry, tier: str) -> None:
         self._count(tier, entry, -1)
         if (order := self._orders.get(tier)) is not None:
             order.remove(key)
 
-    def _forget(self, key: bytes, entry: Entry) -> None:
+    def _drop(self, key: bytes, entry: Entry) -> None:
         del self._entries[key]
         del self._by_ttl[entry.ttl_s][key]
         org = org_of(entry.owner)

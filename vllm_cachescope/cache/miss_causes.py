@@ -1,11 +1,9 @@
 """Why tokens that an earlier request had were not read: what the engine and its tiers know."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
 
-from vllm_cachescope.cache.ledger import Reason
+from vllm_cachescope.cache.eviction_history import EvictionReason, EvictionRecord
 
 
 class MissCause(StrEnum):
@@ -27,14 +25,15 @@ class MissCause(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class CacheMiss:
-    """Tokens the engine looked for and did not find, or could not have kept.
+    """Tokens that the engine looked for and did not find, or could not have kept.
 
     Attributes:
         cause: why.
-        tokens: how many. What follows a missing block counts, since no prefix reaches it.
-        tier: the tier that knows, if one does.
-        ttl_s: the lifetime that they had, in seconds, where one is known.
-        age_s: seconds since they expired or were evicted.
+        tokens: how many. The tokens behind a missing block count too, since a cached prefix ends
+            at the first block that is missing.
+        tier: name of the tier that knows the cause; None if none does.
+        ttl_s: the lifetime that their blocks had, in seconds; None if it is not known.
+        age_s: seconds since their blocks expired or were evicted; None if that is not known.
         detail: what else is known, in a few words: "not covered by a breakpoint".
     """
 
@@ -46,27 +45,37 @@ class CacheMiss:
     detail: str | None = None
 
     def continues(self, other: "CacheMiss") -> bool:
-        """Whether ``other`` is the same of further tokens, at whatever time that was."""
-        return replace(self, tokens=0, age_s=None) == replace(other, tokens=0, age_s=None)
-
-    def to_wire(self) -> list[Any]:
-        """Return it as plain data."""
-        return [str(self.cause), self.tokens, self.tier, self.ttl_s, self.age_s, self.detail]
-
-    @classmethod
-    def from_wire(cls, data: Sequence[Any]) -> "CacheMiss":
-        """Return what `to_wire` made."""
-        return cls(MissCause(data[0]), *data[1:])
+        """Whether both have the same cause, tier, TTL and detail; their ages may differ."""
+        # Field by field, since the engine compares the misses of thousands of blocks.
+        return (
+            self.cause is other.cause
+            and self.tier == other.tier
+            and self.ttl_s == other.ttl_s
+            and self.detail == other.detail
+        )
 
 
 _DETAILS = {
-    Reason.QUOTA: "the organisation's quota was full",
-    Reason.PURGE: "it was purged",
-    Reason.RESET: "the cache was reset",
+    EvictionReason.QUOTA: "the organisation's quota was full",
+    EvictionReason.PURGE: "it was purged",
+    EvictionReason.RESET: "the cache was reset",
 }
 
 
-def departed(reason: Reason, tokens: int, tier: str | None, ttl_s: int, age_s: float) -> CacheMiss:
-    """Return the miss of tokens that left ``tier`` for ``reason``, ``age_s`` seconds ago."""
-    cause = MissCause.EXPIRED if reason is Reason.TTL else MissCause.EVICTED
-    return CacheMiss(cause, tokens, tier, ttl_s, age_s, _DETAILS.get(reason))
+def eviction_miss(eviction: EvictionRecord, tokens: int, now: float) -> CacheMiss:
+    """Return the miss of ``tokens`` tokens whose block was evicted.
+
+    Args:
+        eviction: how.
+        tokens: how many.
+        now: the time in seconds, on the ledger's clock.
+    """
+    expired = eviction.reason is EvictionReason.TTL
+    return CacheMiss(
+        MissCause.EXPIRED if expired else MissCause.EVICTED,
+        tokens,
+        eviction.tier,
+        eviction.ttl_s,
+        now - eviction.at,
+        _DETAILS.get(eviction.reason),
+    )

@@ -2,43 +2,43 @@
 
 from collections import deque
 
-LEAST_TOKENS = 128
-"""A step with fewer tokens says little: its time hardly depends on them."""
+MIN_TOKENS = 128
+"""Steps with fewer tokens are left out: how long they take hardly depends on the tokens."""
 
-NEWEST_SHARE = 0.3
-"""What the newest step counts for in the average."""
+NEWEST_WEIGHT = 0.3
+"""What the newest step counts for in the moving average."""
 
 
 class PrefillRate:
-    """Follows the engine's steps. A step may begin before the one before it has ended.
+    """A moving average over the engine's steps. A step may begin before the last one has ended.
 
     Attributes:
-        tokens_per_s: the moving average of the steps' tokens per second; None before the first.
+        tokens_per_s: the average of the steps' tokens per second; None before the first step.
     """
 
     def __init__(self) -> None:
         self.tokens_per_s: float | None = None
-        self._begun: deque[tuple[float, int]] = deque()
+        self._under_way: deque[tuple[float, int]] = deque()
         self._last_end = float("-inf")
 
-    def began(self, now: float, tokens: int) -> None:
-        """A step of ``tokens`` tokens began at ``now``, in seconds."""
-        self._begun.append((now, tokens))
+    def step_began(self, now: float, tokens: int) -> None:
+        """Note that a step of ``tokens`` tokens began at ``now``, in seconds."""
+        self._under_way.append((now, tokens))
 
-    def ended(self, now: float) -> None:
-        """The first step that had not ended yet ended at ``now``, in seconds."""
-        if not self._begun:
+    def step_ended(self, now: float) -> None:
+        """Note that the oldest step under way ended at ``now``, in seconds."""
+        if not self._under_way:
             return
-        began, tokens = self._begun.popleft()
+        began, tokens = self._under_way.popleft()
         seconds = now - max(began, self._last_end)
         self._last_end = now
-        if tokens < LEAST_TOKENS or seconds <= 0:
+        if tokens < MIN_TOKENS or seconds <= 0:
             return
         newest = tokens / seconds
-        known = self.tokens_per_s or newest
-        self.tokens_per_s = known + NEWEST_SHARE * (newest - known)
+        average = self.tokens_per_s or newest
+        self.tokens_per_s = average + NEWEST_WEIGHT * (newest - average)
 
-    def seconds(self, tokens: int) -> float:
-        """Return how long computing ``tokens`` tokens would take, in seconds; 0 if that is not
-        known."""
+    def seconds_for(self, tokens: int) -> float:
+        """Return how long the engine takes to compute ``tokens`` tokens, in seconds; 0 before the
+        first step."""
         return tokens / self.tokens_per_s if self.tokens_per_s else 0.0

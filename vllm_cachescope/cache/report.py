@@ -1,10 +1,12 @@
-"""What happened to one prompt's tokens, as the engine saw it."""
+"""What became of one prompt's tokens, as the engine saw it."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
+
+import msgspec
 
 from vllm_cachescope.cache.miss_causes import CacheMiss
 from vllm_cachescope.prompt.plan import Plan
@@ -42,11 +44,12 @@ class EngineId:
     """Which engine a prompt ran on.
 
     Attributes:
-        rank: its number among the engines behind one API server.
-        epoch: made up when it started: another one means that its memory was lost in between.
-        hashing: a digest of the settings that block hashes depend on. Engines that differ in it
-            find nothing of each other's in a tier that they share.
-        tiers: names of the tiers that it shares with other engines.
+        rank: the engine's number among those behind one API server, from 0.
+        epoch: made up when the engine starts. Two epochs of one rank mean that the engine was
+            restarted in between, and its device and CPU tier emptied.
+        hashing: a digest of the settings that block hashes depend on. Engines with different
+            digests find none of each other's blocks in a tier that they share.
+        tiers: names of the tiers that the engine shares with other engines.
     """
 
     rank: int
@@ -60,14 +63,14 @@ class Report:
     """What became of one prompt.
 
     Attributes:
-        rows: its tokens by outcome, scope and TTL class; they add up to the prompt.
-        misses: what it might have read in addition, in prompt order from where it stopped to
-            read. They end where the engine has never seen the prompt's tokens.
-        unasked: why a shared tier could not be asked for what comes then, with no tokens; None
-            if all of them were asked.
-        engine: where it ran; None for an estimate, before the engine has said anything.
-        reach_s: how long ago the first thing happened that the engine still remembers, in
-            seconds; None if it remembers everything.
+        rows: the prompt's tokens by outcome, scope and TTL class; they add up to the prompt.
+        misses: the tokens behind those that were read, in prompt order, up to the first block
+            that this engine has never seen.
+        unasked: why a shared tier could not be asked for that block, a miss of 0 tokens; None if
+            all tiers were asked.
+        engine: where the prompt ran; None in an estimate that the API process makes.
+        reach_s: seconds since the oldest eviction that the engine remembers; None if it remembers
+            all of them.
     """
 
     rows: tuple[Row, ...]
@@ -100,30 +103,17 @@ class Report:
         return dict(created)
 
     def to_wire(self) -> dict[str, Any]:
-        """Return the report as plain data, for the way from the engine to the API."""
-        engine = self.engine
-        return {
-            "rows": [[r.outcome, int(r.scope), r.ttl_s, r.tokens] for r in self.rows],
-            "misses": [miss.to_wire() for miss in self.misses],
-            "unasked": self.unasked and self.unasked.to_wire(),
-            "engine": engine and [engine.rank, engine.epoch, engine.hashing, list(engine.tiers)],
-            "reach_s": self.reach_s,
-        }
+        """Return the report as plain data, for the way from the engine to the API process."""
+        wire: dict[str, Any] = msgspec.to_builtins(self)
+        return wire
 
     @classmethod
     def from_wire(cls, data: Mapping[str, Any]) -> "Report":
-        """Return the report `to_wire` made."""
-        unasked, engine = data["unasked"], data["engine"]
-        return cls(
-            tuple(Row(o, Scope(s), ttl, n) for o, s, ttl, n in data["rows"]),
-            tuple(map(CacheMiss.from_wire, data["misses"])),
-            CacheMiss.from_wire(unasked) if unasked else None,
-            EngineId(engine[0], engine[1], engine[2], tuple(engine[3])) if engine else None,
-            data["reach_s"],
-        )
+        """Return the report that `to_wire` was called on."""
+        return msgspec.convert(data, cls)
 
 
-def account(
+def attribute_tokens(
     plan: Plan,
     block_size: int,
     read: Iterable[tuple[str, int]],
@@ -136,6 +126,9 @@ def account(
         block_size: tokens per block.
         read: ``(outcome, tokens)`` of what was read, in prompt order from the first token.
         created_blocks: indices of the blocks that this prompt newly cached under a breakpoint.
+
+    Returns:
+        A report with rows and nothing else.
     """
     prompt_tokens = plan.spans[-1].end
     ranges: list[tuple[int, int, str]] = []
@@ -157,7 +150,7 @@ def account(
     for span_start, span_end, span in plan.ranges(block_size):
         ttl_s = span.ttl_s if span.covered else 0
         for start, end, outcome in ranges:
-            overlap = min(end, span_end) - max(start, span_start)
-            if overlap > 0:
-                rows[outcome, span.scope, ttl_s] += overlap
+            tokens = min(end, span_end) - max(start, span_start)
+            if tokens > 0:
+                rows[outcome, span.scope, ttl_s] += tokens
     return Report(tuple(Row(*key, tokens) for key, tokens in rows.items()))

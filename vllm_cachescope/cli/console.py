@@ -1,4 +1,4 @@
-"""Prints what a command has found."""
+"""Prints what a command has found, in colours where it stands on a terminal."""
 
 from collections.abc import Callable
 
@@ -6,11 +6,11 @@ from rich.console import Console
 
 
 def show(render: Callable[[Console], None]) -> None:
-    """Print what ``render`` writes to the console it is given.
+    """Print what ``render`` writes to the console that it is called with.
 
     Raises:
-        BrokenPipeError: if nobody reads on. Rich itself would end the program there, and with 1,
-            which to a command means that it found something.
+        BrokenPipeError: if nobody reads on. Rich itself would end the program there with status 1,
+            which of ``explain`` and ``lint`` means that they found something.
     """
     console = Console()
     with console.capture() as rendered:

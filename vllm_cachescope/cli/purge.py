@@ -1,4 +1,4 @@
-"""The command ``cachescope purge``: has running servers forget entries."""
+"""``cachescope purge``: purges entries of running servers."""
 
 import argparse
 import json
@@ -13,18 +13,17 @@ TOKEN_VARIABLE = "CACHESCOPE_OPERATOR_TOKEN"
 
 DEFAULT_URL = "http://localhost:8000"
 
-_PATIENCE_S = 180
-"""How long a server may take, in seconds: longer than it gives its slowest tier."""
+_TIMEOUT_S = 180  # a server may take this long: longer than it gives its slowest tier
 
 
-def add_command(commands: Any) -> None:
-    """Add the command to the parsers of ``cachescope``."""
-    parser = commands.add_parser(
+def add_command(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add ``purge`` to the command line; ``run(args)`` of the parsed arguments runs it."""
+    parser = subparsers.add_parser(
         "purge",
-        help="have running servers forget cached entries",
-        description="Has servers forget the entries of an organisation, of one of its sessions, "
-        "or all, on every tier, and says how many. Name every replica: each has a device and a "
-        "CPU tier of its own. The exit status is 1 if a server or a tier could not be reached.",
+        help="purge cached entries of running servers",
+        description="Purges the entries of an organisation, of one of its sessions, or all, on "
+        "every tier, and says how many. Name every replica: each has a device and a CPU tier of "
+        "its own. The exit status is 1 if a server or a tier could not be reached.",
     )
     parser.add_argument(
         "--org",
@@ -66,8 +65,14 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
 
 
 def purge(url: str, body: dict[str, object], token: str | None) -> bool:
-    """Have the server at ``url`` forget what ``body`` names, and print what it says; return
-    whether all of its tiers were reached."""
+    """Purge entries of one server and print how many. Return whether all of its tiers were
+    reached.
+
+    Args:
+        url: the server's address, as in ``http://localhost:8000``.
+        body: what to purge, as ``POST /cachescope/purge`` takes it.
+        token: the bearer token; None for none.
+    """
     headers = {"content-type": "application/json"}
     if token:
         headers["authorization"] = f"Bearer {token}"
@@ -92,13 +97,13 @@ def purge(url: str, body: dict[str, object], token: str | None) -> bool:
 
 
 def _answer(request: urllib.request.Request) -> dict[str, Any]:
-    """Return what the server says; also where it refuses.
+    """Return the server's JSON answer, which may be a refusal.
 
     Raises:
-        OSError: if there is no server, or one that does not know of purges.
+        OSError: if there is no server, or its answer is not one of CacheScope's.
     """
     try:
-        with urllib.request.urlopen(request, timeout=_PATIENCE_S) as response:
+        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response:
             answer = json.load(response)
     except urllib.error.HTTPError as error:
         try:

@@ -1,12 +1,12 @@
-"""Reads recorded traffic: request bodies, plain-text traces, traces of block hashes.
+"""Reads recorded traffic: request bodies, text traces, block traces.
 
-A file holds one JSON object a line, gzipped if its name ends in ``.gz``. Which of these a line
-is shows in its keys:
+A file holds one JSON object a line, gzipped if its name ends in ``.gz``. The keys of a line show
+which format it has:
 
 - the body of a Messages, Chat, Responses or Completions request;
-- an envelope around one: ``body`` or ``request``, with ``timestamp``, ``session_id``, ``headers``,
-  ``path`` (or ``url``, as OpenAI's batch files have it) and ``response_id`` as far as they are
-  known;
+- an envelope around such a body: ``body`` or ``request``, with ``timestamp``, ``session_id``,
+  ``headers``, ``path`` (or ``url``, as OpenAI's batch files have it) and ``response_id`` as far as
+  they are known;
 - a call of a text trace: ``input`` (the whole prompt as text), ``timestamp``, ``session_id``;
 - a call of a block trace, as Mooncake publishes them: ``hash_ids`` (one per 512 tokens, equal for
   equal prefixes), ``input_length`` and ``timestamp`` in milliseconds.
@@ -24,19 +24,21 @@ from pathlib import Path
 from typing import Any
 
 from vllm_cachescope import wire
-from vllm_cachescope.api.diagnostics import extra_fields
+from vllm_cachescope.config import Config
 from vllm_cachescope.errors import BadRequest
 from vllm_cachescope.prompt.request import Part, PromptRequest, Protocol, Region
 from vllm_cachescope.tenancy.caller import SESSION_HEADERS
+from vllm_cachescope.wire.extras import extra_fields
 
 BLOCK_TOKENS = 512
 """Tokens per hash id in Mooncake's traces."""
 
-_TTLS = (300, 1800, 3600, 43200, 86400)
+_TTLS = Config().allowed_ttls  # those that a server accepts by default
 _MAX_SECONDS = 253_402_300_800.0  # the year 10000: no time of day is later
 
-# Which of the two a body of messages is, where neither its tools nor its messages show it: the
-# fields of one in the `openai` and `anthropic` packages and vLLM that the other does not have.
+# A body with `messages` is Chat or Messages. Where neither its tools nor its messages show which,
+# these fields do: those that only one of the two formats has in the `openai` and `anthropic`
+# packages and in vLLM.
 _CHAT_FIELDS = frozenset(
     {
         *("add_generation_prompt", "add_special_tokens", "audio", "chat_template"),
@@ -69,12 +71,12 @@ class Call:
 
     Attributes:
         source: file and line, as in ``logs/traffic.jsonl:12``.
-        at: when it was made, in seconds; None if not recorded, or no time that can be.
+        at: when the call was made, in Unix seconds; None if not recorded, or not a possible time.
         session: the session it belongs to; None if it names none.
-        request: what it asked.
-        extra: what else to compare, as `wire.diagnostics.extra_fields` has it.
-        text: the whole prompt, of a text trace.
-        response_id: the id of its response, if recorded.
+        request: the prompt and its breakpoints.
+        extra: what else in body and headers to compare; see `extra_fields`.
+        text: the whole prompt, in a text trace; otherwise None.
+        response_id: the id of its response; None if not recorded.
     """
 
     source: str
@@ -91,10 +93,10 @@ class BlockCall:
     """A call of a block trace.
 
     Attributes:
-        source: file and line.
-        at: when it was made, in seconds.
-        tokens: length of the prompt.
-        blocks: an id for each block of `BLOCK_TOKENS`, the last one perhaps not full.
+        source: file and line, as in ``logs/trace.jsonl:12``.
+        at: when the call was made, in seconds since the start of the trace.
+        tokens: length of the prompt, in tokens.
+        blocks: a hash id for each block of `BLOCK_TOKENS` tokens; the last block may be partial.
     """
 
     source: str
@@ -130,9 +132,9 @@ def read_traffic(path: Path) -> list[Call] | list[BlockCall]:
 def text_request(text: str) -> PromptRequest:
     """Return the prompt ``text`` as a request whose parts are its paragraphs.
 
-    A paragraph that begins with a role and a colon begins a turn of that role; leading turns of
-    ``system`` are the system prompt. A path is the turn's number and the paragraph's offset in
-    characters: ``input[2]@1834``.
+    A paragraph such as ``user: Hello`` begins a turn of that role; leading turns of ``system`` are
+    the system prompt. A part's path is the turn's number and the paragraph's offset in characters:
+    ``input[2]@1834``.
     """
     parts: list[Part] = []
     offset, turn, role, leading = 0, 0, None, True
@@ -152,11 +154,11 @@ def protocol_of(body: Mapping[str, Any], path: str | None = None) -> Protocol:
 
     Args:
         body: the body.
-        path: the path or URL it was sent to, if known. Without it the fields decide; a body that
-            is legal in both Messages and Chat means the same in both.
+        path: the path or URL the body was sent to, if known. Without a path the fields decide; a
+            body that is legal in both Messages and Chat means the same in both.
 
     Raises:
-        ValueError: if it is none.
+        ValueError: if the body has none of the four formats.
     """
     if path is not None and (protocol := _served_at(path)) is not None:
         return protocol
@@ -172,7 +174,7 @@ def protocol_of(body: Mapping[str, Any], path: str | None = None) -> Protocol:
 
 def _served_at(path: str) -> Protocol | None:
     path = path.partition("?")[0]
-    # A gateway may put a prefix of its own before it; Azure has no v1 in
+    # A gateway may put a prefix of its own in front of the path. Azure has no v1 in
     # /openai/deployments/NAME/chat/completions, nor in the /chat/completions of its batch files.
     tail = "/".join(path.strip("/").split("/")[-2:])
     candidates = (path, f"/{tail}", f"/v1/{tail}")
@@ -222,7 +224,7 @@ def _lines(lines: Iterable[bytes], path: Path) -> Iterator[bytes]:
 
 
 def _call(source: str, record: Mapping[str, Any]) -> Call | None:
-    """Return the call in ``record``; None if it went to an endpoint that has no prompt to read."""
+    """Return the call in ``record``; None if it went to an endpoint that takes no prompt."""
     at, session = _seconds(record.get("timestamp")), _text(record.get("session_id"))
     text = record.get("input")
     if isinstance(text, str) and "model" not in record:
@@ -294,6 +296,6 @@ def _seconds(value: object) -> float | None:
 
 
 def _in_range(value: float, unit: float) -> float | None:
-    """Return ``value / unit`` seconds; None if that is no time: not finite, or past any year."""
+    """Return ``value / unit`` seconds; None if that is not finite or past the year 9999."""
     # An integer of hundreds of digits can be compared with a float, but not made one.
     return value / unit if abs(value) < _MAX_SECONDS * unit else None

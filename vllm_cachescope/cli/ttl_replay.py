@@ -1,4 +1,4 @@
-"""Which prefixes of recorded traffic a cache would still have had: those used recently enough."""
+"""Replays TTLs over recorded traffic: which prefixes a cache would still have had."""
 
 import math
 import sys
@@ -14,12 +14,14 @@ from vllm_cachescope.diagnosis.prefix_match import match_prefix
 
 @dataclass(frozen=True, slots=True)
 class _Use:
-    """A call as far as it keeps something in the cache.
+    """What one call keeps in the cache.
 
     Attributes:
-        fingerprint: its prompt.
-        at: when it was made, in seconds.
-        kept: how many of its leading tokens it keeps for each lifetime, in seconds.
+        fingerprint: the call's prompt.
+        at: when the call was made, in seconds.
+        kept: how many leading tokens of the prompt are kept for which TTL: tokens by TTL in
+            seconds. ``{3600: 4000, 300: 9000}`` keeps 4,000 tokens for an hour and the next 5,000
+            for five minutes.
     """
 
     fingerprint: Fingerprint
@@ -28,14 +30,14 @@ class _Use:
 
 
 class TtlReplay:
-    """Which prefixes of a session are still cached: those that any call used recently enough.
+    """The prefixes of one session that are still cached: those that a call used within their TTL.
 
-    As in the ledger of the server, a use refreshes all that two prompts share, and the longest
-    lifetime counts that any call gave it.
+    As in the server's ledger, a use refreshes the whole prefix that two prompts share, and of
+    several TTLs that calls gave a prefix the longest counts.
 
     Args:
-        ttl_s: the lifetime in seconds of what names none.
-        calls: how many of the latest calls are remembered.
+        ttl_s: TTL in seconds of a breakpoint that names none.
+        calls: how many of the latest calls are kept.
     """
 
     def __init__(self, ttl_s: float, calls: int) -> None:
@@ -43,46 +45,53 @@ class TtlReplay:
         self._uses: deque[_Use] = deque(maxlen=calls)
 
     def use(self, placement: LineagePlacement) -> list[CacheMiss]:
-        """Note a call and return what of its shared tokens had expired, in prompt order."""
-        now, kept = placement.node.at, self._asked(placement.node.fingerprint)
-        left = self._left(placement)
+        """Record a call. Return what had expired of the tokens it shares with earlier calls, in
+        prompt order.
+
+        Args:
+            placement: where the call stands among those of its session. The call's time is in
+                seconds.
+        """
+        now, kept = placement.node.at, self._kept(placement.node.fingerprint)
+        stored = self._stored(placement)
         read = 0
-        for tokens, ttl_s, at in left:
+        for tokens, ttl_s, at in stored:
             if now - at <= ttl_s:
                 read = max(read, tokens)
                 kept[ttl_s] = max(tokens, kept.get(ttl_s, 0))
         self._uses.append(_Use(placement.node.fingerprint, now, kept))
         misses: list[CacheMiss] = []
         while read < placement.shared_tokens:
-            # Of several lifetimes that the next token had, the one that ended last was its end.
-            behind = [one for one in left if one[0] > read]
+            # The next token may have been stored several times: what expired last was its end.
+            behind = [one for one in stored if one[0] > read]
             end, ttl_s, at = max(behind, key=lambda one: one[1] + one[2])
             age_s = round(now - at - ttl_s, 3)
             misses.append(CacheMiss(MissCause.EXPIRED, end - read, ttl_s=round(ttl_s), age_s=age_s))
             read = end
         return misses
 
-    def _asked(self, new: Fingerprint) -> dict[float, int]:
-        """Return how many leading tokens are to be kept for how long, by what the client asked."""
+    def _kept(self, new: Fingerprint) -> dict[float, int]:
+        """Return what a call keeps by its breakpoints, as in `_Use.kept`."""
         default = new.ttl_s or self._ttl_s
         kept: dict[float, int] = {}
         shortest = math.inf
-        # Past the last breakpoint, everything: estimates do not agree on where a prompt ends.
+        # Past the last breakpoint all of the prompt: two estimates of its length may differ.
         marks = [(new.ends[mark.part], mark.ttl_s) for mark in new.marks]
         for tokens, ttl_s in (*marks, (sys.maxsize, None)):
             shortest = min(shortest, ttl_s or default)
             kept[shortest] = tokens
         return kept
 
-    def _left(self, placement: LineagePlacement) -> list[tuple[int, float, float]]:
-        """Return what earlier calls left of what a call shares: tokens, lifetime, last use."""
+    def _stored(self, placement: LineagePlacement) -> list[tuple[int, float, float]]:
+        """Return what earlier calls stored of the prefix that a call shares with them, as
+        ``(leading tokens, TTL in seconds, time of last use)``, expired or not."""
         new, shared = placement.node.fingerprint, placement.shared_tokens
-        left: list[tuple[int, float, float]] = []
+        stored: list[tuple[int, float, float]] = []
         for use in reversed(self._uses):
             common = min(match_prefix(use.fingerprint, new).tokens, shared)
-            left += [(min(tokens, common), ttl_s, use.at) for ttl_s, tokens in use.kept.items()]
+            stored += [(min(tokens, common), ttl_s, use.at) for ttl_s, tokens in use.kept.items()]
             if common == shared:
-                return left  # It refreshed what those before it had left.
+                return stored  # This call refreshed what the calls before it had stored.
         if placement.ancestor is not None:
-            left.append((shared, self._ttl_s, placement.ancestor.at))
-        return left
+            stored.append((shared, self._ttl_s, placement.ancestor.at))
+        return stored

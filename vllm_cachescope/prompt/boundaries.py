@@ -1,9 +1,9 @@
 """Where in a prompt's tokens a part of the request ends.
 
-A token may be shared as widely as a part only if it is a function of that part and what precedes
-it. Rendering and tokenising the request with everything after the part removed gives such a
-function; the tokens it has in common with the real prompt, from the start, are that safe prefix,
-whatever the chat template does.
+A token may be shared as widely as a part only if it depends on nothing after that part. To find
+these tokens the request is rendered and tokenised once more, with everything after the part left
+out. The tokens that this shorter prompt and the real one have in common, from the start, depend on
+nothing after the part, whatever the chat template does.
 """
 
 import re
@@ -11,16 +11,16 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-_CLOSING = 64  # elements of a rendering that may come of its having been cut off
+_CLOSING = 64  # elements at the end of a shortened rendering that close its template
 
 
 def common_prefix(a: Sequence[object], b: Sequence[object]) -> int:
     """Return how many leading elements two strings or lists share.
 
-    A binary search by slices: the comparing is done by the interpreter, not in a loop.
+    A binary search over slices: the interpreter compares them faster than a loop would.
     """
     low, high = 0, min(len(a), len(b))
-    # Renderings that part do so near the end of the shorter one: with what closes a template.
+    # Two renderings usually differ near the end of the shorter one, in what closes its template.
     near = max(0, high - _CLOSING)
     if a[:near] == b[:near]:
         low = near
@@ -37,8 +37,8 @@ class Landmark(NamedTuple):
     """A special token in a prompt.
 
     Attributes:
-        start: the character of the prompt's text at which it starts.
-        end: the character after it.
+        start: where it starts in the prompt's text, in characters.
+        end: just past its last character.
         token: its position in the prompt's tokens.
     """
 
@@ -50,8 +50,8 @@ class Landmark(NamedTuple):
 class SpecialTokens:
     """The tokens a tokenizer cuts out of the text before anything else.
 
-    Text on one side of such a token has no influence on the tokens of the other side, so a long
-    text need not be tokenised again to know the tokens of its beginning.
+    Text on one side of a special token has no influence on the tokens of the other side. So the
+    tokens of a prompt's beginning, up to such a token, are known without tokenising it again.
 
     Args:
         ids: token ids by their text.
@@ -65,21 +65,21 @@ class SpecialTokens:
         self._pattern = re.compile("|".join(map(re.escape, texts))) if texts else None
 
     def landmarks(self, text: str, tokens: Sequence[int]) -> list[Landmark]:
-        """Find the special tokens of a prompt, in order.
+        """Return the special tokens of a prompt, in order.
+
+        The list is empty if text and tokens do not hold the same special tokens, as in a
+        multimodal prompt.
 
         Args:
             text: the prompt's text.
-            tokens: its token ids.
-
-        Returns:
-            None of them if text and tokens do not tell the same story (a multimodal prompt, say).
+            tokens: the prompt's token ids.
         """
         if self._pattern is None:
             return []
         matches = list(self._pattern.finditer(text))
         id_set = self._id_set
         positions = [i for i, token in enumerate(tokens) if token in id_set]
-        # A tokenizer may put special tokens of its own in front: they are in no text.
+        # A tokenizer may put special tokens of its own in front; these are not in the text.
         added = len(positions) - len(matches)
         if added < 0 or positions[:added] != list(range(added)):
             return []

@@ -13,7 +13,7 @@ from vllm_cachescope.tenancy.scope import Scope
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A run of tokens with one scope and one lifetime.
+    """Consecutive tokens with one scope and one lifetime.
 
     Attributes:
         end: position just past its last token, in tokens from the start of the prompt.
@@ -38,7 +38,7 @@ class Plan:
     Attributes:
         spans: at least one; the last one ends where the prompt ends.
         nonce: unique to the prompt; the engine's report is found under it.
-        owner: whose its blocks of session scope are; see `owners`.
+        owner: whose its blocks of session scope are; see `owner_tags`.
     """
 
     spans: tuple[Span, ...]
@@ -46,15 +46,15 @@ class Plan:
     owner: bytes = NOBODY
 
     def span_of(self, block_end: int) -> Span:
-        """Return the span a block belongs to: the narrowest one that any of its tokens is in.
+        """Return the span that a block belongs to: the narrowest one that any of its tokens is in.
 
-        Spans only narrow, so that is the span of the block's last token. Generated tokens, past
-        the end of the prompt, are as narrow as the prompt's end and not covered.
+        Spans only narrow, so this is the span of the block's last token. Tokens generated past
+        the end of the prompt have the scope of the prompt's last token and are not covered.
 
         Args:
             block_end: position just past the block's last token.
         """
-        # There are a handful of them, and this runs for every block.
+        # A loop, since a plan has a handful of spans and this is called for every block.
         for span in self.spans:
             if block_end <= span.end:
                 return span
@@ -74,9 +74,17 @@ class Plan:
         """How many leading tokens a breakpoint covers."""
         return max((span.end for span in self.spans if span.covered), default=0)
 
-    def own_start(self, block_end: int) -> int:
-        """Return where the part of the prompt begins that counts towards the same organisation as
-        a block does, in tokens: what everyone shares comes before what is anyone's."""
+    def quota_start(self, block_end: int) -> int:
+        """Return where the tokens begin that count towards the same quota as a block does.
+
+        A prompt counts towards two quotas at most: its global spans, which come first, towards
+        that of global content, and the rest towards its organisation's. With spans that are
+        global up to token 100 and the organisation's up to token 300, this is 0 for the block
+        that ends at token 96 and 100 for the one that ends at token 112.
+
+        Args:
+            block_end: position just past the block's last token.
+        """
         if self.span_of(block_end).scope is Scope.GLOBAL:
             return 0
         return max((span.end for span in self.spans if span.scope is Scope.GLOBAL), default=0)

@@ -1,7 +1,7 @@
 """A request as the cache sees it: an ordered list of parts, some ending in a breakpoint.
 
-The four wire formats (Messages, Chat Completions, Responses, Completions) are read into this one
-shape by `vllm_cachescope.wire`; everything behind it is written once.
+`vllm_cachescope.wire` reads the four wire formats (Messages, Chat Completions, Responses,
+Completions) into this one shape, so that everything else is written once.
 """
 
 from collections.abc import Mapping
@@ -36,12 +36,12 @@ class Region(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A breakpoint the client set: everything up to the end of its part is to be cached.
+    """A client's breakpoint marker: everything up to the end of its part is to be cached.
 
     Attributes:
-        path: where it stands, as in ``tools[7].cache_control``.
-        ttl_s: lifetime in seconds; None where the client left it to the default.
-        scope: how widely to share; None where the client left it to the default.
+        path: where the marker stands in the body, as in ``tools[7].cache_control``.
+        ttl_s: TTL in seconds; None where the client named none.
+        scope: how widely to share; None where the client named none.
     """
 
     path: str
@@ -54,12 +54,12 @@ class Part:
     """The smallest unit of a request that a breakpoint can end: a tool, a block of a message.
 
     Attributes:
-        region: which region of the prompt it belongs to.
-        path: where it stands in the body: ``tools[3]``, ``system``, ``system[1]``,
+        region: the region of the prompt that the part belongs to.
+        path: where the part stands in the body: ``tools[3]``, ``system``, ``system[1]``,
             ``messages[4].content``, ``messages[4].content[0]``, ``input[2]``, ``prompt``.
-        role: the role of its message; None outside messages.
-        content: its JSON value with every cache marker removed.
-        mark: the breakpoint at its end, if any.
+        content: the part's JSON value, without breakpoint markers.
+        role: the role of the part's message; None outside messages.
+        mark: the marker of the breakpoint at the part's end; None for no breakpoint.
     """
 
     region: Region
@@ -74,22 +74,22 @@ class PromptRequest:
     """One request, read from the client's body.
 
     Attributes:
-        protocol: its wire format.
+        protocol: the wire format of the body.
         model: the model's name as the client wrote it.
-        parts: its parts in the order tools, system, messages.
-        automatic: whether everything is to be cached without being marked: true for a request
-            that carries no breakpoint at all, and for OpenAI's implicit mode, where breakpoints
-            come on top.
-        ttl_s: lifetime the request as a whole asks for (OpenAI's retention and cache options),
-            in seconds; None for the default.
-        session: the session the body names (``metadata.user_id``, ``prompt_cache_key``), or None.
+        parts: the parts, in the order tools, system, messages.
+        automatic: whether the whole prompt is to be cached although no marker says so: true for a
+            request without markers, and in OpenAI's implicit mode, which adds to the markers.
+        ttl_s: TTL in seconds that the request as a whole asks for (OpenAI's retention and cache
+            options); None for the default.
+        session: the session that the body names (``metadata.user_id``, ``prompt_cache_key``);
+            None for none.
         prewarm: whether to fill the cache and generate nothing (``max_tokens: 0``, or
             ``prompt_cache_options.prewarm`` on Responses).
-        params: what else in the body can change the rendered prompt (``tool_choice``,
+        params: other fields of the body that can change the rendered prompt (``tool_choice``,
             ``thinking``, ``output_config``, ``response_format``, ``reasoning``,
             ``chat_template_kwargs`` and the like), by field name.
-        previous_id: the response to compare with that the client named for diagnostics; None for
-            none. `diagnose` tells whether diagnostics were asked for at all.
+        diagnose: whether the client asked for diagnostics.
+        previous_id: id of the response to compare with, if the client named one for diagnostics.
     """
 
     protocol: Protocol

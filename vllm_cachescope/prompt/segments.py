@@ -1,7 +1,7 @@
-"""The cache plan of a request, before its ends become token positions.
+"""The cache plan of a request before it is known at which tokens its segments end.
 
-A plan cuts the prompt at every breakpoint and at the end of every region, and says of each
-segment how widely it is shared, how long it is kept, and whether it is to be kept at all.
+The plan cuts the prompt at every breakpoint and at the end of every region. Each segment has a
+scope, a TTL, and whether a breakpoint covers it.
 """
 
 from collections.abc import Mapping
@@ -14,11 +14,11 @@ from vllm_cachescope.tenancy.scope import Scope
 
 @dataclass(frozen=True, slots=True)
 class RegionDefault:
-    """What holds for a region where the client does not say.
+    """What a region gets where the client does not say.
 
     Attributes:
-        scope: how widely it is shared.
-        ttl_s: its lifetime in seconds.
+        scope: how widely the region is shared.
+        ttl_s: the region's TTL, in seconds.
     """
 
     scope: Scope
@@ -27,15 +27,15 @@ class RegionDefault:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A stretch of the prompt, from the end of the segment before it.
+    """A stretch of the prompt that begins where the segment before it ends.
 
     Attributes:
-        after: the part that it ends with; None for the end of the prompt, which lies after the
-            last part and whatever the template adds to it.
-        scope: how widely it is shared.
-        ttl_s: its lifetime in seconds.
-        covered: whether a breakpoint stands at or after its end. What no breakpoint covers may
-            be reused while the device still has it, but is not offloaded.
+        after: the part the segment ends with; None for the end of the prompt, which comes after
+            the last part and whatever the template adds there.
+        scope: how widely the segment is shared.
+        ttl_s: the segment's TTL, in seconds.
+        covered: whether a breakpoint stands at or after the segment's end. An uncovered segment
+            may be reused while the device still has its blocks, but is not offloaded.
     """
 
     after: Part | None
@@ -49,17 +49,17 @@ def segments(
 ) -> tuple[Segment, ...]:
     """Return the plan of ``request``: at least one segment, the last of which ends the prompt.
 
-    Scopes only narrow along the plan. A segment has the scope of the breakpoint that ends it,
-    or else its region's default, but
+    Scopes only narrow along the plan. A segment has the scope that the breakpoint at its end
+    names, or else its region's default, but
 
-    - never one narrower than the next explicit scope: who shares a prefix widely shares all of it;
+    - never one narrower than the next scope that a breakpoint names: who shares a prefix widely
+      shares all of it;
     - never one wider than that of the segment before it.
 
-    A covered segment lives as long as the longest of the breakpoints at or after its end; one
-    that is not covered, as long as its region's default. A breakpoint that names no lifetime has
-    the request's or, failing that, the default of the region it stands in. In an automatic
-    request the end of every region counts as a breakpoint. Neighbours that differ in nothing are
-    one segment.
+    A covered segment has the longest TTL of the breakpoints at or after its end, an uncovered one
+    its region's default. A breakpoint that names no TTL has the request's, or else the default of
+    the region it stands in. In an automatic request the end of every region counts as a
+    breakpoint. Neighbours with the same scope, TTL and cover become one segment.
 
     Args:
         request: the request, its parts in prompt order.
@@ -76,7 +76,7 @@ def segments(
         for i, part in enumerate(parts)
         if part.mark is not None or i + 1 == len(parts) or parts[i + 1].region is not part.region
     ]
-    # Backwards: what a segment takes from the breakpoints at or after its end.
+    # Backwards: the TTL and the explicit scope come from the breakpoints at or after the end.
     plan: list[Segment] = []
     longest = 0
     explicit: Scope | None = None
@@ -95,7 +95,7 @@ def segments(
         plan.append(Segment(part, scope, longest or ttl_s, covered=longest > 0))
     plan.reverse()
 
-    # Forwards: what it takes from those before it.
+    # Forwards: no scope is wider than those before it.
     scopes = accumulate((segment.scope for segment in plan), max)
     merged: list[Segment] = []
     for segment, scope in zip(plan, scopes, strict=True):

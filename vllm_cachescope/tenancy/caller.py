@@ -1,4 +1,4 @@
-"""On whose behalf a request runs."""
+"""Who makes a request: the organisation by its API key or a gateway, the session by name."""
 
 import hashlib
 import hmac
@@ -15,10 +15,10 @@ SESSION_HEADERS = ("x-cachescope-session", "x-session-id", "x-claude-code-sessio
 
 
 class CallerDirectory:
-    """Knows the organisations by what their clients present.
+    """Finds the organisation and the session of a request.
 
     Args:
-        secret: key of the hashes by which unnamed organisations are known.
+        secret: key of the hashes that stand for API keys without a name.
         names: names of organisations by the SHA-256 of their API keys, in hex.
         org_header: header, lower case, in which a trusted gateway names the organisation; None
             to trust no header.
@@ -40,16 +40,16 @@ class CallerDirectory:
         return Caller(self._org(headers), session)
 
     def named(self, name: str) -> list[str]:
-        """Return the organisations that an operator may mean by ``name``; see `organisations`."""
+        """Return the ids of the organisations that an operator may mean by ``name``; see
+        `organisations`."""
         return organisations(name, self._names.values(), self._org_header)
 
     def named_orgs(self) -> list[str]:
-        """Return the organisations that have a name in the configuration."""
+        """Return the ids of the organisations that have a name in the configuration."""
         return [f"name:{name}" for name in self._names.values()]
 
     def _org(self, headers: Mapping[str, str]) -> str:
-        # The prefixes keep a key, a header and a name from meaning the same organisation by
-        # being the same string.
+        # The prefixes keep a key, a header and a name apart that happen to be the same string.
         if self._org_header and (org := headers.get(self._org_header)):
             return f"header:{org}"
         key = api_key(headers)
@@ -61,13 +61,14 @@ class CallerDirectory:
 
 
 def organisations(name: str, names: Collection[str], org_header: str | None) -> list[str]:
-    """Return the ids of the organisations that an operator may mean by ``name``: an id as callers
-    have it, `EVERYONE` for nobody's, or a name from the configuration or a gateway.
+    """Return the ids of the organisations that an operator may mean by ``name``; none if the name
+    is no organisation's.
 
     Args:
-        name: what the operator writes.
+        name: an id such as ``key:8f3a…``, `ANONYMOUS`, `EVERYONE`, or a name from the
+            configuration or a gateway.
         names: the names in the configuration.
-        org_header: the gateway's header; None if there is none.
+        org_header: the gateway's header; None to trust no header.
     """
     if name in (ANONYMOUS, EVERYONE) or name.startswith(("header:", "name:", "key:")):
         return [name]

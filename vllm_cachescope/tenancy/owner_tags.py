@@ -1,13 +1,12 @@
-"""Whose a cached block is: what it counts towards, and with what it is forgotten.
+"""Whose a cached block is: to whose quota it counts, and with whose blocks it is purged.
 
-An owner is 16 bytes: a tag of the organisation and a tag of the session, of 8 bytes each. A block
-that everyone shares has no owner, one that an organisation shares has no session; what is missing
-is zero. So the first bytes of an owner name all that is purged at once: none of them everything,
-8 an organisation with all of its sessions, 16 a session.
+An owner is 16 bytes: an organisation's tag of 8 bytes and a session's tag of 8 bytes. A tag that
+does not apply is zero: both tags of a block that everyone shares, the session's tag of a block
+that an organisation shares. So a prefix of an owner names all blocks to purge at once: 0 bytes
+name everything, 8 bytes an organisation with all of its sessions, 16 bytes one session.
 
-Tags keep nobody out: that is what the scope keys in block hashes are for (see `scopes`). They only
-say what a block belongs to, without telling the organisation's name or the session's to anyone who
-sees them in a store.
+Tags keep nobody out; the scope keys in block hashes do (see `scope`). A tag only says to whom a
+block belongs, and does not show the name to anyone who sees the tag in a store.
 """
 
 from vllm_cachescope.tenancy.scope import Caller, Scope, fields_digest
@@ -18,21 +17,30 @@ NOBODY = bytes(2 * TAG_BYTES)
 """The owner of a block that everyone shares."""
 
 EVERYONE = "global"
-"""What stands for the owner of such blocks where an organisation can be named."""
+"""Names `NOBODY` where an operator names an organisation: in quotas, purges and reports."""
 
 
 class OwnerTags:
-    """Derives owners from callers by HMAC-SHA256 under the operator's secret."""
+    """Derives owners from callers by HMAC-SHA256.
+
+    Args:
+        secret: key of the HMAC.
+    """
 
     def __init__(self, secret: bytes) -> None:
         self._secret = secret
 
     def of(self, caller: Caller) -> bytes:
-        """Return the owner of the blocks that ``caller`` shares with nobody else."""
+        """Return the owner of the blocks of session scope that ``caller`` computes, 16 bytes."""
         return self.prefix(caller.org, caller.session).ljust(len(NOBODY), b"\0")
 
     def prefix(self, org: str, session: str | None = None) -> bytes:
-        """Return what the owners of all blocks of ``org``, or of one session of it, begin with."""
+        """Return the first bytes of the owners of all blocks of an organisation or a session.
+
+        Args:
+            org: the organisation's id, or `EVERYONE`.
+            session: a session of it; None for all of them.
+        """
         if org == EVERYONE:
             return org_of(NOBODY)
         tag = self._tag("org", org)
@@ -44,12 +52,12 @@ class OwnerTags:
 
 
 def org_of(owner: bytes) -> bytes:
-    """Return the organisation's tag in an owner; zero for nobody's."""
+    """Return the organisation's tag in ``owner``, 8 bytes; zeros for `NOBODY`."""
     return owner[:TAG_BYTES]
 
 
 def owner_at(scope: Scope, owner: bytes) -> bytes:
-    """Return whose a block is that ``owner`` shares at ``scope``."""
+    """Return the owner of a block of ``scope`` that was computed for ``owner``."""
     if scope is Scope.GLOBAL:
         return NOBODY
     if scope is Scope.ORG:

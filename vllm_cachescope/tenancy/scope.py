@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 MAX_NAME = 256
-"""Longest name of a session that is kept: clients choose them."""
+"""Most characters of a session's name that are kept: clients choose these names."""
 
 
 class Scope(IntEnum):
@@ -44,12 +44,12 @@ def short_name(name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """On whose behalf a request runs.
+    """Who makes a request.
 
     Attributes:
-        org: the tenant, from something the client cannot forge.
-        session: the conversation inside the tenant, its name cut by `short_name`; None when the
-            client named none.
+        org: the organisation's id, from something the client cannot forge.
+        session: the conversation inside the organisation, its name cut by `short_name`; None when
+            the client named none.
     """
 
     org: str
@@ -63,9 +63,12 @@ class Caller:
 class ScopeKeys:
     """Derives the key that enters a block's hash from the scope the block is shared at.
 
-    Two blocks of equal tokens have equal hashes only if their scope keys are equal, so a scope
-    is isolated wherever blocks are found by hash. Keys are HMAC-SHA256 under the operator's
-    secret: without the secret, nobody can name another tenant's blocks.
+    Two blocks of equal tokens have equal hashes only if their scope keys are equal, so scopes are
+    isolated wherever blocks are found by hash. Keys are HMAC-SHA256 under the operator's secret:
+    without the secret, nobody can name another organisation's blocks.
+
+    Args:
+        secret: key of the HMAC.
     """
 
     def __init__(self, secret: bytes) -> None:
@@ -74,8 +77,8 @@ class ScopeKeys:
     def key(self, scope: Scope, caller: Caller, request_nonce: str) -> str:
         """Return the hex key of ``scope`` for ``caller``.
 
-        A session-scoped key of a caller without a session is derived from ``request_nonce``,
-        which must be unique to the request: such a block is never found again.
+        For session scope and a caller without a session the key is derived from
+        ``request_nonce``, which must be unique to the request: no block of that key is found again.
         """
         if scope is Scope.GLOBAL:
             return self._digest("global")

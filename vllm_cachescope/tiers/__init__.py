@@ -1,1 +1,1 @@
-"""What all remote tiers share: a second home for KV outside the engine's machine."""
+"""Remote tiers: KV blocks in a store outside the engine, whatever store that is."""

@@ -1,19 +1,33 @@
-"""What an engine knows of its blocks in a remote tier: enough to say why one was not there."""
+"""What an engine last heard of its blocks in a remote tier: it explains why one was not there."""
 
 import threading
-from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
+from cachetools import FIFOCache
+
 from vllm_cachescope.cache.miss_causes import MissCause
 
 REMEMBERED_BLOCKS = 100_000
-"""How many blocks' fates are remembered for each tier: some 20 MB."""
+"""How many blocks' states are remembered for each tier: some 20 MB."""
 
 
 class BlockState(Enum):
-    """The last that an engine heard of a block in a tier."""
+    """The last that an engine heard of a block in a tier.
+
+    Attributes:
+        HELD: the store holds it.
+        GONE: the store held it and does not any more: it has expired, or the store evicted it.
+        DAMAGED: what the store held failed its checksum, and was dropped there.
+        LATE: it was found, and did not arrive by the load's deadline.
+        CROWDED: it was found, and too much was being loaded already.
+        UNREAD: it was found, and the store failed before it could be read.
+        CUT: it was evicted, or not stored, because its organisation's quota was full.
+        DROPPED: it was not stored, because too much was being stored already.
+        REFUSED: it was not stored, because the store refused writes.
+        UNSTORED: it was not stored, because the store was down or the block was purged.
+    """
 
     HELD = "held"
     GONE = "gone"
@@ -32,10 +46,10 @@ class Absence:
     """Why a tier did not serve a block.
 
     Attributes:
-        cause: why.
-        certain: whether the tier is known to have held the block, or to have been given it; if
-            not, all that is known is that it could not be asked.
-        detail: what else is known, in a few words.
+        cause: why, in the terms of the diagnosis.
+        certain: whether the tier is known to have held the block, or to have been given it to
+            store. If not, all that is known is that the tier could not be asked.
+        detail: what else is known, in a few words: "the tier refused it".
     """
 
     cause: MissCause
@@ -54,34 +68,38 @@ ABSENCES = {
     BlockState.REFUSED: Absence(MissCause.NEVER_STORED, detail="the tier refused it"),
     BlockState.UNSTORED: Absence(MissCause.NEVER_STORED, detail="the tier was down"),
 }
-"""What each fate but `BlockState.HELD` explains."""
+"""What each state but `BlockState.HELD` explains."""
 
 
 class BlockStates:
-    """The fates of the blocks an engine had most recently to do with. Safe for all threads."""
+    """The states of the blocks that an engine heard of most recently. Safe for several threads.
+
+    Args:
+        limit: how many blocks are remembered.
+    """
 
     def __init__(self, limit: int = REMEMBERED_BLOCKS) -> None:
-        self._limit = limit
-        self._fates: OrderedDict[bytes, BlockState] = OrderedDict()
+        self._states: FIFOCache[bytes, BlockState] = FIFOCache(limit)
         self._lock = threading.Lock()
 
-    def note(self, keys: Iterable[bytes], fate: BlockState) -> None:
-        """Note what became of ``keys``."""
+    def note(self, keys: Iterable[bytes], state: BlockState) -> None:
+        """Note the state that ``keys`` are in now."""
         with self._lock:
             for key in keys:
-                self._fates.pop(key, None)
-                self._fates[key] = fate
-            while len(self._fates) > self._limit:
-                self._fates.popitem(last=False)
+                self._states[key] = state
 
     def missed(self, keys: Iterable[bytes]) -> None:
-        """Note that the tier does not hold ``keys``; of what it never held, that is nothing new."""
+        """Note that the store does not hold ``keys``.
+
+        That changes the state of blocks that it held. Of the others the known state says better
+        why they are not there: they were never stored, say.
+        """
         with self._lock:
             for key in keys:
-                if self._fates.get(key) is BlockState.HELD:
-                    self._fates[key] = BlockState.GONE
+                if self._states.get(key) is BlockState.HELD:
+                    self._states[key] = BlockState.GONE
 
     def find(self, key: bytes) -> BlockState | None:
-        """Return what became of ``key``; None if nothing is known of it."""
+        """Return the state of ``key``; None if nothing is known of it."""
         with self._lock:
-            return self._fates.get(key)
+            return self._states.get(key)

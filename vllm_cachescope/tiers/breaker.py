@@ -1,14 +1,14 @@
-"""Stops asking what does not answer, and finds out when it does again."""
+"""A circuit breaker: stops asking a store that does not answer, and probes until it does."""
 
 import threading
 from collections.abc import Callable
 
 
 class Breaker:
-    """Closed while things work; open after several failures in a row.
+    """Closed while a store answers; open after several failures in a row.
 
-    While it is open nothing is asked but a probe now and then, each after twice the time of the
-    one before. Safe to use from several threads.
+    While it is open the store is only probed, now and then: each time after twice the pause
+    before: after 1, 2, 4 seconds. Safe to use from several threads.
 
     Args:
         failures: failures in a row that open it.
@@ -39,7 +39,7 @@ class Breaker:
         self.reason: str | None = None
 
     def succeeded(self) -> bool:
-        """Something was answered; return whether that closed the breaker."""
+        """The store answered; return whether that closed the breaker."""
         with self._lock:
             reopened = not self.closed
             self._failures = self._opened = 0
@@ -48,7 +48,7 @@ class Breaker:
             return reopened
 
     def failed(self, reason: str) -> bool:
-        """Something was not answered; return whether that opened the breaker."""
+        """The store did not answer; return whether that opened the breaker."""
         with self._lock:
             self._failures += 1
             if self.closed and self._failures < self._limit:
@@ -56,7 +56,11 @@ class Breaker:
             return self._open(reason)
 
     def trip(self, reason: str) -> bool:
-        """Open at once: more of the same cannot help. Return whether it was closed."""
+        """Open the breaker at once, as more failures would say no more.
+
+        Returns:
+            Whether it was closed.
+        """
         with self._lock:
             return self._open(reason)
 
@@ -71,7 +75,7 @@ class Breaker:
         if was_closed:
             self._opened = 0
         elif self._clock() < self._probe_at:
-            # What was under way when it opened fails late; that is no news.
+            # What was under way when the breaker opened fails late: no reason to probe later.
             return False
         pause = min(self._longest_s, self._first_s * 2**self._opened)
         self._opened += 1

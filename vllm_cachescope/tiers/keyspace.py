@@ -17,14 +17,14 @@ class Keyspace:
 
     Args:
         identity: everything that two engines must have in common for the bytes of a block to
-            mean the same to both: JSON-able.
+            mean the same to both, in plain data that JSON can hold.
     """
 
     def __init__(self, identity: Mapping[str, Any]) -> None:
         canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))
         self.namespace = hashlib.sha256(canonical.encode()).hexdigest()[:24]
         self._prefix = f"cachescope:{FORMAT}:{self.namespace}:".encode()
-        self._accounts = f"cachescope:{FORMAT}:{{{self.namespace}}}:".encode()
+        self._usage_prefix = f"cachescope:{FORMAT}:{{{self.namespace}}}:".encode()
 
     def name(self, key: bytes) -> bytes:
         """Return the name of the block with ``key`` (see `qualified`)."""
@@ -32,19 +32,19 @@ class Keyspace:
         org, session = owner[:TAG_BYTES].hex(), owner[TAG_BYTES:].hex()
         return self._prefix + f"{org}:{session}:{block.hex()}".encode()
 
-    def account(self, org: bytes) -> bytes:
-        """Return the name of the account of what an organisation holds. All accounts of a model
-        are on one node of a Cluster."""
-        return self._accounts + b"held:" + org.hex().encode()
+    def usage(self, org: bytes) -> bytes:
+        """Return the name of the set of entries that an organisation holds. All such sets of a
+        model are on one node of a Cluster."""
+        return self._usage_prefix + b"held:" + org.hex().encode()
 
     @property
-    def accounts(self) -> bytes:
-        """The name under which the organisations with accounts are listed."""
-        return self._accounts + b"orgs"
+    def usage_orgs(self) -> bytes:
+        """The name of the set of organisations that hold entries."""
+        return self._usage_prefix + b"orgs"
 
     @property
     def handshake(self) -> bytes:
-        """The name under which engines leave the mark of their secret."""
+        """The name under which engines leave the digest of their secret."""
         return self._prefix + b"secret"
 
 
@@ -58,12 +58,19 @@ def split(key: bytes) -> tuple[bytes, bytes]:
     return key[: len(NOBODY)], key[len(NOBODY) :]
 
 
-def account_of(name: bytes) -> tuple[bytes, bytes]:
-    """Return the account that the entry called ``name`` is in, and what it is called there: what
-    its key holds besides the organisation."""
+def usage_of(name: bytes) -> tuple[bytes, bytes]:
+    """Return where an entry counts.
+
+    Args:
+        name: the entry's, as `Keyspace.name` returns it, of whatever model.
+
+    Returns:
+        The name of the organisation's set (see `Keyspace.usage`), and the entry's name in that
+        set: what its key holds besides the organisation.
+    """
     product, version, namespace, org, session, block = name.split(b":")
-    account = b":".join((product, version, b"{" + namespace + b"}", b"held", org))
-    return account, bytes.fromhex((session + block).decode())
+    usage = b":".join((product, version, b"{" + namespace + b"}", b"held", org))
+    return usage, bytes.fromhex((session + block).decode())
 
 
 def names_of(prefix: bytes) -> bytes:
@@ -74,6 +81,6 @@ def names_of(prefix: bytes) -> bytes:
     return f"cachescope:{FORMAT}:*:{org}:{session}:*".encode()
 
 
-def secret_mark(secret: bytes) -> bytes:
-    """Return what tells two secrets apart without telling either."""
+def secret_digest(secret: bytes) -> bytes:
+    """Return a digest that tells two secrets apart, and tells neither."""
     return hmac.new(secret, b"cachescope handshake", hashlib.sha256).hexdigest()[:32].encode()

@@ -1,4 +1,4 @@
-"""What a remote tier asks of a store."""
+"""What a remote tier asks of a store: the interface that each backend implements."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +12,7 @@ class StoreFailed(Exception):
 
 
 class StoreLate(StoreFailed):
-    """The store did not answer in time; that may be its fault or that of the time it had."""
+    """The store did not answer in time. It may be slow, or had little time."""
 
 
 class StoreUnfit(Exception):
@@ -77,15 +77,16 @@ class Store(ABC):
 
     @abstractmethod
     def greet(self, deadline: float) -> dict[str, Any]:
-        """Find out whether the tier may run on this store, and leave the mark of our secret.
+        """Find out whether the tier may run on this store, and leave the digest of our secret for
+        other engines to compare with theirs.
 
         Returns:
-            What is known of the store: ``used_bytes``, ``capacity_bytes`` (0: no limit), and where
-            it keeps an account of that ``orgs``: bytes by organisations' tags in hex.
+            What is known of the store: ``used_bytes``, ``capacity_bytes`` (0: no limit), and if it
+            counts them ``orgs``: bytes by organisations' tags in hex.
 
         Raises:
             StoreFailed: if it does not answer.
-            StoreUnfit: if it may not, as where another replica uses another secret.
+            StoreUnfit: if it may not: another replica uses another secret, say.
         """
 
     @abstractmethod
@@ -112,7 +113,7 @@ class Store(ABC):
 
         Yields:
             The header; None where there is no such value (any more); ``b""`` where what is there
-            cannot be one, as it has another length or no expiry.
+            cannot be a value: it has another length, or no expiry.
 
         Raises:
             StoreFailed: if it stops answering; the slots not reached are then not touched again.
@@ -127,16 +128,20 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def refresh(self, keys: Sequence[tuple[bytes, float]], deadline: float) -> None:
-        """Let each key live until its time (on the tier's clock) at least, if it is there.
+    def touch(self, keys: Sequence[tuple[bytes, float]], deadline: float) -> None:
+        """Let each key live until its time at least, if the store holds it.
+
+        Args:
+            keys: each with its time, on the tier's clock, in seconds.
+            deadline: until when the answer is waited for.
 
         Raises:
             StoreFailed: if it does not answer.
         """
 
     @abstractmethod
-    def delete(self, keys: Sequence[bytes], deadline: float) -> int:
-        """Remove ``keys``; return how many were there.
+    def drop(self, keys: Sequence[bytes], deadline: float) -> int:
+        """Delete ``keys``; return how many were there.
 
         Raises:
             StoreFailed: if it does not answer.
@@ -144,24 +149,24 @@ class Store(ABC):
 
     @abstractmethod
     def purge(self, prefix: bytes, deadline: float) -> int:
-        """Remove every entry of ours, of whatever model, whose key begins with ``prefix``, the
-        beginning of an owner (see `owners`); return how many there were. May take long: called
-        on the thread that writes, which writes nothing meanwhile.
+        """Delete every entry of ours, of whatever model, whose key begins with ``prefix``, the
+        beginning of an owner (see `owner_tags`); return how many there were. May take long: it is
+        called on the thread that writes, which writes nothing meanwhile.
 
         Raises:
             StoreFailed: if it is not known that all are gone.
         """
 
-    def take_reclaimed(self) -> int:
-        """Return how many expired entries were deleted since the last time, by this engine; none
-        where the store itself does that."""
+    def take_expired(self) -> int:
+        """Return how many expired entries this engine has deleted since the last time; 0 where the
+        store itself does that."""
         return 0
 
-    def take_given_up(self) -> list[bytes]:
+    def take_evicted(self) -> list[bytes]:
         """Return the keys that were deleted since the last time because their organisations held
-        too much; none where the store keeps no account of that."""
+        too much; none where the store does not count that."""
         return []
 
     @abstractmethod
     def close(self) -> None:
-        """Give up the connection."""
+        """Close the connection."""

@@ -1,8 +1,8 @@
 """Where cache markers may stand inside a value of a request's body, and that value without them.
 
-The formats nest blocks in one way: a tool result, a document or a function's output holds a list
-of further blocks. Nothing else is looked into: a tool's schema or a tool call's arguments may
-have a field called ``cache_control`` that is the client's own data.
+All formats nest blocks in the same way: a tool result, a document or a function's output holds a
+list of further blocks. Markers are looked for there and nowhere else: in a tool's schema or a tool
+call's arguments a field called ``cache_control`` is the client's own data.
 """
 
 from collections.abc import Iterator, Mapping
@@ -61,10 +61,11 @@ def without_marks(value: Any, depth: int = _DEPTH) -> Any:
 def strip(body: dict[str, Any]) -> dict[str, Any]:
     """Return ``body`` without the markers on its tools, messages and blocks.
 
-    vLLM's request models keep or ignore keys they do not know, but a marker they keep can end up
-    in the prompt: on a Responses tool, or inside a tool result that is rendered as text. The
-    fields at the top level (``prompt_cache_key``, ``diagnostics`` and the like) reach no prompt
-    and stay. Copies only what changes: a body without markers is returned as the same object.
+    vLLM's request models ignore some of the keys that they do not know, and keep others. A marker
+    that is kept can end up in the prompt: on a Responses tool, or inside a tool result that is
+    rendered as text. The fields at the top level (``prompt_cache_key``, ``diagnostics`` and the
+    like) reach no prompt and stay. Copies only what changes: a body without markers is returned as
+    the same object.
     """
     changed = {}
     for name, depth in _FIELDS.items():

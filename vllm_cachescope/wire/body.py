@@ -1,7 +1,7 @@
 """A request's body as JSON.
 
-pydantic's parser and serialiser are several times faster than `json` on a long prompt, and
-stricter. What they do not take is left to `json`, which vLLM itself reads bodies with.
+pydantic's parser and serialiser are several times faster than `json` on a long prompt, but
+stricter. Bodies that they refuse are left to `json`, with which vLLM itself reads bodies.
 """
 
 import json
@@ -22,7 +22,7 @@ def decode(raw: bytes) -> Any:
 
 
 def encode(value: Any) -> bytes:
-    """Return ``value``, which `decode` made or which consists of the like, as JSON."""
+    """Return ``value``, which consists of what `decode` returns, as JSON."""
     try:
         return to_json(value, inf_nan_mode="constants")
     except (PydanticSerializationError, ValueError):

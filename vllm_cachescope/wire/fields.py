@@ -1,4 +1,4 @@
-"""The values inside cache fields, each checked where it stands."""
+"""Readers of the values in cache fields. A wrong value is named in `BadRequest` by its path."""
 
 from collections.abc import Collection, Mapping
 from typing import Any

@@ -23,7 +23,14 @@ _TEXT = ("text", "input_text", "output_text")
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """A marker as it was found: the index of the part it ends, and what the client wrote."""
+    """A marker that was found.
+
+    Attributes:
+        part: index of the part that it ends.
+        kind: the key that it stands under, one of `MARKERS`.
+        mark: what it says.
+        value: what the client wrote.
+    """
 
     part: int
     kind: str
@@ -40,7 +47,7 @@ class PartCollector:
     Args:
         ttls: lifetimes a marker may ask for, in seconds.
         breakpoints: whether the format has OpenAI's ``prompt_cache_breakpoint``. Where it has
-            not, that key is none of ours.
+            not, that key is the client's own data.
     """
 
     def __init__(self, ttls: Collection[int], *, breakpoints: bool) -> None:
@@ -221,7 +228,8 @@ def _check_order(marks: list[Mark], default_ttl_s: int) -> None:
 
 
 def _merged(marks: list[Mark], default_ttl_s: int) -> Mark:
-    """One breakpoint for a part that several end: the longest lifetime, the narrowest scope."""
+    """Return one breakpoint in place of several that end the same part: with the longest of their
+    lifetimes and the narrowest of their scopes."""
     longest = max(marks, key=lambda mark: _ttl(mark, default_ttl_s))
     scopes = [mark.scope for mark in marks if mark.scope is not None]
     return Mark(marks[-1].path, longest.ttl_s, max(scopes, default=None))

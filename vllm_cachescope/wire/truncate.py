@@ -24,7 +24,7 @@ _FIELDS = {
 _PATH = re.compile(r"(\w+)(?:\[(\d+)\])?(?:\.(content|tool_calls)(?:\[(\d+)\])?)?")
 
 
-def truncate(body: dict[str, Any], protocol: Protocol, after: Part) -> dict[str, Any]:
+def truncate(body: Mapping[str, Any], protocol: Protocol, after: Part) -> dict[str, Any]:
     """Return ``body`` without everything that comes after ``after``.
 
     What the prompt needs besides its parts (the model, template arguments and the like) stays.
@@ -35,34 +35,38 @@ def truncate(body: dict[str, Any], protocol: Protocol, after: Part) -> dict[str,
         protocol: its wire format.
         after: a part that the format's ``read`` made of this ``body``, with or without markers.
     """
-    body = dict(body)
+    truncated = dict(body)
     match = _PATH.fullmatch(after.path)
     if protocol is Protocol.COMPLETIONS or match is None:
-        return body
+        return truncated
     *fields, conversation = _FIELDS[protocol]
     field, index = match[1], None if match[2] is None else int(match[2])
-    # It continues a final message that is no longer there; vLLM refuses it next to no message.
-    body.pop("continue_final_message", None)
+    # It means the final message, which is cut off; vLLM refuses it where there is no message.
+    truncated.pop("continue_final_message", None)
 
     if field == conversation:
         later = ["documents"] if after.region is Region.SYSTEM else []
         if index is not None:
-            body[field] = body[field][: index + 1]
-            body[field][-1] = _cut(body[field][-1], protocol, match[3], match[4])
+            truncated[field] = truncated[field][: index + 1]
+            truncated[field][-1] = _truncated_message(
+                truncated[field][-1], protocol, match[3], match[4]
+            )
     else:
         later = fields[fields.index(field) + 1 :]
-        leading = count_leading_system(body.get(conversation)) if field == "documents" else 0
-        body[conversation] = body[conversation][:leading] if leading else []
+        leading = count_leading_system(truncated.get(conversation)) if field == "documents" else 0
+        truncated[conversation] = truncated[conversation][:leading] if leading else []
         if index is not None:
-            body[field] = body[field][: index + 1]
+            truncated[field] = truncated[field][: index + 1]
         if field == "tools":
-            _drop_unmet_choice(body)
+            _drop_unmet_choice(truncated)
     for name in later:
-        body.pop(name, None)
-    return body
+        truncated.pop(name, None)
+    return truncated
 
 
-def _cut(message: Any, protocol: Protocol, field: str | None, index: str | None) -> Any:
+def _truncated_message(
+    message: Any, protocol: Protocol, field: str | None, index: str | None
+) -> Any:
     if not isinstance(message, Mapping):
         return message
     if field == "content":
@@ -70,7 +74,7 @@ def _cut(message: Any, protocol: Protocol, field: str | None, index: str | None)
         if index is not None:
             message["content"] = message["content"][: int(index) + 1]
     elif field is None and protocol is Protocol.CHAT:
-        # The part is what the message holds besides these two.
+        # The part ``messages[i]`` is what the message holds besides its other parts.
         return {key: value for key, value in message.items() if key not in _OWN_PARTS}
     return message
 

@@ -6,26 +6,22 @@ response shows it.
 
 import asyncio
 import copy
-import logging
-import secrets
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import Any
 
 from vllm_cachescope.api.request_context import PromptTiming, RequestContext, current_request
-from vllm_cachescope.cache.report import Outcome, Report, account
+from vllm_cachescope.cache.report import Outcome, Report, attribute_tokens
 from vllm_cachescope.config import Config
 from vllm_cachescope.connectors.vllm import engine_rpc
-from vllm_cachescope.connectors.vllm.api_server.rendering import Boundaries, Cut
+from vllm_cachescope.connectors.vllm.api_server.planning import Planner
 from vllm_cachescope.connectors.vllm.engine.hashing import PLAN_KEY
+from vllm_cachescope.logs import logger_of
 from vllm_cachescope.prompt.plan import Plan, Span, seal
-from vllm_cachescope.prompt.request import PromptRequest, Region
-from vllm_cachescope.prompt.segments import RegionDefault, Segment, segments
-from vllm_cachescope.tenancy.owner_tags import OwnerTags
-from vllm_cachescope.tenancy.scope import Caller, Scope, ScopeKeys
+from vllm_cachescope.tenancy.scope import Scope
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 
 class Admission:
@@ -40,78 +36,62 @@ class Admission:
     def __init__(self, state: Any, config: Config, secret: bytes) -> None:
         self._engine = state.engine_client
         self._secret = secret
-        self._keys = ScopeKeys(secret)
-        self._owners = OwnerTags(secret)
-        self._boundaries = Boundaries(state, self._start_rendering)
-        self._defaults = {
-            region: RegionDefault(config.regions.of(region).scope, config.regions.of(region).ttl)
-            for region in Region
-        }
+        self._planner = Planner(state, config, secret)
         self._block_size: int = self._engine.vllm_config.cache_config.block_size
         self._generate = self._engine.generate
         self._engine.generate = self.generate
 
-    def forget(self) -> None:
-        """Forget what is kept of prompts that were planned."""
-        self._boundaries.forget()
+    def purge_renderings(self) -> None:
+        """Drop what is kept of rendered prompts, of all organisations."""
+        self._planner.purge_renderings()
 
     async def generate(
         self, prompt: Any, sampling_params: Any, request_id: str, **options: Any
     ) -> AsyncGenerator[Any, None]:
         """Do what the engine client's `generate` does, for a prompt with a plan."""
-        exchange = current_request.get()
+        context = current_request.get()
         plan = None
-        if exchange is not None:
-            plan = await self._plan(exchange, prompt, options.get("session_id"))
+        if context is not None:
+            plan = await self._plan(context, prompt, options.get("session_id"))
         sampling_params = self._with_plan(sampling_params, plan)
         reported = False
         outputs = self._generate(prompt, sampling_params, request_id, **options)
         try:
             async for output in outputs:
                 data = _take_report(output)
-                if exchange is not None and plan is not None:
-                    passage = exchange.passages[plan.nonce]
-                    passage.computed_at = passage.computed_at or time.monotonic()
+                if context is not None and plan is not None:
+                    timing = context.timings[plan.nonce]
+                    timing.computed_at = timing.computed_at or time.monotonic()
                     if data is not None:
-                        exchange.reports[plan.nonce] = Report.from_wire(data)
+                        context.reports[plan.nonce] = Report.from_wire(data)
                         reported = True
-                    elif plan.nonce not in exchange.reports:
-                        exchange.reports[plan.nonce] = self._estimate(plan, output)
+                    elif plan.nonce not in context.reports:
+                        context.reports[plan.nonce] = self._estimate(plan, output)
                     if output.finished and not reported:
-                        # A stop string ends a request on the API's side; the engine's last word
-                        # on it goes nowhere and has to be fetched.
-                        await self._fetch_report(exchange, plan)
+                        # The API's side ends a request at a stop string. The engine's last output
+                        # then goes nowhere, and the report in it has to be fetched.
+                        await self._fetch_report(context, plan)
                         reported = True
                 yield output
         finally:
             await outputs.aclose()
-            if exchange is not None and plan is not None and not reported:
-                # Not awaited: the client has gone, and its task with it.
-                self._fetch_later(exchange, plan)
+            if context is not None and plan is not None and not reported:
+                # Not awaited: the client has disconnected, and its task is cancelled.
+                self._fetch_later(context, plan)
 
     async def _plan(
-        self, exchange: RequestContext, prompt: Any, session_id: str | None
+        self, context: RequestContext, prompt: Any, session_id: str | None
     ) -> Plan | None:
+        """Return the prompt's plan; None for a prompt without tokens, as embeddings are."""
         tokens = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
         if not tokens:
             return None
-        if exchange.request is None:
-            default = self._defaults[Region.MESSAGES]
-            planned: tuple[Segment, ...] = (Segment(None, default.scope, default.ttl_s, True),)
-            ends = [len(tokens)]
-        else:
-            self._start_rendering()
-            assert exchange.cuts is not None
-            planned, cuts = await exchange.cuts
-            ends = await self._boundaries.ends(
-                cuts, exchange.request.protocol, tokens, prompt.get("prompt")
-            )
-        caller = exchange.caller
+        caller = context.caller
         if session_id is not None:
             caller = replace(caller, session=session_id)
-        plan = self._spans(planned, ends, caller)
+        plan = await self._planner.plan(context, caller, tokens, prompt.get("prompt"))
         readable = plan.spans if caller.session is not None else _shared_spans(plan)
-        exchange.passages[plan.nonce] = PromptTiming(
+        context.timings[plan.nonce] = PromptTiming(
             tokens,
             plan.covered_tokens,
             max((span.end for span in readable), default=0),
@@ -119,40 +99,9 @@ class Admission:
         )
         return plan
 
-    def _start_rendering(self) -> None:
-        """The server tokenises a prompt, in another thread: render its parts meanwhile in this."""
-        exchange = current_request.get()
-        if exchange is not None and exchange.request is not None and exchange.cuts is None:
-            cutting = self._cut(exchange.request, exchange.body)
-            exchange.cuts = asyncio.get_running_loop().create_task(cutting)
-
-    async def _cut(
-        self, request: PromptRequest, body: Mapping[str, Any]
-    ) -> tuple[tuple[Segment, ...], list[Cut | None]]:
-        planned = segments(request, self._defaults)
-        return planned, await self._boundaries.cuts(request, body, planned)
-
-    def _spans(self, planned: tuple[Segment, ...], ends: list[int], caller: Caller) -> Plan:
-        nonce = secrets.token_hex(8)
-        spans: list[Span] = []
-        for segment, end in zip(planned, ends, strict=True):
-            if spans and end == spans[-1].end:
-                continue
-            unreadable = segment.scope is Scope.SESSION and caller.session is None
-            spans.append(
-                Span(
-                    end,
-                    segment.scope,
-                    self._keys.key(segment.scope, caller, nonce),
-                    segment.ttl_s,
-                    # What nobody can read again is not worth keeping.
-                    segment.covered and not unreadable,
-                )
-            )
-        return Plan(tuple(span for span in spans if span.end > 0), nonce, self._owners.of(caller))
-
     def _with_plan(self, sampling_params: Any, plan: Plan | None) -> Any:
-        """Return a copy with ``plan`` in it, or, without one, with nothing a client put there."""
+        """Return a copy with ``plan`` in it; if that is None, without the plan that a client put
+        there."""
         planned = copy.copy(sampling_params)
         extra = dict(planned.extra_args or {})
         params = dict(extra.get("kv_transfer_params") or {})
@@ -169,23 +118,26 @@ class Admission:
         return planned
 
     def _estimate(self, plan: Plan, output: Any) -> Report:
-        """What the first token tells: how much was read. Everything else that is covered counts
-        as created; the engine's report, at the end, knows of blocks that were there already."""
+        """Return what the first token tells of a prompt.
+
+        It says how many tokens were read. All others that are covered count as created, until the
+        engine's report says which of their blocks were there already.
+        """
         read = output.num_cached_tokens or 0
         blocks = range(read // self._block_size, plan.covered_tokens // self._block_size)
-        return account(plan, self._block_size, [(Outcome.READ_DEVICE, read)], blocks)
+        return attribute_tokens(plan, self._block_size, [(Outcome.READ_DEVICE, read)], blocks)
 
-    def _fetch_later(self, exchange: RequestContext, plan: Plan) -> None:
-        before = exchange.fetching
+    def _fetch_later(self, context: RequestContext, plan: Plan) -> None:
+        before = context.fetching
 
         async def fetch() -> None:
             if before is not None:
                 await before
-            await self._fetch_report(exchange, plan)
+            await self._fetch_report(context, plan)
 
-        exchange.fetching = asyncio.get_running_loop().create_task(fetch())
+        context.fetching = asyncio.get_running_loop().create_task(fetch())
 
-    async def _fetch_report(self, exchange: RequestContext, plan: Plan) -> None:
+    async def _fetch_report(self, context: RequestContext, plan: Plan) -> None:
         try:
             answers = await engine_rpc.call(self._engine, "report", plan.nonce)
         except Exception:
@@ -193,7 +145,7 @@ class Admission:
             return
         for data in answers:
             if data is not None:
-                exchange.reports[plan.nonce] = Report.from_wire(data)
+                context.reports[plan.nonce] = Report.from_wire(data)
 
 
 def _shared_spans(plan: Plan) -> tuple[Span, ...]:

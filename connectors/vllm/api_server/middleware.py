@@ -2,50 +2,52 @@
 
 import asyncio
 import atexit
-import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from vllm import envs
 
+from vllm_cachescope.api.engines import Engines, Purged
 from vllm_cachescope.api.middleware import CacheScopeMiddleware
-from vllm_cachescope.api.operations import Engines, Purged
-from vllm_cachescope.config import Config
+from vllm_cachescope.api.services import Server
 from vllm_cachescope.connectors.vllm import config_check, engine_rpc, shm_regions
 from vllm_cachescope.connectors.vllm.api_server.admission import Admission
-from vllm_cachescope.tiers.remote import PURGE_S
+from vllm_cachescope.logs import logger_of
+from vllm_cachescope.tiers.store_jobs import PURGE_S
 
 ANSWER_S = 10.0
 """How long an engine may take to answer a command, in seconds: a long step of it, and more."""
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 
 class Middleware(CacheScopeMiddleware):
-    """CacheScope's API side, attached to vLLM's engine client."""
+    """CacheScope's API side, connected to vLLM's engine client."""
 
-    def attach(self, state: Any) -> Config:
-        config = config_check.read(state.engine_client.vllm_config.kv_transfer_config)
-        self._admission = Admission(state, config, config.secret_bytes())
-        # vLLM kills its engine without letting it clean up; by the end of this process, which
-        # does the killing, the engine is gone.
+    def connect(self, state: Any) -> Server:
+        """Put ourselves between vLLM's API server and its engine client.
+
+        Raises:
+            ConfigError: if the configuration cannot be used.
+        """
+        client = state.engine_client
+        config = config_check.read(client.vllm_config.kv_transfer_config)
+        admission = Admission(state, config, config.secret_bytes())
+        # vLLM kills its engine without letting it clean up. When this process ends, which does the
+        # killing, the engine is gone.
         atexit.register(shm_regions.remove_stale)
         self._sweeper = asyncio.get_running_loop().create_task(
-            _sweep(state.engine_client, config.sweep_interval)
+            _sweep(client, config.sweep_interval)
         )
-        return config
-
-    def block_tokens(self, state: Any) -> int:
-        return int(state.engine_client.vllm_config.cache_config.block_size)
-
-    def engines(self, state: Any) -> Engines:
-        return EngineProcesses(state.engine_client, self._admission.forget)
-
-    def server_keys(self, state: Any) -> Iterable[str]:
-        return [key for key in (state.args.api_key or [envs.VLLM_API_KEY]) if key]
+        return Server(
+            config,
+            block_tokens=int(client.vllm_config.cache_config.block_size),
+            api_keys=[key for key in (state.args.api_key or [envs.VLLM_API_KEY]) if key],
+            engines=EngineProcesses(client, admission.purge_renderings),
+        )
 
 
 class EngineProcesses(Engines):
@@ -53,23 +55,34 @@ class EngineProcesses(Engines):
 
     Args:
         client: the engine client.
-        forget: forgets what this process keeps of prompts.
+        purge_renderings: drops what this process keeps of rendered prompts.
     """
 
-    def __init__(self, client: Any, forget: Callable[[], None]) -> None:
+    def __init__(self, client: Any, purge_renderings: Callable[[], None]) -> None:
         self._client = client
-        self._forget = forget
+        self._purge_renderings = purge_renderings
 
     async def health(self) -> list[list[dict[str, Any]]]:
+        """Return the state of each tier of each engine process.
+
+        Raises:
+            TimeoutError: if an engine does not answer within `ANSWER_S`.
+        """
         return await self._call("health")
 
     async def purge(self, prefix: bytes) -> Purged:
+        """Purge in each engine process; wait until the remote tiers are done as well.
+
+        Raises:
+            TimeoutError: if an engine does not answer within `ANSWER_S`, or a remote tier is not
+                done within twice `PURGE_S`.
+        """
         # Whose a rendered prompt was is not kept, and it is soon rendered again: all of them go.
-        self._forget()
+        self._purge_renderings()
         purge_id = secrets.token_hex(8)
         entries: Counter[str] = Counter()
-        for lost in await self._call("purge", prefix, purge_id):
-            entries.update(lost)
+        for purged in await self._call("purge", prefix, purge_id):
+            entries.update(purged)
         unreached: dict[str, str] = {}
         end = time.monotonic() + 2 * PURGE_S
         pause_s = 0.01

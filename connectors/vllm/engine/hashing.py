@@ -36,7 +36,7 @@ class HookNotInForce(RuntimeError):
 
 
 def install() -> None:
-    """Wrap vLLM's hash function in every module that holds it. Installing twice is harmless.
+    """Wrap vLLM's hash function in every module that has imported it. Installing twice is harmless.
 
     The wrapper changes nothing until `enforce` is called.
 

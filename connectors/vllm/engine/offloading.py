@@ -1,7 +1,7 @@
 """Configures vLLM's tiering offloading framework for CacheScope."""
 
 import copy
-from typing import Any
+from typing import IO, Any
 
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
@@ -60,6 +60,27 @@ def _remote_tiers(vllm_config: VllmConfig, config: Config) -> list[dict[str, Any
     ]
 
 
+_REGION = "cachescope_region"
+
+
+def _attach_region(user: OffloadingManager | OffloadingWorker, claimed: IO[bytes]) -> None:
+    # To the user itself: vLLM drops the spec that made it once the engine has started.
+    setattr(user, _REGION, claimed)
+
+
+def release_region(user: OffloadingManager | OffloadingWorker | None) -> None:
+    """Release the shared memory that the engine's manager or worker has claimed; with None, do
+    nothing. To be called when vLLM has shut it down."""
+    if user is not None:
+        shm_regions.release(getattr(user, _REGION))
+
+
+def region_path(manager: OffloadingManager) -> str:
+    """Return the path of the CPU tier's shared memory."""
+    claimed: IO[bytes] = getattr(manager, _REGION)
+    return claimed.name.replace(".lock", ".mmap")
+
+
 class ScopeOffloadingSpec(TieringOffloadingSpec):
     """vLLM's tiering, and on the CPU platform a worker that can copy there."""
 
@@ -83,8 +104,7 @@ class ScopeOffloadingSpec(TieringOffloadingSpec):
             )
         claimed = shm_regions.claim(self._engine_id)
         manager = super().get_manager()
-        # On the manager, since vLLM lets go of this object once the engine has started.
-        manager.claimed_region = claimed  # type: ignore[attr-defined]
+        _attach_region(manager, claimed)
         return manager
 
     def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
@@ -94,7 +114,7 @@ class ScopeOffloadingSpec(TieringOffloadingSpec):
         claimed = shm_regions.claim(self._engine_id)
         cpu = current_platform.is_cpu()
         worker = self._cpu_worker(kv_caches) if cpu else super().get_worker(kv_caches)
-        worker.claimed_region = claimed  # type: ignore[attr-defined]
+        _attach_region(worker, claimed)
         return worker
 
     def _cpu_worker(self, kv_caches: CanonicalKVCaches) -> CpuCopyWorker:

@@ -1,9 +1,11 @@
-"""Keeps the lifetimes of all blocks true to what the engine does, and accounts for each prompt."""
+"""The connector's side in the scheduler: keeps the lifetimes of all blocks true to what vLLM does,
+and reports on each prompt."""
 
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from itertools import chain, count, islice
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -11,445 +13,358 @@ from vllm.v1.kv_offload.base import OffloadKey, ReqContext
 from vllm.v1.kv_offload.tiering.manager import TieringOffloadingManager
 from vllm.v1.request import Request
 
-from vllm_cachescope.cache.eviction_history import EvictionHistory, EvictionRecord
-from vllm_cachescope.cache.ledger import Entry, Ledger, Reason
-from vllm_cachescope.cache.miss_causes import CacheMiss, MissCause, departed
+from vllm_cachescope.cache.eviction_history import EvictionHistory, EvictionReason
+from vllm_cachescope.cache.ledger import Entry, Ledger
+from vllm_cachescope.cache.prefill_rate import PrefillRate
 from vllm_cachescope.cache.quotas import Quotas
-from vllm_cachescope.cache.report import EngineId, Outcome, Report, account
+from vllm_cachescope.cache.report import Report
 from vllm_cachescope.connectors.vllm.engine import hashing
-from vllm_cachescope.connectors.vllm.engine.tiers.cpu import CPU, CpuTier
-from vllm_cachescope.connectors.vllm.engine.tiers.device import DEVICE, DeviceTier
-from vllm_cachescope.connectors.vllm.engine.tiers.device_quotas import DeviceQuotas
-from vllm_cachescope.connectors.vllm.engine.tiers.remote import RemoteTierManager, remote_tiers
+from vllm_cachescope.connectors.vllm.engine.block_layout import BlockLayout
+from vllm_cachescope.connectors.vllm.engine.local_tiers import LocalTiers
+from vllm_cachescope.connectors.vllm.engine.miss_explainer import MissExplainer
+from vllm_cachescope.connectors.vllm.engine.prompt_reporter import PromptReporter
+from vllm_cachescope.connectors.vllm.engine.prompts import Prompt, Prompts
+from vllm_cachescope.connectors.vllm.engine.stats import Counts
+from vllm_cachescope.connectors.vllm.engine.tiers.base import TierParent
+from vllm_cachescope.connectors.vllm.engine.tiers.cpu import CPU
+from vllm_cachescope.connectors.vllm.engine.tiers.remote import remote_tiers
 from vllm_cachescope.prompt.plan import Plan
 from vllm_cachescope.tenancy.owner_tags import NOBODY, org_of, owner_at
-from vllm_cachescope.tiers.block_states import Absence
 from vllm_cachescope.tiers.keyspace import qualified
 
-REMEMBERED_PROMPTS = 4096
-"""How many finished prompts' reports can still be asked for."""
-
-MAX_MISSES = 32
-"""A report lists at most this many runs of blocks that went for one reason."""
-
 
 @dataclass(frozen=True, slots=True)
-class BlockLayout:
-    """How the engine cuts prompts into blocks.
+class EngineSettings:
+    """What the scheduler side has to know of the engine.
 
     Attributes:
-        tokens_per_hash: tokens per block hash.
-        groups: ``(group id, tokens per block)`` of each KV cache group.
-        blocks_per_chunk: blocks that tiers behind the device keep as one.
-        bytes_per_key: device bytes behind one key, over all workers.
+        rank: the engine's number among those behind one API server, from 0.
+        layout: how prompts are cut into blocks.
+        hash_settings: the settings that block hashes depend on; see `hashing.digest`.
+        quotas: what organisations may have of the device and the CPU tier, by the tier's name.
     """
 
-    tokens_per_hash: int
-    groups: tuple[tuple[int, int], ...]
-    blocks_per_chunk: int
-    bytes_per_key: int
-
-    def own_chunks(self, plan: Plan, end: int) -> int:
-        """Return how many of a prompt's chunks count towards the organisation of the one that ends
-        at ``end`` (tokens), up to there."""
-        start = plan.own_start(end)
-        sizes = [size * self.blocks_per_chunk for _, size in self.groups]
-        return sum(end // size - start // size for size in sizes)
+    rank: int
+    layout: BlockLayout
+    hash_settings: Mapping[str, Any]
+    quotas: Mapping[str, Quotas]
 
 
-@dataclass(slots=True)
-class Prompt:
-    """What the keeper knows of one prompt.
-
-    Attributes:
-        plan: its plan.
-        block_size: tokens per block, for accounting.
-        request: the engine's request; None once it has finished.
-        read: ``(outcome, tokens)`` read when it was first scheduled; None before.
-        misses: what it might have read besides, had the cache kept it.
-        unasked: why a remote tier could not be asked for what comes then.
-        created: indices of the blocks it newly cached under a breakpoint.
-        registered: tokens whose blocks the ledger has seen.
-        promoted: for keys that were loaded into the CPU tier for it, the tier they came from.
-        counted: whether its tokens are in the metrics.
-        purged: beginnings of the owners that were purged while it ran: it leaves no block of
-            theirs behind.
-    """
-
-    plan: Plan
-    block_size: int
-    request: Request | None
-    local_tokens: int = 0
-    read: list[tuple[str, int]] | None = None
-    misses: tuple[CacheMiss, ...] = ()
-    unasked: CacheMiss | None = None
-    created: list[int] = field(default_factory=list)
-    registered: int = 0
-    promoted: dict[bytes, str] = field(default_factory=dict)
-    counted: bool = False
-    purged: tuple[bytes, ...] = ()
-
-    def is_purged(self, block_end: int) -> bool:
-        """Whether the block that ends there was purged while the prompt ran."""
-        return bool(self.purged) and self.plan.owner_of(block_end).startswith(self.purged)
-
-
-@dataclass(frozen=True, slots=True)
-class _Gone:
-    """How a block went: what is equal for blocks that went alike, and when, if it is known."""
-
-    alike: tuple[str, Absence] | tuple[str, Reason, int]
-    at: float = 0.0
-
-    def miss(self, tokens: int, now: float) -> CacheMiss:
-        if len(self.alike) == 3:
-            tier, reason, ttl_s = self.alike
-            return departed(reason, tokens, tier, ttl_s, now - self.at)
-        tier, absence = self.alike
-        return CacheMiss(absence.cause, tokens, tier, detail=absence.detail)
-
-
-class CacheScopeConnectorScheduler:
-    """The scheduler's side of CacheScope. Runs on the scheduler's thread and never blocks.
+class CacheScopeConnectorScheduler(TierParent):
+    """What `CacheScopeConnector` calls in the scheduler's process. Runs on the scheduler's thread
+    and never blocks. Methods with vLLM's names are called when the connector's are.
 
     Args:
-        layout: how prompts are cut into blocks.
-        manager: vLLM's offloading manager, whose primary tier runs our policy.
-        clock: seconds, never running backwards.
-        engine: returns which engine this is, once it hashes prompts.
-        shares: what organisations may have of the device and the CPU tier, by the tier's name.
+        settings: what is fixed for this engine.
+        kv_cache: vLLM's manager of the device's blocks.
+        offloading: vLLM's manager of the tiers behind it; its primary tier runs `ScopePolicy`.
+        clock: seconds, never running backwards: lifetimes run on it.
+
+    Attributes:
+        counts: what the metrics are to show next.
+        remotes: the remote tiers, nearest first.
     """
 
     def __init__(
         self,
-        layout: BlockLayout,
-        manager: TieringOffloadingManager,
+        settings: EngineSettings,
+        kv_cache: KVCacheManager,
+        offloading: TieringOffloadingManager,
         clock: Callable[[], float],
-        engine: Callable[[], EngineId],
-        shares: Mapping[str, Quotas],
     ) -> None:
-        self._layout = layout
+        self._layout = settings.layout
+        self._cpu_quotas = settings.quotas.get(CPU)
         self._clock = clock
-        self._engine = engine
         self._ledger = Ledger()
-        self._departures = EvictionHistory()
-        self._device: DeviceTier | None = None
-        self._cpu = CpuTier(manager, self._is_expired, self._is_barred, self._is_unwanted)
-        self._shares = shares
-        self._device_quotas: DeviceQuotas | None = None
-        self._cpu.policy.bind(
-            self._ledger, clock, self._marks_of, self._cpu_evicted, shares.get(CPU)
+        self._prefill_rate = PrefillRate()
+        self._prompts = Prompts()
+        self.counts = Counts()
+        history = EvictionHistory()
+        self._local = LocalTiers(
+            self,
+            self._ledger,
+            history,
+            kv_cache,
+            offloading,
+            settings.quotas,
+            clock,
+            self.counts.evictions,
         )
-        self._remotes = remote_tiers(manager)
-        for remote in self._remotes:
-            remote.bind(
-                layout.own_chunks, self._plan_of, self._entry_of, self._owner_of, self._promoted
-            )
-        self._prompts: dict[str, Prompt] = {}
-        # Prompts that are over and whose last blocks vLLM is about to store.
-        self._leaving: dict[str, Prompt] = {}
-        self._by_nonce: OrderedDict[str, Prompt] = OrderedDict()
-        # Chunks that expired in the middle of a transfer; freed when it is over.
-        self._overdue: set[bytes] = set()
-        # Device blocks that were evicted; whether a twin remains shows only afterwards.
-        self._device_evicted: list[bytes] = []
-        self.evictions: Counter[tuple[str, str]] = Counter()
-        self.tokens: Counter[tuple[str, str, int]] = Counter()
-        self.refused_plans = 0
-
-    def bind(self, manager: KVCacheManager) -> None:
-        """Follow vLLM's prefix cache from here on."""
-        self._device = DeviceTier(
-            manager, self.sweep, self._looked_up, self._device_evicted.append, self._device_reset
+        self.remotes = remote_tiers(offloading)
+        for remote in self.remotes:
+            remote.bind(self)
+        self._reporter = PromptReporter(
+            self._layout,
+            history,
+            MissExplainer(self._layout, self._ledger, history, self.remotes, clock),
+            clock,
+            settings.rank,
+            settings.hash_settings,
+            [remote.name for remote in self.remotes],
         )
-        if (shares := self._shares.get(DEVICE)) is not None:
-            self._device_quotas = DeviceQuotas(
-                shares, self._device, self._ledger, self._clock, self._give_up
-            )
 
     # One request's way through, in the order in which vLLM calls.
 
-    def start(self, request: Request) -> None:
-        """A request came in. Must run before vLLM's offloading sees it."""
-        self.sweep()
+    def on_new_request(self, request: Request) -> None:
+        """A request has arrived. To be called before vLLM's offloading learns of it."""
+        self._local.drop_expired()
         plan = hashing.plan_of(request)
-        block_size = self._layout.tokens_per_hash
-        prompt = Prompt(plan, block_size, request)
         if hashing.is_private(plan):
-            self.refused_plans += 1
+            self.counts.refused_plans += 1
             # Nobody can ever read its blocks again: they are not worth a copy.
             request.kv_transfer_params = {
                 **(request.kv_transfer_params or {}),
                 "max_offload_tokens": 0,
             }
-        else:
-            # Further samples of a prompt (n > 1) read what the first one computed; the prompt
-            # counts once, as the first one found it.
-            self._by_nonce.setdefault(plan.nonce, prompt)
-            while len(self._by_nonce) > REMEMBERED_PROMPTS:
-                self._by_nonce.popitem(last=False)
-        self._prompts[request.request_id] = prompt
-        self._changed(plan)
+        self._prompts.add(request, plan)
+        self._note_change(plan)
 
-    def _looked_up(self, request: Request, tokens: int) -> None:
-        """The prefix cache holds the first ``tokens`` tokens; for the rest there must be room."""
-        prompt = self._prompts.get(request.request_id)
-        if self._device_quotas is None or prompt is None:
-            return
-        newcomers: Counter[bytes] = Counter()
-        wanted: set[bytes] = set()
-        for group, block_size in self._layout.groups:
-            for start, end, span in prompt.plan.ranges(block_size):
-                blocks = end // block_size - max(start, tokens) // block_size
-                newcomers[org_of(owner_at(span.scope, prompt.plan.owner))] += max(0, blocks)
-            suffix = group.to_bytes(4, "big")
-            wanted.update(block_hash + suffix for block_hash in request.block_hashes)
-        self._device_quotas.make_room(newcomers, wanted)
-
-    def found_local(self, request: Request, tokens: int) -> None:
-        """vLLM's prefix cache holds the first ``tokens`` tokens, in whole blocks."""
+    def set_local_tokens(self, request: Request, tokens: int) -> None:
+        """The prefix cache holds the first ``tokens`` tokens of a prompt, in whole blocks."""
         if (prompt := self._prompts.get(request.request_id)) is not None:
             prompt.local_tokens = tokens
 
-    def admit(self, request: Request, external_tokens: int) -> None:
-        """The request is scheduled, reading what was found.
+    def is_loading(self, request: Request) -> bool:
+        """Whether a remote tier is loading blocks for a request."""
+        return any(remote.tier.is_loading(request.request_id) for remote in self.remotes)
+
+    def update_state_after_alloc(self, request: Request, num_external_tokens: int) -> None:
+        """A request is scheduled, and reads what was found.
 
         Args:
             request: the request.
-            external_tokens: tokens read from further tiers, right behind the local ones.
+            num_external_tokens: tokens that it reads from tiers behind the device, right behind
+                the local ones.
         """
         prompt = self._prompts.get(request.request_id)
         if prompt is None:
             return
+        found = prompt.local_tokens + num_external_tokens
         if prompt.read is None:
-            prompt.read = [(Outcome.READ_DEVICE, prompt.local_tokens)]
-            prompt.read += self._sources(prompt, request, external_tokens)
-            self._explain(prompt, request, sum(tokens for _, tokens in prompt.read))
+            self._reporter.note_read(prompt, request, num_external_tokens)
         prompt.registered = 0
-        found = prompt.local_tokens + external_tokens
-        # Refreshed now and not when a load is done: what is in use must not expire meanwhile.
-        known = self._register(prompt, request, found, known_only=True)
+        # Now and not when a load is done: what is in use must not expire meanwhile.
+        all_known = self._register(prompt, request, found, known_only=True)
         self._refresh_remotes(prompt, request, found)
-        if external_tokens or not known:
-            # `computed` does it all once more. What is loaded comes to the device only later, and
-            # a block that another request fills in this very step is that one's to create.
+        if num_external_tokens or not all_known:
+            # Have `on_step_scheduled` register all of them once more. Blocks that are being loaded
+            # reach the device only later. And a block of this prompt may be computed by another
+            # request of the same step; that request creates it, and must be the first to register
+            # it.
             prompt.registered = 0
 
-    def computed(self, output: SchedulerOutput) -> None:
-        """A step was scheduled: the blocks that it fills are in vLLM's prefix cache now."""
-        for req_id, tokens in output.num_scheduled_tokens.items():
-            prompt = self._prompts.get(req_id)
+    def on_step_scheduled(self, scheduler_output: SchedulerOutput) -> None:
+        """A step was scheduled: the blocks that it fills are in vLLM's prefix cache now. To be
+        called before vLLM's offloading stores any of them, which asks for their lifetimes."""
+        self._prefill_rate.step_began(time.monotonic(), scheduler_output.total_num_scheduled_tokens)
+        for request_id, tokens in scheduler_output.num_scheduled_tokens.items():
+            prompt = self._prompts.get(request_id)
             if prompt is not None and prompt.request is not None:
-                self._register(prompt, prompt.request, prompt.request.num_computed_tokens + tokens)
+                computed = prompt.request.num_computed_tokens + tokens
+                self._register(prompt, prompt.request, computed)
 
-    def stored(self) -> None:
-        """vLLM has offloaded what the step and the requests that were over before it left."""
-        self._leaving.clear()
-        self._keep_quotas()
+    def on_schedule_end(self) -> None:
+        """vLLM has offloaded the blocks of the step and of requests that were over before it."""
+        self._prompts.drop_finished()
+        self._local.enforce_quotas()
 
-    def finish(self, request: Request) -> Report | None:
-        """The request is over; return what became of its prompt, None if it never ran."""
-        prompt = self._prompts.pop(request.request_id, None)
+    def on_step_end(self) -> None:
+        """A step has been computed."""
+        self._prefill_rate.step_ended(time.monotonic())
+
+    def request_finished(self, request: Request) -> Report | None:
+        """A request is over; return what became of its prompt, None if it was never scheduled."""
+        prompt = self._prompts.finish(request.request_id)
         if prompt is None:
             return None
-        self._leaving[request.request_id] = prompt
         # An aborted request may have had blocks loaded that no step has used.
         self._register(prompt, request, request.num_computed_tokens)
         self._refresh(prompt, request)
         self._refresh_remotes(prompt, request, prompt.registered)
         prompt.request = None
         prompt.promoted.clear()
-        self._changed(prompt.plan)
-        first = self._by_nonce.get(prompt.plan.nonce, prompt)
-        if first.read is None:
-            return None
-        report = self._report(first)
-        if not first.counted:
-            first.counted = True
+        self._note_change(prompt.plan)
+        first = self._prompts.find(prompt.plan.nonce) or prompt
+        report = self._reporter.report(first)
+        if report is not None and not first.is_counted:
+            first.is_counted = True
             for row in report.rows:
-                self.tokens[row.outcome, row.scope.label, row.ttl_s] += row.tokens
+                self.counts.tokens[row.outcome, row.scope.label, row.ttl_s] += row.tokens
         return report
 
+    # What the API process and the metrics ask.
+
     def report(self, nonce: str) -> Report | None:
-        """Return what has become so far of the prompt with ``nonce``, None if it is not known."""
-        prompt = self._by_nonce.get(nonce)
-        known = prompt is not None and prompt.read is not None
-        return self._report(prompt) if known else None
+        """Return what has become so far of the prompt with ``nonce``; None if it is not known."""
+        prompt = self._prompts.find(nonce)
+        return None if prompt is None else self._reporter.report(prompt)
 
     def sweep(self) -> int:
-        """Drop everything that has expired, on every tier; return how many entries."""
-        self._settle_device()
-        expired = self._ledger.pop_expired(self._clock())
-        for key, entry in expired:
-            tier = CPU if CPU in entry.tiers else DEVICE
-            gone = EvictionRecord(Reason.TTL, entry.ttl_s, entry.expires_at, tier)
-            self._departures.record(key, gone)
-        self._let_go(expired, Reason.TTL)
-        self._keep_quotas()
-        return len(expired)
-
-    def tidy(self) -> int:
-        """Do what `sweep` does, and see to what it left because it was in use."""
-        if self._device_quotas is not None:
-            self._device_quotas.keep_all()
-        return self.sweep()
+        """Drop everything that has expired, and evict what exceeds quotas and is no longer in
+        use; return how many entries have expired. To be called now and then by an idle engine,
+        too."""
+        self._local.retry_quotas()
+        return self._local.drop_expired()
 
     def purge(self, prefix: bytes) -> dict[str, int]:
-        """Forget all blocks whose owner begins with ``prefix``; return how many the device and
-        the CPU tier held. Requests that run go on, and leave none of them behind."""
-        self.sweep()
-        for prompt in chain(self._prompts.values(), self._leaving.values()):
-            prompt.purged = tuple({*prompt.purged, prefix})
-        purged = self._ledger.purge(prefix)
-        now = self._clock()
-        for key, entry in purged:
-            tier = CPU if CPU in entry.tiers else DEVICE
-            self._departures.record(key, EvictionRecord(Reason.PURGE, entry.ttl_s, now, tier))
-        return self._let_go(purged, Reason.PURGE)
-
-    def _keep_quotas(self) -> None:
-        self._cpu.keep_quotas()
-        if self._device_quotas is not None:
-            self._device_quotas.keep()
-
-    def _changed(self, plan: Plan) -> None:
-        """Blocks of a prompt's owners came into use, or out of it."""
-        if self._device_quotas is not None:
-            for owner in (plan.owner, NOBODY):
-                self._device_quotas.changed(org_of(owner))
-
-    def _let_go(self, entries: list[tuple[bytes, Entry]], reason: Reason) -> dict[str, int]:
-        """Have the device and the CPU tier drop what the ledger has forgotten; return how many
-        each held."""
-        on_device = [key for key, entry in entries if DEVICE in entry.tiers]
-        in_memory = [key for key, entry in entries if CPU in entry.tiers]
-        if entries and self._device is not None:
-            # All of them: a load may have just brought one to the device.
-            self._device.evict(key for key, _ in entries)
-            self._device_evicted.clear()
-            self.evictions[DEVICE, reason] += len(on_device)
-        if in_memory:
-            self._overdue |= set(in_memory)
-            self.evictions[CPU, reason] += len(in_memory)
-        if self._overdue:
-            self._overdue = self._cpu.discard(self._overdue)
-        return {DEVICE: len(on_device), CPU: len(in_memory)}
+        """Drop all blocks from the device and the CPU tier whose owner begins with ``prefix``;
+        return how many each held. Requests that run go on, and leave none of them behind."""
+        self._prompts.purge(prefix)
+        return self._local.purge(prefix)
 
     def resident(self) -> list[tuple[str, int, int]]:
-        """Return ``(tier, ttl_s, entries)`` for each tier and TTL class."""
-        self._settle_device()
-        return list(self._ledger.resident())
+        """Return ``(tier, ttl_s, entries)`` for the device and the CPU tier and each TTL class."""
+        return self._local.resident()
 
     def held(self, tier: str) -> dict[bytes, int]:
         """Return how many entries of each organisation the device or the CPU tier holds, by the
         organisation's tag."""
-        self._settle_device()
-        return self._ledger.held(tier)
+        return self._local.held(tier)
+
+    # Lifetimes.
 
     def _register(
         self, prompt: Prompt, request: Request, tokens: int, known_only: bool = False
     ) -> bool:
-        """Start or refresh the lifetimes of the blocks in the first ``tokens`` tokens; with
-        ``known_only``, start none. Return whether the ledger knows all of them now."""
-        if tokens - prompt.registered < self._layout.tokens_per_hash:
+        """Start or refresh the lifetimes of the blocks in a prompt's first ``tokens`` tokens, from
+        ``prompt.registered`` on.
+
+        Args:
+            prompt: the prompt.
+            request: its request.
+            tokens: up to where.
+            known_only: whether to start none.
+
+        Returns:
+            Whether the ledger knows all of these blocks now.
+        """
+        per_hash = self._layout.tokens_per_hash
+        if tokens - prompt.registered < per_hash:
             return True
-        now, known = self._clock(), True
-        for index, (group, block_size) in enumerate(self._layout.groups):
-            stride = block_size // self._layout.tokens_per_hash
-            first = prompt.registered // block_size
-            hashes = islice(
-                request.block_hashes,
-                first * stride + stride - 1,
-                tokens // self._layout.tokens_per_hash,
-                stride,
-            )
-            suffix = group.to_bytes(4, "big")
-            blocks = [(first + i, block_hash + suffix) for i, block_hash in enumerate(hashes)]
-            # From the last to the first, so that a prefix loses its end first.
-            for block, key in reversed(blocks):
-                end = (block + 1) * block_size
-                span = prompt.plan.span_of(end)
-                on_device = self._device is not None and self._device.holds(key)
+        now, all_known = self._clock(), True
+        for number, group in enumerate(self._layout.groups):
+            blocks = self._layout.blocks(request, group, prompt.registered, tokens)
+            # From the last to the first, so that the end of a prefix is evicted first.
+            for end, key in reversed(blocks):
+                on_device = self._local.on_device(key)
                 if prompt.is_purged(end):
                     if on_device and key not in self._ledger:
-                        self._device.evict([key])
+                        self._local.drop_from_device(key)
                     continue
                 if key not in self._ledger and (known_only or not on_device):
-                    known = False
+                    all_known = False
                     continue
-                new = self._ledger.touch(key, span.ttl_s, now, prompt.plan.owner_in(span))
-                if new:
-                    self._departures.returned(key)
-                if on_device:
-                    self._ledger.place(key, DEVICE)
-                if key in self._overdue:
-                    self._overdue.remove(key)
-                    self._ledger.place(key, CPU)
+                span = prompt.plan.span_of(end)
+                owner = prompt.plan.owner_in(span)
+                is_new = self._local.use(key, span.ttl_s, now, owner, on_device)
                 in_prompt = end <= request.num_prompt_tokens
-                if new and index == 0 and span.covered and in_prompt:
-                    per_hash = range(block * stride, (block + 1) * stride)
-                    prompt.created.extend(per_hash)
-        self._changed(prompt.plan)
-        prompt.registered = tokens // self._layout.tokens_per_hash * self._layout.tokens_per_hash
-        return known
+                # A model's first group stands for all when tokens are counted.
+                if is_new and number == 0 and span.covered and in_prompt:
+                    start = end - group.tokens_per_block
+                    prompt.created.extend(range(start // per_hash, end // per_hash))
+        self._note_change(prompt.plan)
+        prompt.registered = tokens // per_hash * per_hash
+        return all_known
 
     def _refresh(self, prompt: Prompt, request: Request) -> None:
         """The request has used its blocks until now."""
-        self.sweep()
+        self._local.drop_expired()
         now = self._clock()
-        for group, block_size in self._layout.groups:
-            stride = block_size // self._layout.tokens_per_hash
-            suffix = group.to_bytes(4, "big")
-            end = prompt.registered // self._layout.tokens_per_hash
-            for index in reversed(range(stride - 1, min(end, len(request.block_hashes)), stride)):
-                key = request.block_hashes[index] + suffix
+        for group in self._layout.groups:
+            for _, key in reversed(self._layout.blocks(request, group, 0, prompt.registered)):
                 if (entry := self._ledger.get(key)) is not None:
                     self._ledger.touch(key, entry.ttl_s, now)
 
     def _refresh_remotes(self, prompt: Prompt, request: Request, tokens: int) -> None:
         """The request uses its first ``tokens`` tokens, of which remote tiers may hold copies."""
-        if not self._remotes:
+        if not self.remotes:
             return
+        plan = prompt.plan
         used: list[tuple[bytes, int, int]] = []
-        for _, end, key in self._chunks(request, min(tokens, prompt.plan.covered_tokens)):
-            entry, span = self._ledger.get(key), prompt.plan.span_of(end)
-            name = qualified(prompt.plan.owner_in(span), key)
+        for _, end, key in self._layout.chunks(request, min(tokens, plan.covered_tokens)):
+            entry, span = self._ledger.get(key), plan.span_of(end)
+            name = qualified(plan.owner_in(span), key)
             used.append((name, max(span.ttl_s, entry.ttl_s) if entry else span.ttl_s, end))
-        for remote in self._remotes:
+        for remote in self.remotes:
             remote.used(request.request_id, used)
 
-    def _chunks(self, request: Request, tokens: int) -> Iterator[tuple[int, int, bytes]]:
-        """Yield ``(start, end, key)`` of each whole chunk in the first ``tokens`` tokens."""
-        for group, block_size in self._layout.groups:
-            chunk = block_size * self._layout.blocks_per_chunk
-            stride = chunk // self._layout.tokens_per_hash
-            suffix = group.to_bytes(4, "big")
-            hashes = islice(request.block_hashes, stride - 1, tokens // chunk * stride, stride)
-            for end, block_hash in zip(count(chunk, chunk), hashes, strict=False):
-                yield end - chunk, end, block_hash + suffix
+    def _note_change(self, plan: Plan) -> None:
+        """Note that a prompt's blocks came into the cache, into use, or out of it."""
+        self._local.note_change(map(org_of, (plan.owner, NOBODY)))
 
-    def _sources(self, prompt: Prompt, request: Request, tokens: int) -> list[tuple[str, int]]:
-        """Return ``(outcome, tokens)`` of what is read behind the local tokens, in order."""
-        if not prompt.promoted:
-            return [(Outcome.READ_CPU, tokens)] if tokens else []
-        position, last = prompt.local_tokens, prompt.local_tokens + tokens
-        tiers: dict[tuple[int, int], str] = {}
-        for start, end, key in self._chunks(request, last):
-            # Where several groups have blocks, the farthest tier any came from counts.
-            tier = prompt.promoted.get(key)
-            if tier is not None or (start, end) not in tiers:
-                tiers[start, end] = tier or CPU
-        read: list[tuple[str, int]] = []
-        for (start, end), tier in sorted(tiers.items()):
-            start, end = max(start, position), min(end, last)
-            if start < end:
-                read.append((Outcome.READ_CPU, start - position))
-                read.append((f"read_{tier}", end - start))
-                position = end
-        read.append((Outcome.READ_CPU, last - position))
-        return [(outcome, tokens) for outcome, tokens in read if tokens]
+    # What the tiers ask and tell; see `TierParent`.
 
-    def _promoted(self, tier: str, request_id: str, loaded: Iterable[tuple[bytes, int]]) -> None:
+    @property
+    def ledger(self) -> Ledger:
+        return self._ledger
+
+    def now(self) -> float:
+        return self._clock()
+
+    def may_read(self, key: OffloadKey, context: ReqContext) -> bool:
+        if self._local.is_expired(key):
+            return False
+        prompt, end = self._prompts.locate(key, context)
+        return prompt is None or not prompt.is_purged(end)
+
+    def may_store(self, key: OffloadKey, context: ReqContext) -> bool:
+        prompt, end = self._prompts.locate(key, context)
+        if prompt is None:
+            return True
+        if prompt.is_purged(end):
+            return False
+        if self._cpu_quotas is None:
+            return True
+        org, chunks = org_of(prompt.plan.owner_of(end)), self.quota_chunks(prompt.plan, end)
+        return self._cpu_quotas.over(org, chunks) == 0
+
+    def ttl_and_owner(self, key: OffloadKey, context: ReqContext) -> tuple[int, bytes]:
+        prompt, end = self._prompts.locate(key, context)
+        if prompt is None:
+            return hashing.UNPLANNED_TTL_S, NOBODY
+        span = prompt.plan.span_of(end)
+        return span.ttl_s, prompt.plan.owner_in(span)
+
+    def live_entry(self, key: bytes) -> Entry | None:
+        entry = self._ledger.get(key)
+        return None if entry is None or entry.expires_at <= self._clock() else entry
+
+    def plan_of(self, request_id: str) -> Plan | None:
+        prompt = self._prompts.get(request_id)
+        return None if prompt is None else prompt.plan
+
+    def quota_chunks(self, plan: Plan, end: int) -> int:
+        return self._layout.quota_chunks(plan, end)
+
+    def prefill_seconds(self, keys: int) -> float:
+        return self._prefill_rate.seconds_for(int(keys * self._layout.tokens_per_key))
+
+    def on_prefix_lookup(self) -> None:
+        self._local.drop_expired()
+
+    def on_prefix_found(self, request: Request, tokens: int) -> None:
+        prompt = self._prompts.get(request.request_id)
+        if prompt is None or not self._local.has_device_quotas:
+            return
+        plan = prompt.plan
+        newcomers: Counter[bytes] = Counter()
+        wanted: set[bytes] = set()
+        for group in self._layout.groups:
+            size = group.tokens_per_block
+            for start, end, span in plan.ranges(size):
+                blocks = end // size - max(start, tokens) // size
+                newcomers[org_of(owner_at(span.scope, plan.owner))] += max(0, blocks)
+            whole = len(request.block_hashes) * self._layout.tokens_per_hash
+            wanted.update(key for _, key in self._layout.blocks(request, group, 0, whole))
+        self._local.make_room(newcomers, wanted)
+
+    def on_prefix_cache_reset(self) -> None:
+        self._local.on_prefix_cache_reset()
+
+    def on_evicted(self, key: bytes, ttl_s: int, reason: EvictionReason) -> None:
+        self._local.on_cpu_evicted(key, ttl_s, reason)
+
+    def on_promoted(self, tier: str, request_id: str, loaded: Iterable[tuple[bytes, int]]) -> None:
         prompt = self._prompts.get(request_id)
         now = self._clock()
         for key, ttl_s in loaded:
@@ -458,168 +373,3 @@ class CacheScopeConnectorScheduler:
             # It may have been stored with a longer lifetime than this prompt asks for.
             if key in self._ledger and not self._ledger.is_expired(key, now):
                 self._ledger.touch(key, ttl_s, now)
-
-    def _plan_of(self, request_id: str) -> Plan | None:
-        prompt = self._prompts.get(request_id)
-        return None if prompt is None else prompt.plan
-
-    def _entry_of(self, key: bytes) -> Entry | None:
-        entry = self._ledger.get(key)
-        return None if entry is None or entry.expires_at <= self._clock() else entry
-
-    def _is_expired(self, key: bytes) -> bool:
-        return key in self._overdue or self._ledger.is_expired(key, self._clock())
-
-    def _is_barred(self, key: OffloadKey, context: ReqContext) -> bool:
-        prompt, end = self._place(key, context)
-        return prompt is not None and prompt.is_purged(end)
-
-    def _is_unwanted(self, key: OffloadKey, context: ReqContext) -> bool:
-        """Whether a chunk was purged, or is beyond what its organisation may hold by its place in
-        the prompt alone: storing it would cost the prompt its beginning."""
-        prompt, end = self._place(key, context)
-        if prompt is None or (shares := self._shares.get(CPU)) is None:
-            return prompt is not None and prompt.is_purged(end)
-        org, chunks = org_of(prompt.plan.owner_of(end)), self._layout.own_chunks(prompt.plan, end)
-        return prompt.is_purged(end) or shares.over(org, chunks) > 0
-
-    def _marks_of(self, key: OffloadKey, context: ReqContext) -> tuple[int, bytes]:
-        prompt, end = self._place(key, context)
-        if prompt is None:
-            return hashing.UNPLANNED_TTL_S, NOBODY
-        span = prompt.plan.span_of(end)
-        return span.ttl_s, prompt.plan.owner_in(span)
-
-    def _owner_of(self, key: OffloadKey, context: ReqContext) -> bytes:
-        prompt, end = self._place(key, context)
-        return NOBODY if prompt is None else prompt.plan.owner_of(end)
-
-    def _place(self, key: OffloadKey, context: ReqContext) -> tuple[Prompt | None, int]:
-        """Return the prompt that a key is asked for, and where the key's chunk ends in it."""
-        prompt = self._prompts.get(context.req_id) or self._leaving.get(context.req_id)
-        end = context.get_offload_key_position(key)
-        return (None, 0) if prompt is None or end is None else (prompt, end)
-
-    def _report(self, prompt: Prompt) -> Report:
-        since = self._departures.since
-        return replace(
-            account(prompt.plan, prompt.block_size, prompt.read or (), prompt.created),
-            misses=prompt.misses,
-            unasked=prompt.unasked,
-            engine=self._engine(),
-            reach_s=None if since is None else self._clock() - since,
-        )
-
-    def _explain(self, prompt: Prompt, request: Request, read: int) -> None:
-        """Find out what the prompt might have read after its first ``read`` tokens."""
-        _, block_size = self._layout.groups[0]
-        start = read // block_size * block_size
-        blocks = range(start, request.num_prompt_tokens // block_size * block_size, block_size)
-        if request.skip_reading_prefix_cache:
-            prompt.misses = (CacheMiss(MissCause.NOT_LOOKED_UP, len(blocks) * block_size),)
-            return
-        runs: list[tuple[_Gone, int]] = []
-        for block in blocks:
-            end = block + block_size
-            keys = self._keys_at(request, end)
-            if all(key in self._ledger for key in keys):
-                # What is there is of no use behind a block that is not. Where it is the first, it
-                # was left out: an answer begins with the prompt's last token.
-                gone = runs[-1][0] if runs else None
-            else:
-                gone = self._whereabouts(prompt, request, end, keys)
-            if gone is None:
-                prompt.unasked = self._unasked(prompt, request, end)
-                break
-            if runs and (gone.alike == runs[-1][0].alike or len(runs) == MAX_MISSES):
-                runs[-1] = runs[-1][0], runs[-1][1] + block_size
-            else:
-                runs.append((gone, block_size))
-        prompt.misses = tuple(gone.miss(tokens, self._clock()) for gone, tokens in runs)
-
-    def _whereabouts(
-        self, prompt: Prompt, request: Request, end: int, keys: Iterable[bytes]
-    ) -> _Gone | None:
-        """Return why the block that ends at ``end`` was not read; None where nothing is known."""
-        asked = list(self._asked(prompt, request, end))
-        for remote, key in asked:
-            if (absence := remote.tier.lost(request.request_id, key)) is not None:
-                return _Gone((remote.name, absence))
-        # Where a model has several groups of layers, a block is of no use unless all have theirs.
-        departures = (self._departures.find(key) for key in keys if key not in self._ledger)
-        first = next((departure for departure in departures if departure is not None), None)
-        if first is None or first.reason is not Reason.TTL:
-            for remote, key in asked:
-                absence = remote.tier.absence(request.request_id, key)
-                if absence is not None and absence.certain:
-                    return _Gone((remote.name, absence))
-        return None if first is None else _Gone((first.tier, first.reason, first.ttl_s), first.at)
-
-    def _unasked(self, prompt: Prompt, request: Request, end: int) -> CacheMiss | None:
-        for remote, key in self._asked(prompt, request, end):
-            if (absence := remote.tier.absence(request.request_id, key)) is not None:
-                return CacheMiss(absence.cause, 0, remote.name, detail=absence.detail)
-        return None
-
-    def _keys_at(self, request: Request, end: int) -> list[bytes]:
-        """Return the key of each group's block that ends at ``end``."""
-        block_hash = request.block_hashes[end // self._layout.tokens_per_hash - 1]
-        return [
-            block_hash + group.to_bytes(4, "big")
-            for group, block_size in self._layout.groups
-            if end % block_size == 0
-        ]
-
-    def _asked(
-        self, prompt: Prompt, request: Request, end: int
-    ) -> Iterator[tuple[RemoteTierManager, bytes]]:
-        """Yield each remote tier with the key of the chunk that holds the block which ends at
-        ``end``."""
-        if not self._remotes:
-            return
-        group, block_size = self._layout.groups[0]
-        chunk = block_size * self._layout.blocks_per_chunk
-        chunk_end = -(-end // chunk) * chunk
-        if chunk_end > request.num_prompt_tokens:
-            return
-        block_hash = request.block_hashes[chunk_end // self._layout.tokens_per_hash - 1]
-        key = block_hash + group.to_bytes(4, "big")
-        for remote in self._remotes:
-            yield remote, qualified(prompt.plan.owner_of(chunk_end), key)
-
-    def _cpu_evicted(self, key: bytes, ttl_s: int, reason: Reason) -> None:
-        self.evictions[CPU, reason] += 1
-        self._departed(key, ttl_s, reason, CPU)
-
-    def _departed(self, key: bytes, ttl_s: int, reason: Reason, tier: str) -> None:
-        if key not in self._ledger:
-            self._departures.record(key, EvictionRecord(reason, ttl_s, self._clock(), tier))
-
-    def _settle_device(self) -> None:
-        if self._device is None:
-            return
-        self._device_left(self._device_evicted, Reason.CAPACITY)
-        self._device_evicted.clear()
-
-    def _device_left(self, keys: Iterable[bytes], reason: Reason) -> None:
-        assert self._device is not None
-        for key in keys:
-            entry = self._ledger.get(key)
-            if entry is not None and DEVICE in entry.tiers and not self._device.holds(key):
-                self._ledger.displace(key, DEVICE)
-                self.evictions[DEVICE, reason] += 1
-                self._departed(key, entry.ttl_s, reason, DEVICE)
-
-    def _give_up(self, keys: Collection[bytes]) -> None:
-        """Take blocks out of the prefix cache: their organisations hold too many."""
-        assert self._device is not None
-        self._settle_device()
-        self._device.give_up(keys)
-        self._device_left(keys, Reason.QUOTA)
-        self._device_evicted.clear()
-
-    def _device_reset(self) -> None:
-        self._device_evicted.clear()
-        for key, ttl_s in self._ledger.clear_tier(DEVICE):
-            self.evictions[DEVICE, Reason.RESET] += 1
-            self._departed(key, ttl_s, Reason.RESET, DEVICE)

@@ -1,7 +1,7 @@
 """The CPU tier: vLLM's own primary offloading tier, with our eviction policy and expiry."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -19,68 +19,57 @@ from vllm.v1.kv_offload.tiering.manager import (
 )
 
 from vllm_cachescope.cache.eviction import LifetimeShare
-from vllm_cachescope.cache.ledger import Ledger, Reason
+from vllm_cachescope.cache.eviction_history import EvictionReason
+from vllm_cachescope.cache.ledger import Ledger
 from vllm_cachescope.cache.quotas import Quotas
+from vllm_cachescope.connectors.vllm.engine.tiers.base import TierParent
 from vllm_cachescope.tenancy.owner_tags import NOBODY, org_of
 
 CPU = "cpu"
 
 
 class ScopePolicy(CachePolicy):
-    """Evicts by share of lifetime spent, with the lifetimes of the ledger it is bound to.
+    """Evicts by share of lifetime spent, with the lifetimes of its parent's ledger.
 
-    vLLM makes it by name from the configuration, so `bind` comes after. Expired chunks never
-    wait here for pressure: `CpuTier.discard` takes them out.
+    vLLM makes the policy by its name in the configuration, so `bind` comes after. Expired chunks
+    do not wait here to be evicted: `CpuTier.drop` removes them.
     """
+
+    _parent: TierParent
+    _ledger: Ledger
 
     def __init__(self, cache_capacity: int) -> None:
         super().__init__(cache_capacity)
         self._chunks: dict[OffloadKey, ChunkStatus] = {}
         self._order = LifetimeShare()
-        self._ledger = Ledger()
-        self._clock: Callable[[], float] = lambda: 0.0
-        self._marks_of: Callable[[OffloadKey, ReqContext], tuple[int, bytes]] = (
-            lambda key, context: (1, NOBODY)
-        )
-        self._on_evicted: Callable[[bytes, int, Reason], None] = lambda key, ttl_s, reason: None
+        self._quotas: Quotas | None = None
+        # TTL and owner of the keys that are about to be inserted.
         self._missed: dict[OffloadKey, tuple[int, bytes]] = {}
-        self._shares: Quotas | None = None
         # Organisations that may hold more than their quota.
         self._grown: set[bytes] = set()
 
-    def bind(
-        self,
-        ledger: Ledger,
-        clock: Callable[[], float],
-        marks_of: Callable[[OffloadKey, ReqContext], tuple[int, bytes]],
-        on_evicted: Callable[[bytes, int, Reason], None],
-        shares: Quotas | None = None,
-    ) -> None:
+    def bind(self, parent: TierParent, quotas: Quotas | None) -> None:
         """Connect the policy to the engine's lifetimes. To be called before the first chunk.
 
         Args:
-            ledger: where the chunks' lifetimes are kept.
-            clock: the ledger's clock, in seconds.
-            marks_of: the lifetime in seconds and the owner that a request's plan gives to a key.
-            on_evicted: called with each key that has left the tier, its TTL in seconds, and why.
-            shares: what each organisation may have of the tier; None for anything.
+            parent: the scheduler side.
+            quotas: what each organisation may have of the tier; None for no limits.
         """
-        self._ledger, self._clock = ledger, clock
-        self._marks_of, self._on_evicted = marks_of, on_evicted
-        if shares is not None:
-            self._shares, self._order = shares, LifetimeShare(shares.reserve)
+        self._parent, self._ledger = parent, parent.ledger
+        if quotas is not None:
+            self._quotas, self._order = quotas, LifetimeShare(quotas.reserve)
 
     def get(self, key: OffloadKey) -> ChunkStatus | None:
         return self._chunks.get(key)
 
     def on_store_miss(self, keys: Iterable[OffloadKey], req_context: ReqContext) -> None:
         # Called right before `insert`, which is not told for whom it inserts.
-        self._missed = {key: self._marks_of(key, req_context) for key in keys}
+        self._missed = {key: self._parent.ttl_and_owner(key, req_context) for key in keys}
 
     def insert(
         self, key: OffloadKey, chunk: ChunkStatus, req_context: ReqContext | None = None
     ) -> None:
-        now = self._clock()
+        now = self._parent.now()
         self._chunks[key] = chunk
         if key not in self._ledger:
             ttl_s, owner = self._missed.get(key, (1, NOBODY))
@@ -94,7 +83,7 @@ class ScopePolicy(CachePolicy):
         self._ledger.displace(key, CPU)
 
     def touch(self, keys: Iterable[OffloadKey], req_context: ReqContext) -> None:
-        now = self._clock()
+        now = self._parent.now()
         for key in reversed(list(keys)):
             if key in self._chunks:
                 self._use(key, now)
@@ -111,8 +100,8 @@ class ScopePolicy(CachePolicy):
     def evict(
         self, n: int, protected: set[OffloadKey]
     ) -> list[tuple[OffloadKey, ChunkStatus]] | None:
-        now = self._clock()
-        own = self._too_many_with(protected, n, now)
+        now = self._parent.now()
+        own = self._excess_with(protected, n, now)
         keys = self._order.victims(
             n - len(own), now, lambda key: key in own or self._must_stay(key, protected)
         )
@@ -120,31 +109,34 @@ class ScopePolicy(CachePolicy):
             return None
         evicted = [(OffloadKey(key), self._chunks[OffloadKey(key)]) for key in (*own, *keys)]
         for key, _ in evicted:
-            self.drop(key, Reason.QUOTA if key in own else Reason.CAPACITY)
+            self.drop(key, EvictionReason.QUOTA if key in own else EvictionReason.CAPACITY)
         return evicted
 
-    def too_many(self) -> list[bytes]:
-        """Return the chunks that organisations hold beyond their quotas, their oldest, but for
+    def excess(self) -> list[bytes]:
+        """Return the keys that organisations hold beyond their quotas, the oldest of each, without
         those in the middle of a transfer."""
         found: list[bytes] = []
-        for org in list(self._grown) if self._shares else ():
-            if over := self._shares.over(org, self._order.held(org)):
+        if self._quotas is None:
+            return found
+        for org in list(self._grown):
+            if over := self._quotas.over(org, self._order.held(org)):
                 found += self._order.victims_of(
-                    org, over, self._clock(), lambda key: self._must_stay(key, set())
+                    org, over, self._parent.now(), lambda key: self._must_stay(key, set())
                 )
             else:
-                self._grown.discard(org)
+                self._grown.remove(org)
         return found
 
-    def _too_many_with(self, wanted: set[OffloadKey], most: int, now: float) -> set[bytes]:
-        """Return up to ``most`` chunks that organisations will hold beyond their quotas once
-        ``wanted`` are here: those make room for their own before anyone else does."""
+    def _excess_with(self, wanted: set[OffloadKey], most: int, now: float) -> set[bytes]:
+        """Return up to ``most`` keys that organisations will hold beyond their quotas once
+        ``wanted`` are here. They are evicted first, so that an organisation makes room for its own
+        chunks before others do."""
         found: set[bytes] = set()
-        if self._shares is None:
+        if self._quotas is None:
             return found
         newcomers = Counter(self._org(key) for key in wanted if key not in self._chunks)
         for org, more in newcomers.items():
-            over = self._shares.over(org, self._order.held(org) + more)
+            over = self._quotas.over(org, self._order.held(org) + more)
             found.update(
                 self._order.victims_of(
                     org,
@@ -164,19 +156,19 @@ class ScopePolicy(CachePolicy):
 
     def clear(self) -> None:
         for key in list(self._chunks):
-            self.drop(key, Reason.RESET)
+            self.drop(key, EvictionReason.RESET)
 
-    def drop(self, key: OffloadKey, reason: Reason) -> None:
-        """Forget ``key``, and say why."""
+    def drop(self, key: OffloadKey, reason: EvictionReason) -> None:
+        """Remove ``key``, and tell the parent why."""
         entry = self._ledger.get(key)
         self.remove(key)
-        self._on_evicted(key, entry.ttl_s if entry else 0, reason)
+        self._parent.on_evicted(key, entry.ttl_s if entry else 0, reason)
 
     def _use(self, key: OffloadKey, now: float) -> None:
         entry = self._ledger.get(key)
         if entry is None:
             return
-        if self._shares is None:
+        if self._quotas is None:
             self._order.use(key, entry.ttl_s, now)
         else:
             self._order.use(key, entry.ttl_s, now, org_of(entry.owner))
@@ -184,79 +176,71 @@ class ScopePolicy(CachePolicy):
 
 
 class CpuTier:
-    """What CacheScope adds to a tiering manager: nothing expired or purged is found, or kept.
+    """What CacheScope adds to vLLM's tiering manager: nothing expired or purged is found or kept.
 
     Args:
         manager: vLLM's manager, whose primary tier runs `ScopePolicy`.
-        is_expired: whether a key's lifetime is over.
-        is_barred: whether a request must not find a key.
-        is_unwanted: whether a request should not store a key.
+        parent: says what may be looked up and stored.
+        quotas: what each organisation may have of the tier; None for no limits.
     """
 
     def __init__(
-        self,
-        manager: TieringOffloadingManager,
-        is_expired: Callable[[bytes], bool],
-        is_barred: Callable[[OffloadKey, ReqContext], bool],
-        is_unwanted: Callable[[OffloadKey, ReqContext], bool],
+        self, manager: TieringOffloadingManager, parent: TierParent, quotas: Quotas | None
     ) -> None:
         self._primary: CPUPrimaryTierOffloadingManager = manager.primary_tier
         assert isinstance(self._primary._policy, ScopePolicy)
-        self.policy = self._primary._policy
+        self._policy = self._primary._policy
+        self._policy.bind(parent, quotas)
         # From 0.33 on vLLM may serve tiers from a thread of its own.
         self._lock = getattr(manager, "lock", None) or nullcontext()
         lookup, prepare_store = manager.lookup, manager.prepare_store
 
-        # On the manager, so that no tier behind the primary one serves an expired key either.
+        # On the manager and not its primary tier, so that remote tiers serve no expired key either.
         def live_lookup(key: OffloadKey, req_context: ReqContext, **kwargs: Any) -> LookupResult:
-            if is_expired(key) or is_barred(key, req_context):
+            if not parent.may_read(key, req_context):
                 return LookupResult.MISS
             return lookup(key, req_context, **kwargs)
 
         def prepare_live_store(
             keys: Iterable[OffloadKey], req_context: ReqContext, **kwargs: Any
         ) -> PrepareStoreOutput | None:
-            wanted = [key for key in keys if not is_unwanted(key, req_context)]
+            wanted = [key for key in keys if parent.may_store(key, req_context)]
             return prepare_store(wanted, req_context, **kwargs)
 
         manager.lookup = live_lookup  # type: ignore[method-assign]
         manager.prepare_store = prepare_live_store  # type: ignore[method-assign]
 
-    def holds(self, key: bytes) -> bool:
-        """Whether the tier holds ``key``, ready or not."""
-        return self.policy.get(OffloadKey(key)) is not None
-
-    def discard(self, keys: Iterable[bytes]) -> set[bytes]:
-        """Free the chunks of ``keys`` at once.
+    def drop(self, keys: Iterable[bytes]) -> set[bytes]:
+        """Drop ``keys``, which have expired or were purged, and free their chunks.
 
         Returns:
-            The keys whose chunks are in the middle of a transfer and must be discarded later.
+            The keys whose chunks are in the middle of a transfer and must be dropped later.
         """
         with self._lock:
-            return self._discard(keys)
+            return self._free(keys)
 
-    def keep_quotas(self) -> None:
-        """Have organisations lose what they hold beyond their quotas."""
-        if keys := self.policy.too_many():
+    def enforce_quotas(self) -> None:
+        """Evict what organisations hold beyond their quotas."""
+        if keys := self._policy.excess():
             with self._lock:
-                self._discard(keys, Reason.QUOTA)
+                self._free(keys, EvictionReason.QUOTA)
 
-    def _discard(self, keys: Iterable[bytes], reason: Reason | None = None) -> set[bytes]:
+    def _free(self, keys: Iterable[bytes], reason: EvictionReason | None = None) -> set[bytes]:
         busy: set[bytes] = set()
         freed: list[OffloadKey] = []
         for raw in keys:
             key = OffloadKey(raw)
-            chunk = self.policy.get(key)
+            chunk = self._policy.get(key)
             if chunk is None:
                 continue
             if chunk.ref_cnt != 0:
                 busy.add(raw)
                 continue
-            # What the manager does itself after `CachePolicy.evict`.
+            # What vLLM's manager does after `CachePolicy.evict`.
             if reason is None:
-                self.policy.remove(key)
+                self._policy.remove(key)
             else:
-                self.policy.drop(key, reason)
+                self._policy.drop(key, reason)
             self._primary._num_evictable_cache_chunks -= 1
             self._primary._free_chunk(chunk)
             freed.append(key)

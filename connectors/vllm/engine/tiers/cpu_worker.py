@@ -36,11 +36,11 @@ class CpuCopyWorker(OffloadingWorker):
             cache.tensor.view(torch.int8).view(-1, cache.page_size_bytes).numpy()
             for cache in kv_caches.tensors
         ]
-        # Shape (chunks * blocks per chunk, bytes per block) would need contiguous chunks, which
-        # the region's strides rule out; (chunks, blocks per chunk, bytes per block) is a view.
+        # A view of shape (chunks, blocks per chunk, bytes per block). One of shape (chunks * blocks
+        # per chunk, bytes per block) is impossible: in the region, chunks are not contiguous.
         self._cpu = [
             region.create_next_worker_view(cache.page_size_bytes * blocks_per_chunk)
-            .unflatten(1, (blocks_per_chunk, cache.page_size_bytes))
+            .view(-1, blocks_per_chunk, cache.page_size_bytes)
             .numpy()
             for cache in kv_caches.tensors
         ]

@@ -1,109 +1,126 @@
-"""The device tier: vLLM's own prefix cache, made to forget what has expired, and to keep shares."""
+"""The device tier: vLLM's own prefix cache."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_manager import KVCacheManager
-from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.kv_cache_utils import BlockHashWithGroupId, KVCacheBlock
 from vllm.v1.request import Request
 
 from vllm_cachescope.cache.eviction import LifetimeShare
+from vllm_cachescope.cache.ledger import Ledger
+from vllm_cachescope.connectors.vllm.engine.tiers.base import TierParent
+from vllm_cachescope.tenancy.owner_tags import org_of
 
 DEVICE = "device"
 
-PASSED_OVER = 1024
-"""How many blocks vLLM is kept from at once, at most: half a millisecond's work."""
+MAX_PASSED_OVER = 1024
+"""At one allocation vLLM is kept from so many spared blocks at most: half a millisecond's work."""
 
 
 class DeviceTier:
-    """Follows what vLLM's block pool caches and evicts.
+    """Follows what vLLM's block pool caches and evicts, and has it drop and evict blocks.
 
     Args:
         manager: vLLM's KV cache manager.
-        before_lookup: called before each look-up in the prefix cache, so that nothing that has
-            expired by then can be found.
-        after_lookup: called with a request that was looked up and the number of tokens found,
-            before it is given blocks for the rest.
-        on_evicted: called with the key of a block that leaves the prefix cache.
-        on_reset: called when the prefix cache is emptied.
+        parent: is told of look-ups and resets.
     """
 
-    def __init__(
-        self,
-        manager: KVCacheManager,
-        before_lookup: Callable[[], None],
-        after_lookup: Callable[[Request, int], None],
-        on_evicted: Callable[[bytes], None],
-        on_reset: Callable[[], None],
-    ) -> None:
+    def __init__(self, manager: KVCacheManager, parent: TierParent) -> None:
         self._pool: BlockPool = manager.block_pool
-        self._pool.metrics_collector = _Observer(
-            self._pool.metrics_collector, self, on_evicted, on_reset
-        )
+        self._parent = parent
+        self._evicted: list[bytes] = []
+        self._pool.metrics_collector = _Observer(self._pool.metrics_collector, self)  # type: ignore[assignment]
         lookup = manager.get_computed_blocks
 
         def get_computed_blocks(request: Request, **kwargs: Any) -> Any:
-            before_lookup()
+            parent.on_prefix_lookup()
             found = lookup(request, **kwargs)
-            after_lookup(request, found[1])
+            parent.on_prefix_found(request, found[1])
             return found
 
         manager.get_computed_blocks = get_computed_blocks  # type: ignore[method-assign]
 
     def holds(self, key: bytes) -> bool:
         """Whether the prefix cache can serve ``key`` (block hash and group id)."""
-        return self._pool.cached_block_hash_to_block.get_one_block(key) is not None
-
-    def evict(self, keys: Iterable[bytes]) -> None:
-        """Make the prefix cache forget ``keys``. Requests that run on their blocks run on."""
-        for key in keys:
-            while (block := self._pool.cached_block_hash_to_block.get_one_block(key)) is not None:
-                self._pool.evict_blocks({block.block_id})
+        return self._find(key) is not None
 
     def is_free(self, key: bytes) -> bool:
-        """Whether the prefix cache holds ``key`` and no request runs on it."""
-        block = self._pool.cached_block_hash_to_block.get_one_block(key)
+        """Whether the prefix cache holds ``key`` and no request runs on its block."""
+        block = self._find(key)
         return block is not None and block.ref_cnt == 0
 
-    def give_up(self, keys: Iterable[bytes]) -> None:
-        """Make the prefix cache forget ``keys``, and use their blocks before all others."""
+    def drop(self, keys: Iterable[bytes]) -> None:
+        """Drop ``keys`` from the prefix cache. Requests that run on their blocks run on."""
+        for key in keys:
+            while (block := self._find(key)) is not None:
+                self._drop(block)
+
+    def evict(self, keys: Iterable[bytes]) -> None:
+        """Drop those of ``keys`` that no request runs on, and have vLLM reuse their blocks before
+        all others."""
         queue = self._pool.free_block_queue
         for key in keys:
-            while self.is_free(key):
-                block = self._pool.cached_block_hash_to_block.get_one_block(key)
-                self._pool.evict_blocks({block.block_id})
+            while (block := self._find(key)) is not None and block.ref_cnt == 0:
+                self._drop(block)
                 queue.remove(block)
                 queue.prepend_n([block])
 
-    def spare(self, org_of: Callable[[bytes], bytes | None], order: LifetimeShare) -> None:
+    def take_evicted(self) -> list[bytes]:
+        """Return the keys that vLLM has evicted since the last call, and that the prefix cache
+        does not hold in another block, or again."""
+        evicted, self._evicted = self._evicted, []
+        return [key for key in evicted if not self.holds(key)]
+
+    def keep_reserves(self, ledger: Ledger, order: LifetimeShare) -> None:
         """From here on have vLLM pass over blocks of organisations that hold no more than their
         reserve, while it finds others.
 
         Args:
-            org_of: returns the organisation's tag of a key; None for a key that is not known.
-            order: knows who is spared.
+            ledger: knows whose a block is.
+            order: knows which organisations are spared.
         """
         get_new_blocks = self._pool.get_new_blocks
 
-        def sparing(num_blocks: int) -> list[KVCacheBlock]:
-            self._pass_over(num_blocks, org_of, order)
+        def get_unreserved_blocks(num_blocks: int) -> list[KVCacheBlock]:
+            self._pass_over(num_blocks, ledger, order)
             return get_new_blocks(num_blocks)
 
-        self._pool.get_new_blocks = sparing  # type: ignore[method-assign]
+        self._pool.get_new_blocks = get_unreserved_blocks  # type: ignore[method-assign]
 
-    def _pass_over(
-        self, wanted: int, org_of: Callable[[bytes], bytes | None], order: LifetimeShare
-    ) -> None:
-        """Move the spared blocks that vLLM would take next to the end of its queue: the queue
-        stays one of last use among the spared and among the others."""
+    def on_evicted(self, key: bytes) -> None:
+        """vLLM evicts a block of ``key``. Whether the prefix cache holds another one shows only
+        afterwards: see `take_evicted`."""
+        self._evicted.append(key)
+
+    def on_reset(self) -> None:
+        """vLLM empties the prefix cache."""
+        self._evicted.clear()
+        self._parent.on_prefix_cache_reset()
+
+    def _find(self, key: bytes) -> KVCacheBlock | None:
+        return self._pool.cached_block_hash_to_block.get_one_block(BlockHashWithGroupId(key))
+
+    def _drop(self, block: KVCacheBlock) -> None:
+        # The pool calls this an eviction too, and tells the observer: it is none of vLLM's.
+        known = len(self._evicted)
+        self._pool.evict_blocks({block.block_id})
+        del self._evicted[known:]
+
+    def _pass_over(self, wanted: int, ledger: Ledger, order: LifetimeShare) -> None:
+        """Move the spared blocks that vLLM would take next to the end of its queue. Both the spared
+        blocks and the others stay in order of last use."""
         queue = self._pool.free_block_queue
         taken: Counter[bytes] = Counter()
         spared: list[KVCacheBlock] = []
         block = queue.fake_free_list_head.next_free_block
-        while wanted > 0 and len(spared) < PASSED_OVER and block is not queue.fake_free_list_tail:
-            org = None if block.block_hash is None else org_of(block.block_hash)
+        while wanted > 0 and len(spared) < MAX_PASSED_OVER:
+            if block is None or block is queue.fake_free_list_tail:
+                break
+            entry = None if block.block_hash is None else ledger.get(block.block_hash)
+            org = None if entry is None else org_of(entry.owner)
             if org is not None and order.is_spared(org, taken[org]):
                 spared.append(block)
             else:
@@ -117,22 +134,18 @@ class DeviceTier:
 
 
 class _Observer:
-    """Stands where vLLM's optional residency metrics collector stands, and passes on to it.
+    """Stands where vLLM's optional residency metrics collector stands, and calls it in turn.
 
     The block pool tells it of every eviction while the block still has its hash.
+
+    Args:
+        inner: vLLM's collector; None if there is none.
+        tier: is told of evictions and resets.
     """
 
-    def __init__(
-        self,
-        inner: Any,
-        tier: DeviceTier,
-        on_evicted: Callable[[bytes], None],
-        on_reset: Callable[[], None],
-    ) -> None:
+    def __init__(self, inner: Any, tier: DeviceTier) -> None:
         self._inner = inner
         self._tier = tier
-        self._on_evicted = on_evicted
-        self._on_reset = on_reset
 
     def on_block_allocated(self, block: KVCacheBlock) -> None:
         if self._inner is not None:
@@ -146,12 +159,12 @@ class _Observer:
         if self._inner is not None:
             self._inner.on_block_evicted(block)
         if block.block_hash is not None:
-            self._on_evicted(block.block_hash)
+            self._tier.on_evicted(block.block_hash)
 
     def reset(self) -> None:
         if self._inner is not None:
             self._inner.reset()
-        self._on_reset()
+        self._tier.on_reset()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)

@@ -1,4 +1,4 @@
-"""Keeps organisations to their shares of vLLM's prefix cache."""
+"""Which blocks of vLLM's prefix cache exceed the quotas of their organisations."""
 
 from collections import Counter
 from collections.abc import Callable, Collection
@@ -7,82 +7,76 @@ from vllm_cachescope.cache.eviction import LifetimeShare
 from vllm_cachescope.cache.ledger import Ledger
 from vllm_cachescope.cache.quotas import Quotas
 from vllm_cachescope.connectors.vllm.engine.tiers.device import DEVICE, DeviceTier
-from vllm_cachescope.tenancy.owner_tags import org_of
 
 
 class DeviceQuotas:
-    """Has organisations that hold too many blocks lose the oldest ones that no request runs on,
-    and has vLLM reuse those first; so they, and nobody else, make room for what they compute.
+    """Finds the blocks that exceed an organisation's quota: its oldest, but for those in use.
+
+    The caller evicts them. vLLM reuses evicted blocks first, so an organisation that is at its
+    quota makes room itself for what it computes.
 
     Args:
-        shares: what each organisation may have.
-        tier: the device tier.
+        quotas: what each organisation may have.
+        tier: the device tier; has to pass over spared blocks, if there are reserves.
         ledger: knows what the tier holds.
         clock: the ledger's clock, in seconds.
-        give_up: takes the blocks of keys out of the prefix cache; see `DeviceTier.give_up`.
     """
 
     def __init__(
-        self,
-        shares: Quotas,
-        tier: DeviceTier,
-        ledger: Ledger,
-        clock: Callable[[], float],
-        give_up: Callable[[Collection[bytes]], None],
+        self, quotas: Quotas, tier: DeviceTier, ledger: Ledger, clock: Callable[[], float]
     ) -> None:
-        self._shares = shares
+        self._quotas = quotas
         self._tier = tier
-        self._ledger = ledger
         self._clock = clock
-        self._give_up = give_up
-        self._order = LifetimeShare(shares.reserve)
-        # Organisations of which more may be cached, or free, than the last time; and those of
-        # which too much was in use then.
+        self._order = LifetimeShare(quotas.reserve)
+        # Organisations that may hold more blocks than at the last `excess`, or use fewer of them.
         self._changed: set[bytes] = set()
-        self._over: set[bytes] = set()
+        # Organisations that exceeded their quotas at the last `excess` with blocks in use.
+        self._in_use: set[bytes] = set()
         ledger.follow(DEVICE, self._order)
-        if shares.has_reserves:
-            tier.spare(self._org_of, self._order)
+        if quotas.has_reserves:
+            tier.keep_reserves(ledger, self._order)
 
-    def changed(self, org: bytes) -> None:
-        """Note that blocks of ``org`` came into the cache, or into use, or out of it."""
+    def note_change(self, org: bytes) -> None:
+        """Note that blocks of ``org`` came into the cache, or that requests began or ended that
+        run on them."""
         self._changed.add(org)
 
-    def keep(self) -> None:
-        """Have the organisations that have changed lose what they hold too much."""
+    def excess(self) -> list[bytes]:
+        """Return the keys to evict, since organisations that have changed hold too many."""
         changed, self._changed = self._changed, set()
+        keys: list[bytes] = []
         for org in changed:
-            over = self._shares.over(org, self._order.held(org))
-            if self._lose(org, over) < over:
-                self._over.add(org)
+            over = self._quotas.over(org, self._order.held(org))
+            oldest = self._oldest(org, over)
+            keys += oldest
+            if len(oldest) < over:
+                self._in_use.add(org)
             else:
-                self._over.discard(org)
+                self._in_use.discard(org)
+        return keys
 
-    def keep_all(self) -> None:
-        """Do the same for those that could not lose enough before."""
-        self._changed |= self._over
-        self.keep()
+    def retry(self) -> None:
+        """Have the next `excess` look again at organisations whose blocks were in use before."""
+        self._changed |= self._in_use
 
-    def make_room(self, newcomers: Counter[bytes], wanted: Collection[bytes]) -> None:
-        """Have organisations lose what will be too much once they hold so many blocks more.
+    def excess_with(self, newcomers: Counter[bytes], wanted: Collection[bytes]) -> list[bytes]:
+        """Return the keys to evict before a request computes blocks.
 
         Args:
-            newcomers: how many, by organisation.
-            wanted: keys that the request that needs the room reads itself.
+            newcomers: how many blocks the request will add, by organisation.
+            wanted: keys that the request reads itself, and that stay.
         """
+        keys: list[bytes] = []
         for org, more in newcomers.items():
-            self._lose(org, self._shares.over(org, self._order.held(org) + more), wanted)
+            over = self._quotas.over(org, self._order.held(org) + more)
+            keys += self._oldest(org, over, wanted)
+        return keys
 
-    def _lose(self, org: bytes, blocks: int, wanted: Collection[bytes] = ()) -> int:
-        """Give up so many blocks of ``org``, as far as there are any; return how many."""
+    def _oldest(self, org: bytes, blocks: int, wanted: Collection[bytes] = ()) -> list[bytes]:
+        """Return up to so many keys of ``org``, whose blocks no request runs on."""
         if not blocks:
-            return 0
-        keys = self._order.victims_of(
+            return []
+        return self._order.victims_of(
             org, blocks, self._clock(), lambda key: key in wanted or not self._tier.is_free(key)
         )
-        self._give_up(keys)
-        return len(keys)
-
-    def _org_of(self, key: bytes) -> bytes | None:
-        entry = self._ledger.get(key)
-        return None if entry is None else org_of(entry.owner)

@@ -1,0 +1,77 @@
+"""Whether a tier may run on what an adapter leads to: it keeps, it deletes, the secret is ours."""
+
+from collections.abc import Callable
+
+from lmcache.v1.distributed.api import ObjectKey
+
+from vllm_cachescope.connectors.lmcache.adapters import Entry, Kind, name
+from vllm_cachescope.connectors.lmcache.memory import Staging
+from vllm_cachescope.connectors.lmcache.records import packed, put, unpacked
+from vllm_cachescope.connectors.lmcache.session import Session
+from vllm_cachescope.tiers.store import ForeignSecret, StoreFailed, StoreUnfit
+
+SECRET_S = 60.0
+"""How long the digest of a secret outlives the last engine that has it, in seconds."""
+
+
+class Handshake:
+    """Makes sure that a tier may run on a store, and leaves the digest of our secret there.
+
+    Args:
+        staging: memory for the objects on their way.
+        namespace: of this engine's entries.
+        secret_digest: tells our secret from others; see `keyspace.secret_digest`.
+        now_ms: returns Unix time in ms.
+    """
+
+    def __init__(
+        self,
+        staging: Staging,
+        namespace: str,
+        secret_digest: bytes,
+        now_ms: Callable[[], int],
+    ) -> None:
+        self._staging = staging
+        self._secret = name(Entry(namespace, b""), Kind.SECRET)
+        self._secret_digest = secret_digest
+        self._now_ms = now_ms
+
+    def shake(self, session: Session, deadline: float) -> None:
+        """Make sure that the adapter keeps and deletes what it is told to, and that no engine
+        with another secret is there.
+
+        Raises:
+            StoreFailed: if it does not answer.
+            StoreUnfit: if the tier must not run on it.
+        """
+        canary, secret = session.canary, self._secret
+        there, signed = session.lookup([canary, secret], deadline)
+        if not there:
+            put(session, self._staging, {canary: b""}, deadline)
+            if not session.lookup([canary], deadline)[0]:
+                raise StoreFailed("it does not hold what was stored in it")
+        now_ms = self._now_ms()
+        until_ms = 0
+        if signed:
+            until_ms, digest = self._read_digest(session, secret, deadline)
+            if until_ms > now_ms and digest != self._secret_digest:
+                raise ForeignSecret(
+                    "another engine that serves this model uses it with another secret. Give all "
+                    "replicas the same secret; after a change of the secret this tier starts by "
+                    f"itself, {SECRET_S:.0f} s after the last engine with the old one has gone"
+                )
+        if until_ms < now_ms + SECRET_S * 1000 * 2 / 3:
+            session.drop([secret], deadline)
+            if session.lookup([secret], deadline)[0]:
+                raise StoreUnfit("it does not delete: nothing in it would ever expire")
+            content = packed(Kind.SECRET, self._secret_digest, now_ms + int(SECRET_S * 1000))
+            put(session, self._staging, {secret: content}, deadline)
+
+    def _read_digest(
+        self, session: Session, secret: ObjectKey, deadline: float
+    ) -> tuple[int, bytes]:
+        buffers = self._staging.records.take(1)
+        with session.loading([secret], buffers) as tasks:
+            if session.wait(tasks[0], deadline)[0]:
+                return unpacked(Kind.SECRET, buffers[0], len(self._secret_digest))
+        raise StoreFailed("the digest of a secret does not load")

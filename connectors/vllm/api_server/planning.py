@@ -1,0 +1,92 @@
+"""Makes the plan of a prompt: which of its tokens are shared how widely, and kept how long."""
+
+import asyncio
+import secrets
+from asyncio import Task
+from collections.abc import Mapping
+from typing import Any
+
+from vllm_cachescope.api.request_context import RequestContext, current_request
+from vllm_cachescope.config import Config
+from vllm_cachescope.connectors.vllm.api_server.boundaries import Boundaries, RenderedPrefix
+from vllm_cachescope.prompt.plan import Plan, Span
+from vllm_cachescope.prompt.request import PromptRequest, Region
+from vllm_cachescope.prompt.segments import Segment, segments
+from vllm_cachescope.tenancy.owner_tags import OwnerTags
+from vllm_cachescope.tenancy.scope import Caller, Scope, ScopeKeys
+
+_Rendered = tuple[tuple[Segment, ...], list[RenderedPrefix | None]]
+
+
+class Planner:
+    """Plans the prompts of requests.
+
+    Args:
+        state: the API server's state.
+        config: the configuration.
+        secret: key of the scope keys.
+    """
+
+    def __init__(self, state: Any, config: Config, secret: bytes) -> None:
+        self._keys = ScopeKeys(secret)
+        self._owners = OwnerTags(secret)
+        self._boundaries = Boundaries(state, self._on_tokenizing)
+        self._defaults = {region: config.regions.of(region) for region in Region}
+
+    def purge_renderings(self) -> None:
+        """Drop what is kept of rendered prompts, of all organisations."""
+        self._boundaries.purge()
+
+    async def plan(
+        self, context: RequestContext, caller: Caller, tokens: list[int], text: str | None
+    ) -> Plan:
+        """Return the plan of one prompt of a request.
+
+        Args:
+            context: the request's context, which is the current one.
+            caller: on whose behalf the prompt runs.
+            tokens: the prompt's token ids, at least one.
+            text: the prompt's rendered text, if known.
+        """
+        if context.request is None:
+            default = self._defaults[Region.MESSAGES]
+            whole = Segment(None, default.scope, default.ttl_s, True)
+            return self._spans((whole,), [len(tokens)], caller)
+        planned, prefixes = await self._rendering(context, context.request)
+        ends = await self._boundaries.ends(prefixes, context.request.protocol, tokens, text)
+        return self._spans(planned, ends, caller)
+
+    def _on_tokenizing(self) -> None:
+        """The server tokenises a prompt in another thread: render its parts meanwhile in this."""
+        context = current_request.get()
+        if context is not None and context.request is not None:
+            self._rendering(context, context.request)
+
+    def _rendering(self, context: RequestContext, request: PromptRequest) -> Task[_Rendered]:
+        if context.rendering is None:
+            rendering = self._render(request, context.body)
+            context.rendering = asyncio.get_running_loop().create_task(rendering)
+        return context.rendering
+
+    async def _render(self, request: PromptRequest, body: Mapping[str, Any]) -> _Rendered:
+        planned = segments(request, self._defaults)
+        return planned, await self._boundaries.prefixes(request, body, planned)
+
+    def _spans(self, planned: tuple[Segment, ...], ends: list[int], caller: Caller) -> Plan:
+        nonce = secrets.token_hex(8)
+        spans: list[Span] = []
+        for segment, end in zip(planned, ends, strict=True):
+            if spans and end == spans[-1].end:
+                continue
+            unreadable = segment.scope is Scope.SESSION and caller.session is None
+            spans.append(
+                Span(
+                    end,
+                    segment.scope,
+                    self._keys.key(segment.scope, caller, nonce),
+                    segment.ttl_s,
+                    # What nobody can read again is not worth keeping.
+                    segment.covered and not unreadable,
+                )
+            )
+        return Plan(tuple(span for span in spans if span.end > 0), nonce, self._owners.of(caller))

@@ -1,0 +1,222 @@
+"""The tiers in the engine's own memory, the device and the CPU tier, kept true to the ledger."""
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.kv_offload.tiering.manager import TieringOffloadingManager
+
+from vllm_cachescope.cache.eviction_history import (
+    EvictionHistory,
+    EvictionReason,
+    EvictionRecord,
+)
+from vllm_cachescope.cache.ledger import Entry, Ledger
+from vllm_cachescope.cache.quotas import Quotas
+from vllm_cachescope.connectors.vllm.engine.tiers.base import TierParent
+from vllm_cachescope.connectors.vllm.engine.tiers.cpu import CPU, CpuTier
+from vllm_cachescope.connectors.vllm.engine.tiers.device import DEVICE, DeviceTier
+from vllm_cachescope.connectors.vllm.engine.tiers.device_quotas import DeviceQuotas
+
+
+class LocalTiers:
+    """Has the device and the CPU tier drop what the ledger drops, and the ledger displace what
+    they evict. Every block that leaves both is recorded in the history.
+
+    Args:
+        parent: gets the tiers' calls.
+        ledger: the lifetimes of all blocks.
+        history: how blocks left.
+        kv_cache: vLLM's manager of the device's blocks.
+        offloading: vLLM's manager of the CPU tier and those behind it.
+        quotas: what organisations may have of the device and the CPU tier, by the tier's name.
+        clock: the ledger's clock, in seconds.
+        evictions: counts what leaves, by tier and reason.
+    """
+
+    def __init__(
+        self,
+        parent: TierParent,
+        ledger: Ledger,
+        history: EvictionHistory,
+        kv_cache: KVCacheManager,
+        offloading: TieringOffloadingManager,
+        quotas: Mapping[str, Quotas],
+        clock: Callable[[], float],
+        evictions: Counter[tuple[str, EvictionReason]],
+    ) -> None:
+        self._ledger = ledger
+        self._history = history
+        self._clock = clock
+        self._evictions = evictions
+        self._cpu = CpuTier(offloading, parent, quotas.get(CPU))
+        self._device = DeviceTier(kv_cache, parent)
+        self._device_quotas: DeviceQuotas | None = None
+        if (device_quotas := quotas.get(DEVICE)) is not None:
+            self._device_quotas = DeviceQuotas(device_quotas, self._device, ledger, clock)
+        # Chunks that expired or were purged in the middle of a transfer. They are no longer in
+        # the ledger, and dropped from the CPU tier when the transfer is over.
+        self._overdue: set[bytes] = set()
+
+    # Blocks.
+
+    def on_device(self, key: bytes) -> bool:
+        """Whether the prefix cache holds ``key``."""
+        return self._device.holds(key)
+
+    def is_expired(self, key: bytes) -> bool:
+        """Whether no tier may serve ``key`` any more."""
+        return key in self._overdue or self._ledger.is_expired(key, self._clock())
+
+    def use(self, key: bytes, ttl_s: int, now: float, owner: bytes, on_device: bool) -> bool:
+        """Start or refresh the lifetime of a block that is used now.
+
+        Args:
+            key: the block.
+            ttl_s: its TTL in seconds.
+            now: the time in seconds.
+            owner: whose it is.
+            on_device: whether the prefix cache holds it.
+
+        Returns:
+            Whether the block was not cached before.
+        """
+        is_new = self._ledger.touch(key, ttl_s, now, owner)
+        if is_new:
+            self._history.drop(key)
+        if on_device:
+            self._ledger.place(key, DEVICE)
+        if key in self._overdue:
+            # The copy in the CPU tier has the same content, and may stay.
+            self._overdue.remove(key)
+            self._ledger.place(key, CPU)
+        return is_new
+
+    def drop_from_device(self, key: bytes) -> None:
+        """Drop a block from the prefix cache that is not in the ledger."""
+        self._device.drop([key])
+
+    # What the tiers hold.
+
+    def resident(self) -> list[tuple[str, int, int]]:
+        """Return ``(tier, ttl_s, entries)`` for each tier and TTL class there ever was."""
+        self._displace_evicted()
+        return list(self._ledger.resident())
+
+    def held(self, tier: str) -> dict[bytes, int]:
+        """Return how many entries of each organisation a tier holds, by the organisation's tag."""
+        self._displace_evicted()
+        return self._ledger.held(tier)
+
+    # Expiry and purges.
+
+    def drop_expired(self) -> int:
+        """Drop everything that has expired, and enforce quotas; return how many entries have
+        expired."""
+        self._displace_evicted()
+        expired = self._ledger.pop_expired(self._clock())
+        for key, entry in expired:
+            self._record(key, entry, EvictionReason.TTL, entry.expires_at)
+        self._drop(expired, EvictionReason.TTL)
+        self.enforce_quotas()
+        return len(expired)
+
+    def purge(self, prefix: bytes) -> dict[str, int]:
+        """Drop all blocks whose owner begins with ``prefix``; return how many each tier held."""
+        self.drop_expired()
+        purged = self._ledger.purge(prefix)
+        now = self._clock()
+        for key, entry in purged:
+            self._record(key, entry, EvictionReason.PURGE, now)
+        return self._drop(purged, EvictionReason.PURGE)
+
+    def _record(self, key: bytes, entry: Entry, reason: EvictionReason, at: float) -> None:
+        tier = CPU if CPU in entry.tiers else DEVICE
+        self._history.record(key, EvictionRecord(reason, entry.ttl_s, at, tier))
+
+    def _drop(
+        self, entries: Sequence[tuple[bytes, Entry]], reason: EvictionReason
+    ) -> dict[str, int]:
+        """Drop what the ledger has dropped from the tiers; return how many each held."""
+        on_device = sum(DEVICE in entry.tiers for _, entry in entries)
+        in_memory = [key for key, entry in entries if CPU in entry.tiers]
+        if entries:
+            # All of them: a load may have just brought one to the device.
+            self._device.drop(key for key, _ in entries)
+            self._evictions[DEVICE, reason] += on_device
+        if in_memory:
+            self._overdue.update(in_memory)
+            self._evictions[CPU, reason] += len(in_memory)
+        if self._overdue:
+            self._overdue = self._cpu.drop(self._overdue)
+        return {DEVICE: on_device, CPU: len(in_memory)}
+
+    # Quotas.
+
+    def enforce_quotas(self) -> None:
+        """Evict what organisations hold beyond their quotas, but for blocks in use."""
+        self._cpu.enforce_quotas()
+        if self._device_quotas is not None:
+            self._displace_evicted()
+            self._evict_from_device(self._device_quotas.excess())
+
+    def retry_quotas(self) -> None:
+        """Have the next `enforce_quotas` look again at blocks that were in use at the last one."""
+        if self._device_quotas is not None:
+            self._device_quotas.retry()
+
+    def make_room(self, newcomers: Counter[bytes], wanted: Collection[bytes]) -> None:
+        """Evict from the device what organisations will hold beyond their quotas.
+
+        Args:
+            newcomers: how many blocks are about to be computed, by organisation.
+            wanted: keys that the same request reads, and that stay.
+        """
+        if self._device_quotas is not None:
+            self._displace_evicted()
+            self._evict_from_device(self._device_quotas.excess_with(newcomers, wanted))
+
+    @property
+    def has_device_quotas(self) -> bool:
+        """Whether `make_room` and `note_change` do anything."""
+        return self._device_quotas is not None
+
+    def note_change(self, orgs: Iterable[bytes]) -> None:
+        """Note that blocks of ``orgs`` came into the prefix cache, or that requests began or ended
+        that run on them."""
+        if self._device_quotas is not None:
+            for org in orgs:
+                self._device_quotas.note_change(org)
+
+    def _evict_from_device(self, keys: Collection[bytes]) -> None:
+        if not keys:
+            return
+        self._device.evict(keys)
+        self._displace((key for key in keys if not self._device.holds(key)), EvictionReason.QUOTA)
+
+    # What the tiers evict by themselves.
+
+    def on_cpu_evicted(self, key: bytes, ttl_s: int, reason: EvictionReason) -> None:
+        """Note that the CPU tier evicted ``key``, and displaced it in the ledger."""
+        self._note_evicted(key, ttl_s, reason, CPU)
+
+    def on_prefix_cache_reset(self) -> None:
+        """Note that the prefix cache was emptied."""
+        for key, ttl_s in self._ledger.clear_tier(DEVICE):
+            self._note_evicted(key, ttl_s, EvictionReason.RESET, DEVICE)
+
+    def _displace_evicted(self) -> None:
+        """Have the ledger displace what vLLM has evicted from the device."""
+        self._displace(self._device.take_evicted(), EvictionReason.CAPACITY)
+
+    def _displace(self, keys: Iterable[bytes], reason: EvictionReason) -> None:
+        for key in keys:
+            entry = self._ledger.get(key)
+            if entry is not None and DEVICE in entry.tiers:
+                self._ledger.displace(key, DEVICE)
+                self._note_evicted(key, entry.ttl_s, reason, DEVICE)
+
+    def _note_evicted(self, key: bytes, ttl_s: int, reason: EvictionReason, tier: str) -> None:
+        self._evictions[tier, reason] += 1
+        if key not in self._ledger:
+            self._history.record(key, EvictionRecord(reason, ttl_s, self._clock(), tier))

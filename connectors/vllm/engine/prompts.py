@@ -1,0 +1,102 @@
+"""The prompts that an engine runs, and what is known of each."""
+
+from dataclasses import dataclass, field
+from itertools import chain
+
+from cachetools import FIFOCache
+from vllm.v1.kv_offload.base import OffloadKey, ReqContext
+from vllm.v1.request import Request
+
+from vllm_cachescope.cache.miss_causes import CacheMiss
+from vllm_cachescope.connectors.vllm.engine import hashing
+from vllm_cachescope.prompt.plan import Plan
+
+MAX_PROMPTS = 4096
+"""The reports of so many prompts, the most recent ones, can be asked for."""
+
+
+@dataclass(slots=True)
+class Prompt:
+    """What is known of one prompt.
+
+    Attributes:
+        plan: its plan.
+        request: vLLM's request; None once it has finished.
+        local_tokens: tokens that the prefix cache held at the last look-up.
+        read: ``(outcome, tokens)`` of what was read when the prompt was first scheduled; None
+            before.
+        misses: the tokens behind those that were read, up to the first unknown block.
+        unasked: why a remote tier could not be asked for that block; None if all were asked.
+        created: indices of the blocks that the prompt newly cached under a breakpoint, in units
+            of ``tokens_per_hash``.
+        registered: tokens whose blocks are in the ledger.
+        promoted: name of the tier that a key was loaded from into the CPU tier, by key.
+        is_counted: whether the prompt's tokens are in the metrics.
+        purged: beginnings of the owners that were purged while the prompt ran. It leaves no block
+            of theirs behind.
+    """
+
+    plan: Plan
+    request: Request | None
+    local_tokens: int = 0
+    read: list[tuple[str, int]] | None = None
+    misses: tuple[CacheMiss, ...] = ()
+    unasked: CacheMiss | None = None
+    created: list[int] = field(default_factory=list)
+    registered: int = 0
+    promoted: dict[bytes, str] = field(default_factory=dict)
+    is_counted: bool = False
+    purged: tuple[bytes, ...] = ()
+
+    def is_purged(self, block_end: int) -> bool:
+        """Whether the block that ends at ``block_end`` was purged while the prompt ran."""
+        return bool(self.purged) and self.plan.owner_of(block_end).startswith(self.purged)
+
+
+class Prompts:
+    """The prompts that run, by request id, and the most recent ones, by nonce."""
+
+    def __init__(self) -> None:
+        self._running: dict[str, Prompt] = {}
+        # Prompts that have finished since vLLM last stored, and whose last blocks it will store.
+        self._finished: dict[str, Prompt] = {}
+        self._by_nonce: FIFOCache[str, Prompt] = FIFOCache(MAX_PROMPTS)
+
+    def add(self, request: Request, plan: Plan) -> None:
+        """Note that a request runs."""
+        prompt = self._running[request.request_id] = Prompt(plan, request)
+        if not hashing.is_private(plan):
+            # Further samples of a prompt (n > 1) have its nonce and read what the first sample
+            # computed. The prompt counts once, as its first sample found the cache.
+            self._by_nonce.setdefault(plan.nonce, prompt)
+
+    def get(self, request_id: str) -> Prompt | None:
+        """Return the prompt of a request that runs."""
+        return self._running.get(request_id)
+
+    def find(self, nonce: str) -> Prompt | None:
+        """Return the first sample of the prompt with ``nonce``, whether it runs or not."""
+        return self._by_nonce.get(nonce)
+
+    def locate(self, key: OffloadKey, context: ReqContext) -> tuple[Prompt | None, int]:
+        """Return the prompt that ``key`` is looked up or stored for, and the position in tokens at
+        which the key's chunk ends there; ``(None, 0)`` if either is not known."""
+        prompt = self._running.get(context.req_id) or self._finished.get(context.req_id)
+        end = context.get_offload_key_position(key)
+        return (None, 0) if prompt is None or end is None else (prompt, end)
+
+    def finish(self, request_id: str) -> Prompt | None:
+        """Note that a request is over; return its prompt. vLLM has yet to store its last blocks."""
+        prompt = self._running.pop(request_id, None)
+        if prompt is not None:
+            self._finished[request_id] = prompt
+        return prompt
+
+    def drop_finished(self) -> None:
+        """Note that vLLM has stored the last blocks of the requests that are over."""
+        self._finished.clear()
+
+    def purge(self, prefix: bytes) -> None:
+        """Note that blocks whose owner begins with ``prefix`` were purged."""
+        for prompt in chain(self._running.values(), self._finished.values()):
+            prompt.purged = tuple({*prompt.purged, prefix})

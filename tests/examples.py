@@ -1,0 +1,13 @@
+"""How many examples tests draw: a part of them, or all with ``--hypothesis-profile=thorough``."""
+
+from hypothesis import settings
+
+THOROUGH = "thorough"
+
+settings.register_profile("usual", max_examples=50)
+settings.register_profile(THOROUGH, max_examples=200)
+
+
+def examples(count: int) -> int:
+    """Return how many of ``count`` examples to draw: all of them, or usually a fifth."""
+    return count if settings.get_current_profile_name() == THOROUGH else count // 5

@@ -1,0 +1,40 @@
+"""The answers to operations, and how one is refused."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.responses import JSONResponse
+
+
+class Answer(JSONResponse):
+    """JSON in ASCII: names that a client made up may hold half a surrogate pair, which can be
+    escaped and not encoded."""
+
+    def render(self, content: Any) -> bytes:
+        """Return the body."""
+        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
+
+
+class Refused(Exception):
+    """A request for an operation that is wrong, or not the caller's to make.
+
+    Args:
+        status: the HTTP status of the answer.
+        kind: the type of the error, as Anthropic's errors have one: ``permission_error``.
+        message: what is wrong, for the client.
+        headers: further headers of the answer.
+    """
+
+    def __init__(
+        self, status: int, kind: str, message: str, headers: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.kind = kind
+        self.headers = headers
+
+    def answer(self) -> Answer:
+        """Return the answer that says so."""
+        error = {"type": self.kind, "message": str(self)}
+        return Answer({"type": "error", "error": error}, self.status, self.headers)

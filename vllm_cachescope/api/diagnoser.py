@@ -1,0 +1,255 @@
+"""Diagnoses each request: opened before the request runs, closed once the engine has reported."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter
+
+from vllm_cachescope.api.break_log import Break, BreakLog
+from vllm_cachescope.api.diagnostics import anthropic_diagnostics, openai_diagnostics
+from vllm_cachescope.api.diffs import Diffs
+from vllm_cachescope.api.request_context import PromptTiming
+from vllm_cachescope.cache.report import EngineId, Report
+from vllm_cachescope.diagnosis.attribution import EngineReport
+from vllm_cachescope.diagnosis.computed_prompt import ComputedPrompt
+from vllm_cachescope.diagnosis.diagnosis import conclude, diagnose, diagnose_against, measure
+from vllm_cachescope.diagnosis.fingerprinter import Fingerprinter
+from vllm_cachescope.diagnosis.forest import LineageNode
+from vllm_cachescope.diagnosis.lineage_store import LineageStore
+from vllm_cachescope.diagnosis.outcome import Diagnosis
+from vllm_cachescope.diagnosis.placement import LineagePlacement
+from vllm_cachescope.diagnosis.token_fingerprint import fingerprint_tokens
+from vllm_cachescope.prompt.request import PromptRequest, Protocol
+from vllm_cachescope.tenancy.scope import Caller
+from vllm_cachescope.wire.extras import extra_fields
+
+
+@dataclass(slots=True)
+class PendingDiagnosis:
+    """The diagnosis of one request, between `Diagnoser.open` and `Diagnoser.close`.
+
+    Attributes:
+        caller: whose request it is.
+        request: the request.
+        placement: where the request belongs among its session's requests.
+        named: the earlier request that the client named in this one; None if it named none, or
+            none that is known of its organisation.
+        compared: how the request differs from ``named``, with estimates of tokens.
+        diagnosis: what the client changed; after `Diagnoser.close` also what the cache lost.
+        block_tokens: tokens per block of the engine.
+        reports: what became of each of the request's prompts. Filled in while the request runs.
+    """
+
+    caller: Caller
+    request: PromptRequest
+    placement: LineagePlacement
+    named: LineageNode | None
+    compared: Diagnosis | None
+    diagnosis: Diagnosis
+    block_tokens: int
+    reports: Mapping[str, Report]
+
+    def answer(self, read_tokens: int | None = None) -> dict[str, Any] | None:
+        """Return the diagnostics for the response, in the protocol's own shape; None for none.
+
+        Args:
+            read_tokens: tokens read from the cache; None if that is not known yet.
+        """
+        compared = self.compared
+        if compared is not None and read_tokens is not None:
+            prompt = sum(report.prompt_tokens for report in self.reports.values())
+            compared = measure(
+                compared, EngineReport(prompt, read_tokens, self.block_tokens), self.named
+            )
+        if self.request.protocol is Protocol.MESSAGES:
+            return anthropic_diagnostics(self.request, compared)
+        return openai_diagnostics(self.request, compared, read_tokens=read_tokens)
+
+
+class Diagnoser:
+    """Diagnoses requests one by one, on the event loop's thread.
+
+    Args:
+        secret: key of the fingerprints' hashes.
+        block_tokens: tokens per block of the engine.
+        clock: seconds, never running backwards; also the clock of prompts' timings.
+        wall_clock: seconds since the epoch.
+        diffs: where to write what changed; None to keep no prompt text.
+        registry: where the counters are registered.
+
+    Attributes:
+        breaks: the breaks among what was diagnosed.
+    """
+
+    def __init__(
+        self,
+        secret: bytes,
+        block_tokens: int,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+        diffs: Diffs | None = None,
+        registry: CollectorRegistry = REGISTRY,
+    ) -> None:
+        self.breaks = BreakLog(registry)
+        self._secret = secret
+        self._block_tokens = block_tokens
+        self._clock = clock
+        self._wall_clock = wall_clock
+        self._diffs = diffs
+        self._fingerprint = Fingerprinter(secret)
+        self._lineages = LineageStore(clock)
+        self._unexplained = Counter(
+            "cachescope_unexplained_tokens",
+            "Tokens that were not in the cache for no known reason. Any is a bug to report.",
+            registry=registry,
+        )
+
+    def open(
+        self,
+        caller: Caller,
+        request: PromptRequest,
+        body: Mapping[str, Any],
+        headers: Mapping[str, str],
+        reports: Mapping[str, Report] | None = None,
+    ) -> PendingDiagnosis:
+        """Place a request among those of its session, before it runs.
+
+        Args:
+            caller: whose request it is.
+            request: the request.
+            body: its body.
+            headers: its headers, names in lower case.
+            reports: where the engine's reports on its prompts will be; None if no answer will
+                need them.
+        """
+        fingerprint = self._fingerprint(request, extra_fields(body, headers))
+        # Looked up first: keeping this request may push out the one that it names.
+        named = None
+        if request.previous_id is not None:
+            named = self._lineages.find(caller.org, request.previous_id)
+        placement = self._lineages.observe(caller, fingerprint)
+        compared = None
+        if named is not None:
+            # The kept fingerprint has the earlier turns too, where the request only names them.
+            compared = diagnose_against(named.fingerprint, placement.node.fingerprint)
+        return PendingDiagnosis(
+            caller,
+            request,
+            placement,
+            named,
+            compared,
+            diagnose(placement),
+            self._block_tokens,
+            # Not `reports or {}`: an empty one will be filled in.
+            {} if reports is None else reports,
+        )
+
+    def close(
+        self,
+        pending: PendingDiagnosis,
+        reports: Iterable[Report],
+        response_id: str | None,
+        timings: Iterable[PromptTiming] = (),
+    ) -> None:
+        """Complete a diagnosis with what the engine found, once the request is over.
+
+        Args:
+            pending: from `open`.
+            reports: what became of the request's prompts; none if it never ran.
+            response_id: the id of its response, by which clients name it.
+            timings: when its prompts were computed.
+        """
+        reports, timings = list(reports), list(timings)
+        caller, node = pending.caller, pending.placement.node
+        if not reports and response_id is None:
+            # The server refused the request, say: no later one can read what it left.
+            self._lineages.drop(caller, pending.placement)
+            return
+        if self._diffs is not None:
+            self._diffs.texts.keep(caller, pending.request, node.fingerprint)
+        engine = reports[0].engine if reports else None
+        if engine is None or not all(report.engine for report in reports):
+            # Estimates only: they say nothing of what the cache lost.
+            self._lineages.answered(caller, node, response_id)
+            return
+        found = EngineReport(
+            prompt_tokens=sum(report.prompt_tokens for report in reports),
+            read_tokens=sum(report.read_tokens for report in reports),
+            block_tokens=self._block_tokens,
+            misses=tuple(miss for report in reports for miss in report.misses),
+        )
+        computed = None
+        if len(reports) == len(timings) == 1:
+            computed = self._computed(reports[0], engine, timings[0])
+            found = self._with_session(pending, found, reports[0], computed, timings[0].began)
+        self._lineages.answered(caller, node, response_id, found.prompt_tokens, computed)
+        pending.diagnosis = conclude(pending.diagnosis, found, pending.placement.ancestor)
+        self._unexplained.inc(pending.diagnosis.unknown_tokens)
+        if not pending.diagnosis.expected or pending.diagnosis.kind.is_break:
+            self._record(pending)
+
+    def orgs(self) -> list[str]:
+        """Return the organisations of which requests are kept."""
+        return self._lineages.orgs()
+
+    def purge(self, org: str | None, session: str | None = None) -> int:
+        """Drop what is kept of ``org``, or of one session of ``org``; with None, of everyone.
+
+        Returns:
+            How many requests were dropped.
+        """
+        self.breaks.purge(org, session)
+        self._fingerprint.purge()  # It has the names of tools, and not whose they are.
+        if self._diffs is not None:
+            self._diffs.purge(org, session)
+        return self._lineages.purge(org, session)
+
+    def _with_session(
+        self,
+        pending: PendingDiagnosis,
+        found: EngineReport,
+        report: Report,
+        computed: ComputedPrompt,
+        began: float,
+    ) -> EngineReport:
+        """Complete what the engine found with what the session's other requests had left."""
+        ancestor = pending.placement.ancestor
+        source = self._lineages.prefix_source(
+            pending.caller, pending.placement.node, computed.tokens, computed.engine, began
+        )
+        shared = None
+        if ancestor is not None and ancestor.computed is None:
+            # The ancestor may never have been computed: only what other requests had counts.
+            shared = source.shared_tokens if source else 0
+        return replace(
+            found,
+            began=began,
+            engine=computed.engine,
+            unasked=report.unasked,
+            reach_s=report.reach_s,
+            source=source,
+            shared_tokens=shared,
+        )
+
+    def _computed(self, report: Report, engine: EngineId, timing: PromptTiming) -> ComputedPrompt:
+        now = self._clock()
+        return ComputedPrompt(
+            tokens=fingerprint_tokens(timing.tokens, self._block_tokens, self._secret),
+            covered_tokens=timing.covered_tokens,
+            readable_tokens=timing.readable_tokens,
+            ttl_s=max((row.ttl_s for row in report.rows), default=0),
+            engine=engine,
+            computed_at=timing.computed_at or now,
+            used_at=now,
+        )
+
+    def _record(self, pending: PendingDiagnosis) -> None:
+        caller, diagnosis = pending.caller, pending.diagnosis
+        at, model = self._wall_clock(), pending.request.model
+        diff = None
+        if self._diffs is not None:
+            about = {"model": model, "cause": diagnosis.cause, "lineage": diagnosis.lineage}
+            diff = self._diffs.write(caller, diagnosis.changes, at, about)
+        self.breaks.add(Break.of(at, caller, model, diagnosis, diff))

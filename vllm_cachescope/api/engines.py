@@ -1,0 +1,47 @@
+"""The engines behind an API server, as its operations need them."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(slots=True)
+class Purged:
+    """What became of a purge.
+
+    Attributes:
+        entries: how many entries were deleted on each tier, over all engines: ``{"device": 12}``.
+        unreached: the tiers that may still hold some, with the reason.
+    """
+
+    entries: dict[str, int] = field(default_factory=dict)
+    unreached: dict[str, str] = field(default_factory=dict)
+
+    def add(self, other: "Purged") -> None:
+        """Add what became of another purge."""
+        for tier, entries in other.entries.items():
+            self.entries[tier] = self.entries.get(tier, 0) + entries
+        self.unreached |= other.unreached
+
+
+class Engines(ABC):
+    """All engines behind the server. Both methods ask each of them, from the event loop."""
+
+    @abstractmethod
+    async def health(self) -> list[list[dict[str, Any]]]:
+        """Return the state of each tier of each engine.
+
+        Raises:
+            TimeoutError: if an engine does not answer.
+        """
+
+    @abstractmethod
+    async def purge(self, prefix: bytes) -> Purged:
+        """Purge on every tier the entries whose owner's tags begin with ``prefix``.
+
+        Args:
+            prefix: from `OwnerTags.prefix`; empty for all entries.
+
+        Raises:
+            TimeoutError: if an engine does not answer.
+        """

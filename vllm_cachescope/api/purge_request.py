@@ -1,0 +1,103 @@
+"""What a client asks to be purged, and whether the client may."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_cachescope.api.answers import Refused
+from vllm_cachescope.tenancy.caller import ANONYMOUS, CallerDirectory
+from vllm_cachescope.tenancy.owner_tags import EVERYONE
+from vllm_cachescope.tenancy.scope import short_name
+
+
+@dataclass(frozen=True, slots=True)
+class PurgeRequest:
+    """A purge that its caller may ask for.
+
+    Attributes:
+        orgs: ids of the organisations whose entries are to be purged; none for all entries.
+        session: the one session of theirs that is meant; None for all of their sessions.
+    """
+
+    orgs: list[str]
+    session: str | None
+
+    def __str__(self) -> str:
+        """Return what is purged, in words."""
+        orgs = " and ".join(self.orgs) or "everything"
+        return f"session {self.session!r} of {orgs}" if self.session else orgs
+
+    @classmethod
+    def read(cls, raw: bytes, caller_org: str | None, directory: CallerDirectory) -> "PurgeRequest":
+        """Return what a body asks for.
+
+        Args:
+            raw: the body: ``{"all": true}``, or an object with ``org``, ``session`` or both.
+            caller_org: whose request it is; None for the operator's.
+            directory: the organisations.
+
+        Raises:
+            Refused: if the body is none of these, or the caller may not ask for that.
+        """
+        body = _parse(raw)
+        session = short_name(body["session"]) if "session" in body else None
+        return cls(_orgs(body, caller_org, directory), session)
+
+
+def _parse(raw: bytes) -> dict[str, Any]:
+    try:
+        body = json.loads(raw)
+    except (ValueError, RecursionError):
+        body = None
+    allowed = (
+        'allowed: {"all": true}, {"org": NAME}, {"session": ID} or {"org": NAME, "session": ID}'
+    )
+    if not isinstance(body, dict):
+        raise Refused(400, "invalid_request_error", f"the body is not a JSON object; {allowed}")
+    whole = body == {"all": True} and body["all"] is True
+    named = body.keys() and body.keys() <= {"org", "session"}
+    if not whole and not (named and all(isinstance(v, str) and v for v in body.values())):
+        raise Refused(400, "invalid_request_error", f"the body does not say what; {allowed}")
+    if body.get("org") == EVERYONE and "session" in body:
+        raise Refused(
+            400, "invalid_request_error", f"session: what is {EVERYONE} belongs to no session"
+        )
+    return body
+
+
+def _orgs(body: Mapping[str, Any], caller_org: str | None, directory: CallerDirectory) -> list[str]:
+    if body.get("all"):
+        if caller_org is not None:
+            raise _not_the_operator("everything")
+        return []
+    if (name := body.get("org")) is None:
+        orgs = [ANONYMOUS if caller_org is None else caller_org]
+    elif not (orgs := directory.named(name)):
+        raise Refused(
+            404,
+            "not_found_error",
+            f"org: {name!r} is no organisation; allowed: a name in tenants, or an id as "
+            "GET /cachescope/breaks shows it",
+        )
+    if caller_org is None:
+        return orgs
+    if caller_org == ANONYMOUS:
+        # What everyone without a key shares is nobody's own.
+        raise Refused(
+            401,
+            "authentication_error",
+            "present the operator token, or the API key whose entries are to be forgotten",
+        )
+    if caller_org not in orgs:
+        raise _not_the_operator(f"of {name!r}; this key is of {caller_org}")
+    return [caller_org]
+
+
+def _not_the_operator(what: str) -> Refused:
+    return Refused(
+        403,
+        "permission_error",
+        f"only who presents the operator token (operator_token in the configuration) may purge "
+        f"entries {what}",
+    )

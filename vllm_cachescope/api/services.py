@@ -1,0 +1,71 @@
+"""The parts of the API's side, put together once, when the server behind it is known."""
+
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from prometheus_client import REGISTRY, CollectorRegistry
+
+from vllm_cachescope.api.diagnoser import Diagnoser
+from vllm_cachescope.api.diffs import Diffs
+from vllm_cachescope.api.engines import Engines
+from vllm_cachescope.api.operations import Operations
+from vllm_cachescope.config import Config
+from vllm_cachescope.tenancy.caller import CallerDirectory, api_key
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """What the API's side has to know of the server that it stands in front of.
+
+    Attributes:
+        config: the configuration that the server was started with.
+        block_tokens: tokens per block of its engines' caches.
+        api_keys: the API keys that the server itself insists on; none if it lets anyone in.
+        engines: the engines behind it.
+        registry: where its metrics are.
+    """
+
+    config: Config
+    block_tokens: int
+    api_keys: Collection[str]
+    engines: Engines
+    registry: CollectorRegistry = REGISTRY
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What the requests of one server are served with.
+
+    Attributes:
+        config: the configuration.
+        api_keys: the API keys that the server insists on; none if it lets anyone in.
+        directory: the organisations and what their clients present.
+        diagnoser: diagnoses the requests.
+        operations: answers what an operator asks.
+    """
+
+    config: Config
+    api_keys: Collection[str]
+    directory: CallerDirectory
+    diagnoser: Diagnoser
+    operations: Operations
+
+    @classmethod
+    def of(cls, server: Server) -> "Services":
+        """Return the services in front of ``server``.
+
+        Raises:
+            ConfigError: if the directory for diffs cannot be used.
+        """
+        config = server.config
+        secret = config.secret_bytes()
+        directory = CallerDirectory(secret, config.tenant_names(), config.org_header)
+        diffs = None if config.diffs is None else Diffs(config.diffs, time.monotonic)
+        diagnoser = Diagnoser(secret, server.block_tokens, diffs=diffs, registry=server.registry)
+        operations = Operations(config, directory, diagnoser, server.engines)
+        return cls(config, server.api_keys, directory, diagnoser, operations)
+
+    def is_known(self, headers: Mapping[str, str]) -> bool:
+        """Tell whether the server will let a client with these ``headers`` in."""
+        return not self.api_keys or api_key(headers) in self.api_keys

@@ -1,0 +1,152 @@
+"""The one configuration model."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import ByteSize, Field, SecretStr, model_validator
+
+from vllm_cachescope.config.diffs import DiffSettings
+from vllm_cachescope.config.error import ConfigError
+from vllm_cachescope.config.quotas import LOCAL_TIERS, OrgQuota, TierQuotas, check_quotas
+from vllm_cachescope.config.regions import Regions
+from vllm_cachescope.config.secret import (
+    MIN_SECRET,
+    SECRET_VARIABLE,
+    chosen_secret,
+    made_up_secret,
+)
+from vllm_cachescope.config.tenants import Tenants, read_tenants
+from vllm_cachescope.config.tiers import AnyTier, Tier
+from vllm_cachescope.config.values import Duration, Model
+from vllm_cachescope.durations import format_duration
+from vllm_cachescope.prompt.request import Region
+from vllm_cachescope.tenancy.caller import organisations
+
+
+class Config(Model):
+    """How CacheScope runs.
+
+    Attributes:
+        cpu_bytes: size of the CPU tier, over all workers of one engine; ``"4GiB"`` or bytes.
+        chunk_tokens: tokens per chunk of the CPU tier, a multiple of the device's block; None
+            for one block.
+        secret: key of the scope keys and of every hash kept; None for one made up at start,
+            which lasts as long as the server.
+        secret_file: file the secret is read from, instead of `secret`.
+        ttls: the TTLs clients may ask for. ``5m`` and ``1h`` are always among them.
+        regions: scope and TTL where the client does not say.
+        tenants: names of organisations by the SHA-256 of their API key, in hex.
+        tenants_file: YAML or JSON file with the same mapping.
+        org_header: header in which a trusted gateway names the organisation; None to trust none.
+        operator_token: bearer token that lets its holder see and manage every organisation's
+            entries at the server's ``/cachescope`` paths; None for nobody.
+        sweep_interval: how often an idle engine drops expired blocks.
+        diffs: diffs of what broke a prefix, for the operator; None to keep no prompt text.
+        tiers: tiers behind the CPU tier, looked up in this order.
+        quotas: what organisations may hold, by the name of a tier.
+    """
+
+    cpu_bytes: Annotated[ByteSize, Field(gt=0)] = ByteSize(2**30)
+    chunk_tokens: Annotated[int, Field(strict=True, gt=0)] | None = None
+    secret: Annotated[SecretStr, Field(min_length=MIN_SECRET)] | None = None
+    secret_file: Path | None = None
+    ttls: tuple[Duration, ...] = (300, 1800, 3600, 43200, 86400)
+    regions: Regions = Regions()
+    tenants: Tenants = Field(default_factory=dict)
+    tenants_file: Path | None = None
+    org_header: Annotated[str, Field(min_length=1)] | None = None
+    operator_token: Annotated[SecretStr, Field(min_length=MIN_SECRET)] | None = None
+    sweep_interval: Duration = 5
+    diffs: DiffSettings | None = None
+    tiers: tuple[AnyTier, ...] = ()
+    quotas: dict[str, TierQuotas] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _keys_agree(self) -> Self:
+        if self.secret is not None and self.secret_file is not None:
+            raise ValueError("set secret or secret_file, not both")
+        names = [*LOCAL_TIERS, *(tier.name for tier in self.tiers)]
+        if len(set(names)) < len(names):
+            raise ValueError(f"tiers: two tiers have one name: {', '.join(names)}")
+        check_quotas(self.quotas, names, self.cpu_bytes)
+        for region in Region:
+            ttl_s = self.regions.of(region).ttl_s
+            if ttl_s not in self.allowed_ttls:
+                allowed = ", ".join(map(format_duration, self.allowed_ttls))
+                raise ValueError(
+                    f"regions.{region.label}.ttl: {format_duration(ttl_s)} is not among ttls; "
+                    f"allowed: {allowed}"
+                )
+        return self
+
+    @property
+    def allowed_ttls(self) -> tuple[int, ...]:
+        """The TTLs clients may ask for, in seconds, ascending."""
+        return tuple(sorted({300, 3600, *self.ttls}))
+
+    def check(self, check_store: Callable[[Tier], None]) -> None:
+        """Check what the values refer to: files, organisations, the secret, stores of tiers.
+
+        With `load`, these are all checks that can be made before a model is loaded. Nothing is
+        connected to, made or written.
+
+        Args:
+            check_store: checks that a tier has a store, which only its connector knows. Raises
+                `ConfigError` if not.
+
+        Raises:
+            ConfigError: on the first mistake.
+        """
+        self.tenant_names()
+        for tier in self.quotas:
+            self.org_quotas(tier)
+        if chosen_secret(self.secret, self.secret_file) is None and self.tiers:
+            raise ConfigError(
+                "secret: there is none, and engines that share a tier must have the same; set "
+                f"secret, secret_file or {SECRET_VARIABLE}"
+            )
+        if self.diffs is not None:
+            self.diffs.check()
+        for settings in self.tiers:
+            check_store(settings)
+
+    def secret_bytes(self) -> bytes:
+        """Return the secret from the configuration, its file or the environment.
+
+        Raises:
+            ConfigError: if there is none, or its file cannot be read.
+        """
+        secret = chosen_secret(self.secret, self.secret_file) or made_up_secret()
+        if secret is None:
+            raise ConfigError(
+                f"secret: there is none; set secret, secret_file or {SECRET_VARIABLE}"
+            )
+        return secret
+
+    def org_quotas(self, tier: str) -> dict[str, OrgQuota]:
+        """Return the quotas of the organisations that `quotas` names for ``tier``, by their ids.
+
+        Raises:
+            ConfigError: if a name is no organisation's.
+        """
+        of_tier, names = self.quotas.get(tier, TierQuotas()), self.tenant_names().values()
+        quotas: dict[str, OrgQuota] = {}
+        for name in of_tier.orgs:
+            if not (orgs := organisations(name, names, self.org_header)):
+                raise ConfigError(
+                    f"quotas.{tier}.orgs: {name!r} is no organisation; allowed: a name in tenants, "
+                    "'global', or an id as GET /cachescope/breaks shows it"
+                )
+            quotas |= dict.fromkeys(orgs, of_tier.of(name))
+        return quotas
+
+    def tenant_names(self) -> dict[str, str]:
+        """Return the organisations' names by the SHA-256 of their API keys, file included.
+
+        Raises:
+            ConfigError: if the file cannot be read or does not hold such a mapping.
+        """
+        if self.tenants_file is None:
+            return dict(self.tenants)
+        return self.tenants | read_tenants(self.tenants_file)

@@ -1,0 +1,58 @@
+"""What pydantic says of a mistake, said with the key, the value and what is allowed."""
+
+from collections.abc import Iterable
+from typing import Any, get_args
+
+from pydantic import ValidationError
+
+from vllm_cachescope.config.tiers import TIERS
+
+_Location = tuple[int | str, ...]
+
+_UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
+_SECRETS = ("secret", "operator_token", "tiers")  # a tier's address may hold a password
+
+
+def describe(error: ValidationError, model: Any = None, prefix: _Location = ()) -> str:
+    """Return a message for each mistake, joined by semicolons.
+
+    Args:
+        error: the mistakes.
+        model: the model that was validated; None for one without keys of its own.
+        prefix: where in the configuration the validated value stands.
+    """
+    messages = []
+    for detail in error.errors():
+        location = prefix + detail["loc"]
+        is_secret = bool(location) and location[0] in _SECRETS
+        shown = "not shown" if is_secret else repr(detail["input"])
+        message = detail["msg"].removeprefix("Value error, ")
+        if detail["type"] in _UNKNOWN_KEY:
+            allowed = ", ".join(sorted(_keys_beside(model, location)))
+            message = f"there is no such key (value {shown}); allowed: {allowed}"
+        elif location:
+            message = f"{message} (value {shown})"
+        # What is wrong with several keys at once names them itself.
+        messages.append(f"{_key(location)}: {message}" if location else message)
+    return "; ".join(messages)
+
+
+def _key(location: _Location) -> str:
+    if location[:1] == ("tiers",):
+        # pydantic puts a tier's type after its number, as if it were a key.
+        location = location[:2] + location[3:]
+    return ".".join(str(name) for name in location if name != "[key]")
+
+
+def _keys_beside(model: Any, location: _Location) -> Iterable[str]:
+    """Return the keys that may stand where the last one of ``location`` does."""
+    for name in location[:-1]:
+        if location[0] == "tiers" and name in TIERS:
+            model = TIERS[str(name)]
+        elif name != "tiers" and (field := model.__pydantic_fields__.get(name)) is not None:
+            candidates = (field.annotation, *get_args(field.annotation))
+            models = [c for c in candidates if hasattr(c, "__pydantic_fields__")]
+            if not models:
+                return ()
+            model = models[0]
+    return [field.alias or name for name, field in model.__pydantic_fields__.items()]

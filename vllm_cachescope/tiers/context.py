@@ -1,0 +1,43 @@
+"""What the parts of one remote tier have in common."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from vllm_cachescope.tiers.availability import Availability
+from vllm_cachescope.tiers.block_states import BlockStates
+from vllm_cachescope.tiers.key_counts import KeyCounts
+from vllm_cachescope.tiers.limits import Limits
+from vllm_cachescope.tiers.local_usage import LocalUsage
+from vllm_cachescope.tiers.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class TierContext:
+    """What the parts of one remote tier have in common. All of it is safe for several threads.
+
+    Attributes:
+        name: the tier's name.
+        new_store: makes a store for one thread; must not connect yet.
+        slot_bytes: bytes per block.
+        limits: what the tier may cost.
+        clock: seconds, never running backwards; the clock of all deadlines.
+        availability: whether the store may be used.
+        states: what is known of blocks.
+        counts: how many keys had which outcome.
+        local_usage: finds the entries that are too many; None if there are no quotas, or the store
+            counts itself.
+    """
+
+    name: str
+    new_store: Callable[[], Store]
+    slot_bytes: int
+    limits: Limits
+    clock: Callable[[], float]
+    availability: Availability
+    states: BlockStates
+    counts: KeyCounts
+    local_usage: LocalUsage | None
+
+    def timeout_at(self) -> float:
+        """Return the deadline of something that begins now and that no request waits for."""
+        return self.clock() + self.limits.timeout_s

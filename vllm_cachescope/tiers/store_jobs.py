@@ -1,0 +1,229 @@
+"""Stores and purges under way, and the thread that writes."""
+
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Sequence
+
+from vllm_cachescope.logs import logger_of
+from vllm_cachescope.tiers import envelope
+from vllm_cachescope.tiers.block_states import BlockState
+from vllm_cachescope.tiers.context import TierContext
+from vllm_cachescope.tiers.jobs import Finished, Outgoing, Purge, StoreJob
+from vllm_cachescope.tiers.store import Store, StoreFailed, Value, Written
+from vllm_cachescope.tiers.transfers import Transfers
+
+logger = logger_of(__name__)
+
+PURGE_S = 60.0
+"""How long a purge may take, in seconds; the store answers each of its steps within the timeout."""
+
+WRITE_BATCH_BYTES = 8 << 20
+"""What the thread stores at once: so much that the pauses between batches, in which the answers are
+waited for and the next batch's checksums are made, hardly count."""
+
+_STATES = {Written.REFUSED: BlockState.REFUSED, Written.EXPIRED: BlockState.GONE}
+"""The states of blocks that were to be written, where that is not `BlockState.HELD`."""
+
+
+class StoreJobs(Transfers[StoreJob]):
+    """The stores and purges under way; see `Transfers`.
+
+    One thread writes, and purges as well, so that nothing is written during a purge. The queue is
+    bounded by ``Limits.inflight_bytes``: what does not fit is dropped at once, and counted.
+    """
+
+    def __init__(self, tier: TierContext) -> None:
+        super().__init__(tier, ["write"], WRITE_BATCH_BYTES)
+        # Under the lock.
+        self._purges: deque[Purge] = deque()
+
+    def submit(self, job_id: int, blocks: Sequence[Outgoing], complete: bool) -> None:
+        """Begin to store blocks. Those that there is no room for, or all if the store cannot be
+        written to now, are dropped.
+
+        Args:
+            job_id: the job's number.
+            blocks: the blocks in prompt order; those at the end are dropped if there are too many.
+            complete: whether these are all blocks of the job.
+        """
+        availability = self._tier.availability
+        with self._lock:
+            room_bytes = self._tier.limits.inflight_bytes - self._nbytes
+            room, state = max(0, room_bytes) // self._tier.slot_bytes, BlockState.DROPPED
+            if not availability.usable:
+                room, state = 0, BlockState.UNSTORED
+            elif availability.writes.probe_in() > 0:
+                room, state = 0, BlockState.REFUSED
+            kept, dropped = blocks[:room], blocks[room:]
+            if dropped:
+                self._tier.states.note((block.key for block in dropped), state)
+                self._tier.counts.add("store", "dropped", len(dropped))
+            job = StoreJob(job_id, kept, self._tier.clock(), complete and not dropped)
+            if not kept:
+                self._finished.put(self._result(job))
+                return
+            self._nbytes += len(kept) * self._tier.slot_bytes
+            self._jobs.append(job)
+            self._work.notify()
+
+    def purge(self, prefix: bytes) -> Purge:
+        """Begin to delete every entry whose key begins with ``prefix``. What was to be stored
+        under such a key is dropped."""
+        purge = Purge(prefix)
+        availability = self._tier.availability
+        with self._lock:
+            for job in list(self._jobs):
+                self._drop_blocks(job, lambda block: block.key.startswith(prefix), "dropped")
+            # A store that fails right after this check has `end_purges` called, which waits for
+            # the lock and ends this purge too.
+            if availability.usable and not self._stopping:
+                self._purges.append(purge)
+                self._work.notify()
+            else:
+                _end(purge, availability.reason or "it has not answered yet")
+        return purge
+
+    def is_purged(self, key: bytes) -> bool:
+        """Whether a purge under way reaches ``key``."""
+        if not self._purges:
+            return False
+        with self._lock:
+            return any(key.startswith(purge.prefix) for purge in self._purges)
+
+    def end_purges(self, reason: str) -> None:
+        """End the purges that no thread can carry out. Called on any thread."""
+        with self._lock:
+            for purge in self._purges:
+                _end(purge, reason)
+            self._purges.clear()
+
+    def _has_work(self) -> bool:
+        return bool(self._jobs or self._purges)
+
+    def _drop_overdue(self) -> None:
+        if not self._tier.availability.usable:
+            self._drop_queued()
+
+    def _drop_untaken(self, job: StoreJob, outcome: str) -> None:
+        self._drop_blocks(job, lambda block: True, outcome)
+
+    def _drop_blocks(
+        self, job: StoreJob, is_dropped: Callable[[Outgoing], bool], outcome: str
+    ) -> None:
+        """Drop those blocks of a queued job that no thread has taken. Needs the lock."""
+        taken, untaken = job.blocks[: job.taken], job.blocks[job.taken :]
+        dropped = [block for block in untaken if is_dropped(block)]
+        kept = [block for block in untaken if not is_dropped(block)]
+        if not kept:
+            self._jobs.remove(job)
+        if dropped:
+            self._tier.states.note((block.key for block in dropped), BlockState.UNSTORED)
+            self._tier.counts.add("store", outcome, len(dropped))
+            job.blocks = [*taken, *kept]
+            job.complete = False
+            self._settle(job, len(dropped))
+
+    def _result(self, job: StoreJob) -> Finished:
+        seconds = self._tier.clock() - job.started
+        return Finished(job.job_id, job.complete, (), None, job.nbytes, seconds)
+
+    # The thread that writes.
+
+    def _work_once(self, store: Store) -> None:
+        with self._lock:
+            purge = self._purges[0] if self._purges else None
+        if purge is not None:
+            self._carry_out(store, purge)
+        else:
+            super()._work_once(store)
+
+    def _carry_out(self, store: Store, purge: Purge) -> None:
+        entries, reason = 0, None
+        try:
+            entries = store.purge(purge.prefix, self._tier.clock() + PURGE_S)
+        except StoreFailed as error:
+            reason = str(error)
+        except Exception as error:
+            logger.exception("Tier %s: a purge failed", self._tier.name)
+            store.close()
+            reason = str(error)
+        if self._tier.local_usage is not None:
+            self._tier.local_usage.purged(purge.prefix)
+        self._tier.counts.add("evict", "purge", entries)
+        with self._lock:
+            # `end_purges` may have ended it meanwhile.
+            if purge in self._purges:
+                self._purges.remove(purge)
+                purge.entries = entries
+                _end(purge, reason)
+
+    def _move(self, store: Store, job: StoreJob, first: int, last: int) -> None:
+        blocks = job.blocks[first:last]
+        written: list[Written] = []
+        try:
+            written = store.write(_values(blocks), self._tier.timeout_at())
+            self._note(store, blocks, written)
+            self._keep_quotas(store, blocks, written)
+        except StoreFailed as error:
+            self._tier.availability.failed(str(error))
+        except Exception:
+            # A mistake of ours must not keep slots for ever.
+            logger.exception("Tier %s: a store failed", self._tier.name)
+            store.close()
+        counts = Counter(("store", result.value) for result in written)
+        if not written:
+            counts["store", "failed"] = len(blocks)
+            self._tier.states.note((block.key for block in blocks), BlockState.UNSTORED)
+        self._tier.counts.update(counts)
+        stored = written.count(Written.STORED)
+        with self._lock:
+            job.nbytes += stored * self._tier.slot_bytes
+            job.complete &= stored + written.count(Written.PRESENT) == len(blocks)
+            self._settle(job, len(blocks))
+
+    def _note(self, store: Store, blocks: Sequence[Outgoing], written: Sequence[Written]) -> None:
+        availability = self._tier.availability
+        states: defaultdict[BlockState, list[bytes]] = defaultdict(list)
+        for block, result in zip(blocks, written, strict=True):
+            states[_STATES.get(result, BlockState.HELD)].append(block.key)
+        for state, keys in states.items():
+            self._tier.states.note(keys, state)
+        availability.answered()
+        if Written.REFUSED in written:
+            availability.write_refused(store.refusal)
+        else:
+            availability.writes.succeeded()
+
+    def _keep_quotas(
+        self, store: Store, blocks: Sequence[Outgoing], written: Sequence[Written]
+    ) -> None:
+        """Evict what organisations hold beyond their quotas, if the store has not done it."""
+        evicted = store.take_evicted()
+        if self._tier.local_usage is not None:
+            stored = [
+                (block.key, block.expires_at)
+                for block, result in zip(blocks, written, strict=True)
+                if result is Written.STORED
+            ]
+            over = self._tier.local_usage.stored(stored, self._tier.clock())
+            if over:
+                store.drop(over, self._tier.timeout_at())
+                evicted += over
+        self._tier.states.note(evicted, BlockState.CUT)
+        self._tier.counts.add("evict", "quota", len(evicted))
+
+
+def _values(blocks: Sequence[Outgoing]) -> list[Value]:
+    return [
+        Value(
+            block.key,
+            envelope.header(block.key, block.slot, envelope.Lifetime(block.ttl_s)),
+            block.slot,
+            block.expires_at,
+        )
+        for block in blocks
+    ]
+
+
+def _end(purge: Purge, reason: str | None) -> None:
+    purge.reason = reason
+    purge.over = True
