@@ -183,7 +183,7 @@ def kept_bytes(bodies: list[dict[str, Any]], tokens: list[int]) -> float:
 
 
 def main() -> int:
-    """Run the benchmark and return its exit status."""
+    """ComputedPrompt the benchmark and return its exit status."""
     options = arguments(__doc__ or "")
     result = Result("diagnosis", options.quick)
     bodies = conversation(0)
