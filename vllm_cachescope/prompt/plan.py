@@ -40,7 +40,8 @@ class Plan:
 
     Attributes:
         spans: at least one; the last one ends where the prompt ends.
-        nonce: unique to the prompt; the engine's report is found under it.
+        nonce: unique to the prompt; the engine's report is found under it. Empty in a plan that
+            the engine made for a prompt without one: nobody asks for that report.
         owner: whose its blocks of session scope are; see `owner_tags`.
     """
 
@@ -104,6 +105,15 @@ class Plan:
         last = self.spans[-1]
         if last.end > start:
             yield start, last.end, last
+
+
+def offload_covered(params: Mapping[str, Any] | None, plan: Plan) -> dict[str, Any]:
+    """Return ``kv_transfer_params`` by which vLLM copies no token behind the last breakpoint of
+    ``plan`` to the CPU tier, nor more tokens than ``params`` itself allows."""
+    allowed, covered = (params or {}).get("max_offload_tokens"), plan.covered_tokens
+    if type(allowed) is int and allowed >= 0:
+        covered = min(allowed, covered)
+    return {**(params or {}), "max_offload_tokens": covered}
 
 
 def seal(plan: Plan, secret: bytes) -> dict[str, Any]:

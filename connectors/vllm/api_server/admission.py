@@ -17,7 +17,7 @@ from vllm_cachescope.config import Config
 from vllm_cachescope.connectors.vllm import engine_rpc
 from vllm_cachescope.connectors.vllm.api_server.planning import Planner
 from vllm_cachescope.logs import logger_of
-from vllm_cachescope.prompt.plan import PLAN_KEY, Plan, Span, seal
+from vllm_cachescope.prompt.plan import PLAN_KEY, Plan, Span, offload_covered, seal
 from vllm_cachescope.tenancy.scope import Scope
 
 logger = logger_of(__name__)
@@ -105,11 +105,8 @@ class Admission:
         extra = dict(planned.extra_args or {})
         params = dict(extra.get("kv_transfer_params") or {})
         if plan is not None:
+            params = offload_covered(params, plan)
             params[PLAN_KEY] = seal(plan, self._secret)
-            offload, covered = params.get("max_offload_tokens"), plan.covered_tokens
-            params["max_offload_tokens"] = (
-                min(offload, covered) if type(offload) is int and offload >= 0 else covered
-            )
         elif params.pop(PLAN_KEY, None) is None:
             return sampling_params
         extra["kv_transfer_params"] = params

@@ -38,6 +38,7 @@ from vllm_cachescope.connectors.vllm.engine.tiers.cpu import CPU
 from vllm_cachescope.connectors.vllm.engine.tiers.device import DEVICE
 from vllm_cachescope.logs import logger_of
 from vllm_cachescope.prompt.plan import PLAN_KEY
+from vllm_cachescope.prompt.request import Region
 from vllm_cachescope.tiers.jobs import Purge
 
 MAX_PURGES = 64
@@ -64,7 +65,7 @@ class CacheScopeConnector(OffloadingConnector):
             super().__init__(for_offloading(vllm_config, config), role, kv_cache_config)
         if role is not KVConnectorRole.SCHEDULER:
             return
-        hashing.enforce(config.secret_bytes())
+        hashing.enforce(config.secret_bytes(), config.regions.of(Region.MESSAGES))
         engine_rpc.install()
         assert self.connector_scheduler is not None
         offload = self.connector_scheduler.config
