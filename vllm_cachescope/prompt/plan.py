@@ -107,15 +107,6 @@ class Plan:
             yield start, last.end, last
 
 
-def offload_covered(params: Mapping[str, Any] | None, plan: Plan) -> dict[str, Any]:
-    """Return ``kv_transfer_params`` by which vLLM copies no token behind the last breakpoint of
-    ``plan`` to the CPU tier, nor more tokens than ``params`` itself allows."""
-    allowed, covered = (params or {}).get("max_offload_tokens"), plan.covered_tokens
-    if type(allowed) is int and allowed >= 0:
-        covered = min(allowed, covered)
-    return {**(params or {}), "max_offload_tokens": covered}
-
-
 def seal(plan: Plan, secret: bytes) -> dict[str, Any]:
     """Return ``plan`` as JSON-able data with a MAC, for the way from the API to the engine.
 

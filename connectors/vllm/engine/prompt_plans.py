@@ -60,6 +60,16 @@ def carries_plan(request: Request) -> bool:
     return PLAN_KEY in _parameters(request)
 
 
+def offload_covered(request: Request, plan: Plan) -> None:
+    """Have vLLM copy no token behind the last breakpoint of a request's plan to the CPU tier, nor
+    more tokens than the client allows."""
+    params, covered = request.kv_transfer_params or {}, plan.covered_tokens
+    allowed = params.get("max_offload_tokens")
+    if type(allowed) is int and allowed >= 0:
+        covered = min(allowed, covered)
+    request.kv_transfer_params = {**params, "max_offload_tokens": covered}
+
+
 def _parameters(request: Request) -> Mapping[str, Any]:
     """Return what the API side sends beside the prompt. Requests for pooling have another place
     for it than requests that generate."""

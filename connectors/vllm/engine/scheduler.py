@@ -22,14 +22,18 @@ from vllm_cachescope.connectors.vllm.engine import hashing
 from vllm_cachescope.connectors.vllm.engine.block_layout import BlockLayout
 from vllm_cachescope.connectors.vllm.engine.local_tiers import LocalTiers
 from vllm_cachescope.connectors.vllm.engine.miss_explainer import MissExplainer
-from vllm_cachescope.connectors.vllm.engine.prompt_plans import REFUSED_TTL_S, carries_plan
+from vllm_cachescope.connectors.vllm.engine.prompt_plans import (
+    REFUSED_TTL_S,
+    carries_plan,
+    offload_covered,
+)
 from vllm_cachescope.connectors.vllm.engine.prompt_reporter import PromptReporter
 from vllm_cachescope.connectors.vllm.engine.prompts import Prompt, Prompts
 from vllm_cachescope.connectors.vllm.engine.stats import Counts
 from vllm_cachescope.connectors.vllm.engine.tiers.base import TierParent
 from vllm_cachescope.connectors.vllm.engine.tiers.cpu import CPU
 from vllm_cachescope.connectors.vllm.engine.tiers.remote import remote_tiers
-from vllm_cachescope.prompt.plan import Plan, offload_covered
+from vllm_cachescope.prompt.plan import Plan
 from vllm_cachescope.tenancy.owner_tags import NOBODY, org_of, owner_at
 from vllm_cachescope.tiers.keyspace import qualified
 
@@ -110,10 +114,9 @@ class CacheScopeConnectorScheduler(TierParent):
         """A request has arrived. To be called before vLLM's offloading learns of it."""
         self._local.drop_expired()
         plan = hashing.plan_of(request)
-        if not plan.nonce:
-            self.counts.refused_plans += carries_plan(request)
-            # With a plan of its own it has this from the API side.
-            request.kv_transfer_params = offload_covered(request.kv_transfer_params, plan)
+        if not plan.nonce and carries_plan(request):
+            self.counts.refused_plans += 1
+        offload_covered(request, plan)
         self._prompts.add(request, plan)
         self._note_change(plan)
 
