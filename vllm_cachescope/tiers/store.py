@@ -1,4 +1,4 @@
-"""What a remote tier asks of a store: the interface that each backend implements."""
+"""The interface of a store, which each backend of a remote tier implements."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
