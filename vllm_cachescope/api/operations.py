@@ -1,4 +1,4 @@
-"""What an operator asks of a running server at its ``/cachescope`` paths.
+"""The operations of a running server, at its ``/cachescope`` paths.
 
 ==============================  =================================================================
 ``GET /cachescope/health``      the state of each tier, for anyone; to the operator also the
@@ -9,7 +9,7 @@
                                 the caller's own, anyone's for the operator
 ==============================  =================================================================
 
-The operator is who presents `Config.operator_token` as an API key.
+The operator is whoever presents `Config.operator_token` as an API key.
 """
 
 import hmac

@@ -1,4 +1,4 @@
-"""The parts of the API's side, put together once, when the server behind it is known."""
+"""The services of the API side, put together once, when the server behind it is known."""
 
 import time
 from collections.abc import Collection, Mapping
@@ -16,7 +16,7 @@ from vllm_cachescope.tenancy.caller import CallerDirectory, api_key
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """What the API's side has to know of the server that it stands in front of.
+    """What the API side has to know of the server that it stands in front of.
 
     Attributes:
         config: the configuration that the server was started with.

@@ -10,7 +10,7 @@ _HALF_HOUR_S = 1800
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Where the tokens of a request's prompts came from. All counts are tokens.
+    """The tokens of a request's prompts, by where they came from. All counts are tokens.
 
     Attributes:
         prompt_tokens: all tokens of the prompts.

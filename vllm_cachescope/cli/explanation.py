@@ -1,4 +1,4 @@
-"""Where the prefixes of recorded requests broke, and why."""
+"""An explanation of recorded requests: where their prefixes broke, and why."""
 
 import secrets
 from collections import Counter
