@@ -1,4 +1,4 @@
-"""What the engine reports to vLLM's metrics after each step."""
+"""The statistics that the engine reports to vLLM's metrics after each step."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
