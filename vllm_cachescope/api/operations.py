@@ -35,7 +35,7 @@ PATHS = (BREAKS, HEALTH, PURGE)
 _METHODS = {BREAKS: "GET", HEALTH: "GET", PURGE: "POST"}
 
 _FOR_ALL = ("name", "up", "readable", "writable", "used_bytes", "capacity_bytes")
-"""What everyone may know of a tier."""
+"""The fields of a tier's health that everyone may see."""
 
 
 class Operations:

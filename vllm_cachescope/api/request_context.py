@@ -32,7 +32,7 @@ class PromptTiming:
 
 @dataclass(slots=True)
 class RequestContext:
-    """What the middleware and the adapter to the engine share about one request.
+    """One request, as the middleware and the adapter to the engine share it.
 
     Attributes:
         caller: on whose behalf the request runs.

@@ -1,4 +1,4 @@
-"""How many tokens a request read from the cache and wrote to it, in each protocol's own fields."""
+"""The usage of a request: tokens read from the cache and put into it, in the protocols' fields."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -14,7 +14,7 @@ from vllm_cachescope.tenancy.scope import Scope
 
 
 class Outcome(StrEnum):
-    """What became of a prompt token. Every token has exactly one outcome."""
+    """The outcome of a prompt token. Every token has exactly one."""
 
     READ_DEVICE = "read_device"
     READ_CPU = "read_cpu"

@@ -74,7 +74,7 @@ class Explained:
 
 @dataclass(frozen=True, slots=True)
 class Total:
-    """What one cause cost.
+    """The cost of one cause.
 
     Attributes:
         calls: calls whose main cause it was.

@@ -14,7 +14,7 @@ from vllm_cachescope.diagnosis.prefix_match import match_prefix
 
 @dataclass(frozen=True, slots=True)
 class _Use:
-    """What one call keeps in the cache.
+    """One call and the tokens that it keeps in the cache.
 
     Attributes:
         fingerprint: the call's prompt.

@@ -12,7 +12,7 @@ LOCAL_TIERS = ("device", "cpu")
 
 
 class OrgQuota(Model):
-    """What one organisation may hold of a tier.
+    """The quota and the reserve of one organisation on a tier.
 
     Attributes:
         quota: bytes it may hold; over that, its own oldest entries are evicted. None for no limit.

@@ -13,7 +13,7 @@ PRESENT, ABSENT = b"+", b"-"
 
 
 class ChangeKind(StrEnum):
-    """What differs between a request and its ancestor."""
+    """The kind of a difference between a request and its ancestor."""
 
     MODEL = "model_changed"
     PARAM_ADDED = "param_added"

@@ -45,8 +45,7 @@ _region_of = attrgetter("region")
 
 @dataclass(frozen=True, slots=True)
 class _PartGroup:
-    """What a fingerprint keeps of parts that stand together: the tools, the system prompt or one
-    message.
+    """Hashes and sizes of parts that stand together: the tools, the system prompt or one message.
 
     Attributes:
         hashes, kinds, chars, edges, pieces, tools: as in `Fingerprint`, of these parts.

@@ -68,7 +68,7 @@ ABSENCES = {
     BlockState.REFUSED: Absence(MissCause.NEVER_STORED, detail="the tier refused it"),
     BlockState.UNSTORED: Absence(MissCause.NEVER_STORED, detail="the tier was down"),
 }
-"""What each state but `BlockState.HELD` explains."""
+"""The absence that each state but `BlockState.HELD` explains."""
 
 
 class BlockStates:

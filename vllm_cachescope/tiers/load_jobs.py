@@ -28,7 +28,7 @@ _OUTCOMES = {
 
 @dataclass(slots=True)
 class _Batch:
-    """What became of the keys of one batch, from its first key on.
+    """The outcomes of the keys of one batch, from its first key on.
 
     Attributes:
         loaded: keys that are loaded, each with its TTL in seconds.

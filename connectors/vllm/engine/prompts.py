@@ -17,7 +17,7 @@ MAX_PROMPTS = 4096
 
 @dataclass(slots=True)
 class Prompt:
-    """What is known of one prompt.
+    """One prompt, as far as the engine knows it.
 
     Attributes:
         plan: its plan.

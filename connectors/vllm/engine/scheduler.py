@@ -35,7 +35,7 @@ from vllm_cachescope.tiers.keyspace import qualified
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
-    """What the scheduler side has to know of the engine.
+    """The settings of the engine that the scheduler side needs.
 
     Attributes:
         rank: the engine's number among those behind one API server, from 0.

@@ -43,7 +43,7 @@ _RESULTS = {
 
 @dataclass(slots=True)
 class _Use:
-    """What is known of a request that may still store chunks, even after it is over.
+    """A request's use of its prompt; kept while the request may store chunks, even after its end.
 
     Attributes:
         at: when the request last used its prompt, in seconds on the tier's clock.
