@@ -1,5 +1,5 @@
-"""Serves one HTTP request after another: reads its cache fields, has the server answer it, writes
-the usage into the reply, and diagnoses it."""
+"""The handler of HTTP requests: reads the cache fields of each, has the server answer it, writes
+the usage into the reply, and diagnoses the request."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

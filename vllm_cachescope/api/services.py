@@ -1,4 +1,4 @@
-"""The parts of the API's side, put together once, when the server behind it is known."""
+"""The services of the API side, put together once, when the server behind it is known."""
 
 import time
 from collections.abc import Collection, Mapping
@@ -17,7 +17,7 @@ from vllm_cachescope.tenancy.caller import CallerDirectory, api_key
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """What the API's side has to know of the server that it stands in front of.
+    """The server that the API side stands in front of.
 
     Attributes:
         config: the configuration that the server was started with.
@@ -36,7 +36,7 @@ class Server:
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """What the requests of one server are served with.
+    """The services that all requests of one server use.
 
     Attributes:
         config: the configuration.

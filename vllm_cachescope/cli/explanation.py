@@ -1,4 +1,4 @@
-"""Where the prefixes of recorded requests broke, and why."""
+"""An explanation of recorded requests: where their prefixes broke, and why."""
 
 import secrets
 from collections import Counter
@@ -80,7 +80,7 @@ class Explained:
 
 @dataclass(frozen=True, slots=True)
 class Total:
-    """What one cause cost.
+    """The cost of one cause.
 
     Attributes:
         calls: calls whose main cause it was.

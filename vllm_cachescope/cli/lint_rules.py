@@ -2,7 +2,7 @@
 
 A value that is different in every request (a time, a UUID, a nonce) makes everything after it
 unreadable from the cache. In the tools or the system prompt that is nearly the whole prompt, so
-these two are searched; a message keeps what it said. Of a prompt that is one text, its head is
+these two are searched; a message stays as it was sent. Of a prompt that is one text, the head is
 taken for the system prompt.
 """
 
@@ -63,7 +63,7 @@ class Finding:
 
 @dataclass(slots=True)
 class _Seen:
-    """What earlier requests had. It tells what changes from what only looks volatile.
+    """What earlier requests had: it tells values that change from values that only look volatile.
 
     Attributes:
         tools: each tool's JSON as it was first sent, by its name and its JSON with sorted keys.

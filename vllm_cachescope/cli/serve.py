@@ -17,7 +17,7 @@ from vllm_cachescope.config.files import one_line
 from vllm_cachescope.connectors.vllm import config_check
 
 MIDDLEWARE = "vllm_cachescope.connectors.vllm.server.Middleware"
-"""What vLLM's ``--middleware`` calls the API side."""
+"""The API side's name for vLLM's ``--middleware``."""
 
 _TRANSFER_CONFIG = ("--kv-transfer-config", "--kv_transfer_config")
 

@@ -89,14 +89,14 @@ class Config(Model):
         return tuple(sorted({300, 3600, *self.ttls}))
 
     def check(self, check_store: Callable[[Tier], None]) -> None:
-        """Check what the values refer to: files, organisations, the secret, stores of tiers.
+        """Check the files, organisations, stores and the secret that the values refer to.
 
-        With `load`, these are all checks that can be made before a model is loaded. Nothing is
-        connected to, made or written.
+        Together with `load` these are all checks that can be made before a model is loaded. The
+        check connects to nothing and writes nothing.
 
         Args:
-            check_store: checks that a tier has a store, which only its connector knows. Raises
-                `ConfigError` if not.
+            check_store: raises `ConfigError` if a tier's store cannot be used; only the connector
+                of that store knows.
 
         Raises:
             ConfigError: on the first mistake.

@@ -1,7 +1,7 @@
-"""The cache plan of a request before it is known at which tokens its segments end.
+"""The segments of a request: what becomes a `Plan` once their ends are known in tokens.
 
-The plan cuts the prompt at every breakpoint and at the end of every region. Each segment has a
-scope, a TTL, and whether a breakpoint covers it.
+A prompt is cut at every breakpoint and at the end of every region. Each segment has a scope and a
+TTL, and is covered by a breakpoint or not.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +14,7 @@ from vllm_cachescope.tenancy.scope import Scope
 
 @dataclass(frozen=True, slots=True)
 class RegionDefault:
-    """What a region gets where the client does not say.
+    """The scope and the TTL of a region where the client names none.
 
     Attributes:
         scope: how widely the region is shared.
@@ -47,9 +47,9 @@ class Segment:
 def segments(
     request: PromptRequest, defaults: Mapping[Region, RegionDefault]
 ) -> tuple[Segment, ...]:
-    """Return the plan of ``request``: at least one segment, the last of which ends the prompt.
+    """Return the segments of ``request``: at least one, the last of which ends the prompt.
 
-    Scopes only narrow along the plan. A segment has the scope that the breakpoint at its end
+    Scopes only narrow along the prompt. A segment has the scope that the breakpoint at its end
     names, or else its region's default, but
 
     - never one narrower than the next scope that a breakpoint names: who shares a prefix widely
@@ -78,7 +78,7 @@ def segments(
         if part.mark is not None or i + 1 == len(parts) or parts[i + 1].region is not part.region
     ]
     # Backwards: the TTL and the explicit scope come from the breakpoints at or after the end.
-    plan: list[Segment] = []
+    cut: list[Segment] = []
     longest = 0
     explicit: Scope | None = None
     for part in reversed(ends):
@@ -93,20 +93,20 @@ def segments(
                 scope = explicit = part.mark.scope
         if explicit is not None:
             scope = min(scope, explicit)
-        plan.append(Segment(part, scope, longest or ttl_s, covered=longest > 0))
-    plan.reverse()
+        cut.append(Segment(part, scope, longest or ttl_s, covered=longest > 0))
+    cut.reverse()
 
     # Forwards: no scope is wider than those before it, nor than an ignored marker asks for.
     scopes = accumulate(
         (
             max(segment.scope, least)
-            for segment, least in zip(plan, _least(parts, ends), strict=True)
+            for segment, least in zip(cut, _least(parts, ends), strict=True)
         ),
         max,
     )
     merged: list[Segment] = []
-    for segment, scope in zip(plan, scopes, strict=True):
-        after = None if segment is plan[-1] else segment.after
+    for segment, scope in zip(cut, scopes, strict=True):
+        after = None if segment is cut[-1] else segment.after
         segment = Segment(after, scope, segment.ttl_s, segment.covered)
         if merged and _alike(merged[-1], segment):
             merged.pop()

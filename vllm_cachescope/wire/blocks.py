@@ -1,4 +1,4 @@
-"""Where cache markers may stand inside a value of a request's body, and that value without them.
+"""The blocks of a request's body on which cache markers may stand, and the body without markers.
 
 All formats nest blocks in the same way: a tool result, a document or a function's output holds a
 list of further blocks, a Chat message a list of tool calls, a Chat tool or tool call its

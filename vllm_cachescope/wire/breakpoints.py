@@ -27,8 +27,8 @@ class FoundMarker:
     Attributes:
         part: index of the part that it ends.
         kind: the key that it stands under, one of `MARKERS`.
-        mark: what it says.
-        value: what the client wrote.
+        mark: the marker as it was read.
+        value: the marker as the client wrote it.
     """
 
     part: int

@@ -1,4 +1,4 @@
-"""What the OpenAI formats share: the request's cache options, and its leading system messages."""
+"""The common fields of the OpenAI formats: cache options, and leading system messages."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass

@@ -1,8 +1,8 @@
 """Reads the body of ``POST /v1/completions`` (OpenAI's Completions).
 
-The prompt has no structure to mark: it is one part, shared and kept as a whole. A request may
-carry several prompts; they share the one plan. ``cache_control`` at the top level sets its
-lifetime and scope.
+The prompt has no blocks to mark: it is one part, shared and kept as a whole. A request may
+carry several prompts; they share the one plan. ``cache_control`` at the top level sets the
+lifetime and the scope of the prompt.
 """
 
 from collections.abc import Collection, Mapping

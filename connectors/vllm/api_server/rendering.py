@@ -1,4 +1,4 @@
-"""Renders requests with vLLM's own code, so that every chat template is right."""
+"""The rendering of requests with vLLM's own code, so that every chat template is right."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -41,7 +41,7 @@ class CannotRender(Exception):
 
 
 class Rendering:
-    """What vLLM's endpoints make of a request's body.
+    """Renders a request's body as vLLM's endpoints do.
 
     Args:
         state: the API server's state, with its renderer and endpoint handlers.
@@ -135,7 +135,7 @@ class Rendering:
                 chat = await self._as_chat(AnthropicMessagesRequest.model_validate(body))
             else:
                 chat = ChatCompletionRequest.model_validate(body)
-            # What opens the answer is no part of the body, nor what comes next in the prompt.
+            # The opening of an answer is no part of the body, and may not come next in the prompt.
             chat.add_generation_prompt = False
             result = await renderer.render_chat(chat)
             prompt = result[1][0] if isinstance(result, tuple) else None

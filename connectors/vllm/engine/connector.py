@@ -41,7 +41,7 @@ from vllm_cachescope.prompt.plan import PLAN_KEY
 from vllm_cachescope.tiers.jobs import Purge
 
 MAX_PURGES = 64
-"""So many purges, the most recent ones, can be asked about."""
+"""How many purges can be asked about: the most recent ones."""
 
 logger = logger_of(__name__)
 
@@ -89,7 +89,7 @@ class CacheScopeConnector(OffloadingConnector):
                 if (quotas := read_quotas(config, tier, entry_bytes)) is not None
             },
         )
-        # Whether an idle engine has dropped something that the metrics do not show yet.
+        # Whether an idle engine has dropped entries that the metrics still show.
         self._has_unreported_drops = False
         self._purges: FIFOCache[str, dict[str, Purge]] = FIFOCache(MAX_PURGES)
 

@@ -1,4 +1,4 @@
-"""Puts the scope key of each block into its hash.
+"""The hashing of blocks, with the scope key of each block in its hash.
 
 vLLM looks up `generate_block_hash_extra_keys` by name whenever it hashes a block, so wrapping
 that one function gives a block its scope on every tier: the prefix cache, the offloading tiers
@@ -91,7 +91,7 @@ def _read_plan(request: Request) -> Plan:
 
 
 def enforce(secret: bytes) -> None:
-    """From here on every block hash in this process carries a scope key.
+    """Have every block hash in this process carry a scope key from here on.
 
     Raises:
         HookNotInForce: if hashes made by vLLM's own hasher do not differ with the scope key, or

@@ -108,8 +108,8 @@ class ScopeOffloadingSpec(TieringOffloadingSpec):
         return manager
 
     def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
-        # With none the engine does not start. Workers come first, and leave it to the manager to
-        # say so, once.
+        # Without a chunk the engine does not start. vLLM makes its workers before the manager,
+        # which then reports the mistake, once.
         self.num_chunks = max(self.num_chunks, 1)
         claimed = shm_regions.claim(self._engine_id)
         cpu = current_platform.is_cpu()

@@ -176,7 +176,7 @@ class ScopePolicy(CachePolicy):
 
 
 class CpuTier:
-    """What CacheScope adds to vLLM's tiering manager: nothing expired or purged is found or kept.
+    """vLLM's tiering manager, changed so that it neither finds nor keeps expired or purged chunks.
 
     Args:
         manager: vLLM's manager, whose primary tier runs `ScopePolicy`.

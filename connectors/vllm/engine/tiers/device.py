@@ -17,7 +17,7 @@ from vllm_cachescope.tenancy.owner_tags import org_of
 DEVICE = "device"
 
 MAX_PASSED_OVER = 1024
-"""At one allocation vLLM is kept from so many spared blocks at most: half a millisecond's work."""
+"""How many spared blocks are passed over at one allocation at most: half a millisecond's work."""
 
 
 class DeviceTier:
