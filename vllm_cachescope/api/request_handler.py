@@ -81,10 +81,16 @@ class RequestHandler:
             await self.app(scope, replayed, send)
             return
         try:
-            request = READERS[protocol](body, config.allowed_ttls, config.regions.messages.ttl_s)
+            request = READERS[protocol](
+                body,
+                config.allowed_ttls,
+                config.regions.messages.ttl_s,
+                config.markers.is_strict(protocol),
+            )
         except BadRequest as error:
             await JSONResponse(error_body(protocol, error), 400)(scope, replayed, send)
             return
+        self.services.ignored_markers.count(request)
         forwarded = strip(body)
         if request.prewarm:
             forwarded = one_token_body(forwarded)

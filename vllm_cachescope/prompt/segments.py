@@ -4,7 +4,7 @@ A prompt is cut at every breakpoint and at the end of every region. Each segment
 TTL, and is covered by a breakpoint or not.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -54,7 +54,8 @@ def segments(
 
     - never one narrower than the next scope that a breakpoint names: who shares a prefix widely
       shares all of it;
-    - never one wider than that of the segment before it.
+    - never one wider than that of the segment before it, nor than one that an ignored marker in
+      it names.
 
     A covered segment has the longest TTL of the breakpoints at or after its end, an uncovered one
     its region's default. A breakpoint that names no TTL has the request's, or else the default of
@@ -95,8 +96,14 @@ def segments(
         cut.append(Segment(part, scope, longest or ttl_s, covered=longest > 0))
     cut.reverse()
 
-    # Forwards: no scope is wider than those before it.
-    scopes = accumulate((segment.scope for segment in cut), max)
+    # Forwards: no scope is wider than those before it, nor than an ignored marker asks for.
+    scopes = accumulate(
+        (
+            max(segment.scope, least)
+            for segment, least in zip(cut, _least(parts, ends), strict=True)
+        ),
+        max,
+    )
     merged: list[Segment] = []
     for segment, scope in zip(cut, scopes, strict=True):
         after = None if segment is cut[-1] else segment.after
@@ -105,6 +112,19 @@ def segments(
             merged.pop()
         merged.append(segment)
     return tuple(merged)
+
+
+def _least(parts: Sequence[Part], ends: Sequence[Part]) -> Iterator[Scope]:
+    """Yield for each part of ``ends`` the narrowest scope that ignored markers name on it and on
+    the parts between it and the end before."""
+    rest = iter(parts)
+    for end in ends:
+        least = Scope.GLOBAL
+        for part in rest:
+            least = max(least, part.narrowed or least)
+            if part is end:
+                break
+        yield least
 
 
 def _alike(one: Segment, other: Segment) -> bool:
