@@ -1,4 +1,4 @@
-"""What is wrong with a client's request, said so that the client can mend it."""
+"""The error that refuses a client's request: it names the field, the value and what is allowed."""
 
 import reprlib
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ class BadRequest(ValueError):
         super().__init__(f"{path}: {_brief(value)} is not allowed here; allowed: {self.allowed}")
 
 
-# A client's value may be megabytes long or nested until `repr` gives up; an error message is not.
+# A client's value may be megabytes long, or nested deeper than `repr` can follow.
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 100
 

@@ -1,4 +1,4 @@
-"""Our loggers, below vLLM's own: what an operator sets for ``vllm`` holds for them as well."""
+"""CacheScope's loggers, below vLLM's own: an operator's settings for ``vllm`` hold for them too."""
 
 import logging
 

@@ -1,4 +1,7 @@
-"""The metrics, by name, with what they count and their labels."""
+"""The engine's metrics: names, labels, and what each one counts.
+
+The API side registers two counters of its own, in `break_log` and in `diagnoser`.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -38,7 +41,7 @@ EVICTIONS = Metric(
     "cachescope_evictions",
     "counter",
     "Entries that left a tier, by reason (ttl, capacity, quota: their organisation had more than "
-    "its share, purge, reset).",
+    "its quota, purge, reset).",
     ("tier", "reason"),
 )
 REFUSED_PLANS = Metric(

@@ -25,15 +25,15 @@ from vllm_cachescope.tiers.keyspace import FORMAT
 __all__ = ["Entry", "Kind", "create_l2_adapter", "listed", "name", "parse", "shown"]
 
 MODEL = f"cachescope-{FORMAT}"
-"""What stands in the place of a model's name in all keys of ours. The model itself is in the
-namespace, which stands in that of the salt, so that one listing finds what any model left."""
+"""Stands for the model's name in all keys of ours. The model itself is in the namespace, which
+stands for the salt; so one listing finds the entries of all models."""
 
 _PLACE = ("base_path", "host", "port", "startup_nodes", "s3_endpoint", "device_path")
 """Keys of adapters' configurations that say where something is, and are no secret."""
 
 _PAGE = 500
 
-# It warns of a mistake whenever something is deleted that another process had stored.
+# This logger warns of a mistake whenever an object is deleted that another process had stored.
 logging.getLogger("lmcache.v1.distributed.l2_adapters.base").setLevel(logging.ERROR)
 
 

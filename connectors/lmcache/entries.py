@@ -15,10 +15,10 @@ from vllm_cachescope.connectors.lmcache.session import Call, Session
 from vllm_cachescope.tiers.store import StoreFailed
 
 DOUBTS = 3
-"""So often an object must not load behind another that did not before that is its own fault."""
+"""How often an object fails to load behind another one that failed until it is itself to blame."""
 
 DOUBTED = 10_000
-"""How many entries are in doubt at most; beyond that the first of them get a fresh start."""
+"""How many entries may be in doubt at once; beyond that the first of them start afresh."""
 
 
 class Entries:
@@ -207,16 +207,18 @@ class Entries:
 
     @contextmanager
     def blaming(self, session: Session) -> Iterator[Callable[[Entry], bool]]:
-        """Find out which entries are to blame when objects do not load that are there.
+        """Find out which entries are to blame when objects that are there do not load.
 
-        The loads take place in this context, which gives a function. Call it, in the order in which
-        the loads began, with each entry of which an object was there and did not load: it returns
-        whether the entry itself is to blame. Such an entry is taken for unreadable, and dropped:
-        asked for again, it might do again what it has done to the adapter.
+        Load inside this context. Call the function that it gives with each entry of which an object
+        was there and did not load, in the order in which the loads began: the function returns
+        whether the entry itself is to blame. Such an entry counts as unreadable and is dropped;
+        another load of it might harm the next adapter too.
 
-        The first object that does not load is to blame. One behind it may have failed for that
-        alone, as a RESP adapter takes the rest of one answer for the next; it is to blame once that
-        has happened `DOUBTS` times. In any case the session is over at the end of the context."""
+        The first object that does not load is to blame. An object behind it may have failed for
+        that alone, since a RESP adapter takes the rest of one answer for the next one; it is to
+        blame once that has happened `DOUBTS` times. If any object did not load, the session is over
+        at the end of the context.
+        """
 
         def is_to_blame(entry: Entry) -> bool:
             with self._lock:

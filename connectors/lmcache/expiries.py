@@ -1,4 +1,4 @@
-"""When the entries of a store expire, as far as this engine knows."""
+"""The expiry times of a store's entries, as far as this engine knows them."""
 
 import threading
 from itertools import islice

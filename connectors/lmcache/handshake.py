@@ -1,4 +1,4 @@
-"""Whether a tier may run on what an adapter leads to: it keeps, it deletes, the secret is ours."""
+"""The handshake with a store behind an adapter: it keeps, it deletes, its secret is ours."""
 
 from collections.abc import Callable
 

@@ -17,10 +17,10 @@ from vllm_cachescope.tiers.envelope import HEADER_BYTES
 from vllm_cachescope.tiers.store import StoreFailed
 
 ALIGNMENT = 4096
-"""What devices want to be written and read in. The end of an object is padded to it."""
+"""Bytes that devices write and read at once. The end of an object is padded to them."""
 
 BATCH_BYTES = 2 << 20
-"""What one thread has under way at once: enough to keep an adapter's own threads busy."""
+"""Bytes that one thread has under way at once: enough to keep an adapter's own threads busy."""
 
 AT_ONCE = 64
 """Records that one thread has under way at once."""

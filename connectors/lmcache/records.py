@@ -68,6 +68,6 @@ def put(
 
 
 def batches(things: Sequence[T]) -> Iterator[Sequence[T]]:
-    """Cut ``things`` into as many as one thread has under way at once."""
+    """Cut ``things`` into batches of `AT_ONCE`, as many as one thread has under way at once."""
     for start in range(0, len(things), AT_ONCE):
         yield things[start : start + AT_ONCE]

@@ -1,4 +1,4 @@
-"""One life of an adapter: what it was given to do, and how that ended.
+"""A session with an adapter, from its making to its failure: the tasks that it was given.
 
 LMCache's adapters do not say that their server has gone, and not all of them find their way back:
 the RESP one answers "no" to everything from then on, and mistakes the end of one answer for the
@@ -61,14 +61,14 @@ class Call(Generic[T]):
 
 
 class Task:
-    """Something an adapter was given to do.
+    """A task of an adapter: a lookup, a load or a store.
 
     Attributes:
-        keys: the objects it is about.
-        buffers: the memory it has to do with; the session's until it is over.
-        since: when it began, on the tier's clock.
-        over: set when it has ended, or nothing is expected of it any more.
-        found: which of the keys it succeeded with; None if it is not known.
+        keys: the keys of its objects.
+        buffers: the memory that it reads or writes; the session's until the task is over.
+        since: when the task began, on the tier's clock, in seconds.
+        over: set when the task has ended, or is not expected to end any more.
+        found: for each key, whether the task succeeded; None if that is not known.
         held: whether the adapter may touch the buffers.
         abandoned: whether nobody waits for it.
     """

@@ -1,4 +1,4 @@
-"""Blocks behind one of LMCache's adapters.
+"""The store of blocks behind one of LMCache's adapters.
 
 An entry is two objects: the value, which is a header and the block behind it, and a record of when
 the entry expires. Without a record that has time left there is no entry. The value is written once,

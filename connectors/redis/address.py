@@ -1,4 +1,4 @@
-"""Where a Redis is: one server, a service that Sentinels watch over, or a Cluster.
+"""The address of a Redis: one server, a service that Sentinels watch over, or a Cluster.
 
 ====================================  =========================================================
 ``redis://[user:password@]host:port/db``  one server; ``rediss://`` over TLS

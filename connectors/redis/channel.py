@@ -1,7 +1,7 @@
-"""A conversation with one Redis server, in which values go straight to and from our memory.
+"""A channel to one Redis server, in which values go straight to and from our memory.
 
 redis-py connects, authenticates and speaks TLS. From there on the socket is ours: a client that
-hands out values as `bytes` copies each of them twice before it is where it belongs.
+hands out values as `bytes` copies each of them twice on the way to its slot.
 """
 
 import select

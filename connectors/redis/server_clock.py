@@ -5,8 +5,8 @@ CLOCK_S = 20.0
 
 
 class ServerClock:
-    """The server's clock as reckoned by ours. A tier's threads share one: were each to reckon by
-    itself, what one writes would not be in order with what another does.
+    """The server's clock as reckoned by ours. A tier's threads share one: with a reckoning
+    each, the times that two threads write would not be in order.
 
     Attributes:
         ahead_s: how far the server's clock is ahead of ours, in seconds; None until the server was
@@ -28,8 +28,9 @@ class ServerClock:
     def learn(self, server_s: float, asked: float, answered: float) -> None:
         """Take the server's answer.
 
-        It was given between question and answer. A reckoning that agrees with that stays as it
-        is, for the order of what was written by it; else the middle is taken.
+        The server read its clock between ``asked`` and ``answered``. A reckoning that agrees with
+        that stays as it is, so that times written before stay in order with later ones; any other
+        gives way to the middle of the two.
 
         Args:
             server_s: the server's time, in seconds.

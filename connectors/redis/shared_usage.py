@@ -1,4 +1,4 @@
-"""What organisations hold in a Redis, counted there, so that all engines count alike.
+"""Shared usage: what organisations hold in a Redis, counted there, so that all engines count alike.
 
 Each organisation has a sorted set of its entries, by when they expire on the server's clock in µs,
 and one more set lists the organisations. All of them expire with the last entry that is in them.
@@ -134,8 +134,8 @@ class SharedUsage:
         """Return the keys of what all organisations together hold beyond the capacity, and count
         them no longer.
 
-        The entries of organisations that hold more than their reserve go first; those within a
-        reserve go only if that is not enough. Among them, the first to expire goes first.
+        Organisations that hold more than their reserve are evicted from first, the others only if
+        that is not enough. Of the entries in question the first to expire are evicted.
         """
         held = self.held(deadline)
         evicted: list[bytes] = []

@@ -1,4 +1,4 @@
-"""Blocks in Redis."""
+"""The store of blocks in Redis."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,7 +24,7 @@ from vllm_cachescope.tiers.store import (
 )
 
 WINDOW_BYTES = 2 << 20
-"""Values asked for ahead. The server buffers them; a little keeps the wire busy."""
+"""Bytes of values asked for ahead. The server buffers them; a few keep the wire busy."""
 
 SCANNED = 1000
 """Names the server looks through at once when entries are purged: a millisecond's work."""
@@ -33,7 +33,8 @@ HANDSHAKE_MS = 60_000
 """How long the digest of a secret outlives the last engine that has it, in ms."""
 
 OLDEST = (7, 0)
-"""``PEXPIRE … GT``, without which a shorter lifetime could overwrite a longer one, came then."""
+"""The oldest version that serves: it brought ``PEXPIRE … GT``, without which a shorter lifetime
+could overwrite a longer one."""
 
 
 class RedisStore(Store):

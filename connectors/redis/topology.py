@@ -1,4 +1,4 @@
-"""Which node of a Redis Cluster has which keys."""
+"""The topology of a Redis Cluster: which node has which keys."""
 
 import threading
 from collections.abc import Iterable
@@ -60,6 +60,6 @@ class Topology:
             self._slots[int(slot)] = (host or (asked[0] if asked else ""), int(port))
 
     def reset(self) -> None:
-        """Take what is known as outdated: a node has gone. It is found out anew."""
+        """Drop what is known, since a node has gone. The nodes are looked for anew."""
         with self._lock:
             self._slots = {}

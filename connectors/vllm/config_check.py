@@ -1,4 +1,4 @@
-"""Finds mistakes in the configuration before vLLM loads anything, and says each in one message."""
+"""The check of the configuration before vLLM loads anything: one message for a mistake."""
 
 import gc
 import importlib

@@ -15,7 +15,7 @@ from typing import IO
 from vllm_cachescope.logs import logger_of
 
 PREFIX = "cachescope-"
-"""What the engine id of each of our regions starts with."""
+"""The beginning of the engine id of each of our regions."""
 
 logger = logger_of(__name__)
 

@@ -1,7 +1,6 @@
-"""Makes the stores and the limits of remote tiers from their settings.
+"""The factory of remote tiers' stores and limits, from the tiers' settings.
 
-What a type of store needs, redis-py or LMCache, is imported only where a tier of that type is
-configured.
+redis-py and LMCache are imported only where a tier of their type is configured.
 """
 
 import time
@@ -16,7 +15,7 @@ from vllm_cachescope.tiers.store import Store
 
 
 def check(settings: Tier) -> None:
-    """Check what a tier's settings say of its store, without connecting to it.
+    """Check the address or the adapter in a tier's settings, without connecting to the store.
 
     Raises:
         ConfigError: if there is no such store, or what it needs is not installed.
@@ -87,7 +86,7 @@ def stores(
     return made
 
 
-def keeps_accounts(settings: Tier) -> bool:
+def counts_usage(settings: Tier) -> bool:
     """Whether the store of a tier counts what organisations hold, for all engines at once."""
     return isinstance(settings, RedisTier)
 

@@ -572,3 +572,19 @@ def test_a_pipe_that_nobody_reads(awkward: list[str], options: list[str]) -> Non
 def test_an_empty_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(str(write(tmp_path / "empty.jsonl", []))) == 0
     assert "0 calls" in capsys.readouterr().out
+
+
+def test_ignored_markers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = {"type": "text", "text": "", "cache_control": {"type": "ephemeral"}}
+    messages = [{"role": "system", "content": [content]}, {"role": "user", "content": "Hello"}]
+    path = write(tmp_path / "traffic.jsonl", [{"model": "m", "messages": messages}] * 2)
+    place = "messages[0].content[0].cache_control"
+    assert run(str(path)) == 0
+    shown = capsys.readouterr().out
+    assert f"{path}:1  empty at {place}" in shown
+    assert "(2 times)" in shown
+    assert run(str(path), "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["ignored_markers"] == 2
+    marker = {"path": place, "reason": "empty"}
+    assert [call["ignored_markers"] for call in told["calls"]] == [[marker]] * 2

@@ -301,3 +301,19 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     path.write_text('{"hash_ids": [1], "timestamp": 1, "input_length": 5}')
     assert run(str(path)) == 2
     assert "holds hashes of blocks" in capsys.readouterr().err
+
+
+def test_ignored_markers() -> None:
+    """Each by its path and reason; that only the latest count is as clients mean it."""
+    block = {"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}
+    blocks: list[Body] = [{**block, "text": ""}, *[block] * 5]
+    body = {"model": "m", "messages": [{"role": "user", "content": blocks}]}
+    ask = Call("calls.jsonl:1", None, "s", openai_chat.read(body, TTLS))
+    findings = [f for f in lint([ask, ask]) if f.rule == "ignored_marker"]
+    at = "messages[0].content"
+    assert [(f.path, f.severity, f.requests) for f in findings] == [
+        (f"{at}[0].cache_control", WARNING, 2),
+        (f"{at}[1].cache_control", INFO, 2),
+    ]
+    assert "empty" in findings[0].message
+    assert "too_many" in findings[1].message

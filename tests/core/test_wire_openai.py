@@ -42,7 +42,7 @@ def marks(request: PromptRequest) -> list[tuple[str, str]]:
 
 def refusal(read: Any, body: dict[str, Any]) -> BadRequest:
     with pytest.raises(BadRequest) as refused:
-        read(body, TTLS)
+        read(body, TTLS, strict=True)
     return refused.value
 
 
@@ -314,7 +314,8 @@ class TestOptions:
 
 def test_a_retention_the_operator_does_not_allow() -> None:
     with pytest.raises(BadRequest) as refused:
-        read_completions(minimal(Protocol.COMPLETIONS, prompt_cache_retention="24h"), (300, 3600))
+        given = minimal(Protocol.COMPLETIONS, prompt_cache_retention="24h")
+        read_completions(given, (300, 3600), strict=True)
     assert "24h" not in refused.value.allowed
 
 

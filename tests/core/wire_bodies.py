@@ -97,12 +97,17 @@ messages_bodies = st.fixed_dictionaries(
     },
 )
 
+_tool_call = st.fixed_dictionaries(
+    {"id": _text, "function": st.just({"name": "a", "arguments": "{}"})},
+    optional={"cache_control": _mark},
+)
+
 _chat_message = st.fixed_dictionaries(
     {"role": st.sampled_from(["system", "developer", "user", "assistant", "tool"])},
     optional={
         "content": st.none() | _text | st.lists(_block(), max_size=3),
         "name": _text,
-        "tool_calls": st.just([{"id": "1", "function": {"name": "a", "arguments": "{}"}}]),
+        "tool_calls": st.lists(_tool_call, min_size=1, max_size=3),
     },
 )
 

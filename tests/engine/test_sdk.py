@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import anthropic
 import httpx
-import openai
 import pytest
 
 from tests.engine.bodies import EPHEMERAL, HOUR, block, text
@@ -367,6 +366,7 @@ def session_body(name: str, **fields: object) -> dict:
 
 
 SESSIONS = {
+    "the body": lambda s: ({"session_id": s}, {}),
     "our header": lambda s: ({}, {"X-CacheScope-Session": s}),
     "vLLM's header": lambda s: ({}, {"X-Session-Id": s}),
     "Claude Code's header": lambda s: ({}, {"X-Claude-Code-Session-Id": s}),
@@ -458,15 +458,6 @@ def with_system(*controls) -> dict:
     return body
 
 
-def with_chat(part: dict, **fields) -> dict:
-    return {
-        "model": MODEL,
-        "max_tokens": 4,
-        "messages": [{"role": "user", "content": [{"type": "text", "text": "x", **part}]}],
-        **fields,
-    }
-
-
 BAD_MESSAGES = {
     "five breakpoints": (
         with_system(*[EPHEMERAL] * 5), "system[4].cache_control", "ephemeral", "at most 4"
@@ -511,29 +502,6 @@ BAD_MESSAGES = {
         "metadata.cache_control", "ephemeral", "top level",
     ),
 }  # fmt: skip
-BAD_CHAT = {
-    "ttl": (
-        with_chat({"cache_control": {**EPHEMERAL, "ttl": "3m"}}),
-        "messages[0].content[0].cache_control.ttl", "3m", "5m",
-    ),
-    "breakpoint mode": (
-        with_chat({"prompt_cache_breakpoint": {"mode": "magic"}}),
-        "messages[0].content[0].prompt_cache_breakpoint.mode", "magic", "explicit",
-    ),
-    "both kinds": (
-        with_chat({"prompt_cache_breakpoint": {"mode": "explicit"}}, cache_control=EPHEMERAL),
-        "messages[0].content[0].prompt_cache_breakpoint", "explicit", "not both",
-    ),
-    "options": (
-        with_chat({}, prompt_cache_options={"ttl": "7h"}),
-        "prompt_cache_options.ttl", "7h", "30m",
-    ),
-    "retention": (
-        with_chat({}, prompt_cache_retention="forever"),
-        "prompt_cache_retention", "forever", "in_memory",
-    ),
-    "key": (with_chat({}, prompt_cache_key=5), "prompt_cache_key", "5", "string"),
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -556,32 +524,6 @@ def test_bad_messages_are_refused(api, case, stream):
     assert value in message
     assert allowed in message.partition("allowed: ")[2]
     assert api.metrics("vllm:request_success_total") == before
-
-
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("case", BAD_CHAT)
-def test_bad_chats_are_refused(api, case, stream):
-    body, path, value, allowed = BAD_CHAT[case]
-    with pytest.raises(openai.BadRequestError) as refused:
-        api.openai().chat.completions.create(
-            model=MODEL, messages=body["messages"], extra_body={**body, "stream": stream}
-        )
-    error = refused.value.response.json()["error"]
-    assert refused.value.status_code == 400
-    assert (error["type"], error["param"]) == ("invalid_request_error", path)
-    assert error["message"].startswith(f"{path}: ")
-    assert value in error["message"]
-    assert allowed in error["message"].partition("allowed: ")[2]
-
-
-def test_bad_responses_and_completions_are_refused(api):
-    for path, body in (
-        ("/v1/responses", {"input": "x", "prompt_cache_options": {"mode": "x"}}),
-        ("/v1/completions", {"prompt": "x", "prompt_cache_options": {"mode": "x"}}),
-    ):
-        reply = api.post(path, {"model": MODEL, **body})
-        assert reply.status_code == 400
-        assert reply.json()["error"]["param"] == "prompt_cache_options.mode"
 
 
 # What must not change

@@ -89,7 +89,7 @@ def test_it_works_inside_vllms_multi_connector(tiny_model: Path, tmp_path: Path)
         assert [it["cache_write_tokens"] for it in details] == [384, 0]
         operator = {"authorization": f"Bearer {OPERATOR_TOKEN}"}
         purged = api.post("/cachescope/purge", {"all": True}, key=None, **operator).json()
-        assert purged["entries"] == {"device": 3, "cpu": 3}
+        assert purged["purged"] == {"device": 3, "cpu": 3}
 
 
 OURS = SimpleNamespace(kv_connector=CONNECTOR, kv_connector_extra_config={})

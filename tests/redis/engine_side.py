@@ -53,7 +53,7 @@ class Loaded:
     """What one request got.
 
     Attributes:
-        keys: the keys that were loaded, with their lifetime classes.
+        keys: the keys that were loaded, each with its TTL in seconds.
         seconds: how long the request waited in all.
         slots: the content of the memory it gave, by key, as it was when the load was over.
     """

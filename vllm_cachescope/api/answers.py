@@ -1,4 +1,4 @@
-"""The answers to operations, and how one is refused."""
+"""The answers to operations, refusals included."""
 
 import json
 from collections.abc import Mapping
@@ -8,8 +8,8 @@ from starlette.responses import JSONResponse
 
 
 class Answer(JSONResponse):
-    """JSON in ASCII: names that a client made up may hold half a surrogate pair, which can be
-    escaped and not encoded."""
+    """JSON in ASCII: names that a client made up may hold half a surrogate pair, which JSON
+    can escape and UTF-8 cannot encode."""
 
     def render(self, content: Any) -> bytes:
         """Return the body."""
@@ -17,7 +17,7 @@ class Answer(JSONResponse):
 
 
 class Refused(Exception):
-    """A request for an operation that is wrong, or not the caller's to make.
+    """Raised for an operation that is wrongly asked for, or not the caller's to ask for.
 
     Args:
         status: the HTTP status of the answer.
@@ -35,6 +35,6 @@ class Refused(Exception):
         self.headers = headers
 
     def answer(self) -> Answer:
-        """Return the answer that says so."""
+        """Return the answer that tells the client why."""
         error = {"type": self.kind, "message": str(self)}
         return Answer({"type": "error", "error": error}, self.status, self.headers)

@@ -1,4 +1,4 @@
-"""The latest breaks of each organisation, for the log, the metrics and whoever asks."""
+"""The latest breaks of each organisation, for the log, the metrics and ``/cachescope/breaks``."""
 
 import heapq
 import itertools
@@ -20,7 +20,7 @@ REMEMBERED_BREAKS = 100
 """How many breaks of one organisation are kept, the latest."""
 
 REMEMBERED_ORGS = 100
-"""Of how many organisations breaks are kept: those that had a break last."""
+"""How many organisations breaks are kept of: those that had a break last."""
 
 LISTED_CHANGES = 20
 """How many changes a break lists, the earliest in the prompt."""

@@ -39,7 +39,8 @@ class PendingDiagnosis:
         compared: how the request differs from ``named``, with estimates of tokens.
         diagnosis: what the client changed; after `Diagnoser.close` also what the cache lost.
         block_tokens: tokens per block of the engine.
-        reports: what became of each of the request's prompts. Filled in while the request runs.
+        reports: the engine's report on each of the request's prompts, by the prompt's nonce.
+            Filled in while the request runs.
     """
 
     caller: Caller

@@ -1,6 +1,6 @@
 """Diffs of the tools and system blocks that broke a prefix, for an operator who turned them on.
 
-The one place that writes prompt text. It is redacted before it is kept (`PromptTexts`).
+The one place that writes prompt text. The text is redacted before it is kept (`PromptTexts`).
 """
 
 import difflib
@@ -22,13 +22,13 @@ from vllm_cachescope.logs import logger_of
 from vllm_cachescope.tenancy.scope import Caller
 
 MAX_LINES = 1000
-"""Compared of one tool or system block: those after the first that differs."""
+"""Lines compared of one tool or system block, from the first that differs."""
 
 MAX_CHANGES = 10
-"""Diffs in one file."""
+"""Changes that one file shows."""
 
 MAX_UNWRITTEN = 16
-"""Files that wait to be written; further ones are dropped."""
+"""Files that may wait to be written; further ones are dropped."""
 
 SUFFIX = ".diff"
 
@@ -54,11 +54,11 @@ class Diffs:
     Files are written and deleted on a thread of their own; what goes wrong there is logged.
 
     Args:
-        settings: where to, how much, and what to leave out.
+        settings: the directory, its limits, and what to leave out.
         clock: seconds, never running backwards.
 
     Attributes:
-        texts: the texts to be compared, which are to be kept there first.
+        texts: the texts to compare; a text has to be kept there first.
 
     Raises:
         ConfigError: if the directory cannot be used.
@@ -81,8 +81,8 @@ class Diffs:
         Args:
             caller: whose request changed.
             changes: what changed in it, against the request that it was compared with.
-            at: when, in seconds since the epoch.
-            details: what to write on top of it, besides the caller and the time.
+            at: when the request was over, in seconds since the epoch.
+            details: what the file's first line says besides the caller and the time.
 
         Returns:
             The file's name; None if there is no text to compare.
@@ -153,7 +153,7 @@ class Diffs:
     def _delete(self, org: str | None, session: str | None) -> None:
         for path in self._files():
             try:
-                # Where all is purged, so is what nobody can say the owner of.
+                # A purge of everything also deletes files whose owner cannot be read.
                 if (org, session) != (None, None):
                     with open(path, encoding="utf-8", errors="replace") as file:
                         head = json.loads(file.readline().removeprefix("# "))

@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass(slots=True)
 class Purged:
-    """What became of a purge.
+    """The result of a purge.
 
     Attributes:
         entries: how many entries were deleted on each tier, over all engines: ``{"device": 12}``.
@@ -18,7 +18,7 @@ class Purged:
     unreached: dict[str, str] = field(default_factory=dict)
 
     def add(self, other: "Purged") -> None:
-        """Add what became of another purge."""
+        """Add the result of another purge."""
         for tier, entries in other.entries.items():
             self.entries[tier] = self.entries.get(tier, 0) + entries
         self.unreached |= other.unreached

@@ -1,4 +1,4 @@
-"""What a middleware reads of an HTTP request, and what it hands on to the server in its place."""
+"""An HTTP request, as a middleware reads it and hands it on to the server."""
 
 from collections import defaultdict
 

@@ -1,4 +1,4 @@
-"""What an operator asks of a running server at its ``/cachescope`` paths.
+"""The operations of a running server, at its ``/cachescope`` paths.
 
 ==============================  =================================================================
 ``GET /cachescope/health``      the state of each tier, for anyone; to the operator also the
@@ -9,7 +9,7 @@
                                 the caller's own, anyone's for the operator
 ==============================  =================================================================
 
-The operator is who presents `Config.operator_token` as an API key.
+The operator is whoever presents `Config.operator_token` as an API key.
 """
 
 import hmac
@@ -35,7 +35,7 @@ PATHS = (BREAKS, HEALTH, PURGE)
 _METHODS = {BREAKS: "GET", HEALTH: "GET", PURGE: "POST"}
 
 _FOR_ALL = ("name", "up", "readable", "writable", "used_bytes", "capacity_bytes")
-"""What everyone may know of a tier."""
+"""The fields of a tier's health that everyone may see."""
 
 
 class Operations:

@@ -20,8 +20,8 @@ ENTRY_BYTES = 480
 its size, and its place in the cache's tables."""
 
 MAX_NEW_CHARACTERS = 2**18
-"""What the texts taken in with one request may cost, which waits for them. Texts that are left out
-are taken in with the next request that has them."""
+"""What the new texts of one request may cost to keep, in characters (see `readable_text`). A text
+that is left out is kept with the next request that has it."""
 
 _Key = tuple[str, str | None, bytes]
 

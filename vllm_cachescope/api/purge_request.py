@@ -1,4 +1,4 @@
-"""What a client asks to be purged, and whether the client may."""
+"""A request for a purge, and whether its caller may make it."""
 
 import json
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ class PurgeRequest:
 
     Attributes:
         orgs: ids of the organisations whose entries are to be purged; none for all entries.
-        session: the one session of theirs that is meant; None for all of their sessions.
+        session: the one session to purge; None for all sessions of these organisations.
     """
 
     orgs: list[str]
@@ -30,7 +30,7 @@ class PurgeRequest:
 
     @classmethod
     def read(cls, raw: bytes, caller_org: str | None, directory: CallerDirectory) -> "PurgeRequest":
-        """Return what a body asks for.
+        """Return the purge that a body asks for.
 
         Args:
             raw: the body: ``{"all": true}``, or an object with ``org``, ``session`` or both.

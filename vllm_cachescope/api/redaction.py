@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 MAX_CHARACTERS = 200_000
-"""Kept of one tool or system block."""
+"""Characters that are kept of one tool or system block."""
 
 MAX_DEPTH = 32
-"""Levels of a tool that are kept; of a list or an object below them, that there is one."""
+"""Levels of a tool that are kept. A list or an object below them is only mentioned."""
 
 REDACTED = "[redacted]"
 
@@ -39,7 +39,7 @@ _SECRETS = (
 
 _SECRET_FIELD = re.compile(_NAME + r"\d{0,4}$")
 _SHOWN_FIELDS = frozenset({"type", "title", "description", "format"})
-"""Of a schema, shown even where its name is that of a secret."""
+"""Fields of a schema that are shown even where the schema is named like a secret."""
 
 _PART = 256  # least cost of a part, in characters
 _PIECE = 32  # least cost of a number, a name or a bracket in a tool, in characters
@@ -63,9 +63,9 @@ class Redaction:
 
 
 def readable_text(content: Any) -> tuple[str, int]:
-    """Return a tool or a system block as text of many short lines, which is to be redacted yet.
+    """Return a tool or a system block as text of many short lines, which still has to be redacted.
 
-    Only what a field with the name of a secret holds is left out: the text shows it no more.
+    Only the values of fields that are named like a secret, such as ``api_key``, are left out here.
 
     Args:
         content: the tool or the block, as JSON has it.
@@ -96,7 +96,7 @@ def _pieces(value: Any, line: str = "\n", hidden: bool = False) -> Iterator[str]
     Args:
         value: what JSON can hold.
         line: a line break, and the indent of the line that the value begins on.
-        hidden: whether the value is in a field with the name of a secret.
+        hidden: whether the value is in a field that is named like a secret.
     """
     if isinstance(value, str):
         yield f'"{REDACTED if hidden else value[:MAX_CHARACTERS]}"'

@@ -1,4 +1,4 @@
-"""One HTTP request on its way through the API process."""
+"""The context of one HTTP request on its way through the API process."""
 
 from asyncio import Task
 from collections.abc import Mapping, Sequence
@@ -32,17 +32,17 @@ class PromptTiming:
 
 @dataclass(slots=True)
 class RequestContext:
-    """What the middleware and the way to the engine tell each other about a request.
+    """One request, as the middleware and the adapter to the engine share it.
 
     Attributes:
         caller: on whose behalf the request runs.
         request: the request as the cache sees it; None on a path whose body is not read: its
             prompt is cached as a whole.
         body: the body as the server sees it, without cache markers.
-        rendering: the task that renders the beginnings of the prompt, of which the adapter to the
-            server knows the result; None before it is started.
-        reports: what became of each of the request's prompts, by the prompt's nonce. The first
-            token brings an estimate, the last one the engine's own count.
+        rendering: the task in which the adapter renders the beginnings of the prompt; None before
+            it is started.
+        reports: the engine's report on each of the request's prompts, by the prompt's nonce. The
+            first token brings an estimate, the last one the engine's own count.
         timings: each of the request's prompts with its times, by the same nonce.
         fetching: the task that fetches the reports of a request whose client has disconnected;
             None if there is none.

@@ -1,5 +1,5 @@
-"""Serves one HTTP request after another: reads its cache fields, has the server answer it, writes
-the usage into the reply, and diagnoses it."""
+"""The handler of HTTP requests: reads the cache fields of each, has the server answer it, writes
+the usage into the reply, and diagnoses the request."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -81,10 +81,16 @@ class RequestHandler:
             await self.app(scope, replayed, send)
             return
         try:
-            request = READERS[protocol](body, config.allowed_ttls, config.regions.messages.ttl_s)
+            request = READERS[protocol](
+                body,
+                config.allowed_ttls,
+                config.regions.messages.ttl_s,
+                config.markers.is_strict(protocol),
+            )
         except BadRequest as error:
             await JSONResponse(error_body(protocol, error), 400)(scope, replayed, send)
             return
+        self.services.ignored_markers.count(request)
         forwarded = strip(body)
         if request.prewarm:
             forwarded = one_token_body(forwarded)

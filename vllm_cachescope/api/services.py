@@ -1,4 +1,4 @@
-"""The parts of the API's side, put together once, when the server behind it is known."""
+"""The services of the API side, put together once, when the server behind it is known."""
 
 import time
 from collections.abc import Collection, Mapping
@@ -9,6 +9,7 @@ from prometheus_client import REGISTRY, CollectorRegistry
 from vllm_cachescope.api.diagnoser import Diagnoser
 from vllm_cachescope.api.diffs import Diffs
 from vllm_cachescope.api.engines import Engines
+from vllm_cachescope.api.ignored_markers import IgnoredMarkers
 from vllm_cachescope.api.operations import Operations
 from vllm_cachescope.config import Config
 from vllm_cachescope.tenancy.caller import CallerDirectory, api_key
@@ -16,7 +17,7 @@ from vllm_cachescope.tenancy.caller import CallerDirectory, api_key
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """What the API's side has to know of the server that it stands in front of.
+    """The server that the API side stands in front of.
 
     Attributes:
         config: the configuration that the server was started with.
@@ -35,7 +36,7 @@ class Server:
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """What the requests of one server are served with.
+    """The services that all requests of one server use.
 
     Attributes:
         config: the configuration.
@@ -43,6 +44,7 @@ class Services:
         directory: the organisations and what their clients present.
         diagnoser: diagnoses the requests.
         operations: answers what an operator asks.
+        ignored_markers: counts the markers that requests are served without.
     """
 
     config: Config
@@ -50,6 +52,7 @@ class Services:
     directory: CallerDirectory
     diagnoser: Diagnoser
     operations: Operations
+    ignored_markers: IgnoredMarkers
 
     @classmethod
     def of(cls, server: Server) -> "Services":
@@ -64,7 +67,8 @@ class Services:
         diffs = None if config.diffs is None else Diffs(config.diffs, time.monotonic)
         diagnoser = Diagnoser(secret, server.block_tokens, diffs=diffs, registry=server.registry)
         operations = Operations(config, directory, diagnoser, server.engines)
-        return cls(config, server.api_keys, directory, diagnoser, operations)
+        ignored_markers = IgnoredMarkers(server.registry)
+        return cls(config, server.api_keys, directory, diagnoser, operations, ignored_markers)
 
     def is_known(self, headers: Mapping[str, str]) -> bool:
         """Tell whether the server will let a client with these ``headers`` in."""

@@ -1,4 +1,4 @@
-"""How many tokens a request read from the cache and wrote to it, in each protocol's own fields."""
+"""The usage of a request: tokens read from the cache and put into it, in the protocols' fields."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ _HALF_HOUR_S = 1800
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Where the tokens of a request's prompts came from. All counts are tokens.
+    """The tokens of a request's prompts, by where they came from. All counts are tokens.
 
     Attributes:
         prompt_tokens: all tokens of the prompts.

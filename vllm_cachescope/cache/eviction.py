@@ -1,4 +1,4 @@
-"""Which blocks to evict when a tier is full."""
+"""The order of eviction: which blocks are evicted first when a tier is full."""
 
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Collection, Iterator
@@ -188,7 +188,7 @@ class _Selection:
     """One choice of victims. A block that was chosen counts as evicted from there on.
 
     Args:
-        order: what the victims are chosen from. It must not change meanwhile.
+        order: the blocks to choose from. They must not change meanwhile.
         now: current time in seconds.
         must_stay: whether a key may not be chosen.
     """

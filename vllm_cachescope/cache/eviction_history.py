@@ -1,4 +1,4 @@
-"""Why blocks that were cached once are cached no longer."""
+"""The history of evictions: why blocks that were cached once are no longer cached."""
 
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -23,10 +23,10 @@ class EvictionRecord:
     """How a block left the last tier that held it.
 
     Attributes:
-        reason: why.
+        reason: why the block left.
         ttl_s: the lifetime that the block had, in seconds.
-        at: when, in seconds on the ledger's clock; for an expiry, the end of the block's lifetime
-            and not the moment when that was noticed.
+        at: when the block left, in seconds on the ledger's clock; for an expiry, the end of the
+            block's lifetime and not the moment when the expiry was noticed.
         tier: name of the tier, such as ``device``.
     """
 
@@ -40,7 +40,7 @@ class EvictionHistory:
     """The most recent evictions, by block key.
 
     Args:
-        limit: how many are remembered; the oldest ones are dropped first.
+        limit: how many evictions are remembered; the oldest ones are dropped first.
     """
 
     def __init__(self, limit: int = MAX_RECORDS) -> None:
@@ -67,7 +67,7 @@ class EvictionHistory:
     @property
     def since(self) -> float | None:
         """When the oldest eviction happened that is still remembered, in seconds on the ledger's
-        clock; None if all are."""
+        clock; None if all evictions are."""
         if self._is_complete or not self._records:
             return None
         return next(iter(self._records.values())).at

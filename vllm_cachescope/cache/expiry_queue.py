@@ -48,7 +48,7 @@ class ExpiryQueue(Generic[Key, Time]):
                 heapify(self._heap)
 
     def drop(self, key: Key) -> None:
-        """Take ``key`` out of the queue; one that is not there is ignored."""
+        """Drop ``key``; one that is not in the queue is ignored."""
         self._times.pop(key, None)
 
     def first(self) -> Time | None:

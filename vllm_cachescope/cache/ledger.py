@@ -1,4 +1,4 @@
-"""Which blocks are cached, on which tiers, and until when."""
+"""The ledger of cached blocks: on which tiers each one is, and until when."""
 
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ class Entry:
         ttl_s: the longest TTL that the block ever had, in seconds.
         expires_at: when the block expires unless it is used before, in seconds on the ledger's
             clock.
-        owner: whose the block is; see `owner_tags`.
+        owner: the block's owner; see `owner_tags`.
         tiers: names of the tiers that hold the block.
     """
 
@@ -51,7 +51,7 @@ class Ledger:
         return key in self._entries
 
     def follow(self, tier: str, order: LifetimeShare) -> None:
-        """From here on keep ``order`` true to what ``tier`` holds and when that is used."""
+        """From here on keep the blocks that ``tier`` holds in ``order``, by their last use."""
         self._orders[tier] = order
 
     def get(self, key: bytes) -> Entry | None:

@@ -1,4 +1,4 @@
-"""Why tokens that an earlier request had were not read: what the engine and its tiers know."""
+"""The causes of cache misses that the engine and its tiers know."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -7,7 +7,7 @@ from vllm_cachescope.cache.eviction_history import EvictionReason, EvictionRecor
 
 
 class MissCause(StrEnum):
-    """Why tokens that some earlier request had were not in the cache."""
+    """Why tokens that an earlier request had were not in the cache."""
 
     EXPIRED = "expired"
     EVICTED = "evicted"
@@ -28,9 +28,9 @@ class CacheMiss:
     """Tokens that the engine looked for and did not find, or could not have kept.
 
     Attributes:
-        cause: why.
-        tokens: how many. The tokens behind a missing block count too, since a cached prefix ends
-            at the first block that is missing.
+        cause: why they were missed.
+        tokens: how many tokens. Those behind a missing block count too, since a cached prefix
+            ends at the first block that is missing.
         tier: name of the tier that knows the cause; None if none does.
         ttl_s: the lifetime that their blocks had, in seconds; None if it is not known.
         age_s: seconds since their blocks expired or were evicted; None if that is not known.
@@ -66,8 +66,8 @@ def eviction_miss(eviction: EvictionRecord, tokens: int, now: float) -> CacheMis
     """Return the miss of ``tokens`` tokens whose block was evicted.
 
     Args:
-        eviction: how.
-        tokens: how many.
+        eviction: how the block was evicted.
+        tokens: how many tokens were missed.
         now: the time in seconds, on the ledger's clock.
     """
     expired = eviction.reason is EvictionReason.TTL

@@ -1,4 +1,4 @@
-"""How fast the engine computes prompts, learnt from its steps."""
+"""The rate at which the engine computes prompts, learnt from its steps."""
 
 from collections import deque
 
@@ -6,7 +6,7 @@ MIN_TOKENS = 128
 """Steps with fewer tokens are left out: how long they take hardly depends on the tokens."""
 
 NEWEST_WEIGHT = 0.3
-"""What the newest step counts for in the moving average."""
+"""The weight of the newest step in the moving average."""
 
 
 class PrefillRate:

@@ -1,4 +1,4 @@
-"""How much of a tier each organisation may have, counted in the tier's own entries."""
+"""The quotas and reserves of organisations on one tier, counted in the tier's own entries."""
 
 from collections.abc import Mapping
 
@@ -55,7 +55,7 @@ def read_quotas(config: Config, tier: str, entry_bytes: int) -> Quotas | None:
     """Return the quotas and reserves of ``tier``; None if nothing is configured for it.
 
     Raises:
-        ConfigError: if one of them names an organisation that does not exist.
+        ConfigError: if a quota names an organisation that does not exist.
     """
     quotas = config.quotas.get(tier)
     if quotas is None:

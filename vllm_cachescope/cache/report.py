@@ -1,4 +1,4 @@
-"""What became of one prompt's tokens, as the engine saw it."""
+"""The engine's report on one prompt: what became of its tokens."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -14,7 +14,7 @@ from vllm_cachescope.tenancy.scope import Scope
 
 
 class Outcome(StrEnum):
-    """What became of a prompt token. Every token has exactly one outcome."""
+    """The outcome of a prompt token. Every token has exactly one."""
 
     READ_DEVICE = "read_device"
     READ_CPU = "read_cpu"
@@ -30,7 +30,7 @@ class Row:
         outcome: an `Outcome`, or ``read_<tier>`` of a further tier.
         scope: how widely their blocks are shared.
         ttl_s: lifetime of their blocks in seconds; 0 where no breakpoint covers them.
-        tokens: how many.
+        tokens: how many tokens.
     """
 
     outcome: str
@@ -60,14 +60,14 @@ class EngineId:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What became of one prompt.
+    """The engine's report on one prompt.
 
     Attributes:
         rows: the prompt's tokens by outcome, scope and TTL class; they add up to the prompt.
         misses: the tokens behind those that were read, in prompt order, up to the first block
             that this engine has never seen.
-        unasked: why a shared tier could not be asked for that block, a miss of 0 tokens; None if
-            all tiers were asked.
+        unasked: a miss of 0 tokens that says why a shared tier could not be asked for that block;
+            None if all tiers were asked.
         engine: where the prompt ran; None in an estimate that the API process makes.
         reach_s: seconds since the oldest eviction that the engine remembers; None if it remembers
             all of them.

@@ -1,4 +1,4 @@
-"""Where the prefixes of a block trace broke. Such a trace holds nothing but block hashes."""
+"""An explanation of a block trace, which holds nothing but block hashes: where prefixes broke."""
 
 from collections.abc import Iterable, Iterator
 

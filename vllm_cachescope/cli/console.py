@@ -1,4 +1,4 @@
-"""Prints what a command has found, in colours where it stands on a terminal."""
+"""Prints what a command has found, in colours on a terminal."""
 
 from collections.abc import Callable
 

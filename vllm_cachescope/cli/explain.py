@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,8 +16,10 @@ from vllm_cachescope.cli.console import show
 from vllm_cachescope.cli.explanation import Explained, Explanation, explain
 from vllm_cachescope.cli.traffic import BlockCall, Call, TrafficError, read_traffic
 from vllm_cachescope.durations import parse_duration
+from vllm_cachescope.prompt.ignored_marker import IgnoredMarker
 
 _SHOWN_CHANGES = 10
+_SHOWN_IGNORED = 20
 _FILE_HELP = (
     "JSON lines of request bodies, of envelopes around them, or of a text or block trace; "
     ".gz is unpacked"
@@ -105,6 +108,7 @@ def render(explanation: Explanation, console: Console) -> None:
         console.print("No prefix broke.")
     if alike := explanation.could_share:
         _render_calls("new lineages that could have shared more", alike, console)
+    _render_ignored(explanation, console)
     table = Table(title="Uncached tokens by cause", title_justify="left")
     table.add_column("cause")
     table.add_column("calls", justify="right")
@@ -120,6 +124,28 @@ def render(explanation: Explanation, console: Console) -> None:
         f"{len(explanation.could_share)} new lineages could have shared more.",
         soft_wrap=True,
     )
+
+
+def _render_ignored(explanation: Explanation, console: Console) -> None:
+    """Print each place of a marker that a server ignores, once."""
+    first: dict[IgnoredMarker, str] = {}
+    times: Counter[IgnoredMarker] = Counter()
+    for call in explanation.calls:
+        for marker in call.ignored:
+            first.setdefault(marker, call.source)
+            times[marker] += 1
+    if not first:
+        return
+    console.print("Ignored markers", style="bold")
+    for marker, source in list(first.items())[:_SHOWN_IGNORED]:
+        line = Text(f"  {source}  ")
+        line.append(marker.reason.value, style="yellow")
+        line.append(f" at {marker.path}: {marker.reason.words}")
+        if times[marker] > 1:
+            line.append(f" ({times[marker]} times)")
+        console.print(line, highlight=False, soft_wrap=True)
+    if (more := len(first) - _SHOWN_IGNORED) > 0:
+        console.print(f"      and at {more} more places")
 
 
 def _render_calls(heading: str, calls: list[Explained], console: Console) -> None:

@@ -1,4 +1,4 @@
-"""Where the prefixes of recorded requests broke, and why."""
+"""An explanation of recorded requests: where their prefixes broke, and why."""
 
 import secrets
 from collections import Counter
@@ -16,6 +16,7 @@ from vllm_cachescope.diagnosis.forest import LineageNode
 from vllm_cachescope.diagnosis.lineage_store import LineageStore
 from vllm_cachescope.diagnosis.outcome import Diagnosis
 from vllm_cachescope.prompt.boundaries import common_prefix
+from vllm_cachescope.prompt.ignored_marker import IgnoredMarker
 from vllm_cachescope.tenancy.scope import Caller
 
 # How much of each session `explain` compares with; recorded traffic may span days.
@@ -35,6 +36,7 @@ class Explained:
         at: when the call was made, in Unix seconds; None if not recorded.
         diagnosis: why the prompt could not be read from the cache in full.
         char: for a text trace, how many leading characters the prompt shares with its ancestor's.
+        ignored: the cache markers in it that a server ignores.
     """
 
     source: str
@@ -42,6 +44,7 @@ class Explained:
     at: float | None
     diagnosis: Diagnosis
     char: int | None = None
+    ignored: tuple[IgnoredMarker, ...] = ()
 
     @property
     def is_break(self) -> bool:
@@ -68,13 +71,16 @@ class Explained:
             "session": self.session,
             "at": self.at,
             "char": self.char,
+            "ignored_markers": [
+                {"path": marker.path, "reason": marker.reason.value} for marker in self.ignored
+            ],
             **self.diagnosis.to_dict(),
         }
 
 
 @dataclass(frozen=True, slots=True)
 class Total:
-    """What one cause cost.
+    """The cost of one cause.
 
     Attributes:
         calls: calls whose main cause it was.
@@ -139,6 +145,7 @@ class Explanation:
             "breaks": len(self.breaks),
             "unexpected_breaks": len(self.unexpected),
             "could_share": len(self.could_share),
+            "ignored_markers": sum(len(call.ignored) for call in self.calls),
         }
 
 
@@ -184,7 +191,8 @@ def explain(calls: Iterable[Call], ttl_s: float | None = None) -> Iterator[Expla
             texts[placement.node] = call.text
             before = texts.get(placement.ancestor, "") if placement.ancestor else ""
             char = common_prefix(before, call.text)
-        yield Explained(call.source, call.session, call.at, diagnosis, char)
+        ignored = call.request.ignored
+        yield Explained(call.source, call.session, call.at, diagnosis, char, ignored)
 
 
 def _with_expired(diagnosis: Diagnosis, misses: Sequence[CacheMiss]) -> Diagnosis:

@@ -2,7 +2,7 @@
 
 A value that is different in every request (a time, a UUID, a nonce) makes everything after it
 unreadable from the cache. In the tools or the system prompt that is nearly the whole prompt, so
-these two are searched; a message keeps what it said. Of a prompt that is one text, its head is
+these two are searched; a message stays as it was sent. Of a prompt that is one text, the head is
 taken for the system prompt.
 """
 
@@ -18,6 +18,7 @@ from vllm_cachescope.cli.traffic import Call
 from vllm_cachescope.cli.volatile import Rule, volatile_values
 from vllm_cachescope.diagnosis.fingerprint import ToolFingerprint
 from vllm_cachescope.diagnosis.fingerprinter import Fingerprinter
+from vllm_cachescope.prompt.ignored_marker import IgnoredReason
 from vllm_cachescope.prompt.request import Part, Protocol, Region
 from vllm_cachescope.wire.billing_header import is_dropped
 
@@ -43,8 +44,8 @@ class Finding:
     """A place in the requests that will break a prefix, or may break one.
 
     Attributes:
-        rule: ``uuid``, ``timestamp``, ``date``, ``nonce``, ``unsorted_json``, ``tool_order`` or
-            ``breakpoint_after_volatile``.
+        rule: ``uuid``, ``timestamp``, ``date``, ``nonce``, ``unsorted_json``, ``tool_order``,
+            ``breakpoint_after_volatile`` or ``ignored_marker``.
         severity: whether it will break a prefix (WARNING) or may (INFO).
         path: where in the request, as in ``system[1]``.
         message: what stands there, with an excerpt, and what to do.
@@ -62,7 +63,7 @@ class Finding:
 
 @dataclass(slots=True)
 class _Seen:
-    """What earlier requests had. It tells what changes from what only looks volatile.
+    """What earlier requests had: it tells values that change from values that only look volatile.
 
     Attributes:
         tools: each tool's JSON as it was first sent, by its name and its JSON with sorted keys.
@@ -92,6 +93,7 @@ def lint(calls: Iterable[Call]) -> list[Finding]:
             *_volatile_head(call),
             *_json_order(call, tools, seen),
             *_tool_order(call, tools, seen),
+            *_ignored(call),
         ]
         times.update({(finding.rule, finding.path) for finding in findings})
         for finding in findings:
@@ -198,6 +200,16 @@ def _walk(path: str, value: Any) -> Iterator[tuple[str, Any]]:
         elif isinstance(item, list):
             room = _MAX_VALUES - seen
             stack += reversed([(f"{where}[{i}]", inner) for i, inner in enumerate(item[:room])])
+
+
+def _ignored(call: Call) -> Iterator[Finding]:
+    """Find markers that a server ignores."""
+    for marker in call.request.ignored:
+        # A conversation carries its old markers along, and only the latest count.
+        usual = marker.reason is IgnoredReason.TOO_MANY
+        severity = Severity.INFO if usual else Severity.WARNING
+        message = f"{marker.reason.words} ({marker.reason.value})"
+        yield Finding("ignored_marker", severity, marker.path, message, call.source)
 
 
 def _json_order(

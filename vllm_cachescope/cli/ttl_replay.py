@@ -14,7 +14,7 @@ from vllm_cachescope.diagnosis.prefix_match import match_prefix
 
 @dataclass(frozen=True, slots=True)
 class _Use:
-    """What one call keeps in the cache.
+    """One call and the tokens that it keeps in the cache.
 
     Attributes:
         fingerprint: the call's prompt.
@@ -62,7 +62,7 @@ class TtlReplay:
         self._uses.append(_Use(placement.node.fingerprint, now, kept))
         misses: list[CacheMiss] = []
         while read < placement.shared_tokens:
-            # The next token may have been stored several times: what expired last was its end.
+            # The next token may have been stored several times: the copy that expired last counts.
             behind = [one for one in stored if one[0] > read]
             end, ttl_s, at = max(behind, key=lambda one: one[1] + one[2])
             age_s = round(now - at - ttl_s, 3)
@@ -71,7 +71,7 @@ class TtlReplay:
         return misses
 
     def _kept(self, new: Fingerprint) -> dict[float, int]:
-        """Return what a call keeps by its breakpoints, as in `_Use.kept`."""
+        """Return how many tokens a call keeps by its breakpoints, as in `_Use.kept`."""
         default = new.ttl_s or self._ttl_s
         kept: dict[float, int] = {}
         shortest = math.inf

@@ -9,7 +9,7 @@ from vllm_cachescope.config.secret import SECRET_VARIABLE, make_up_secret
 from vllm_cachescope.config.tiers import LMCacheTier, RedisTier, Tier
 
 CONNECTOR = "CacheScopeConnector"
-"""What vLLM's ``--kv-transfer-config`` calls the connector."""
+"""The connector's name in vLLM's ``--kv-transfer-config``."""
 
 __all__ = [
     "CONNECTOR",

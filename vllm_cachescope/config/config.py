@@ -8,6 +8,7 @@ from pydantic import ByteSize, Field, SecretStr, model_validator
 
 from vllm_cachescope.config.diffs import DiffSettings
 from vllm_cachescope.config.error import ConfigError
+from vllm_cachescope.config.markers import MarkerPolicy
 from vllm_cachescope.config.quotas import LOCAL_TIERS, OrgQuota, TierQuotas, check_quotas
 from vllm_cachescope.config.regions import Regions
 from vllm_cachescope.config.secret import (
@@ -36,6 +37,7 @@ class Config(Model):
         secret_file: file the secret is read from, instead of `secret`.
         ttls: the TTLs clients may ask for. ``5m`` and ``1h`` are always among them.
         regions: scope and TTL where the client does not say.
+        markers: what becomes of a wrong cache marker: refused, or ignored.
         tenants: names of organisations by the SHA-256 of their API key, in hex.
         tenants_file: YAML or JSON file with the same mapping.
         org_header: header in which a trusted gateway names the organisation; None to trust none.
@@ -53,6 +55,7 @@ class Config(Model):
     secret_file: Path | None = None
     ttls: tuple[Duration, ...] = (300, 1800, 3600, 43200, 86400)
     regions: Regions = Regions()
+    markers: MarkerPolicy = MarkerPolicy()
     tenants: Tenants = Field(default_factory=dict)
     tenants_file: Path | None = None
     org_header: Annotated[str, Field(min_length=1)] | None = None
@@ -86,14 +89,14 @@ class Config(Model):
         return tuple(sorted({300, 3600, *self.ttls}))
 
     def check(self, check_store: Callable[[Tier], None]) -> None:
-        """Check what the values refer to: files, organisations, the secret, stores of tiers.
+        """Check the files, organisations, stores and the secret that the values refer to.
 
-        With `load`, these are all checks that can be made before a model is loaded. Nothing is
-        connected to, made or written.
+        Together with `load` these are all checks that can be made before a model is loaded. The
+        check connects to nothing and writes nothing.
 
         Args:
-            check_store: checks that a tier has a store, which only its connector knows. Raises
-                `ConfigError` if not.
+            check_store: raises `ConfigError` if a tier's store cannot be used; only the connector
+                of that store knows.
 
         Raises:
             ConfigError: on the first mistake.

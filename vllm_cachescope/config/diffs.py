@@ -1,4 +1,4 @@
-"""Where the diffs of what broke a prefix are written."""
+"""The settings of diffs: where they are written, how many are kept, what they leave out."""
 
 import os
 import stat
@@ -29,10 +29,10 @@ class DiffSettings(Model):
     redact: tuple[Pattern, ...] = ()
 
     def check(self) -> None:
-        """Look whether the directory can be used, or made if it is not there.
+        """Check that the directory can be used, or made if it is not there.
 
         Raises:
-            ConfigError: if it cannot.
+            ConfigError: if the directory can be neither used nor made.
         """
         key = f"diffs.directory: {self.directory}"
         try:

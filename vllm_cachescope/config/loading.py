@@ -1,4 +1,4 @@
-"""Reads the configuration from what vLLM was given, and from the file that it names."""
+"""Reads the configuration: vLLM's ``kv_connector_extra_config``, and the file that it names."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What pydantic says of a mistake, said with the key, the value and what is allowed."""
+"""Messages for mistakes that pydantic found: the key, the value and what is allowed."""
 
 from collections.abc import Iterable
 from typing import Any, get_args
@@ -32,7 +32,7 @@ def describe(error: ValidationError, model: Any = None, prefix: _Location = ()) 
             message = f"there is no such key (value {shown}); allowed: {allowed}"
         elif location:
             message = f"{message} (value {shown})"
-        # What is wrong with several keys at once names them itself.
+        # A mistake of several keys at once has no location; its message names the keys.
         messages.append(f"{_key(location)}: {message}" if location else message)
     return "; ".join(messages)
 

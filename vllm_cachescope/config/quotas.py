@@ -1,4 +1,4 @@
-"""What each organisation may hold of a tier, in bytes."""
+"""The quotas and reserves of organisations on each tier, in bytes."""
 
 from collections.abc import Mapping, Sequence
 from typing import Annotated
@@ -12,7 +12,7 @@ LOCAL_TIERS = ("device", "cpu")
 
 
 class OrgQuota(Model):
-    """What one organisation may hold of a tier.
+    """The quota and the reserve of one organisation on a tier.
 
     Attributes:
         quota: bytes it may hold; over that, its own oldest entries are evicted. None for no limit.
@@ -31,7 +31,8 @@ class TierQuotas(OrgQuota):
     Attributes:
         orgs: quotas of single organisations, by a name in `Config.tenants`, a gateway's name, an
             id as ``GET /cachescope/breaks`` shows it, or ``global`` for what everyone shares.
-        capacity: bytes of all organisations together, for a tier that does not know its own.
+        capacity: bytes that all organisations together may hold, for a tier that does not know its
+            own capacity.
     """
 
     orgs: dict[str, OrgQuota] = Field(default_factory=dict)
@@ -52,7 +53,7 @@ def check_quotas(quotas: Mapping[str, TierQuotas], tiers: Sequence[str], cpu_byt
     Args:
         quotas: the quotas by the tier's name.
         tiers: the names of the tiers there are.
-        cpu_bytes: capacity of the CPU tier.
+        cpu_bytes: capacity of the CPU tier, in bytes.
 
     Raises:
         ValueError: on quotas that cannot be kept.

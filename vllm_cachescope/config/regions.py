@@ -1,4 +1,4 @@
-"""What each region of a prompt gets where the client does not say."""
+"""The scope and the TTL of each region of a prompt where the client names none."""
 
 from typing import Annotated, Self
 

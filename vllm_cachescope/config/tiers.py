@@ -1,4 +1,4 @@
-"""The tiers behind the CPU tier, each in a store that several engines may share."""
+"""The settings of the tiers behind the CPU tier, each in a store that engines may share."""
 
 from typing import Annotated, Any, Literal
 
@@ -8,7 +8,7 @@ from vllm_cachescope.config.values import Model, TierName, Wait
 
 
 class _Tier(Model):
-    """What every tier is configured with.
+    """The keys that tiers of every type have.
 
     Attributes:
         name: the tier's name in reports and metrics.

@@ -1,4 +1,4 @@
-"""What to do about a break or a miss, in a sentence."""
+"""Advice on a break or a miss, in a sentence."""
 
 from collections.abc import Sequence
 

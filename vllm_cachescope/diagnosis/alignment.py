@@ -1,4 +1,4 @@
-"""Which parts of two requests are the same, and which gave way to others."""
+"""The alignment of two requests: equal parts, and gaps in which parts gave way to others."""
 
 from bisect import bisect_left
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Puts every token that was not read from the cache down to one cause."""
+"""The attribution of misses: each token that was not read is put down to one cause."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -18,21 +18,21 @@ _ESTIMATE_ERROR = 0.25
 
 @dataclass(frozen=True, slots=True)
 class EngineReport:
-    """What the engine found of one request, and what it might have found.
+    """What the engine found in the cache for one request, and what it should have found.
 
     Attributes:
         prompt_tokens: length of its prompt in tokens.
         read_tokens: leading tokens read from any tier.
         block_tokens: tokens per block.
-        misses: what it looked for in vain, in prompt order, each tier naming what it knows.
+        misses: the tokens that it missed, in prompt order; see `cache.report.Report`.
         shared_tokens: exactly how many leading tokens the prompt has in common with its ancestor's;
             None to go by the estimate, or by ``source``.
         source: the earlier prompt that its prefix should have been read from; None if there is
             none, or if that is not known.
-        began: when it began, in seconds, on the clock of ``source``.
-        engine: where it was computed; must be set if ``source`` is.
-        unasked: why a shared tier could not be asked for blocks that this engine never had; its
-            ``tokens`` mean nothing.
+        began: when the request began, in seconds, on the clock of ``source``.
+        engine: the engine that computed the prompt; must be set if ``source`` is.
+        unasked: why a shared tier could not be asked for blocks that this engine never had, a
+            miss of 0 tokens; None if all tiers were asked.
         reach_s: how far back the engine remembers which blocks it had, in seconds; None for since
             it started.
     """
@@ -59,9 +59,9 @@ def attribute_misses(
 ) -> list[CacheMiss]:
     """Put each of the tokens from ``read`` to ``shared`` down to one cause.
 
-    First to what the engine reports, from the front on; then to what a block's edge, the
-    breakpoints and the place where the tokens had been computed explain; and what is left over to
-    `MissCause.UNKNOWN`. Where ``shared`` is an estimate, tokens within its error have no cause.
+    The engine's misses come first, from the front on. The edge of a block, the breakpoints and the
+    engine that had computed the tokens explain further ones. The rest is `MissCause.UNKNOWN`.
+    Where ``shared`` is an estimate, tokens within its error have no cause.
 
     Args:
         kind: how the request differs from the one it goes on from.
@@ -77,12 +77,13 @@ def attribute_misses(
     behind: list[CacheMiss] = []  # of the tokens at the end, which come after those of `engine`
     end = max(read, shared)
     if source is not None:
-        # The requests are equal this far and their tokens are not: so the template rendered them.
+        # The requests are equal up to `end` and their tokens are not: the template rendered the
+        # same messages in another way.
         same = max(read, source.shared_tokens)
         if end - end % source.prompt.tokens.step > same:
             behind.append(CacheMiss(MissCause.RENDERED_DIFFERENTLY, end - same))
             end = same
-        # A block that only begins in what later requests may read is not theirs to read.
+        # A block that later requests may read only in part cannot be read at all.
         readable = source.prompt.readable_tokens
         if end > readable and end > (readable := max(read, readable - readable % block)):
             behind.insert(0, _never_stored(end - readable, _UNREADABLE))
@@ -102,8 +103,8 @@ def attribute_misses(
         end -= edge
     for miss in report.misses:
         if tokens := min(miss.tokens, left):
-            # The device was the only place for tokens that no breakpoint covered. That it evicted
-            # them is the client's doing.
+            # Tokens that no breakpoint covered are kept on the device alone. Their eviction is put
+            # down to the missing breakpoint.
             uncovered = 0
             if covered is not None and miss.cause is MissCause.EVICTED and not miss.detail:
                 uncovered = min(tokens, max(0, end - left + tokens - covered))
@@ -123,7 +124,7 @@ def attribute_misses(
         engine.append(why)
         left = 0
     if left and not exact:
-        # Less than the estimate's error: the prefix ends a little before where it was put.
+        # Within the estimate's error: the shared prefix is a little shorter than estimated.
         slack = min(left, round(shared * _ESTIMATE_ERROR) + block)
         left = 0 if left == slack else left
     if left:
@@ -177,12 +178,12 @@ def _cause_elsewhere(report: EngineReport, source: PrefixSource, tokens: int) ->
 def uncached_by_cause(
     diagnosis: Diagnosis, read: int, engine: Iterable[CacheMiss]
 ) -> tuple[tuple[str, int], ...]:
-    """Return how many tokens from ``read`` on each cause kept from being read.
+    """Return how many tokens were not read, by cause.
 
     Args:
         diagnosis: the diagnosis; its ``uncached`` is not looked at.
         read: leading tokens that were read.
-        engine: what the engine did, as `attribute_misses` returns it.
+        engine: the misses that `attribute_misses` returns.
     """
     causes: dict[str, int] = {}
     left = diagnosis.prompt_tokens - read

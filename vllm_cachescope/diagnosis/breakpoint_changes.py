@@ -1,4 +1,4 @@
-"""What differs between the breakpoints of two requests: added, removed, other TTL, other scope."""
+"""Changes of breakpoints between two requests: added, removed, another TTL, another scope."""
 
 from collections.abc import Iterator
 

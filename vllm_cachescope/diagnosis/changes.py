@@ -1,4 +1,4 @@
-"""One difference between a request and an earlier one, and the kinds of differences there are."""
+"""A change: one difference between a request and an earlier one, and the kinds there are."""
 
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -13,7 +13,7 @@ PRESENT, ABSENT = b"+", b"-"
 
 
 class ChangeKind(StrEnum):
-    """What differs between a request and its ancestor."""
+    """The kind of a difference between a request and its ancestor."""
 
     MODEL = "model_changed"
     PARAM_ADDED = "param_added"
@@ -78,11 +78,11 @@ class Change:
         kind: what differs.
         path: where in the client's body, as in ``tools[7]``; for something removed, where it stood
             before.
-        token: estimated tokens of the prompt before it.
-        names: the tools or parameters it is about.
+        token: estimated tokens of the prompt before the change.
+        names: the tools or parameters that changed.
         fields: for a changed tool, which of its fields.
-        before: the old model, lifetime or scope, in words.
-        after: the new one.
+        before: the old model, TTL or scope, in words.
+        after: the new model, TTL or scope, in words.
         chars_before: characters in the parts that were there.
         chars_after: characters in the parts that are there now.
         parts_before: how many parts were there.
@@ -107,7 +107,7 @@ class Change:
 
     @property
     def area(self) -> str:
-        """What is changed, as in `ChangeKind.area`."""
+        """The area that is changed, as in `ChangeKind.area`."""
         return self.kind.area
 
     def __str__(self) -> str:

@@ -8,7 +8,7 @@ from vllm_cachescope.diagnosis.token_fingerprint import TokenFingerprint
 
 @dataclass(frozen=True, slots=True)
 class ComputedPrompt:
-    """A prompt that an engine computed, as far as a later prompt needs to know that begins alike.
+    """A prompt that an engine computed: what matters to a later prompt that begins alike.
 
     Attributes:
         tokens: its tokens.

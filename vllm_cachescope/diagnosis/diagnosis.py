@@ -1,5 +1,5 @@
-"""Diagnoses a request: what the client changed, by its shape, and what the cache did, by what the
-engine found."""
+"""Diagnoses a request: its shape shows what the client changed, the engine's report what the cache
+did."""
 
 from dataclasses import replace
 
@@ -86,16 +86,16 @@ def diagnose_against(old: Fingerprint, new: Fingerprint) -> Diagnosis:
 def conclude(
     diagnosis: Diagnosis, report: EngineReport, ancestor: LineageNode | None = None
 ) -> Diagnosis:
-    """Complete what the request's shape says with what the engine found.
+    """Complete a diagnosis by the request's shape with what the engine found.
 
-    Estimates are scaled to the prompt's true length. A change that cost nothing, because the
-    engine read past it, makes the request no longer an unexpected one. Tokens that were shared and
-    not read are put down to causes by `attribute_misses`.
+    Estimates are scaled to the prompt's true length. A break is expected if the engine read past
+    the change, which then cost nothing. Tokens that were shared and not read are put down to causes
+    by `attribute_misses`.
 
     Args:
         diagnosis: from `diagnose`.
         report: from the engine.
-        ancestor: the request it was compared with, from its `LineagePlacement`.
+        ancestor: the request that it was compared with, from its `LineagePlacement`.
     """
     read = min(report.read_tokens, report.prompt_tokens)
     scale = _scale(diagnosis, report)

@@ -1,4 +1,4 @@
-"""What is remembered of a request so that the next one can be compared with it: hashes, no text.
+"""The fingerprint of a request: hashes and no text, by which the next request is compared.
 
 Names stay readable, because a report must name them: the model, the tools, the parameters. All
 values, tool schemas and prompt text are kept as keyed 64-bit hashes with their sizes. Without the
@@ -17,25 +17,25 @@ from vllm_cachescope.tenancy.scope import Scope
 HASH_BYTES = 8
 
 _PIECE_BYTES = 2048
-_PROMPT_PIECE_BYTES = 512  # of a prompt that is one text: all there is to find the place by
+_PROMPT_PIECE_BYTES = 512  # where a prompt is one text, only its pieces show where it diverges
 
 _ASSISTANT, _ANSWER = int(Role.ASSISTANT), int(Role.ASSISTANT) | int(Trait.STARTS)
 
 
 def piece_bytes(protocol: Protocol) -> int:
-    """Return the size of a piece: a longer part is also hashed in pieces, to find where inside it
-    two requests diverge."""
+    """Return the size of a piece, in bytes. A part longer than that is also hashed in pieces, to
+    find where inside it two requests diverge."""
     return _PROMPT_PIECE_BYTES if protocol is Protocol.COMPLETIONS else _PIECE_BYTES
 
 
 @dataclass(frozen=True, slots=True)
 class ToolFingerprint:
-    """One tool.
+    """The fingerprint of one tool.
 
     Attributes:
-        name: what the client calls it; a built-in tool without a name goes by its type.
+        name: the client's name for the tool; a built-in tool without a name goes by its type.
         ordered: hash of its JSON as it was sent. The rendered prompt keeps the order of keys.
-        unordered: the same with keys sorted at every depth.
+        unordered: hash of its JSON with keys sorted at every depth.
         fields: names of its fields; those inside OpenAI's ``function`` object count as its own.
         field_hashes: a hash of each, keys sorted, `HASH_BYTES` long, in the order of ``fields``.
     """
@@ -59,7 +59,7 @@ class ToolFingerprint:
 
 @dataclass(frozen=True, slots=True)
 class MarkFingerprint:
-    """A breakpoint.
+    """The fingerprint of one breakpoint marker.
 
     Attributes:
         part: index of the part that it ends.
@@ -99,7 +99,8 @@ class Fingerprint:
         params: hashes of the parameters that can change the prompt, by name.
         automatic: whether everything is to be cached, breakpoint or not.
         ttl_s: lifetime the request as a whole asks for, in seconds.
-        previous_id: the response it continues by reference instead of repeating it.
+        previous_id: id of the response that the request continues without repeating the
+            conversation; None if it repeats it.
     """
 
     protocol: Protocol

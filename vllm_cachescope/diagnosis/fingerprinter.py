@@ -45,8 +45,7 @@ _region_of = attrgetter("region")
 
 @dataclass(frozen=True, slots=True)
 class _PartGroup:
-    """What a fingerprint keeps of parts that stand together: the tools, the system prompt or one
-    message.
+    """Hashes and sizes of parts that stand together: the tools, the system prompt or one message.
 
     Attributes:
         hashes, kinds, chars, edges, pieces, tools: as in `Fingerprint`, of these parts.
@@ -73,8 +72,8 @@ class _PartGroup:
 class Fingerprinter:
     """Makes fingerprints under one secret.
 
-    A session sends its tools, its system prompt and its messages with each turn. What fingerprints
-    have of them is remembered, so that each is hashed once.
+    A session sends its tools, its system prompt and its messages with each turn. Their hashes are
+    remembered, so that each is hashed once.
 
     Args:
         secret: key of the hashes. Fingerprints made under different secrets are never equal.
@@ -84,8 +83,9 @@ class Fingerprinter:
     """
 
     def __init__(self, secret: bytes, memo_tools: int = 4096, memo_bytes: int = 16 << 20) -> None:
-        # Keyed by a first block that is the secret's. As only 8 bytes of a digest are kept, nobody
-        # can extend one. Most servers have instructions for SHA-256: no hash is faster there.
+        # The secret's digest is the beginning of all that is hashed, and so the key. As only 8
+        # bytes of a hash are kept, nobody can extend one. Most servers have instructions for
+        # SHA-256: no hash is faster there.
         self._base = sha256(digest(secret, b"fingerprint", "sha256"))
         self._tools: LRUCache[bytes, ToolFingerprint] = LRUCache(memo_tools)
         self._groups: LRUCache[bytes, _PartGroup] = LRUCache(memo_bytes, lambda one: one.nbytes)

@@ -63,7 +63,7 @@ class Forest:
             is compared with those that open as it does.
         by_opening: the older ones by their `Fingerprint.opening`.
         flapping: its fields that keep changing.
-        lineages: how many lineages it has had.
+        lineages: how many lineages the session has had; the number of the latest one.
         nbytes: memory that its requests take, in bytes.
     """
 

@@ -1,4 +1,4 @@
-"""Why a prompt was not read from the cache as far as it might have been: what a diagnosis says."""
+"""A diagnosis: why a prompt was read from the cache less far than it might have been."""
 
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -63,13 +63,13 @@ class Diagnosis:
     """Why a request could not be read from the cache as far as it might have been.
 
     Attributes:
-        kind: how it differs from the request it goes on from.
+        kind: how the request differs from the one that it goes on from.
         expected: whether that is as it should be. False for every break but a compaction, and for
             tokens that the cache lost.
         where: where the two prompts diverge; None if they do not.
         changes: what changed, the earliest first: ``changes[0]`` is the cause, the rest would have
             broken the prefix later.
-        shared_tokens: leading tokens some earlier request of the session has too.
+        shared_tokens: leading tokens that some earlier request of the session has too.
         missed_tokens: tokens that could have been read but for the change.
         prompt_tokens: tokens of the whole prompt.
         uncached: every token that was not read, by cause: a `DiagnosisKind`, a `MissCause` or
@@ -78,7 +78,7 @@ class Diagnosis:
         suggestion: what to do about it, in a sentence; empty if there is nothing to do.
         lineage: number of the request's lineage in its session.
         parent_lineage: the lineage it branched off from, if it began one.
-        ancestor_id: response id of the request it was compared with, if it has one.
+        ancestor_id: id of the ancestor's response, if that is known.
         flapping: the field that changed earliest, if it keeps changing.
         measured: whether the engine has counted the tokens; if not, all counts are estimates.
     """

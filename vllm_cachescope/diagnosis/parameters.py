@@ -1,4 +1,4 @@
-"""Which parameters of a request change its prompt, and from where on."""
+"""The parameters of a request: which of them change the prompt, and from which token on."""
 
 ROUTING_PARAMS = frozenset({"prompt_cache_key", "service_tier", "speed"})
 """Parameters that say where or how fast to compute an answer, and never reach the prompt."""

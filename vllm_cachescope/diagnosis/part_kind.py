@@ -34,7 +34,7 @@ class Role(IntEnum):
 
 
 class Trait(IntFlag):
-    """What else is known of a part, in the bits above its role.
+    """Further traits of a part, in the bits above its role.
 
     Attributes:
         STARTS: the part is the first of its message.

@@ -1,4 +1,4 @@
-"""Where a request belongs among the requests of its session: which one it goes on from, and how."""
+"""The placement of a request in its session's forest: which request it goes on from, and how."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""How far a request agrees with an earlier one, from the first token on."""
+"""The prefix match of two requests: how far they agree, from the first token on."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""How far a request would have agreed with an earlier one, had the client not changed it."""
+"""Reuse that a change prevented: how far a request would have agreed with an earlier one."""
 
 from collections import Counter
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What differs between the system prompts of two requests, and between their messages."""
+"""Changes of the system prompt and of the messages between two requests."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ def same_static_parts(old: Fingerprint, new: Fingerprint) -> bool:
 
 
 def compaction_change(old: Fingerprint, new: Fingerprint, compaction: Gap) -> Change:
-    """Return the change that a compaction is."""
+    """Return a compaction as a change."""
     return _change(ChangeKind.HISTORY_COMPACTED, old, compaction.gone, new, compaction.came)
 
 

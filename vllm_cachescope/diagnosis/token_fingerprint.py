@@ -1,4 +1,4 @@
-"""What is remembered of a prompt's tokens so that the next prompt can be compared with it."""
+"""The fingerprint of a prompt's tokens, by which the next prompt is compared."""
 
 from array import array
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from hashlib import sha256
 from hmac import digest
 
 MAX_HASHES = 512
-"""Kept of one prompt: 4 KB."""
+"""Hashes kept of one prompt: 4 KB."""
 
 _HASH_BYTES = 8
 

@@ -1,4 +1,4 @@
-"""What differs between the tools of two requests."""
+"""Changes of tools between two requests."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence

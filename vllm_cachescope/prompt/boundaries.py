@@ -1,4 +1,4 @@
-"""Where in a prompt's tokens a part of the request ends.
+"""Boundaries: the tokens of a prompt at which the parts of its request end.
 
 A token may be shared as widely as a part only if it depends on nothing after that part. To find
 these tokens the request is rendered and tokenised once more, with everything after the part left

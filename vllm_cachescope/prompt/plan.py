@@ -42,7 +42,7 @@ class Plan:
         spans: at least one; the last one ends where the prompt ends.
         nonce: unique to the prompt; the engine's report is found under it. Empty in a plan that
             the engine made for a prompt without one: nobody asks for that report.
-        owner: whose its blocks of session scope are; see `owner_tags`.
+        owner: the owner of its blocks of session scope; see `owner_tags`.
     """
 
     spans: tuple[Span, ...]
@@ -66,11 +66,11 @@ class Plan:
         return Span(block_end, last.scope, last.key, last.ttl_s, covered=False)
 
     def owner_of(self, block_end: int) -> bytes:
-        """Return whose a block is; see `span_of`."""
+        """Return the owner of a block; see `span_of`."""
         return self.owner_in(self.span_of(block_end))
 
     def owner_in(self, span: Span) -> bytes:
-        """Return whose the blocks of ``span`` are."""
+        """Return the owner of the blocks of ``span``."""
         return owner_at(span.scope, self.owner)
 
     @property
@@ -132,7 +132,7 @@ def unseal(data: Any, secret: bytes) -> Plan | None:
     try:
         genuine = hmac.compare_digest(_mac(spans, nonce, owner, secret).encode(), mac.encode())
     except (TypeError, ValueError, RecursionError):
-        # What cannot be encoded was not made by `seal`.
+        # `seal` makes nothing that cannot be encoded.
         return None
     if not genuine:
         return None

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from typing import Any
 
+from vllm_cachescope.prompt.ignored_marker import IgnoredMarker
 from vllm_cachescope.tenancy.scope import Scope
 
 
@@ -56,10 +57,13 @@ class Part:
     Attributes:
         region: the region of the prompt that the part belongs to.
         path: where the part stands in the body: ``tools[3]``, ``system``, ``system[1]``,
-            ``messages[4].content``, ``messages[4].content[0]``, ``input[2]``, ``prompt``.
+            ``messages[4].content``, ``messages[4].content[0]``, ``messages[4].tool_calls[1]``,
+            ``input[2]``, ``prompt``.
         content: the part's JSON value, without breakpoint markers.
         role: the role of the part's message; None outside messages.
         mark: the marker of the breakpoint at the part's end; None for no breakpoint.
+        narrowed: the narrowest scope that ignored markers on the part name; None for none. They
+            make no breakpoint, but the part is shared no wider.
     """
 
     region: Region
@@ -67,6 +71,7 @@ class Part:
     content: Any
     role: str | None = None
     mark: Mark | None = None
+    narrowed: Scope | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +86,8 @@ class PromptRequest:
             request without markers, and in OpenAI's implicit mode, which adds to the markers.
         ttl_s: TTL in seconds that the request as a whole asks for (OpenAI's retention and cache
             options); None for the default.
-        session: the session that the body names (``metadata.user_id``, ``prompt_cache_key``);
-            None for none.
+        session: the session that the body names (``session_id``, ``metadata.user_id``,
+            ``prompt_cache_key``); None for none.
         prewarm: whether to fill the cache and generate nothing (``max_tokens: 0``, or
             ``prompt_cache_options.prewarm`` on Responses).
         params: other fields of the body that can change the rendered prompt (``tool_choice``,
@@ -90,6 +95,7 @@ class PromptRequest:
             ``chat_template_kwargs`` and the like), by field name.
         diagnose: whether the client asked for diagnostics.
         previous_id: id of the response to compare with, if the client named one for diagnostics.
+        ignored: the markers, or fields of them, that do not count as they were written.
     """
 
     protocol: Protocol
@@ -102,3 +108,4 @@ class PromptRequest:
     params: Mapping[str, Any] = field(default_factory=dict)
     diagnose: bool = False
     previous_id: str | None = None
+    ignored: tuple[IgnoredMarker, ...] = ()

@@ -1,10 +1,10 @@
-"""The cache plan of a request before it is known at which tokens its segments end.
+"""The segments of a request: what becomes a `Plan` once their ends are known in tokens.
 
-The plan cuts the prompt at every breakpoint and at the end of every region. Each segment has a
-scope, a TTL, and whether a breakpoint covers it.
+A prompt is cut at every breakpoint and at the end of every region. Each segment has a scope and a
+TTL, and is covered by a breakpoint or not.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -14,7 +14,7 @@ from vllm_cachescope.tenancy.scope import Scope
 
 @dataclass(frozen=True, slots=True)
 class RegionDefault:
-    """What a region gets where the client does not say.
+    """The scope and the TTL of a region where the client names none.
 
     Attributes:
         scope: how widely the region is shared.
@@ -47,14 +47,15 @@ class Segment:
 def segments(
     request: PromptRequest, defaults: Mapping[Region, RegionDefault]
 ) -> tuple[Segment, ...]:
-    """Return the plan of ``request``: at least one segment, the last of which ends the prompt.
+    """Return the segments of ``request``: at least one, the last of which ends the prompt.
 
-    Scopes only narrow along the plan. A segment has the scope that the breakpoint at its end
+    Scopes only narrow along the prompt. A segment has the scope that the breakpoint at its end
     names, or else its region's default, but
 
     - never one narrower than the next scope that a breakpoint names: who shares a prefix widely
       shares all of it;
-    - never one wider than that of the segment before it.
+    - never one wider than that of the segment before it, nor than one that an ignored marker in
+      it names.
 
     A covered segment has the longest TTL of the breakpoints at or after its end, an uncovered one
     its region's default. A breakpoint that names no TTL has the request's, or else the default of
@@ -77,7 +78,7 @@ def segments(
         if part.mark is not None or i + 1 == len(parts) or parts[i + 1].region is not part.region
     ]
     # Backwards: the TTL and the explicit scope come from the breakpoints at or after the end.
-    plan: list[Segment] = []
+    cut: list[Segment] = []
     longest = 0
     explicit: Scope | None = None
     for part in reversed(ends):
@@ -92,19 +93,38 @@ def segments(
                 scope = explicit = part.mark.scope
         if explicit is not None:
             scope = min(scope, explicit)
-        plan.append(Segment(part, scope, longest or ttl_s, covered=longest > 0))
-    plan.reverse()
+        cut.append(Segment(part, scope, longest or ttl_s, covered=longest > 0))
+    cut.reverse()
 
-    # Forwards: no scope is wider than those before it.
-    scopes = accumulate((segment.scope for segment in plan), max)
+    # Forwards: no scope is wider than those before it, nor than an ignored marker asks for.
+    scopes = accumulate(
+        (
+            max(segment.scope, least)
+            for segment, least in zip(cut, _least(parts, ends), strict=True)
+        ),
+        max,
+    )
     merged: list[Segment] = []
-    for segment, scope in zip(plan, scopes, strict=True):
-        after = None if segment is plan[-1] else segment.after
+    for segment, scope in zip(cut, scopes, strict=True):
+        after = None if segment is cut[-1] else segment.after
         segment = Segment(after, scope, segment.ttl_s, segment.covered)
         if merged and _alike(merged[-1], segment):
             merged.pop()
         merged.append(segment)
     return tuple(merged)
+
+
+def _least(parts: Sequence[Part], ends: Sequence[Part]) -> Iterator[Scope]:
+    """Yield for each part of ``ends`` the narrowest scope that ignored markers name on it and on
+    the parts between it and the end before."""
+    rest = iter(parts)
+    for end in ends:
+        least = Scope.GLOBAL
+        for part in rest:
+            least = max(least, part.narrowed or least)
+            if part is end:
+                break
+        yield least
 
 
 def _alike(one: Segment, other: Segment) -> bool:

@@ -1,4 +1,4 @@
-"""Who makes a request: the organisation by its API key or a gateway, the session by name."""
+"""The caller of a request: an organisation, by its API key or a gateway, and a session, by name."""
 
 import hashlib
 import hmac

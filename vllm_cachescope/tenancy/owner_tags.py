@@ -1,4 +1,4 @@
-"""Whose a cached block is: to whose quota it counts, and with whose blocks it is purged.
+"""The owner of a cached block: whose quota it counts towards, with whose blocks it is purged.
 
 An owner is 16 bytes: an organisation's tag of 8 bytes and a session's tag of 8 bytes. A tag that
 does not apply is zero: both tags of a block that everyone shares, the session's tag of a block
@@ -6,7 +6,7 @@ that an organisation shares. So a prefix of an owner names all blocks to purge a
 name everything, 8 bytes an organisation with all of its sessions, 16 bytes one session.
 
 Tags keep nobody out; the scope keys in block hashes do (see `scope`). A tag only says to whom a
-block belongs, and does not show the name to anyone who sees the tag in a store.
+block belongs, and shows no name to anyone who sees the tag in a store.
 """
 
 from vllm_cachescope.tenancy.scope import Caller, Scope, fields_digest

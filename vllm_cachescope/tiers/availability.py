@@ -1,4 +1,4 @@
-"""Whether a remote tier may use its store now, and why not."""
+"""The availability of a store: whether its tier may use it now, and why not."""
 
 import threading
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from vllm_cachescope.tiers.store import ForeignSecret, Store, StoreUnfit
 logger = logger_of(__name__)
 
 GREET_EVERY_S = 20.0
-"""How often a tier makes sure that it may still run on its store."""
+"""How often a tier makes sure that it may still run on its store, in seconds."""
 
 
 class Availability:
@@ -38,11 +38,11 @@ class Availability:
             thread that noticed. The caller holds no lock.
 
     Attributes:
-        reads: open while the store answers questions and is too slow for loads: answered questions
-            must not hide that.
-        writes: open while the store refuses writes: one that is full or read-only still answers
-            reads.
-        known: what `Store.greet` told of the store last, in plain data.
+        reads: the breaker of loads. It is open while the store answers questions and is too slow
+            for loads: answered questions must not hide that.
+        writes: the breaker of stores. It is open while the store refuses writes: a store that is
+            full or read-only still answers reads.
+        known: the latest answer of `Store.greet`, in plain data.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ class Availability:
 
         Args:
             reason: what went wrong, in a few words.
-            at_once: whether more failures need not be waited for before the store is left alone.
+            at_once: whether to leave the store alone after this one failure.
         """
         known = self._answers.reason
         opened = self._answers.trip(reason) if at_once else self._answers.failed(reason)

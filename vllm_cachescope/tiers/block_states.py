@@ -1,4 +1,4 @@
-"""What an engine last heard of its blocks in a remote tier: it explains why one was not there."""
+"""The states of an engine's blocks in a remote tier, which explain why a block was missed."""
 
 import threading
 from collections.abc import Iterable
@@ -68,7 +68,7 @@ ABSENCES = {
     BlockState.REFUSED: Absence(MissCause.NEVER_STORED, detail="the tier refused it"),
     BlockState.UNSTORED: Absence(MissCause.NEVER_STORED, detail="the tier was down"),
 }
-"""What each state but `BlockState.HELD` explains."""
+"""The absence that each state but `BlockState.HELD` explains."""
 
 
 class BlockStates:
@@ -91,8 +91,8 @@ class BlockStates:
     def missed(self, keys: Iterable[bytes]) -> None:
         """Note that the store does not hold ``keys``.
 
-        That changes the state of blocks that it held. Of the others the known state says better
-        why they are not there: they were never stored, say.
+        Blocks that it held become `BlockState.GONE`. The others keep their state, which explains
+        the miss better: `BlockState.DROPPED`, say, tells that a block was never stored.
         """
         with self._lock:
             for key in keys:

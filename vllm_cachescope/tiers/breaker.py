@@ -7,8 +7,8 @@ from collections.abc import Callable
 class Breaker:
     """Closed while a store answers; open after several failures in a row.
 
-    While it is open the store is only probed, now and then: each time after twice the pause
-    before: after 1, 2, 4 seconds. Safe to use from several threads.
+    While it is open the store is only probed now and then, each time after twice the last pause:
+    after 1, 2, 4 seconds. Safe to use from several threads.
 
     Args:
         failures: failures in a row that open it.
@@ -56,7 +56,7 @@ class Breaker:
             return self._open(reason)
 
     def trip(self, reason: str) -> bool:
-        """Open the breaker at once, as more failures would say no more.
+        """Open the breaker at once: more failures would tell nothing new.
 
         Returns:
             Whether it was closed.

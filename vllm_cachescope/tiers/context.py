@@ -1,4 +1,4 @@
-"""What the parts of one remote tier have in common."""
+"""The context of a remote tier: what its parts share."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from vllm_cachescope.tiers.store import Store
 
 @dataclass(frozen=True, slots=True)
 class TierContext:
-    """What the parts of one remote tier have in common. All of it is safe for several threads.
+    """What the parts of one remote tier share. All of it is safe for several threads.
 
     Attributes:
         name: the tier's name.
@@ -22,8 +22,8 @@ class TierContext:
         limits: what the tier may cost.
         clock: seconds, never running backwards; the clock of all deadlines.
         availability: whether the store may be used.
-        states: what is known of blocks.
-        counts: how many keys had which outcome.
+        states: the states of blocks in the store.
+        counts: numbers of keys by operation and outcome.
         local_usage: finds the entries that are too many; None if there are no quotas, or the store
             counts itself.
     """
@@ -39,5 +39,5 @@ class TierContext:
     local_usage: LocalUsage | None
 
     def timeout_at(self) -> float:
-        """Return the deadline of something that begins now and that no request waits for."""
+        """Return the deadline of an operation that begins now and that no request waits for."""
         return self.clock() + self.limits.timeout_s

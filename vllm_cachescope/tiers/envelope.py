@@ -6,8 +6,8 @@
     0       4      magic, b"CSKV"
     4       1      version
     5       3      zero
-    8       4      lifetime class of the value, in seconds
-    12      8      when it expires, in ms of Unix time; 0 where the store itself keeps the time
+    8       4      TTL of the value, in seconds
+    12      8      expiry of the value, in ms of Unix time; 0 where the store itself keeps the time
     20      8      length of the payload in bytes
     28      8      checksum
 
@@ -39,8 +39,9 @@ class Lifetime:
     """How long a stored value lives.
 
     Attributes:
-        ttl_s: its lifetime class: each use lets it live so much longer, in seconds.
-        expires_at_ms: Unix time in ms; 0 where the store keeps the time.
+        ttl_s: the value's TTL in seconds, counted anew from each use.
+        expires_at_ms: when the value expires, in ms of Unix time; 0 where the store keeps the
+            time.
     """
 
     ttl_s: int

@@ -1,4 +1,4 @@
-"""When a block in a remote tier expires."""
+"""The expiry of a block in a remote tier."""
 
 STAGGER_S = 2.5e-7
 """How much sooner a block expires for each token that comes before its end in the prompt, in

@@ -1,4 +1,4 @@
-"""What requests asked a remote tier, and were told; the thread that asks the store."""
+"""The inquiries of requests at a remote tier, and the thread that asks the store."""
 
 import threading
 from collections.abc import Iterable, Sequence
@@ -25,7 +25,7 @@ class Lookup(Enum):
 
 @dataclass(slots=True, eq=False)
 class Inquiry:
-    """What one request has asked, and been told.
+    """The lookups of one request, and the answers that it was told.
 
     Only the scheduler's thread changes it, ``failures`` apart.
 
@@ -38,7 +38,7 @@ class Inquiry:
             that blocks that push each other out of memory cannot keep it waiting for ever.
         failures: keys that were found and not loaded, and why. The request's `LoadJob` has the
             same mapping, which threads add to; here single keys are read.
-        trouble: why some of its questions were not answered; None if all were.
+        trouble: why some of the request's questions were not answered; None if all were.
     """
 
     deadline: float

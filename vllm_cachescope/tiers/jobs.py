@@ -1,4 +1,4 @@
-"""What a remote tier is given to do: to load blocks, to store blocks, to purge entries."""
+"""The jobs of a remote tier: loads, stores and purges."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ class Outgoing:
     Attributes:
         key: owner, block hash and group; see `keyspace.qualified`.
         slot: the block's bytes, which do not change until the job has finished.
-        ttl_s: the block's lifetime class, in seconds.
+        ttl_s: the block's TTL, in seconds.
         expires_at: when the block expires unless it is used, on the tier's clock, in seconds; see
             `expiry.expiry`.
     """
@@ -31,8 +31,7 @@ class Finished:
     Attributes:
         job_id: the job's number.
         complete: whether all of its keys were loaded or stored.
-        loaded: the keys that were loaded and the lifetime class of each, in seconds; empty for a
-            store.
+        loaded: the keys that were loaded, each with its TTL in seconds; empty for a store.
         request_id: the request that the keys were loaded for; None for a store.
         nbytes: bytes of payload moved.
         seconds: from the job's submission to its end.
@@ -52,17 +51,17 @@ class LoadJob:
 
     Attributes:
         job_id: the job's number.
-        request_id: the request that it loads for.
-        keys: what to load, in the order of the prompt.
+        request_id: the request that the blocks are loaded for.
+        keys: the blocks to load, in the order of the prompt.
         slots: where the payload of each key goes.
-        started: when it was submitted, on the tier's clock, in seconds.
-        promised_until: until when it may go on in any case.
-        deadline: until when it may go on while blocks keep coming.
+        started: when the job was submitted, on the tier's clock, in seconds.
+        promised_until: until when the load may go on even if no block comes, on the same clock.
+        deadline: until when the load may go on while blocks keep coming, on the same clock.
         failures: keys that were found and are not loaded, and why. The scheduler's thread reads
             this mapping meanwhile; see `Inquiry.failures`.
-        taken: how many keys threads have taken on, or were dropped before that.
-        open: of how many keys the outcome is not known yet.
-        loaded: keys that are loaded, with their lifetime classes in seconds.
+        taken: how many keys threads have taken on, or were dropped untaken.
+        open: how many keys have no outcome yet.
+        loaded: keys that are loaded, each with its TTL in seconds.
     """
 
     job_id: int
@@ -94,11 +93,11 @@ class StoreJob:
 
     Attributes:
         job_id: the job's number.
-        blocks: what to store, in the order of the prompt.
-        started: when it was submitted, on the tier's clock, in seconds.
-        complete: whether everything that it was submitted with is stored, as far as is known.
+        blocks: the blocks to store, in the order of the prompt.
+        started: when the job was submitted, on the tier's clock, in seconds.
+        complete: whether all blocks that were submitted are stored, as far as is known.
         taken: how many blocks the thread has taken on.
-        open: of how many blocks the outcome is not known yet.
+        open: how many blocks have no outcome yet.
         nbytes: bytes of payload written.
     """
 

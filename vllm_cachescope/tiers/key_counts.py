@@ -1,4 +1,4 @@
-"""How many keys a remote tier looked up, loaded, stored and evicted, and how that went."""
+"""The counts of keys that a remote tier looked up, loaded, stored and evicted, by outcome."""
 
 import threading
 from collections import Counter

@@ -1,4 +1,4 @@
-"""How entries are named in a store that several engines share."""
+"""The names of entries in a store that several engines share."""
 
 import hashlib
 import hmac
@@ -59,7 +59,7 @@ def split(key: bytes) -> tuple[bytes, bytes]:
 
 
 def usage_of(name: bytes) -> tuple[bytes, bytes]:
-    """Return where an entry counts.
+    """Return the set in which an entry is counted, and the entry's name there.
 
     Args:
         name: the entry's, as `Keyspace.name` returns it, of whatever model.
@@ -82,5 +82,5 @@ def names_of(prefix: bytes) -> bytes:
 
 
 def secret_digest(secret: bytes) -> bytes:
-    """Return a digest that tells two secrets apart, and tells neither."""
+    """Return a digest that differs for two secrets, and reveals neither of them."""
     return hmac.new(secret, b"cachescope handshake", hashlib.sha256).hexdigest()[:32].encode()

@@ -1,11 +1,11 @@
-"""What a remote tier may cost the engine."""
+"""The limits of a remote tier: what it may cost the engine."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a remote tier may cost: waiting, memory, connections, probes.
+    """The most that a remote tier may cost: waiting, memory, connections, probes.
 
     Attributes:
         load_deadline_s: how long one request may wait for the tier, in seconds.

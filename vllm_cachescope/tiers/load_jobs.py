@@ -1,4 +1,4 @@
-"""Loads under way, and the threads that read."""
+"""The loads under way, and the threads that read."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -15,23 +15,23 @@ from vllm_cachescope.tiers.transfers import Transfers
 logger = logger_of(__name__)
 
 READ_BATCH_BYTES = 4 << 20
-"""What a thread loads at once: so little that a prompt's blocks arrive from the first to the last
-although several threads read them."""
+"""Bytes that a thread loads at once: so few that a prompt's blocks arrive from the first to the
+last although several threads read them."""
 
 _OUTCOMES = {
     BlockState.GONE: "gone",
     BlockState.LATE: "late",
     BlockState.UNREAD: "failed",
 }
-"""What keys that are not loaded are counted as. Damaged ones are counted apart."""
+"""The outcomes of keys that are not loaded, by their state. Damaged ones are counted apart."""
 
 
 @dataclass(slots=True)
 class _Batch:
-    """What became of the keys of one batch, from its first key on.
+    """The outcomes of the keys of one batch, from its first key on.
 
     Attributes:
-        loaded: keys that are loaded, with their lifetime classes in seconds.
+        loaded: keys that are loaded, each with its TTL in seconds.
         damaged: keys whose values failed their checksum.
         failures: all keys that are not loaded, and why.
     """
@@ -42,16 +42,17 @@ class _Batch:
 
     @property
     def reached(self) -> int:
-        """How many keys an outcome is known of."""
+        """How many keys of the batch have an outcome."""
         return len(self.loaded) + len(self.failures)
 
 
 class LoadJobs(Transfers[LoadJob]):
     """The loads under way; see `Transfers`.
 
-    Every load has a deadline. It may go on until ``promised_until`` in any case, and until its
-    ``deadline`` only while the store sends something every ``Limits.load_deadline_s``; what has
-    arrived by then is kept. Keys that no thread has taken by then are dropped as late.
+    Every load has a deadline. A load may go on until ``promised_until`` whatever the store does,
+    and from there until its ``deadline`` only while the store sends something every
+    ``Limits.load_deadline_s``. Blocks that have arrived by then are kept; keys that no thread has
+    taken by then are dropped as late.
     """
 
     def __init__(self, tier: TierContext) -> None:

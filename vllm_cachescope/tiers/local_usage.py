@@ -1,4 +1,4 @@
-"""What organisations hold in a tier, counted by one engine where the store does not count it."""
+"""Local usage: what organisations hold in a tier, counted by one engine for its own stores."""
 
 import threading
 from collections import Counter, defaultdict
@@ -92,8 +92,8 @@ class LocalUsage:
         """Return the keys of what all organisations together hold beyond the capacity, and count
         them no longer.
 
-        The entries of organisations that hold more than their reserve go first; those within a
-        reserve go only if that is not enough. Among them, the first to expire goes first.
+        Organisations that hold more than their reserve are evicted from first, the others only if
+        that is not enough. Of the entries in question the first to expire are evicted.
         """
         if self._quotas.capacity is None:
             return []
@@ -102,7 +102,7 @@ class LocalUsage:
         for within_reserve in (False, True):
             if len(evicted) >= over:
                 break
-            # The organisations, each under the time of its first entry that may go.
+            # The organisations, each under the time of its first entry that may be evicted.
             firsts = ExpiryQueue[bytes, float]()
             for org in self._orgs:
                 if (first := self._first(org, within_reserve)) is not None:
@@ -115,7 +115,7 @@ class LocalUsage:
         return evicted
 
     def _first(self, org: bytes, within_reserve: bool) -> float | None:
-        """Return when the first entry of ``org`` expires that may go; None if none may."""
+        """Return when the first entry of ``org`` expires; None if none may be evicted."""
         held = self._orgs[org]
-        may_go = within_reserve or len(held) > self._quotas.reserve(org)
-        return held.first() if may_go else None
+        may_evict = within_reserve or len(held) > self._quotas.reserve(org)
+        return held.first() if may_evict else None

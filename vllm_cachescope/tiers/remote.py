@@ -1,11 +1,11 @@
-"""A tier behind a network, as the engine's scheduler sees it.
+"""A remote tier, as the engine's scheduler sees it.
 
 The scheduler calls a `RemoteTier` and is never kept waiting: threads of the tier's own talk to the
 store. Three rules keep a broken store from being more than a cache miss:
 
-- Who may write to a slot reports on it (`transfers`). A slot is reported failed by the very thread
-  that was filling it, once it has stopped, or without any thread having begun; so nothing is
-  written to a slot whose failure was reported.
+- Whoever may write to a slot reports on it (`transfers`). A slot is reported failed by the very
+  thread that was filling it, once it has stopped, or without any thread having begun; so nothing
+  is written to a slot whose failure was reported.
 - Every wait has a deadline (`inquiries`, `load_jobs`). A request waits for
   `Limits.load_deadline_s` in all, from its first question to its last block, and keeps what has
   arrived by then. Only while blocks keep coming it waits longer: up to `Limits.load_share` of the
@@ -230,7 +230,7 @@ class RemoteTier:
         if self._load_jobs.busy or self._store_jobs.busy:
             raise RuntimeError(f"tier {self.name}: a transfer does not end")
 
-    # What others may know.
+    # Statistics and health.
 
     def take_stats(self) -> Counter[tuple[str, str]]:
         """Return how many keys had which ``(operation, outcome)`` since the last time; the

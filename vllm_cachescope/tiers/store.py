@@ -1,4 +1,4 @@
-"""What a remote tier asks of a store: the interface that each backend implements."""
+"""The interface of a store, which each backend of a remote tier implements."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +24,7 @@ class ForeignSecret(StoreUnfit):
 
 
 class Written(Enum):
-    """What became of a value that was to be written."""
+    """The outcome for a value that was to be written."""
 
     STORED = "stored"
     PRESENT = "present"
@@ -61,7 +61,7 @@ class Store(ABC):
     """Where the store is, without its password."""
 
     refusal: str = ""
-    """What the store said when it last refused a write."""
+    """The store's words when it last refused a write."""
 
     @abstractmethod
     def alive(self) -> bool:

@@ -1,4 +1,4 @@
-"""Stores and purges under way, and the thread that writes."""
+"""The stores and purges under way, and the thread that writes."""
 
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
@@ -17,8 +17,8 @@ PURGE_S = 60.0
 """How long a purge may take, in seconds; the store answers each of its steps within the timeout."""
 
 WRITE_BATCH_BYTES = 8 << 20
-"""What the thread stores at once: so much that the pauses between batches, in which the answers are
-waited for and the next batch's checksums are made, hardly count."""
+"""Bytes that the thread stores at once: so many that the pauses between batches, in which the
+thread waits for answers and makes the next checksums, hardly count."""
 
 _STATES = {Written.REFUSED: BlockState.REFUSED, Written.EXPIRED: BlockState.GONE}
 """The states of blocks that were to be written, where that is not `BlockState.HELD`."""

@@ -20,7 +20,7 @@ class Transfers(ABC, Generic[Job]):
     The public methods are called on the scheduler's thread and do not wait for the store, but for
     `wait_idle` and `join`.
 
-    Who writes to a slot reports on it: a key's outcome is reported by the thread that took its
+    Whoever writes to a slot reports on it: a key's outcome is reported by the thread that took its
     batch, once it does not touch the slot any more, or, for keys that no thread has taken, by
     whoever drops them under the lock. So nothing is written to a slot, or read from it, after its
     job was reported as finished.
@@ -30,9 +30,9 @@ class Transfers(ABC, Generic[Job]):
     without it.
 
     Args:
-        tier: what the tier's parts have in common.
+        tier: the tier's context.
         roles: a name for each thread.
-        batch_bytes: what a thread takes on at once, at least one block.
+        batch_bytes: bytes that a thread takes on at once; at least one block.
     """
 
     def __init__(self, tier: TierContext, roles: Sequence[str], batch_bytes: int) -> None:
@@ -106,7 +106,7 @@ class Transfers(ABC, Generic[Job]):
             if thread.ident is not None:
                 thread.join(max(0.1, deadline - self._tier.clock()))
 
-    # What a direction defines. All but `_move` need the lock.
+    # Methods of each direction. All but `_move` need the lock.
 
     @abstractmethod
     def _move(self, store: Store, job: Job, first: int, last: int) -> None:

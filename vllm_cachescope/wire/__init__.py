@@ -18,10 +18,18 @@ __all__ = ["READERS", "Reader", "protocol_of", "reader_for", "strip"]
 
 
 class Reader(Interface):
-    """Reads a request's body; raises `BadRequest` for a wrong cache field."""
+    """Reads a request's body.
+
+    If ``strict``, it raises `BadRequest` for a wrong cache field; if not, it ignores the field or
+    reads it narrower. The default is each protocol's own: strict for Messages alone.
+    """
 
     def __call__(
-        self, body: Mapping[str, Any], ttls: Collection[int], default_ttl_s: int = DEFAULT_TTL_S
+        self,
+        body: Mapping[str, Any],
+        ttls: Collection[int],
+        default_ttl_s: int = DEFAULT_TTL_S,
+        strict: bool = ...,
     ) -> PromptRequest: ...
 
 

@@ -9,8 +9,9 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from vllm_cachescope.prompt.ignored_marker import IgnoredReason
 from vllm_cachescope.prompt.request import PromptRequest, Protocol, Region
-from vllm_cachescope.wire.fields import is_text, read_object, read_text
+from vllm_cachescope.wire.fields import is_text, read_text
 from vllm_cachescope.wire.parts import DEFAULT_TTL_S, PartCollector
 
 _PARAMS = (
@@ -29,7 +30,10 @@ _MAX_USER_ID = 4096
 
 
 def read(
-    body: Mapping[str, Any], ttls: Collection[int], default_ttl_s: int = DEFAULT_TTL_S
+    body: Mapping[str, Any],
+    ttls: Collection[int],
+    default_ttl_s: int = DEFAULT_TTL_S,
+    strict: bool = True,
 ) -> PromptRequest:
     """Read a Messages request.
 
@@ -37,12 +41,14 @@ def read(
         body: the request's JSON object.
         ttls: the lifetimes a client may ask for, in seconds.
         default_ttl_s: the lifetime in seconds of a breakpoint that names none.
+        strict: whether to refuse what is wrong with the cache's own fields, as Anthropic's API
+            does. If not, it is ignored, or read narrower.
 
     Raises:
-        BadRequest: for anything wrong with the cache's own fields. Whatever else is malformed
-            is left to the server to refuse.
+        BadRequest: if strict, for anything wrong with the cache's own fields. Whatever else is
+            malformed is left to the server to refuse.
     """
-    parts = PartCollector(ttls, breakpoints=False)
+    parts = PartCollector(ttls, breakpoints=False, strict=strict)
     parts.tools(body.get("tools"))
     _read_content(parts, Region.SYSTEM, "system", body.get("system"), None)
     messages = body.get("messages")
@@ -51,8 +57,8 @@ def read(
         if not isinstance(message, Mapping):
             parts.add(Region.MESSAGES, path, message)
             continue
-        parts.refuse(message, path)
-        role = message.get("role")
+        parts.refuse_dialect(message, path)
+        first, role = len(parts), message.get("role")
         _read_content(
             parts,
             Region.MESSAGES,
@@ -60,29 +66,31 @@ def read(
             message.get("content"),
             role if isinstance(role, str) else None,
         )
+        parts.end(message, path, first)
     for name in _UNMARKABLE:
         parts.refuse(body.get(name), name)
-    settled, controlled = parts.settle(body.get("cache_control"), default_ttl_s)
+    marked = parts.settle(body.get("cache_control"), default_ttl_s)
 
     diagnostics, max_tokens, model = (
         body.get(name) for name in ("diagnostics", "max_tokens", "model")
     )
     previous_id = None
     if diagnostics is not None:
-        fields = read_object(diagnostics, "diagnostics", ("previous_message_id",))
-        previous_id = read_text(
-            fields.get("previous_message_id"), "diagnostics.previous_message_id"
-        )
+        keys, option = ("previous_message_id",), IgnoredReason.OPTION
+        fields = parts.mistakes.read_object(diagnostics, "diagnostics", keys, option) or {}
+        path = "diagnostics.previous_message_id"
+        previous_id = parts.mistakes.read(option, read_text, fields.get(keys[0]), path)
     return PromptRequest(
         protocol=Protocol.MESSAGES,
         model=model if isinstance(model, str) else "",
-        parts=settled,
-        automatic=not controlled,
-        session=_session(body.get("metadata")),
+        parts=marked.parts,
+        automatic=not marked.controlled,
+        session=_session(body),
         prewarm=type(max_tokens) is int and max_tokens == 0,
         params={name: body[name] for name in _PARAMS if body.get(name) is not None},
         diagnose=diagnostics is not None,
         previous_id=previous_id,
+        ignored=tuple(parts.mistakes.ignored),
     )
 
 
@@ -96,7 +104,10 @@ def _read_content(
         parts.add(region, path, content, role)
 
 
-def _session(metadata: object) -> str | None:
+def _session(body: Mapping[str, Any]) -> str | None:
+    session, metadata = body.get("session_id"), body.get("metadata")
+    if isinstance(session, str) and is_text(session):
+        return session
     user_id = metadata.get("user_id") if isinstance(metadata, Mapping) else None
     if not isinstance(user_id, str) or len(user_id) > _MAX_USER_ID:
         return None

@@ -1,8 +1,9 @@
-"""Where cache markers may stand inside a value of a request's body, and that value without them.
+"""The blocks of a request's body on which cache markers may stand, and the body without markers.
 
 All formats nest blocks in the same way: a tool result, a document or a function's output holds a
-list of further blocks. Markers are looked for there and nowhere else: in a tool's schema or a tool
-call's arguments a field called ``cache_control`` is the client's own data.
+list of further blocks, a Chat message a list of tool calls, a Chat tool or tool call its
+``function``. Markers are looked for there and nowhere else: in a tool's schema or a tool call's
+arguments a field called ``cache_control`` is the client's own data.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,11 +15,18 @@ MARKERS = (CACHE_CONTROL, BREAKPOINT)
 
 # The deepest nesting in the `anthropic` package's types: tool_result.content[k].source.content[n].
 _DEPTH = 2
-_LISTS = ("content", "output")
+_LISTS = ("content", "output", "tool_calls")
+_FUNCTION = "function"  # of a Chat tool or tool call
 
 # The fields of a body whose items carry markers, with how deep to look into an item: a message
 # holds its blocks one level down.
 _FIELDS = {"tools": 0, "system": _DEPTH, "messages": _DEPTH + 1, "input": _DEPTH + 1}
+
+# Fields of the whole request, and the lifetimes in them that OpenAI has.
+_OPTIONS = "prompt_cache_options"
+_OPTIONS_TTL = "30m"
+_RETENTION = "prompt_cache_retention"
+_RETENTIONS = (None, "in_memory", "in-memory", "24h")
 
 
 def blocks_within(value: object, path: str, depth: int = _DEPTH) -> Iterator[tuple[str, Any]]:
@@ -33,6 +41,8 @@ def blocks_within(value: object, path: str, depth: int = _DEPTH) -> Iterator[tup
         for inner_path, inner in _lists(value, path):
             for i, block in enumerate(inner):
                 yield from blocks_within(block, f"{inner_path}[{i}]", depth - 1)
+    if isinstance(value.get(_FUNCTION), Mapping):
+        yield f"{path}.{_FUNCTION}", value[_FUNCTION]
     yield path, value
 
 
@@ -53,26 +63,40 @@ def without_marks(value: Any, depth: int = _DEPTH) -> Any:
             blocks = _each_without(source.get("content"), depth - 1)
             if blocks is not source.get("content"):
                 changed["source"] = {**source, "content": blocks}
+    function = value.get(_FUNCTION)
+    if isinstance(function, Mapping) and any(key in function for key in MARKERS):
+        changed[_FUNCTION] = _bare(function)
     if not changed and not any(key in value for key in MARKERS):
         return value
-    return {key: changed.get(key, item) for key, item in value.items() if key not in MARKERS}
+    return _bare({**value, **changed})
 
 
 def strip(body: dict[str, Any]) -> dict[str, Any]:
-    """Return ``body`` without the markers on its tools, messages and blocks.
+    """Return ``body`` as it goes on to vLLM: without the markers on its tools, messages and blocks.
 
     vLLM's request models ignore some of the keys that they do not know, and keep others. A marker
     that is kept can end up in the prompt: on a Responses tool, or inside a tool result that is
     rendered as text. The fields at the top level (``prompt_cache_key``, ``diagnostics`` and the
-    like) reach no prompt and stay. Copies only what changes: a body without markers is returned as
-    the same object.
+    like) reach no prompt and stay, but for the lifetimes that are known here alone: vLLM 0.33
+    refuses those that OpenAI does not have. Copies only what changes: a body without any of this
+    is returned as the same object.
     """
-    changed = {}
+    changed: dict[str, Any] = {}
     for name, depth in _FIELDS.items():
         bare = _each_without(body.get(name), depth)
         if bare is not body.get(name):
             changed[name] = bare
-    return {**body, **changed} if changed else body
+    options = body.get(_OPTIONS)
+    if isinstance(options, Mapping) and "ttl" in options and options["ttl"] != _OPTIONS_TTL:
+        changed[_OPTIONS] = {key: value for key, value in options.items() if key != "ttl"}
+    forwarded = {**body, **changed} if changed else body
+    if _RETENTION in body and body[_RETENTION] not in _RETENTIONS:
+        return {key: value for key, value in forwarded.items() if key != _RETENTION}
+    return forwarded
+
+
+def _bare(value: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: item for key, item in value.items() if key not in MARKERS}
 
 
 def _lists(value: Mapping[str, Any], path: str) -> Iterator[tuple[str, list[Any]]]:

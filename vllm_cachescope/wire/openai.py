@@ -1,14 +1,18 @@
-"""What the OpenAI formats share: the request's cache options, and its leading system messages."""
+"""The common fields of the OpenAI formats: cache options, and leading system messages."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from vllm_cachescope.errors import BadRequest
+from vllm_cachescope.prompt.ignored_marker import IgnoredReason
 from vllm_cachescope.prompt.request import PromptRequest, Protocol
-from vllm_cachescope.wire.fields import is_text, read_choice, read_object, read_text, read_ttl
-from vllm_cachescope.wire.parts import MAX_BREAKPOINTS, PartCollector
+from vllm_cachescope.wire.breakpoints import MAX_BREAKPOINTS
+from vllm_cachescope.wire.fields import is_text, read_choice, read_text, read_ttl
+from vllm_cachescope.wire.mistakes import Mistakes
+from vllm_cachescope.wire.parts import PartCollector
 
+_OPTION = IgnoredReason.OPTION
 _OPTIONS = ("mode", "ttl", "comparison_response_id")
 
 
@@ -33,15 +37,18 @@ def finish(
     ``params`` names the fields of the body, besides the parts, that can change the prompt.
 
     Raises:
-        BadRequest: for anything wrong with a cache field or a marker.
+        BadRequest: if the parts are read strictly, for anything wrong with a cache field or a
+            marker.
     """
-    options = _read_options(protocol, body.get("prompt_cache_options"), ttls)
-    ttl_s = options.ttl_s or _read_retention(body.get("prompt_cache_retention"), ttls)
-    key = read_text(body.get("prompt_cache_key"), "prompt_cache_key")
+    mistakes = parts.mistakes
+    options = _read_options(protocol, body.get("prompt_cache_options"), ttls, mistakes)
+    retention = body.get("prompt_cache_retention")
+    ttl_s = options.ttl_s or mistakes.read(_OPTION, _read_retention, retention, ttls)
+    key = mistakes.read(_OPTION, read_text, body.get("prompt_cache_key"), "prompt_cache_key")
     session, model = body.get("session_id"), body.get("model")
     # The implicit breakpoint takes one of the four.
     explicit = options.mode == "explicit"
-    settled, controlled = parts.settle(
+    marked = parts.settle(
         body.get("cache_control"),
         default_ttl_s if ttl_s is None else ttl_s,
         keep_breakpoints=MAX_BREAKPOINTS - (not explicit),
@@ -49,15 +56,18 @@ def finish(
     return PromptRequest(
         protocol=protocol,
         model=model if isinstance(model, str) else "",
-        parts=settled,
+        parts=marked.parts,
         # Breakpoints leave OpenAI's implicit one in place; Anthropic's markers replace it.
-        automatic=not explicit and (options.mode == "implicit" or not controlled),
+        automatic=not explicit
+        and not marked.mixed
+        and (options.mode == "implicit" or not marked.controlled),
         ttl_s=ttl_s,
         session=session if isinstance(session, str) and is_text(session) else key,
         prewarm=options.prewarm,
         params={name: body[name] for name in params if body.get(name) is not None},
         diagnose=options.previous_id is not None,
         previous_id=options.previous_id,
+        ignored=marked.ignored,
     )
 
 
@@ -71,24 +81,37 @@ def count_leading_system(messages: object) -> int:
     return count
 
 
-def _read_options(protocol: Protocol, value: object, ttls: Collection[int]) -> _Options:
-    if value is None:
-        return _Options(None, None, False, None)
+def _read_options(
+    protocol: Protocol, value: object, ttls: Collection[int], mistakes: Mistakes
+) -> _Options:
     path = "prompt_cache_options"
     # Only Responses can fill the cache without generating (`openai` package, 3.52).
     keys = (*_OPTIONS, "prewarm") if protocol is Protocol.RESPONSES else _OPTIONS
-    fields = read_object(value, path, keys)
-    mode, prewarm = fields.get("mode"), fields.get("prewarm")
-    if mode is not None:
-        mode = read_choice(mode, f"{path}.mode", ("implicit", "explicit"))
-    if prewarm is not None and not isinstance(prewarm, bool):
-        raise BadRequest(f"{path}.prewarm", prewarm, ("true", "false"))
+    fields = None if value is None else mistakes.read_object(value, path, keys, _OPTION)
+    if fields is None:
+        return _Options(None, None, False, None)
+    prewarm = fields.get("prewarm") if "prewarm" in keys else None
     return _Options(
-        mode,
-        read_ttl(fields.get("ttl"), f"{path}.ttl", ttls),
-        bool(prewarm),
-        read_text(fields.get("comparison_response_id"), f"{path}.comparison_response_id"),
+        mistakes.read(_OPTION, _read_mode, fields.get("mode"), f"{path}.mode"),
+        mistakes.read(IgnoredReason.UNKNOWN_TTL, read_ttl, fields.get("ttl"), f"{path}.ttl", ttls),
+        bool(mistakes.read(_OPTION, _read_flag, prewarm, f"{path}.prewarm")),
+        mistakes.read(
+            _OPTION,
+            read_text,
+            fields.get("comparison_response_id"),
+            f"{path}.comparison_response_id",
+        ),
     )
+
+
+def _read_mode(value: object, path: str) -> str | None:
+    return None if value is None else read_choice(value, path, ("implicit", "explicit"))
+
+
+def _read_flag(value: object, path: str) -> bool:
+    if value is not None and not isinstance(value, bool):
+        raise BadRequest(path, value, ("true", "false"))
+    return bool(value)
 
 
 def _read_retention(value: object, ttls: Collection[int]) -> int | None:

@@ -2,7 +2,9 @@
 
 Markers: OpenAI's ``prompt_cache_breakpoint`` on content parts; Anthropic's ``cache_control`` on
 tools, on content parts, once at the top level, and on a message whose content is a string (it has
-no content part to carry one), where it ends the message.
+no content part to carry one), where it ends the message. Unless strict, both are read wherever
+clients put them: also in a tool's ``function``, on a message with content parts (it ends the last
+of them), on a tool call (it ends the calls up to there), and on an empty result of a tool.
 """
 
 from collections.abc import Collection, Mapping
@@ -30,24 +32,30 @@ _PARAMS = (
 
 
 def read(
-    body: Mapping[str, Any], ttls: Collection[int], default_ttl_s: int = DEFAULT_TTL_S
+    body: Mapping[str, Any],
+    ttls: Collection[int],
+    default_ttl_s: int = DEFAULT_TTL_S,
+    strict: bool = False,
 ) -> PromptRequest:
     """Read a Chat Completions request.
 
     Leading messages of the roles ``system`` and ``developer`` are the system region. What a
     message holds besides its content is a part of its own: ``messages[i]`` (its name, its
-    tool_call_id and the like) before the content, ``messages[i].tool_calls`` after it.
+    tool_call_id and the like) before the content, ``messages[i].tool_calls`` after it: the first
+    call, and ``messages[i].tool_calls[1]`` and so on for the others.
 
     Args:
         body: the request's JSON object.
         ttls: the lifetimes a client may ask for, in seconds.
         default_ttl_s: the lifetime in seconds of a breakpoint that names none.
+        strict: whether to refuse what is wrong with the cache's own fields. If not, it is ignored,
+            or read narrower.
 
     Raises:
-        BadRequest: for anything wrong with the cache's own fields. Whatever else is malformed
-            is left to the server to refuse.
+        BadRequest: if strict, for anything wrong with the cache's own fields. Whatever else is
+            malformed is left to the server to refuse.
     """
-    parts = PartCollector(ttls, breakpoints=True)
+    parts = PartCollector(ttls, breakpoints=True, strict=strict)
     parts.tools(body.get("tools"))
     messages = body.get("messages")
     messages = messages if isinstance(messages, list) else []
@@ -77,14 +85,13 @@ def _read_message(parts: PartCollector, region: Region, path: str, message: obje
     }
     if others:
         parts.add(region, path, others, role)
+    first = len(parts)
     if isinstance(content, list) and content:
-        parts.refuse(message, path, "on the content parts of this message")
+        parts.refuse_dialect(message, path, "on the content parts of this message")
         for i, block in enumerate(content):
             parts.block(region, f"{path}.content[{i}]", block, role)
     elif "content" in message or not (others or calls):
         parts.add(region, f"{path}.content", content, role)
     if calls:
-        for i, call in enumerate(calls if isinstance(calls, list) else ()):
-            parts.refuse(call, f"{path}.tool_calls[{i}]")
-        parts.add(region, f"{path}.tool_calls", calls, role)
-    parts.end(message, path)
+        parts.calls(region, f"{path}.tool_calls", calls, role)
+    parts.end(message, path, first)

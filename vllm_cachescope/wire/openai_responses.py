@@ -2,7 +2,8 @@
 
 Markers: OpenAI's ``prompt_cache_breakpoint`` on content parts, those in a function call's output
 included; Anthropic's ``cache_control`` there as well, on tools, on items, on messages whose
-content is a string, and once at the top level.
+content is a string, and once at the top level. Unless strict, both are read wherever clients put
+them: also on a message with content parts, where they end the last of them.
 """
 
 from collections.abc import Collection, Mapping
@@ -28,7 +29,10 @@ HISTORY = ("previous_response_id", "previous_input_messages")
 
 
 def read(
-    body: Mapping[str, Any], ttls: Collection[int], default_ttl_s: int = DEFAULT_TTL_S
+    body: Mapping[str, Any],
+    ttls: Collection[int],
+    default_ttl_s: int = DEFAULT_TTL_S,
+    strict: bool = False,
 ) -> PromptRequest:
     """Read a Responses request.
 
@@ -39,12 +43,14 @@ def read(
         body: the request's JSON object.
         ttls: the lifetimes a client may ask for, in seconds.
         default_ttl_s: the lifetime in seconds of a breakpoint that names none.
+        strict: whether to refuse what is wrong with the cache's own fields. If not, it is ignored,
+            or read narrower.
 
     Raises:
-        BadRequest: for anything wrong with the cache's own fields. Whatever else is malformed
-            is left to the server to refuse.
+        BadRequest: if strict, for anything wrong with the cache's own fields. Whatever else is
+            malformed is left to the server to refuse.
     """
-    parts = PartCollector(ttls, breakpoints=True)
+    parts = PartCollector(ttls, breakpoints=True, strict=strict)
     parts.tools(body.get("tools"))
     if body.get("instructions"):
         parts.add(Region.SYSTEM, "instructions", body["instructions"])
@@ -73,12 +79,14 @@ def _read_item(parts: PartCollector, region: Region, path: str, item: object) ->
     content = item.get("content")
     # A reasoning item has a list called content too; only messages have a role.
     if role is None or "content" not in item:
-        parts.refuse(item, path, "on content parts", kinds=(BREAKPOINT,))
+        parts.refuse_dialect(item, path, "on content parts", kinds=(BREAKPOINT,))
         parts.block(region, path, item, role)
-    elif isinstance(content, list) and content:
-        parts.refuse(item, path, "on the content parts of this message")
+        return
+    first = len(parts)
+    if isinstance(content, list) and content:
+        parts.refuse_dialect(item, path, "on the content parts of this message")
         for i, block in enumerate(content):
             parts.block(region, f"{path}.content[{i}]", block, role)
     else:
         parts.add(region, f"{path}.content", content, role)
-        parts.end(item, path)
+    parts.end(item, path, first)

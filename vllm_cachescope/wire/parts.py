@@ -2,68 +2,75 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
-from vllm_cachescope.durations import format_duration
 from vllm_cachescope.errors import BadRequest
-from vllm_cachescope.prompt.request import Mark, Part, Region
-from vllm_cachescope.tenancy.scope import Scope
+from vllm_cachescope.prompt.ignored_marker import IgnoredMarker, IgnoredReason
+from vllm_cachescope.prompt.request import Part, Region
 from vllm_cachescope.wire.blocks import BREAKPOINT, CACHE_CONTROL, blocks_within, without_marks
-from vllm_cachescope.wire.fields import read_choice, read_object, read_scope, read_ttl
-
-# Anthropic's limit for a request, the automatic breakpoint included; OpenAI writes as many.
-MAX_BREAKPOINTS = 4
+from vllm_cachescope.wire.breakpoints import MAX_BREAKPOINTS, Breakpoints
+from vllm_cachescope.wire.mistakes import Mistakes
 
 DEFAULT_TTL_S = 300
 
 _THINKING = ("thinking", "redacted_thinking", "reasoning")
 _TEXT = ("text", "input_text", "output_text")
+_PLACES = "only on tools and content blocks, or once at the top level"
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
-    """A marker that was found.
+class MarkedParts:
+    """A request's parts with their breakpoints.
 
     Attributes:
-        part: index of the part that it ends.
-        kind: the key that it stands under, one of `MARKERS`.
-        mark: what it says.
-        value: what the client wrote.
+        parts: the parts.
+        controlled: whether any ``cache_control`` counts.
+        mixed: whether ``prompt_cache_breakpoint`` stands beside it.
+        ignored: what was ignored in the markers.
     """
 
-    part: int
-    kind: str
-    mark: Mark
-    value: object
+    parts: tuple[Part, ...]
+    controlled: bool
+    mixed: bool
+    ignored: tuple[IgnoredMarker, ...]
 
 
 class PartCollector:
-    """Takes a request's parts one by one and checks the markers on them.
+    """Takes a request's parts one by one, and the markers on them.
 
-    Add the parts in prompt order (tools, system, messages); then call `settle` once. Every
-    method raises BadRequest for a marker that is wrong or stands where none may.
+    Add the parts in prompt order (tools, system, messages); then call `settle` once. If ``strict``,
+    every method raises BadRequest for a marker that is wrong or stands where its protocol has none.
+    If not, markers are also read where clients of other dialects put them, and what is wrong is
+    ignored.
 
     Args:
         ttls: lifetimes a marker may ask for, in seconds.
         breakpoints: whether the format has OpenAI's ``prompt_cache_breakpoint``. Where it has
             not, that key is the client's own data.
+        strict: whether a mistake refuses the request.
+
+    Attributes:
+        mistakes: takes what is wrong with the request's cache fields.
     """
 
-    def __init__(self, ttls: Collection[int], *, breakpoints: bool) -> None:
-        self._ttls = ttls
+    def __init__(self, ttls: Collection[int], *, breakpoints: bool, strict: bool) -> None:
+        self.mistakes = Mistakes(strict)
         self._kinds = (CACHE_CONTROL, BREAKPOINT) if breakpoints else (CACHE_CONTROL,)
         self._parts: list[Part] = []
-        self._found: list[_Found] = []
+        self._breakpoints = Breakpoints(ttls, self.mistakes)
+
+    def __len__(self) -> int:
+        """How many parts there are."""
+        return len(self._parts)
 
     def tools(self, tools: object) -> None:
         """Add the list ``tools`` of the body; anything but a list is left to the server."""
         for i, tool in enumerate(tools if isinstance(tools, list) else ()):
             path = f"tools[{i}]"
             if isinstance(tool, Mapping):
-                self.refuse(tool.get("function"), f"{path}.function")
-                self.refuse(tool, path, kinds=(BREAKPOINT,))
-                self._read(tool, path)
+                self.refuse_dialect(tool.get("function"), f"{path}.function")
+                self.refuse_dialect(tool, path, kinds=(BREAKPOINT,))
+                self._read_with_function(tool, path)
             self._parts.append(Part(Region.TOOLS, path, without_marks(tool, depth=0)))
 
     def add(self, region: Region, path: str, value: object, role: str | None = None) -> None:
@@ -73,124 +80,123 @@ class PartCollector:
     def block(self, region: Region, path: str, value: object, role: str | None = None) -> None:
         """Add a content block. Markers on blocks nested in it end this part as well."""
         for inner_path, inner in blocks_within(value, path):
-            self._read(inner, inner_path)
+            self._read(inner, inner_path, nested=inner is not value, role=role)
         self._parts.append(Part(region, path, without_marks(value), role))
 
-    def end(self, owner: Mapping[str, Any], path: str) -> None:
-        """Let ``owner.cache_control`` end the last part added."""
-        self.refuse(owner, path, kinds=(BREAKPOINT,))
-        if owner.get(CACHE_CONTROL) is None:
+    def calls(self, region: Region, path: str, calls: object, role: str | None) -> None:
+        """Add a message's tool calls, each as a list of one: the first as ``path``, those after
+        it as ``path[1]`` and so on. Anything but a list is one part."""
+        if not isinstance(calls, list):
+            self.add(region, path, calls, role)
             return
-        if not _can_end(self._parts[-1].content):
-            raise BadRequest(
-                f"{path}.{CACHE_CONTROL}", owner[CACHE_CONTROL], "only on a message with content"
-            )
-        self._take(CACHE_CONTROL, owner[CACHE_CONTROL], path, part=len(self._parts) - 1)
+        for i, call in enumerate(calls):
+            call_path = f"{path}[{i}]"
+            if isinstance(call, Mapping):
+                self.refuse_dialect(call.get("function"), f"{call_path}.function")
+                self.refuse_dialect(call, call_path)
+                self._read_with_function(call, call_path)
+            bare = [without_marks(call, depth=0)]
+            self.add(region, call_path if i else path, bare, role)
 
-    def refuse(
+    def end(self, owner: Mapping[str, Any], path: str, first: int) -> None:
+        """Let the marker of the message ``owner`` end the last part added.
+
+        Args:
+            owner: the message.
+            path: its path.
+            first: index of the first part that holds content of the message.
+        """
+        self.refuse_dialect(owner, path, kinds=(BREAKPOINT,))
+        last = len(self._parts) - 1
+        # The result of a tool may be empty; the message is there all the same.
+        is_result = owner.get("role") == "tool" and not self.mistakes.strict
+        content = self._parts[min(first, last) :]
+        empty = not is_result and not any(_can_end(part.content) for part in content)
+        for kind in self._kinds:
+            if (value := owner.get(kind)) is None:
+                continue
+            if empty:
+                self._breakpoints.ignore(
+                    IgnoredReason.EMPTY,
+                    f"{path}.{kind}",
+                    value,
+                    last,
+                    "only on a message with content",
+                )
+            else:
+                self._breakpoints.take(kind, value, path, last)
+
+    def refuse(self, owner: object, path: str) -> None:
+        """Take it as a mistake if ``owner``, where no marker may stand, carries one."""
+        if isinstance(owner, Mapping):
+            for kind in self._kinds:
+                if (value := owner.get(kind)) is not None:
+                    reason = IgnoredReason.MISPLACED
+                    self._breakpoints.ignore(reason, f"{path}.{kind}", value, -1, _PLACES)
+
+    def refuse_dialect(
         self,
         owner: object,
         path: str,
-        allowed: str = "only on tools and content blocks, or once at the top level",
+        allowed: str = _PLACES,
         kinds: tuple[str, ...] | None = None,
     ) -> None:
-        """Raise BadRequest if ``owner``, where no marker may stand, carries one."""
-        if isinstance(owner, Mapping):
+        """If strict, refuse a marker on ``owner``, where only clients of other dialects put one."""
+        if self.mistakes.strict and isinstance(owner, Mapping):
             for kind in kinds or self._kinds:
                 if kind in self._kinds and owner.get(kind) is not None:
                     raise BadRequest(f"{path}.{kind}", owner[kind], allowed)
 
     def settle(
         self, top_level: object, default_ttl_s: int, keep_breakpoints: int = MAX_BREAKPOINTS
-    ) -> tuple[tuple[Part, ...], bool]:
-        """Return the parts with their breakpoints, and whether there is any ``cache_control``.
+    ) -> MarkedParts:
+        """Return the parts with their breakpoints.
 
         Args:
             top_level: the body's own ``cache_control``. It falls on the last part that can carry
-                a breakpoint; if that part has one already, the two must agree on the lifetime.
+                a breakpoint.
             default_ttl_s: the lifetime in seconds of a marker that names none.
-            keep_breakpoints: how many of OpenAI's breakpoints count. Where there are more, the
-                latest do (``prompt_cache_options.mode`` in the `openai` package): a conversation
-                carries its old ones along.
+            keep_breakpoints: how many of OpenAI's breakpoints count; see `Breakpoints.settle`.
         """
-        controls = [found for found in self._found if found.kind == CACHE_CONTROL]
-        breakpoints = [found for found in self._found if found.kind == BREAKPOINT]
-        if breakpoints and (controls or top_level is not None):
-            raise BadRequest(
-                breakpoints[0].mark.path,
-                breakpoints[0].value,
-                f"either {CACHE_CONTROL} or {BREAKPOINT} in a request, not both",
-            )
-        if len(controls) > MAX_BREAKPOINTS:
-            fifth = controls[MAX_BREAKPOINTS]
-            raise BadRequest(fifth.mark.path, fifth.value, _AT_MOST)
-        if top_level is not None:
-            controls += self._automatic(top_level, controls, default_ttl_s)
-        _check_order([found.mark for found in controls], default_ttl_s)
-
-        by_part: dict[int, list[Mark]] = {}
-        for found in controls + breakpoints[-keep_breakpoints:]:
-            by_part.setdefault(found.part, []).append(found.mark)
-        for i, marks in by_part.items():
-            self._parts[i] = replace(self._parts[i], mark=_merged(marks, default_ttl_s))
-        return tuple(self._parts), bool(controls) or top_level is not None
-
-    def _read(self, block: Mapping[str, Any], path: str) -> None:
-        for kind in self._kinds:
-            if block.get(kind) is None:
-                continue
-            if block.get("type") in _THINKING:
-                raise BadRequest(f"{path}.{kind}", block[kind], "none on a thinking block")
-            if not _can_end(block):
-                raise BadRequest(f"{path}.{kind}", block[kind], "only on a text block with text")
-            self._take(kind, block[kind], path, part=len(self._parts))
-
-    def _take(self, kind: str, value: object, path: str, part: int) -> None:
-        path = f"{path}.{kind}"
-        if kind == BREAKPOINT:
-            fields = read_object(value, path, ("mode", "ttl"))
-            read_choice(fields.get("mode"), f"{path}.mode", ("explicit",))
-            mark = Mark(path, read_ttl(fields.get("ttl"), f"{path}.ttl", self._ttls))
-        else:
-            mark = read_cache_control(value, path, self._ttls)
-        self._found.append(_Found(part, kind, mark, value))
-
-    def _automatic(self, value: object, controls: list[_Found], default_ttl_s: int) -> list[_Found]:
-        mark = read_cache_control(value, CACHE_CONTROL, self._ttls)
-        if len(controls) == MAX_BREAKPOINTS:
-            raise BadRequest(CACHE_CONTROL, value, _AT_MOST)
         ends = (i for i in reversed(range(len(self._parts))) if _can_end(self._parts[i].content))
-        last = next(ends, None)
-        if last is None:
-            return []
-        for found in controls:
-            there = _ttl(found.mark, default_ttl_s)
-            if found.part == last and there != _ttl(mark, default_ttl_s):
-                raise BadRequest(
-                    f"{CACHE_CONTROL}.ttl",
-                    format_duration(_ttl(mark, default_ttl_s)),
-                    f"{format_duration(there)}, as {found.mark.path} on the same block has it",
-                )
-        return [_Found(last, CACHE_CONTROL, mark, value)]
+        last = None if top_level is None else next(ends, None)
+        marks, controlled, mixed = self._breakpoints.settle(
+            top_level, last, default_ttl_s, keep_breakpoints
+        )
+        parts = self._parts
+        for i, mark in marks.items():
+            parts[i] = replace(parts[i], mark=mark)
+        for i, scope in self._breakpoints.narrowed.items() if parts else ():
+            narrowed = parts[i].narrowed
+            parts[i] = replace(
+                parts[i], narrowed=scope if narrowed is None else max(scope, narrowed)
+            )
+        return MarkedParts(tuple(parts), controlled, mixed, tuple(self.mistakes.ignored))
 
+    def _read_with_function(self, owner: Mapping[str, Any], path: str) -> None:
+        """Read the markers of a tool or a tool call, whichever of its two objects has them."""
+        for inner_path, inner in blocks_within(owner, path, depth=0):
+            self._read(inner, inner_path, nested=True)
 
-_AT_MOST = f"at most {MAX_BREAKPOINTS} breakpoints in a request"
-
-
-def read_cache_control(value: object, path: str, ttls: Collection[int]) -> Mark:
-    """Return the breakpoint that the ``cache_control`` object ``value`` at ``path`` sets.
-
-    Raises:
-        BadRequest: for another type than ``ephemeral``, a ttl not in ``ttls``, an unknown scope
-            or an unknown key.
-    """
-    fields = read_object(value, path, ("type", "ttl", "scope"))
-    read_choice(fields.get("type"), f"{path}.type", ("ephemeral",))
-    return Mark(
-        path,
-        read_ttl(fields.get("ttl"), f"{path}.ttl", ttls),
-        read_scope(fields.get("scope"), f"{path}.scope"),
-    )
+    def _read(
+        self, block: Mapping[str, Any], path: str, *, nested: bool, role: str | None = None
+    ) -> None:
+        strict = self.mistakes.strict
+        for kind in self._kinds:
+            if (value := block.get(kind)) is None:
+                continue
+            part = len(self._parts)
+            if block.get("type") in _THINKING:
+                reason, allowed = IgnoredReason.MISPLACED, "none on a thinking block"
+            # What holds a nested block ends there, as does the result of a tool, though empty.
+            elif not _can_end(block) and (strict or not (nested or role == "tool")):
+                reason, allowed = IgnoredReason.EMPTY, "only on a text block with text"
+            elif strict and not nested and _is_blank(block):
+                reason, allowed = IgnoredReason.EMPTY, "only on a text block with more than spaces"
+            else:
+                self._breakpoints.take(kind, value, path, part)
+                continue
+            self._breakpoints.ignore(reason, f"{path}.{kind}", value, part, allowed)
 
 
 def _can_end(content: Any) -> bool:
@@ -203,33 +209,7 @@ def _can_end(content: Any) -> bool:
     return content is not None and content != "" and content != []
 
 
-def _ttl(mark: Mark, default_ttl_s: int) -> int:
-    return default_ttl_s if mark.ttl_s is None else mark.ttl_s
-
-
-def _check_order(marks: list[Mark], default_ttl_s: int) -> None:
-    for before, mark in pairwise(marks):
-        longest = _ttl(before, default_ttl_s)
-        if _ttl(mark, default_ttl_s) > longest:
-            raise BadRequest(
-                f"{mark.path}.ttl",
-                format_duration(_ttl(mark, default_ttl_s)),
-                f"at most {format_duration(longest)}, the lifetime of the earlier {before.path}",
-            )
-    for before, mark in pairwise(mark for mark in marks if mark.scope is not None):
-        assert before.scope is not None and mark.scope is not None
-        if mark.scope < before.scope:
-            narrower = ", ".join(scope.label for scope in Scope if scope >= before.scope)
-            raise BadRequest(
-                f"{mark.path}.scope",
-                mark.scope.label,
-                f"{narrower}, as the earlier {before.path} has narrowed it",
-            )
-
-
-def _merged(marks: list[Mark], default_ttl_s: int) -> Mark:
-    """Return one breakpoint in place of several that end the same part: with the longest of their
-    lifetimes and the narrowest of their scopes."""
-    longest = max(marks, key=lambda mark: _ttl(mark, default_ttl_s))
-    scopes = [mark.scope for mark in marks if mark.scope is not None]
-    return Mark(marks[-1].path, longest.ttl_s, max(scopes, default=None))
+def _is_blank(block: Mapping[str, Any]) -> bool:
+    """Tell whether a block is text that is nothing but spaces, which Anthropic's API refuses."""
+    text = block.get("text")
+    return block.get("type") in _TEXT and isinstance(text, str) and not text.strip()

@@ -69,7 +69,10 @@ def _truncated_message(
 ) -> Any:
     if not isinstance(message, Mapping):
         return message
-    if field == "content":
+    if field == "tool_calls" and isinstance(message["tool_calls"], list):
+        # The part without a number is the first call.
+        message = {**message, "tool_calls": message["tool_calls"][: int(index or 0) + 1]}
+    elif field == "content":
         message = {key: value for key, value in message.items() if key != "tool_calls"}
         if index is not None:
             message["content"] = message["content"][: int(index) + 1]

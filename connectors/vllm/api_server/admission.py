@@ -1,7 +1,7 @@
-"""The one place every prompt passes on its way from the API to the engine, and back.
+"""The admission of prompts: the one place between the API server and the engine client.
 
-On the way in a prompt gets its plan; on the way out the engine's report is taken off, so that no
-response shows it.
+Each prompt gets its plan here. The engine's report is taken off the outputs that come back, so that
+no response shows it.
 """
 
 import asyncio

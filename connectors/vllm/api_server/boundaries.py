@@ -1,4 +1,4 @@
-"""Where the segments of a prompt end, in tokens.
+"""The boundaries of a prompt: where its segments end, in tokens.
 
 The request is rendered once more with everything after a segment removed. The tokens that this
 rendering and the prompt have in common, from the start, are those of the segment and of what comes

@@ -19,7 +19,7 @@ from vllm_cachescope.logs import logger_of
 from vllm_cachescope.tiers.store_jobs import PURGE_S
 
 ANSWER_S = 10.0
-"""How long an engine may take to answer a command, in seconds: a long step of it, and more."""
+"""How long an engine may take to answer a command, in seconds: longer than a long step."""
 
 logger = logger_of(__name__)
 

@@ -1,4 +1,4 @@
-"""Makes the plan of a prompt: which of its tokens are shared how widely, and kept how long."""
+"""The planner of prompts: which tokens are shared how widely, and kept how long."""
 
 import asyncio
 import secrets
@@ -50,19 +50,19 @@ class Planner:
         """
         if context.request is None:
             return self.plan_whole(caller, len(tokens))
-        planned, prefixes = await self._rendering(context, context.request)
+        cut, prefixes = await self._rendering(context, context.request)
         ends = await self._boundaries.ends(prefixes, context.request.protocol, tokens, text)
-        return self._spans(planned, ends, caller)
+        return self._plan(cut, ends, caller)
 
     def plan_whole(self, caller: Caller, tokens: int) -> Plan:
         """Return the plan of a prompt of ``tokens`` tokens that is cached as a whole, with the
         operator's defaults."""
         default = self._defaults[Region.MESSAGES]
         whole = Segment(None, default.scope, default.ttl_s, True)
-        return self._spans((whole,), [tokens], caller)
+        return self._plan((whole,), [tokens], caller)
 
     def _on_tokenizing(self) -> None:
-        """The server tokenises a prompt in another thread: render its parts meanwhile in this."""
+        """The server tokenises a prompt on another thread; render its segments meanwhile."""
         context = current_request.get()
         if context is not None and context.request is not None:
             self._rendering(context, context.request)
@@ -74,13 +74,13 @@ class Planner:
         return context.rendering
 
     async def _render(self, request: PromptRequest, body: Mapping[str, Any]) -> _Rendered:
-        planned = segments(request, self._defaults)
-        return planned, await self._boundaries.prefixes(request, body, planned)
+        cut = segments(request, self._defaults)
+        return cut, await self._boundaries.prefixes(request, body, cut)
 
-    def _spans(self, planned: tuple[Segment, ...], ends: list[int], caller: Caller) -> Plan:
+    def _plan(self, cut: tuple[Segment, ...], ends: list[int], caller: Caller) -> Plan:
         nonce = secrets.token_hex(8)
         spans: list[Span] = []
-        for segment, end in zip(planned, ends, strict=True):
+        for segment, end in zip(cut, ends, strict=True):
             if spans and end == spans[-1].end:
                 continue
             unreadable = segment.scope is Scope.SESSION and caller.session is None

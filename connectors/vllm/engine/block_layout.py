@@ -1,4 +1,4 @@
-"""How the engine cuts prompts into blocks and chunks, and the keys that name them."""
+"""The layout of blocks: how the engine cuts prompts into blocks and chunks, and their keys."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +15,8 @@ class Group(NamedTuple):
 
     Attributes:
         id: the group's number, which ends the keys of its blocks.
-        tokens_per_block: how it cuts prompts; a multiple of the layout's ``tokens_per_hash``.
+        tokens_per_block: tokens per block of the group; a multiple of the layout's
+            ``tokens_per_hash``.
     """
 
     id: int
@@ -23,7 +24,7 @@ class Group(NamedTuple):
 
     @property
     def suffix(self) -> bytes:
-        """What ends the keys of the group's blocks, behind the block's hash."""
+        """The end of the keys of the group's blocks, behind the block's hash."""
         return self.id.to_bytes(4, "big")
 
 
@@ -54,7 +55,7 @@ class BlockLayout:
         """Return ``(end, key)`` of the blocks of a group between two positions, in order.
 
         Args:
-            request: whose blocks.
+            request: the request whose blocks are wanted.
             group: one of the groups.
             start: a position inside the first block, in tokens.
             end: a position behind the last block, in tokens.
@@ -95,7 +96,7 @@ class BlockLayout:
         ends inside that chunk, so that no tier keeps it.
 
         Args:
-            request: whose chunk.
+            request: the request whose chunk is wanted.
             block_end: position just past the block's last token.
         """
         group = self.groups[0]

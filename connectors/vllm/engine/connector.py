@@ -3,6 +3,7 @@
 import time
 from typing import Any
 
+import vllm
 from cachetools import FIFOCache
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorRole
@@ -36,13 +37,14 @@ from vllm_cachescope.connectors.vllm.engine.scheduler import (
 from vllm_cachescope.connectors.vllm.engine.stats import Gauges, move_remote_counts
 from vllm_cachescope.connectors.vllm.engine.tiers.cpu import CPU
 from vllm_cachescope.connectors.vllm.engine.tiers.device import DEVICE
+from vllm_cachescope.connectors.vllm.engine.versions import warn_if_untried
 from vllm_cachescope.logs import logger_of
 from vllm_cachescope.prompt.plan import PLAN_KEY
 from vllm_cachescope.prompt.request import Region
 from vllm_cachescope.tiers.jobs import Purge
 
 MAX_PURGES = 64
-"""So many purges, the most recent ones, can be asked about."""
+"""How many purges can be asked about: the most recent ones."""
 
 logger = logger_of(__name__)
 
@@ -65,6 +67,7 @@ class CacheScopeConnector(OffloadingConnector):
             super().__init__(for_offloading(vllm_config, config), role, kv_cache_config)
         if role is not KVConnectorRole.SCHEDULER:
             return
+        warn_if_untried(vllm.__version__)
         hashing.enforce(config.secret_bytes(), config.regions.of(Region.MESSAGES))
         engine_rpc.install()
         assert self.connector_scheduler is not None
@@ -90,7 +93,7 @@ class CacheScopeConnector(OffloadingConnector):
                 if (quotas := read_quotas(config, tier, entry_bytes)) is not None
             },
         )
-        # Whether an idle engine has dropped something that the metrics do not show yet.
+        # Whether an idle engine has dropped entries that the metrics still show.
         self._has_unreported_drops = False
         self._purges: FIFOCache[str, dict[str, Purge]] = FIFOCache(MAX_PURGES)
 

@@ -1,4 +1,4 @@
-"""Puts the scope key of each block into its hash.
+"""The hashing of blocks, with the scope key of each block in its hash.
 
 vLLM looks up `generate_block_hash_extra_keys` by name whenever it hashes a block, so wrapping
 that one function gives a block its scope on every tier: the prefix cache, the offloading tiers
@@ -76,7 +76,7 @@ def plan_of(request: Request) -> Plan:
 
 
 def enforce(secret: bytes, default: RegionDefault) -> None:
-    """From here on every block hash in this process carries a scope key.
+    """Have every block hash in this process carry a scope key from here on.
 
     Args:
         secret: key of the scope keys and of the plans' MACs.

@@ -10,7 +10,7 @@ from vllm_cachescope.cache.quotas import SHOWN_ORGS
 
 @dataclass(frozen=True, slots=True)
 class TierInfo:
-    """What does not change of a tier in the engine's own memory. It is always up.
+    """The fixed facts of a tier in the engine's own memory. Such a tier is always up.
 
     Attributes:
         name: ``device`` or ``cpu``.

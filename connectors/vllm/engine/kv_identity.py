@@ -1,4 +1,4 @@
-"""What two engines must have in common to use each other's KV."""
+"""The identity of KV: what two engines must have in common to use each other's blocks."""
 
 import hashlib
 import json
@@ -16,11 +16,11 @@ _SAMPLE_BYTES = 4096
 
 
 def model_identity(vllm_config: VllmConfig) -> dict[str, Any]:
-    """Return what names the model and the way it is run, as plain data."""
+    """Return the names of the model and of the settings that it is served with, as plain data."""
     model = vllm_config.model_config
     hf_config = model.hf_config.to_dict()
     commit = getattr(model.hf_config, "_commit_hash", None) or hf_config.pop("_commit_hash", None)
-    # Neither says anything of the weights; both differ between machines with equal ones.
+    # Both may differ between machines with equal weights.
     for name in ("_name_or_path", "transformers_version"):
         hf_config.pop(name, None)
     return {

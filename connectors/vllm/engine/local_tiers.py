@@ -1,4 +1,4 @@
-"""The tiers in the engine's own memory, the device and the CPU tier, kept true to the ledger."""
+"""The local tiers, device and CPU, kept in step with the ledger."""
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Why blocks of a prompt were not read that the engine had before."""
+"""The explainer of misses: why blocks that the engine had before were not read."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -15,7 +15,7 @@ from vllm_cachescope.tiers.block_states import Absence
 from vllm_cachescope.tiers.keyspace import qualified
 
 MAX_MISSES = 32
-"""A report lists at most so many misses; the last one takes in what follows."""
+"""How many misses a report lists at most; the last of them also counts the tokens that follow."""
 
 
 class MissExplainer:
@@ -66,9 +66,9 @@ class MissExplainer:
             if missing:
                 miss = self._block_miss(plan, request, end, missing, size, now)
             else:
-                # The block is cached. Behind a block that is missing it cannot be read, and is
-                # missed for the same reason. As the first one it was left out by vLLM, which has
-                # to compute the prompt's last token: nothing is missing.
+                # The block is cached. Behind a missing block it cannot be read, and is missed for
+                # the same reason. Otherwise vLLM left the block out, since it has to compute the
+                # prompt's last token: nothing is missing.
                 miss = misses[-1] if misses else None
             if miss is None:
                 unasked = self._unasked(plan, request, end)

@@ -1,4 +1,4 @@
-"""Reports on prompts: what each of them read, created and missed."""
+"""The reporter on prompts: what each of them read, created and missed."""
 
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence

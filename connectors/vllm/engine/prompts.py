@@ -11,12 +11,12 @@ from vllm_cachescope.cache.miss_causes import CacheMiss
 from vllm_cachescope.prompt.plan import Plan
 
 MAX_PROMPTS = 4096
-"""The reports of so many prompts, the most recent ones, can be asked for."""
+"""How many prompts' reports can be asked for: the most recent ones."""
 
 
 @dataclass(slots=True)
 class Prompt:
-    """What is known of one prompt.
+    """One prompt, as far as the engine knows it.
 
     Attributes:
         plan: its plan.
@@ -31,8 +31,8 @@ class Prompt:
         registered: tokens whose blocks are in the ledger.
         promoted: name of the tier that a key was loaded from into the CPU tier, by key.
         is_counted: whether the prompt's tokens are in the metrics.
-        purged: beginnings of the owners that were purged while the prompt ran. It leaves no block
-            of theirs behind.
+        purged: beginnings of the owners that were purged while the prompt ran. The prompt leaves
+            no block of theirs behind.
     """
 
     plan: Plan

@@ -1,5 +1,5 @@
-"""The connector's side in the scheduler: keeps the lifetimes of all blocks true to what vLLM does,
-and reports on each prompt."""
+"""The connector's side in the scheduler: keeps the lifetimes of all blocks in step with vLLM, and
+reports on each prompt."""
 
 import time
 from collections import Counter
@@ -40,7 +40,7 @@ from vllm_cachescope.tiers.keyspace import qualified
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
-    """What the scheduler side has to know of the engine.
+    """The settings of the engine that the scheduler side needs.
 
     Attributes:
         rank: the engine's number among those behind one API server, from 0.
@@ -56,17 +56,19 @@ class EngineSettings:
 
 
 class CacheScopeConnectorScheduler(TierParent):
-    """What `CacheScopeConnector` calls in the scheduler's process. Runs on the scheduler's thread
-    and never blocks. Methods with vLLM's names are called when the connector's are.
+    """The scheduler side, which `CacheScopeConnector` calls in the scheduler's process.
+
+    It runs on the scheduler's thread and never blocks. A method that is named like one of
+    the connector's is called from there.
 
     Args:
-        settings: what is fixed for this engine.
+        settings: the engine's settings.
         kv_cache: vLLM's manager of the device's blocks.
         offloading: vLLM's manager of the tiers behind it; its primary tier runs `ScopePolicy`.
         clock: seconds, never running backwards: lifetimes run on it.
 
     Attributes:
-        counts: what the metrics are to show next.
+        counts: the counts since the metrics were last reported.
         remotes: the remote tiers, nearest first.
     """
 
@@ -234,8 +236,8 @@ class CacheScopeConnectorScheduler(TierParent):
         Args:
             prompt: the prompt.
             request: its request.
-            tokens: up to where.
-            known_only: whether to start none.
+            tokens: how many tokens of the prompt, from its start.
+            known_only: whether to refresh lifetimes only, and to start none.
 
         Returns:
             Whether the ledger knows all of these blocks now.

@@ -1,4 +1,4 @@
-"""What the engine reports to vLLM's metrics after each step."""
+"""The statistics that the engine reports to vLLM's metrics after each step."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -26,7 +26,7 @@ from vllm_cachescope.metrics import (
 
 @dataclass(slots=True)
 class Counts:
-    """What the scheduler side has counted since the last report.
+    """The counts of the scheduler side since the last report.
 
     Attributes:
         tokens: prompt tokens by outcome, scope and TTL in seconds (0 where none is covered).

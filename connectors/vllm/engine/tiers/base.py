@@ -12,7 +12,7 @@ from vllm_cachescope.prompt.plan import Plan
 
 
 class TierParent(ABC):
-    """What the scheduler side does for its tiers.
+    """The scheduler side, as its tiers see it.
 
     The device tier gets its parent when it is made. vLLM makes the CPU tier's policy and the
     remote tiers before there is a parent; they get it by ``bind``, once, before the first request.

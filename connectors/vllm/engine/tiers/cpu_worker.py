@@ -1,6 +1,6 @@
-"""Copies KV between device blocks and the CPU tier where the device is the CPU itself.
+"""The worker that copies KV between device blocks and the CPU tier on the CPU platform.
 
-On CUDA vLLM's own worker does this, untouched; it needs streams, which the CPU platform lacks.
+On CUDA vLLM's own worker copies. That worker needs streams, which the CPU platform lacks.
 """
 
 import time

@@ -1,4 +1,4 @@
-"""Which blocks of vLLM's prefix cache exceed the quotas of their organisations."""
+"""The quotas of the device: which blocks of the prefix cache exceed their organisation's."""
 
 from collections import Counter
 from collections.abc import Callable, Collection
@@ -74,7 +74,7 @@ class DeviceQuotas:
         return keys
 
     def _oldest(self, org: bytes, blocks: int, wanted: Collection[bytes] = ()) -> list[bytes]:
-        """Return up to so many keys of ``org``, whose blocks no request runs on."""
+        """Return up to ``blocks`` of the oldest keys of ``org`` whose blocks are not in use."""
         if not blocks:
             return []
         return self._order.victims_of(

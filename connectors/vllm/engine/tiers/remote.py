@@ -1,4 +1,4 @@
-"""Our remote tiers, as vLLM's tiering framework wants a secondary tier to be."""
+"""The managers of remote tiers, as vLLM's tiering framework wants secondary tiers to be."""
 
 import random
 import time
@@ -21,7 +21,7 @@ from vllm_cachescope.cache.quotas import read_quotas
 from vllm_cachescope.config import Config, Tier
 from vllm_cachescope.connectors.vllm.engine.kv_identity import kv_identity
 from vllm_cachescope.connectors.vllm.engine.tiers.base import TierParent
-from vllm_cachescope.connectors.vllm.store_factory import keeps_accounts, limits_of, stores
+from vllm_cachescope.connectors.vllm.store_factory import counts_usage, limits_of, stores
 from vllm_cachescope.prompt.plan import Plan
 from vllm_cachescope.tenancy.owner_tags import org_of
 from vllm_cachescope.tiers.expiry import expiry
@@ -43,7 +43,7 @@ _RESULTS = {
 
 @dataclass(slots=True)
 class _Use:
-    """What is known of a request that may still store chunks, even after it is over.
+    """A request's use of its prompt; kept while the request may store chunks, even after its end.
 
     Attributes:
         at: when the request last used its prompt, in seconds on the tier's clock.
@@ -100,7 +100,7 @@ class RemoteTierManager(SecondaryTierManager):
             limits_of(settings),
             time.monotonic,
             random.random,
-            None if quotas is None or keeps_accounts(settings) else LocalUsage(quotas),
+            None if quotas is None or counts_usage(settings) else LocalUsage(quotas),
         )
         self._uses: dict[str, _Use] = {}
         self.tier.start()

@@ -1,0 +1,29 @@
+"""Counts the markers that were ignored."""
+
+from prometheus_client import CollectorRegistry, Counter
+
+from vllm_cachescope.prompt.ignored_marker import IgnoredReason
+from vllm_cachescope.prompt.request import PromptRequest
+
+
+class IgnoredMarkers:
+    """Counts the markers, or fields of them, that requests were served without.
+
+    Args:
+        registry: where the counter is registered.
+    """
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        counter = Counter(
+            "cachescope_ignored_markers",
+            "Cache markers, or fields of them, that did not count as they were written, by reason "
+            f"({', '.join(IgnoredReason)}).",
+            ("reason",),
+            registry=registry,
+        )
+        self._by_reason = {reason: counter.labels(reason) for reason in IgnoredReason}
+
+    def count(self, request: PromptRequest) -> None:
+        """Count what was ignored in ``request``."""
+        for marker in request.ignored:
+            self._by_reason[marker.reason].inc()
