@@ -52,22 +52,31 @@ def own_transfer(kv_transfer_config: Any) -> Any:
     """
     if kv_transfer_config is None:
         return None
-    extra = getattr(kv_transfer_config, "kv_connector_extra_config", None) or {}
-    inner = extra.get("connectors") if kv_transfer_config.kv_connector == _MULTI else None
-    candidates = [kv_transfer_config]
-    for one in inner if isinstance(inner, list) else ():
-        candidates.append(SimpleNamespace(**{"kv_connector_extra_config": {}, **one}))
+    outer = _with_attributes(kv_transfer_config)
+    inner = outer.kv_connector_extra_config.get("connectors") if _is(outer, _MULTI) else ()
+    candidates = [outer, *map(_with_attributes, inner or ())]
     return next((one for one in candidates if _is_ours(one)), None)
 
 
+def _with_attributes(transfer: Any) -> Any:
+    """Return a connector's configuration as vLLM's `KVTransferConfig` has it, if it is a mapping:
+    `EngineArgs` and ``MultiConnector`` take those, too."""
+    if not isinstance(transfer, Mapping):
+        return transfer
+    return SimpleNamespace(**{"kv_connector_extra_config": {}, **transfer})
+
+
+def _is(transfer: Any, name: str) -> bool:
+    return getattr(transfer, "kv_connector", None) == name
+
+
 def _is_ours(transfer: Any) -> bool:
-    name = getattr(transfer, "kv_connector", None)
     path = getattr(transfer, "kv_connector_module_path", None)
-    if name == CONNECTOR or not path:
-        return bool(name == CONNECTOR)
+    if _is(transfer, CONNECTOR) or not path:
+        return _is(transfer, CONNECTOR)
     # vLLM imports it as well, in each of its processes, and says if that fails.
     with suppress(ImportError):
-        derived = getattr(importlib.import_module(path), str(name), None)
+        derived = getattr(importlib.import_module(path), transfer.kv_connector, None)
         return isinstance(derived, type) and any(it.__name__ == CONNECTOR for it in derived.mro())
     return False
 

@@ -128,6 +128,7 @@ def entry(monkeypatch: pytest.MonkeyPatch) -> Any:
     [
         (OURS, [], 1),
         (DERIVED, ["tests.nowhere.Middleware"], 1),
+        (vars(OURS), [], 1),
         (SEVERAL, ["starlette.middleware.gzip.GZipMiddleware"], 1),
         (OURS, [NAME], 1),
         (OURS, ["vllm_cachescope.connectors.vllm.api_server.middleware.Middleware"], 0),
@@ -145,7 +146,7 @@ def test_one_argument_attaches_the_api_side_once(
     app = entry.build_app(args)
     assert app.middlewares.count(NAME) == attached
     assert set(named) <= set(app.middlewares)
-    assert hasattr(app.state, "cachescope") == (configured in (OURS, DERIVED, SEVERAL))
+    assert hasattr(app.state, "cachescope") == (configured not in (None, OTHER, STRANGE))
 
 
 async def test_what_cannot_be_attached_to_stops_the_start(entry: Any) -> None:
