@@ -379,8 +379,8 @@ SESSIONS = {
 
 @pytest.mark.parametrize("source", SESSIONS)
 def test_sources_of_the_session(api, source):
-    def ask(session, source=source):
-        fields, headers = SESSIONS[source](session)
+    def ask(session, by=source):
+        fields, headers = SESSIONS[by](session)
         body = session_body(f"session by {source}", **fields)
         reply = api.post("/v1/messages", body, **headers)
         return of_messages(reply.json()["usage"]).read
