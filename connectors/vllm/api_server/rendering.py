@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any
 
 from cachetools import LRUCache
@@ -11,10 +12,13 @@ from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
+from vllm_cachescope.logs import logger_of
 from vllm_cachescope.prompt.boundaries import SpecialTokens
 from vllm_cachescope.prompt.request import Protocol
 from vllm_cachescope.wire.billing_header import drop_billing_blocks
 from vllm_cachescope.wire.body import encode
+
+logger = logger_of(__name__)
 
 REMEMBERED_TOKENS = 4_000_000
 """How many tokens of rendered tools and system prompts are kept, some 32 MB."""
@@ -25,6 +29,12 @@ _NOT_RENDERED = frozenset(
      "prompt_cache_key", "request_id", "kv_transfer_params"}
 )  # fmt: skip
 """Fields of a body that change no prompt, and so must not tell two equal prompts apart."""
+
+_conversion_options: ContextVar[Mapping[str, Any]] = ContextVar(
+    "cachescope_conversion_options", default=MappingProxyType({})
+)
+"""Options with which the Messages endpoint converted the task's request to Chat Completions. They
+differ from one release of vLLM to the next."""
 
 _text_only: ContextVar[bool] = ContextVar("cachescope_text_only", default=False)
 
@@ -68,6 +78,7 @@ class Rendering:
             return await tokenize(prompts, params)
 
         self._renderer.tokenize_prompts_async = tokenize_prompts_async
+        _follow_conversions(getattr(state, "anthropic_serving_messages", None))
 
     def purge(self) -> None:
         """Drop the tokens that are kept: of tools and system prompts of all organisations."""
@@ -132,7 +143,7 @@ class Rendering:
             prompt = getattr(result, "engine_input", None)
         else:
             if protocol is Protocol.MESSAGES:
-                chat = await self._as_chat(AnthropicMessagesRequest.model_validate(body))
+                chat = self._as_chat(AnthropicMessagesRequest.model_validate(body))
             else:
                 chat = ChatCompletionRequest.model_validate(body)
             # The opening of an answer is no part of the body, and may not come next in the prompt.
@@ -143,16 +154,33 @@ class Rendering:
             raise CannotRender(str(result))
         return list(prompt["prompt_token_ids"])
 
-    async def _as_chat(self, request: AnthropicMessagesRequest) -> ChatCompletionRequest:
+    def _as_chat(self, request: AnthropicMessagesRequest) -> ChatCompletionRequest:
         """Return the Chat Completions request that the Messages endpoint makes of ``request``."""
-        serving = self._state.anthropic_serving_messages
-        options: dict[str, Any] = {}
-        if hasattr(serving, "_merge_inline_system"):
-            options["merge_inline_system"] = serving._merge_inline_system
-        if hasattr(serving, "_get_disabled_thinking_effort"):
-            options["disabled_thinking_effort"] = await serving._get_disabled_thinking_effort()
-        chat: ChatCompletionRequest = serving.to_chat_completion_request(request, **options)
+        convert = self._state.anthropic_serving_messages.to_chat_completion_request
+        chat: ChatCompletionRequest = convert(request, **_conversion_options.get())
         return chat
+
+
+def _follow_conversions(serving: Any) -> None:
+    """Have each task know with which options its Messages request was converted.
+
+    Args:
+        serving: vLLM's handler of the Messages endpoint; None if the server has none.
+    """
+    convert = getattr(serving, "to_chat_completion_request", None)
+    if convert is None:
+        if serving is not None:
+            logger.warning(
+                "CacheScope does not know how this vLLM converts Messages requests: breakpoints "
+                "inside their prompts will not be found"
+            )
+        return
+
+    def to_chat_completion_request(request: Any, *args: Any, **options: Any) -> Any:
+        _conversion_options.set(options)
+        return convert(request, *args, **options)
+
+    serving.to_chat_completion_request = to_chat_completion_request
 
 
 def _content_key(cut: Mapping[str, Any], protocol: Protocol) -> bytes:

@@ -3,6 +3,7 @@
 import time
 from typing import Any
 
+import vllm
 from cachetools import FIFOCache
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorRole
@@ -36,6 +37,7 @@ from vllm_cachescope.connectors.vllm.engine.scheduler import (
 from vllm_cachescope.connectors.vllm.engine.stats import Gauges, move_remote_counts
 from vllm_cachescope.connectors.vllm.engine.tiers.cpu import CPU
 from vllm_cachescope.connectors.vllm.engine.tiers.device import DEVICE
+from vllm_cachescope.connectors.vllm.engine.versions import warn_if_untried
 from vllm_cachescope.logs import logger_of
 from vllm_cachescope.prompt.plan import PLAN_KEY
 from vllm_cachescope.tiers.jobs import Purge
@@ -64,6 +66,7 @@ class CacheScopeConnector(OffloadingConnector):
             super().__init__(for_offloading(vllm_config, config), role, kv_cache_config)
         if role is not KVConnectorRole.SCHEDULER:
             return
+        warn_if_untried(vllm.__version__)
         hashing.enforce(config.secret_bytes())
         engine_rpc.install()
         assert self.connector_scheduler is not None

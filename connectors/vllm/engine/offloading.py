@@ -1,6 +1,7 @@
 """Configures vLLM's tiering offloading framework for CacheScope."""
 
 import copy
+import threading
 from typing import IO, Any
 
 from vllm.config import VllmConfig
@@ -81,6 +82,18 @@ def region_path(manager: OffloadingManager) -> str:
     return claimed.name.replace(".lock", ".mmap")
 
 
+def make_lock_reentrant(manager: OffloadingManager) -> None:
+    """Let the scheduler's thread enter the manager's lock while it holds the lock already.
+
+    From 0.33 on vLLM holds that lock from a step's first look-up behind the device until the step
+    is scheduled. Expired chunks are dropped before each look-up on the device, so also in between.
+    Nobody waits for the lock yet: vLLM's poll thread starts only for tiers that ask for it, and
+    ours do not.
+    """
+    if isinstance(getattr(manager, "_lock", None), type(threading.Lock())):
+        manager._lock = threading.RLock()  # type: ignore[attr-defined]
+
+
 class ScopeOffloadingSpec(TieringOffloadingSpec):
     """vLLM's tiering, and on the CPU platform a worker that can copy there."""
 
@@ -104,6 +117,7 @@ class ScopeOffloadingSpec(TieringOffloadingSpec):
             )
         claimed = shm_regions.claim(self._engine_id)
         manager = super().get_manager()
+        make_lock_reentrant(manager)
         _attach_region(manager, claimed)
         return manager
 

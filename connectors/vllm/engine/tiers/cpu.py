@@ -191,21 +191,24 @@ class CpuTier:
         assert isinstance(self._primary._policy, ScopePolicy)
         self._policy = self._primary._policy
         self._policy.bind(parent, quotas)
-        # From 0.33 on vLLM may serve tiers from a thread of its own.
+        # From 0.33 on vLLM may serve tiers from a thread of its own, and holds the manager's lock
+        # while it calls the manager; see `offloading.make_lock_reentrant`.
         self._lock = getattr(manager, "lock", None) or nullcontext()
         lookup, prepare_store = manager.lookup, manager.prepare_store
 
         # On the manager and not its primary tier, so that remote tiers serve no expired key either.
-        def live_lookup(key: OffloadKey, req_context: ReqContext, **kwargs: Any) -> LookupResult:
+        def live_lookup(
+            key: OffloadKey, req_context: ReqContext, *args: Any, **kwargs: Any
+        ) -> LookupResult:
             if not parent.may_read(key, req_context):
                 return LookupResult.MISS
-            return lookup(key, req_context, **kwargs)
+            return lookup(key, req_context, *args, **kwargs)
 
         def prepare_live_store(
-            keys: Iterable[OffloadKey], req_context: ReqContext, **kwargs: Any
+            keys: Iterable[OffloadKey], req_context: ReqContext, *args: Any, **kwargs: Any
         ) -> PrepareStoreOutput | None:
             wanted = [key for key in keys if parent.may_store(key, req_context)]
-            return prepare_store(wanted, req_context, **kwargs)
+            return prepare_store(wanted, req_context, *args, **kwargs)
 
         manager.lookup = live_lookup  # type: ignore[method-assign]
         manager.prepare_store = prepare_live_store  # type: ignore[method-assign]

@@ -1,7 +1,7 @@
 """The device tier: vLLM's own prefix cache."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from vllm.v1.core.block_pool import BlockPool
@@ -20,6 +20,11 @@ MAX_PASSED_OVER = 1024
 """How many spared blocks are passed over at one allocation at most: half a millisecond's work."""
 
 
+_LOOKUPS = ("get_computed_blocks", "get_computed_blocks_for_connector")
+"""The methods of vLLM's manager that look up a prompt. The second, which vLLM has from 0.33 on, may
+call the first."""
+
+
 class DeviceTier:
     """Follows what vLLM's block pool caches and evicts, and has it drop and evict blocks.
 
@@ -33,15 +38,9 @@ class DeviceTier:
         self._parent = parent
         self._evicted: list[bytes] = []
         self._pool.metrics_collector = _Observer(self._pool.metrics_collector, self)  # type: ignore[assignment]
-        lookup = manager.get_computed_blocks
-
-        def get_computed_blocks(request: Request, **kwargs: Any) -> Any:
-            parent.on_prefix_lookup()
-            found = lookup(request, **kwargs)
-            parent.on_prefix_found(request, found[1])
-            return found
-
-        manager.get_computed_blocks = get_computed_blocks  # type: ignore[method-assign]
+        for name in _LOOKUPS:
+            if hasattr(manager, name):
+                setattr(manager, name, _followed(getattr(manager, name), parent))
 
     def holds(self, key: bytes) -> bool:
         """Whether the prefix cache can serve ``key`` (block hash and group id)."""
@@ -131,6 +130,16 @@ class DeviceTier:
         for block in spared:
             queue.remove(block)
         queue.append_n(spared)
+
+
+def _followed(lookup: Callable[..., Any], parent: TierParent) -> Callable[..., Any]:
+    def followed_lookup(request: Request, *args: Any, **kwargs: Any) -> Any:
+        parent.on_prefix_lookup()
+        found = lookup(request, *args, **kwargs)
+        parent.on_prefix_found(request, found[1])
+        return found
+
+    return followed_lookup
 
 
 class _Observer:
