@@ -2,7 +2,7 @@
 
 From Python, recorded traffic is read with `read_traffic` and looked into with `explain` and
 `lint`; ``__version__`` is the version of the installed package. Everything else is reached
-through vLLM (``--kv-transfer-config``, ``--middleware``) or the command ``cachescope``.
+through vLLM (``--kv-transfer-config``) or the command ``cachescope``.
 """
 
 from importlib import import_module

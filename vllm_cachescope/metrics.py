@@ -47,7 +47,7 @@ EVICTIONS = Metric(
 REFUSED_PLANS = Metric(
     "cachescope_refused_plans",
     "counter",
-    "Prompts that reached the engine without a plan made with its secret; they share nothing.",
+    "Prompts that reached the engine with a plan not made with its secret; they share nothing.",
     (),
 )
 TIER_UP = Metric(

@@ -1,17 +1,20 @@
 """The check of the configuration before vLLM loads anything: one message for a mistake."""
 
 import gc
+import importlib
 import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.process import BaseProcess
-from types import TracebackType
+from types import SimpleNamespace, TracebackType
 from typing import Any
 
 from vllm_cachescope.config import CONNECTOR, Config, ConfigError, load
 from vllm_cachescope.connectors.vllm import store_factory
+
+_MULTI = "MultiConnector"
 
 
 def load_checked(extra_config: Mapping[str, Any]) -> Config:
@@ -32,34 +35,73 @@ def read(kv_transfer_config: Any) -> Config:
     Raises:
         ConfigError: if there is none, or it cannot be used.
     """
-    connector = getattr(kv_transfer_config, "kv_connector", None)
-    # A connector that comes with a module of its own may be derived from ours.
-    derived = getattr(kv_transfer_config, "kv_connector_module_path", None) is not None
-    if connector != CONNECTOR and not derived:
+    own = own_transfer(kv_transfer_config)
+    if own is None:
         raise ConfigError(
             "--middleware names CacheScope, and --kv-transfer-config does not; give it "
             f'"kv_connector": "{CONNECTOR}" and "kv_role": "kv_both"'
         )
-    return load_checked(kv_transfer_config.kv_connector_extra_config)
+    return load_checked(own.kv_connector_extra_config)
 
 
-def install() -> None:
+def own_transfer(kv_transfer_config: Any) -> Any:
+    """Return what configures CacheScope: ``kv_transfer_config`` itself, or one of the connectors
+    in vLLM's ``MultiConnector``; None if there is none.
+
+    A connector with a module of its own is ours if it is derived from ours.
+    """
+    if kv_transfer_config is None:
+        return None
+    outer = _with_attributes(kv_transfer_config)
+    inner = outer.kv_connector_extra_config.get("connectors") if _is(outer, _MULTI) else ()
+    candidates = [outer, *map(_with_attributes, inner or ())]
+    return next((one for one in candidates if _is_ours(one)), None)
+
+
+def _with_attributes(transfer: Any) -> Any:
+    """Return a connector's configuration as vLLM's `KVTransferConfig` has it, if it is a mapping:
+    `EngineArgs` and ``MultiConnector`` take those, too."""
+    if not isinstance(transfer, Mapping):
+        return transfer
+    return SimpleNamespace(**{"kv_connector_extra_config": {}, **transfer})
+
+
+def _is(transfer: Any, name: str) -> bool:
+    return getattr(transfer, "kv_connector", None) == name
+
+
+def _is_ours(transfer: Any) -> bool:
+    path = getattr(transfer, "kv_connector_module_path", None)
+    if _is(transfer, CONNECTOR) or not path:
+        return _is(transfer, CONNECTOR)
+    # vLLM imports it as well, in each of its processes, and says if that fails.
+    with suppress(ImportError):
+        derived = getattr(importlib.import_module(path), transfer.kv_connector, None)
+        return isinstance(derived, type) and any(it.__name__ == CONNECTOR for it in derived.mro())
+    return False
+
+
+def install(require: Callable[[], None]) -> None:
     """Have every vLLM that is to run the connector check its configuration first. Installing
-    twice is harmless."""
+    twice is harmless.
+
+    Args:
+        require: what else must hold then. Raises `ConfigError` if it does not.
+    """
     # Only a process that parses vLLM's arguments has this module by now.
     arg_utils: Any = sys.modules.get("vllm.engine.arg_utils")
     arguments = getattr(arg_utils, "EngineArgs", None)
     if arguments is None or hasattr(arguments.create_engine_config, "is_checked"):
         return
-    arguments.create_engine_config = _checking_first(arguments.create_engine_config)
+    arguments.create_engine_config = _checking_first(arguments.create_engine_config, require)
     sys.excepthook = _without_traceback(sys.excepthook)
 
 
-def _checking_first(create: Callable[..., Any]) -> Callable[..., Any]:
+def _checking_first(create: Callable[..., Any], require: Callable[[], None]) -> Callable[..., Any]:
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-        transfer = self.kv_transfer_config
-        if getattr(transfer, "kv_connector", None) == CONNECTOR:
-            read(transfer)
+        if (own := own_transfer(self.kv_transfer_config)) is not None:
+            read(own)
+            require()
         return create(self, *args, **kwargs)
 
     create_engine_config.is_checked = True  # type: ignore[attr-defined]

@@ -18,7 +18,12 @@ def install() -> None:
 
 def _pass_on(core: Any, command: str, args: list[Any]) -> Any:
     # In one list: vLLM lets through no more arguments than the method has parameters.
-    return getattr(core.scheduler.connector, f"command_{command}")(*args)
+    connector, name = core.scheduler.connector, f"command_{command}"
+    # It may be one of several, in vLLM's `MultiConnector`.
+    for own in getattr(connector, "_connectors", ()):
+        if hasattr(own, name):
+            connector = own
+    return getattr(connector, name)(*args)
 
 
 async def call(engine_client: Any, command: str, *args: Any) -> list[Any]:

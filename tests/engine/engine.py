@@ -56,6 +56,10 @@ def sealed(plan: Plan) -> dict[str, Any]:
     return {PLAN_KEY: seal(plan, SECRET.encode()), "max_offload_tokens": plan.covered_tokens}
 
 
+FORGED: dict[str, Any] = {PLAN_KEY: {}}
+"""The `kv_transfer_params` of a prompt that shares nothing: what stands there is no plan."""
+
+
 def draw_tokens(chance: random.Random, count: int) -> list[int]:
     """Return ``count`` random token ids."""
     return chance.choices(VOCABULARY, k=count)
@@ -210,7 +214,7 @@ class Engine:
 
     def uncached(self, tokens: list[int], max_tokens: int = 8) -> list[int]:
         """Return what the engine generates for ``tokens`` when nothing is cached."""
-        (answer,) = self.run(Ask(tokens, None, max_tokens))
+        (answer,) = self.run(Ask(tokens, FORGED, max_tokens))
         assert answer.read == 0
         return answer.tokens
 

@@ -21,7 +21,6 @@ from demo.server import Server
 from tests.engine import forks
 from tests.engine.clock import VARIABLE, Clock
 from tests.engine.engine import SECRET
-from vllm_cachescope.cli.serve import MIDDLEWARE
 
 ROOT = Path(__file__).parents[2]
 MODEL = "toy"
@@ -59,7 +58,7 @@ def plugin(**config: Any) -> list[str]:
         "kv_role": "kv_both",
         "kv_connector_extra_config": own | config,
     }
-    return ["--kv-transfer-config", json.dumps(transfer), "--middleware", MIDDLEWARE]
+    return ["--kv-transfer-config", json.dumps(transfer)]
 
 
 class ForkedServer(Server):

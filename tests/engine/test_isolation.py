@@ -19,6 +19,7 @@ from tests.engine.engine import (
     BLOCK,
     CPU_CHUNKS,
     DEVICE_BLOCKS,
+    OWNERS,
     SECRET,
     Answer,
     Ask,
@@ -31,6 +32,8 @@ from tests.engine.engine import (
 from vllm_cachescope.connectors.vllm import shm_regions
 from vllm_cachescope.connectors.vllm.engine import hashing
 from vllm_cachescope.prompt.plan import PLAN_KEY, Plan, seal
+from vllm_cachescope.prompt.segments import RegionDefault
+from vllm_cachescope.tenancy.caller import ANONYMOUS
 from vllm_cachescope.tenancy.scope import Caller, Scope
 
 pytestmark = pytest.mark.engine
@@ -221,13 +224,11 @@ def test_a_broken_hook_is_caught(engine, monkeypatch, schedule):
     engine.empty()
 
 
-def forged(plan: Plan) -> list[dict | None]:
+def forged(plan: Plan) -> list[dict]:
     """Return what a client could send in place of a plan of its own."""
     genuine = seal(plan, SECRET.encode())
     other = org_plan("zeta", [0] * plan.spans[-1].end)
     return [
-        None,
-        {},
         {PLAN_KEY: None},
         {PLAN_KEY: seal(plan, b"the secret of somebody else")},
         {PLAN_KEY: {**genuine, "mac": "0" * 32}},
@@ -236,10 +237,12 @@ def forged(plan: Plan) -> list[dict | None]:
     ]
 
 
-def test_a_forged_or_missing_plan_shares_nothing(engine):
+def test_a_forged_plan_shares_nothing(engine):
     tokens = draw_tokens(random.Random(9), 700)
     victim = org_plan("acme", tokens)
     engine.ask(tokens, victim)
+    engine.run(Ask(tokens, None))
+    refused = engine.counter("cachescope_refused_plans")
     for params in forged(victim):
         before = dict(engine.resident())
         (answer,) = engine.run(Ask(tokens, params))
@@ -248,7 +251,41 @@ def test_a_forged_or_missing_plan_shares_nothing(engine):
         (answer,) = engine.run(Ask(tokens, params))
         assert answer.read == 0
         assert engine.resident()["cpu", 300] == before["cpu", 300], "not worth a copy"
+        assert answer.report is None
+    assert engine.counter("cachescope_refused_plans") == refused + 2 * len(forged(victim))
     assert engine.ask(tokens, org_plan("acme", tokens)).read == 640
+
+
+@pytest.mark.parametrize("params", [None, {}, {"max_offload_tokens": 9999}], ids=str)
+def test_a_prompt_without_a_plan_is_cached_as_an_anonymous_one(engine, params):
+    tokens = draw_tokens(random.Random(12), 700)
+    expected = engine.uncached(tokens)
+    refused = engine.counter("cachescope_refused_plans")
+    (first,), (again,) = engine.run(Ask(tokens, params)), engine.run(Ask(tokens, params))
+    assert (first.read, again.read) == (0, 640)
+    engine.empty_device()
+    (from_cpu,) = engine.run(Ask(tokens, params))
+    assert from_cpu.read == 640
+    assert first.tokens == again.tokens == from_cpu.tokens == expected
+    assert engine.counter("cachescope_refused_plans") == refused
+    # Nobody on this way takes the report off the output.
+    assert again.report is None
+    # As over HTTP without a key: either reads what the other has computed, and nobody else does.
+    anonymous = engine.ask(tokens, org_plan(ANONYMOUS, tokens))
+    assert anonymous.outcome("read_device") == 640
+    assert engine.ask(tokens, org_plan("acme", tokens)).read == 0
+    # The end of the prompt, and what was generated behind it, is on the device alone.
+    assert engine.resident()["cpu", 300] == 2 * 5
+    engine.clock.advance(300)
+    assert engine.run(Ask(tokens, params))[0].read == 0
+
+
+def test_a_prompt_without_a_plan_reads_what_an_anonymous_one_has_left(engine):
+    tokens = draw_tokens(random.Random(13), 700)
+    engine.ask(tokens, org_plan(ANONYMOUS, tokens))
+    assert engine.run(Ask(tokens, None))[0].read == 640
+    assert engine.connector.cachescope.purge(OWNERS.prefix(ANONYMOUS)) == {"device": 5, "cpu": 5}
+    assert engine.run(Ask(tokens, None))[0].read == 0
 
 
 def test_a_session_scope_without_a_session_is_never_shared(engine):
@@ -284,7 +321,7 @@ def test_the_connector_refuses_to_run_without_its_hook(engine, monkeypatch, repl
 def test_the_connector_refuses_a_vllm_without_the_function(engine, monkeypatch):
     monkeypatch.delattr(kv_cache_utils, "generate_block_hash_extra_keys")
     with pytest.raises(hashing.HookNotInForce, match="has no"):
-        hashing.enforce(SECRET.encode())
+        hashing.enforce(SECRET.encode(), RegionDefault(Scope.ORG, 300))
 
 
 def test_scope_keys_differ_between_secrets(engine):

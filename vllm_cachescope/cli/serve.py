@@ -16,9 +16,6 @@ from vllm_cachescope.config import CONNECTOR, ConfigError
 from vllm_cachescope.config.files import one_line
 from vllm_cachescope.connectors.vllm import config_check
 
-MIDDLEWARE = "vllm_cachescope.connectors.vllm.server.Middleware"
-"""The API side's name for vLLM's ``--middleware``."""
-
 _TRANSFER_CONFIG = ("--kv-transfer-config", "--kv_transfer_config")
 
 
@@ -93,8 +90,6 @@ def serve_command(
         model,
         "--kv-transfer-config",
         json.dumps(transfer, separators=(",", ":")),
-        "--middleware",
-        MIDDLEWARE,
         *vllm_arguments,
     ]
 

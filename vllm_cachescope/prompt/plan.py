@@ -40,7 +40,8 @@ class Plan:
 
     Attributes:
         spans: at least one; the last one ends where the prompt ends.
-        nonce: unique to the prompt; the engine's report is found under it.
+        nonce: unique to the prompt; the engine's report is found under it. Empty in a plan that
+            the engine made for a prompt without one: nobody asks for that report.
         owner: the owner of its blocks of session scope; see `owner_tags`.
     """
 

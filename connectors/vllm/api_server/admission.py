@@ -18,13 +18,13 @@ from vllm_cachescope.connectors.vllm import engine_rpc
 from vllm_cachescope.connectors.vllm.api_server.planning import Planner
 from vllm_cachescope.logs import logger_of
 from vllm_cachescope.prompt.plan import PLAN_KEY, Plan, Span, seal
-from vllm_cachescope.tenancy.scope import Scope
+from vllm_cachescope.tenancy.scope import Caller, Scope
 
 logger = logger_of(__name__)
 
 
 class Admission:
-    """Stands in front of the engine client's `generate`.
+    """Stands in front of the engine client's `generate` and `encode`.
 
     Args:
         state: the API server's state.
@@ -39,6 +39,8 @@ class Admission:
         self._block_size: int = self._engine.vllm_config.cache_config.block_size
         self._generate = self._engine.generate
         self._engine.generate = self.generate
+        self._encode = self._engine.encode
+        self._engine.encode = self.encode
 
     def purge_renderings(self) -> None:
         """Drop what is kept of rendered prompts, of all organisations."""
@@ -49,10 +51,12 @@ class Admission:
     ) -> AsyncGenerator[Any, None]:
         """Do what the engine client's `generate` does, for a prompt with a plan."""
         context = current_request.get()
-        plan = None
+        plan = unreported = None
         if context is not None:
             plan = await self._plan(context, prompt, options.get("session_id"))
-        sampling_params = self._with_plan(sampling_params, plan)
+            if plan is None:
+                unreported = self._plan_whole(context.caller, prompt)
+        sampling_params = self._with_plan(sampling_params, plan or unreported)
         reported = False
         outputs = self._generate(prompt, sampling_params, request_id, **options)
         try:
@@ -78,10 +82,27 @@ class Admission:
                 # Not awaited: the client has disconnected, and its task is cancelled.
                 self._fetch_later(context, plan)
 
+    def encode(
+        self, prompt: Any, pooling_params: Any, request_id: str, **options: Any
+    ) -> AsyncGenerator[Any, None]:
+        """Do what the engine client's `encode` does, for a prompt with a plan. There is no usage
+        to tell the client of, and no report."""
+        context = current_request.get()
+        plan = None if context is None else self._plan_whole(context.caller, prompt)
+        if plan is not None:
+            pooling_params = copy.copy(pooling_params)
+            sealed = {PLAN_KEY: seal(plan, self._secret)}
+            pooling_params.extra_kwargs = {**(pooling_params.extra_kwargs or {}), **sealed}
+        outputs: AsyncGenerator[Any, None] = self._encode(
+            prompt, pooling_params, request_id, **options
+        )
+        return outputs
+
     async def _plan(
         self, context: RequestContext, prompt: Any, session_id: str | None
     ) -> Plan | None:
-        """Return the prompt's plan; None for a prompt without tokens, as embeddings are."""
+        """Return the plan of a prompt whose report the client is told of; None for a prompt without
+        tokens, as embeddings are."""
         tokens = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
         if not tokens:
             return None
@@ -98,6 +119,11 @@ class Admission:
         )
         return plan
 
+    def _plan_whole(self, caller: Caller, prompt: Any) -> Plan | None:
+        """Return a plan that caches a prompt as a whole; None if its length cannot be told."""
+        tokens = _length(prompt)
+        return self._planner.plan_whole(caller, tokens) if tokens else None
+
     def _with_plan(self, sampling_params: Any, plan: Plan | None) -> Any:
         """Return a copy with ``plan`` in it; if that is None, without the plan that a client put
         there."""
@@ -106,10 +132,6 @@ class Admission:
         params = dict(extra.get("kv_transfer_params") or {})
         if plan is not None:
             params[PLAN_KEY] = seal(plan, self._secret)
-            offload, covered = params.get("max_offload_tokens"), plan.covered_tokens
-            params["max_offload_tokens"] = (
-                min(offload, covered) if type(offload) is int and offload >= 0 else covered
-            )
         elif params.pop(PLAN_KEY, None) is None:
             return sampling_params
         extra["kv_transfer_params"] = params
@@ -150,6 +172,16 @@ class Admission:
 def _shared_spans(plan: Plan) -> tuple[Span, ...]:
     """Return the spans that a caller without a session shares with others."""
     return tuple(span for span in plan.spans if span.scope is not Scope.SESSION)
+
+
+def _length(prompt: Any) -> int:
+    """Return how many positions a prompt has in the cache, whatever its kind; 0 if that is not
+    known. Of an encoder-decoder's prompt the decoder's part is cached."""
+    if not isinstance(prompt, dict):
+        return 0
+    prompt = prompt.get("decoder_prompt", prompt)
+    tokens = prompt.get("prompt_token_ids")
+    return len(prompt.get("prompt_embeds", ()) if tokens is None else tokens)
 
 
 def _take_report(output: Any) -> dict[str, Any] | None:

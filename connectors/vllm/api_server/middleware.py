@@ -1,4 +1,4 @@
-"""The middleware that ``--middleware`` of vLLM's API server names."""
+"""The middleware of vLLM's API server: attached to it, or named with ``--middleware``."""
 
 import asyncio
 import atexit
@@ -28,26 +28,39 @@ class Middleware(CacheScopeMiddleware):
     """CacheScope's API side, connected to vLLM's engine client."""
 
     def connect(self, state: Any) -> Server:
-        """Put ourselves between vLLM's API server and its engine client.
+        """Return the server, which is connected to by now unless the plugin was not loaded.
 
         Raises:
             ConfigError: if the configuration cannot be used.
         """
-        client = state.engine_client
-        config = config_check.read(client.vllm_config.kv_transfer_config)
-        admission = Admission(state, config, config.secret_bytes())
-        # vLLM kills its engine without letting it clean up. When this process ends, which does the
-        # killing, the engine is gone.
-        atexit.register(shm_regions.remove_stale)
-        self._sweeper = asyncio.get_running_loop().create_task(
-            _sweep(client, config.sweep_interval)
-        )
-        return Server(
-            config,
-            block_tokens=int(client.vllm_config.cache_config.block_size),
-            api_keys=[key for key in (state.args.api_key or [envs.VLLM_API_KEY]) if key],
-            engines=EngineProcesses(client, admission.purge_renderings),
-        )
+        return getattr(state, "cachescope", None) or connect(state)
+
+
+def connect(state: Any) -> Server:
+    """Put the API side between vLLM's API server and its engine client.
+
+    Args:
+        state: that of vLLM's ASGI application.
+
+    Raises:
+        ConfigError: if the configuration cannot be used.
+    """
+    client = state.engine_client
+    config = config_check.read(client.vllm_config.kv_transfer_config)
+    admission = Admission(state, config, config.secret_bytes())
+    # vLLM kills its engine without letting it clean up. When this process ends, which does the
+    # killing, the engine is gone.
+    atexit.register(shm_regions.remove_stale)
+    # A task that nothing refers to would be collected.
+    state.cachescope_sweeper = asyncio.get_running_loop().create_task(
+        _sweep(client, config.sweep_interval)
+    )
+    return Server(
+        config,
+        block_tokens=int(client.vllm_config.cache_config.block_size),
+        api_keys=[key for key in (state.args.api_key or [envs.VLLM_API_KEY]) if key],
+        engines=EngineProcesses(client, admission.purge_renderings),
+    )
 
 
 class EngineProcesses(Engines):

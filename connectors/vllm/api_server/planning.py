@@ -49,12 +49,17 @@ class Planner:
             text: the prompt's rendered text, if known.
         """
         if context.request is None:
-            default = self._defaults[Region.MESSAGES]
-            whole = Segment(None, default.scope, default.ttl_s, True)
-            return self._plan((whole,), [len(tokens)], caller)
+            return self.plan_whole(caller, len(tokens))
         cut, prefixes = await self._rendering(context, context.request)
         ends = await self._boundaries.ends(prefixes, context.request.protocol, tokens, text)
         return self._plan(cut, ends, caller)
+
+    def plan_whole(self, caller: Caller, tokens: int) -> Plan:
+        """Return the plan of a prompt of ``tokens`` tokens that is cached as a whole, with the
+        operator's defaults."""
+        default = self._defaults[Region.MESSAGES]
+        whole = Segment(None, default.scope, default.ttl_s, True)
+        return self._plan((whole,), [tokens], caller)
 
     def _on_tokenizing(self) -> None:
         """The server tokenises a prompt on another thread; render its segments meanwhile."""

@@ -40,6 +40,7 @@ from vllm_cachescope.connectors.vllm.engine.tiers.device import DEVICE
 from vllm_cachescope.connectors.vllm.engine.versions import warn_if_untried
 from vllm_cachescope.logs import logger_of
 from vllm_cachescope.prompt.plan import PLAN_KEY
+from vllm_cachescope.prompt.request import Region
 from vllm_cachescope.tiers.jobs import Purge
 
 MAX_PURGES = 64
@@ -67,7 +68,7 @@ class CacheScopeConnector(OffloadingConnector):
         if role is not KVConnectorRole.SCHEDULER:
             return
         warn_if_untried(vllm.__version__)
-        hashing.enforce(config.secret_bytes())
+        hashing.enforce(config.secret_bytes(), config.regions.of(Region.MESSAGES))
         engine_rpc.install()
         assert self.connector_scheduler is not None
         offload = self.connector_scheduler.config

@@ -8,7 +8,6 @@ and KV events all know blocks by hash alone, and every later hash chains on it.
 import hashlib
 import hmac
 import json
-import secrets
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,14 +17,15 @@ from vllm.utils.hashing import sha256
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.request import Request
 
-from vllm_cachescope.prompt.plan import PLAN_KEY, Plan, Span, seal, unseal
+from vllm_cachescope.connectors.vllm.engine.prompt_plans import PromptPlans
+from vllm_cachescope.prompt.plan import PLAN_KEY, Plan, Span, seal
+from vllm_cachescope.prompt.segments import RegionDefault
+from vllm_cachescope.tenancy.caller import ANONYMOUS
 from vllm_cachescope.tenancy.scope import Caller, Scope, ScopeKeys
-
-UNPLANNED_TTL_S = 300
 
 _HOOKED = "generate_block_hash_extra_keys"
 
-_secret: bytes | None = None
+_plans: PromptPlans | None = None
 
 
 class HookNotInForce(RuntimeError):
@@ -56,7 +56,7 @@ def _scoped(original: Callable[..., Any]) -> Callable[..., Any]:
         request: Request, start_token_idx: int, end_token_idx: int, start_mm_idx: int
     ) -> tuple[tuple[Any, ...] | None, int]:
         keys, next_mm_idx = original(request, start_token_idx, end_token_idx, start_mm_idx)
-        if _secret is None:
+        if _plans is None:
             return keys, next_mm_idx
         scope_key = (PLAN_KEY, plan_of(request).span_of(end_token_idx).key)
         return (*(keys or ()), scope_key), next_mm_idx
@@ -66,62 +66,49 @@ def _scoped(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def plan_of(request: Request) -> Plan:
-    """Return the request's plan; a private one where it carries none made with our secret."""
+    """Return the plan of the request's prompt, the same one whenever it is asked for."""
     plan = getattr(request, "cachescope_plan", None)
     if plan is None:
-        plan = _read_plan(request)
+        assert _plans is not None
+        plan = _plans.of(request)
         request.cachescope_plan = plan  # type: ignore[attr-defined]
     return plan
 
 
-def is_private(plan: Plan) -> bool:
-    """Whether the plan stands in for one that was missing or refused."""
-    return plan.nonce == ""
-
-
-def _read_plan(request: Request) -> Plan:
-    assert _secret is not None
-    params = request.kv_transfer_params
-    plan = unseal(params.get(PLAN_KEY), _secret) if params else None
-    if plan is not None:
-        return plan
-    key = ScopeKeys(_secret).private_key(secrets.token_hex(16))
-    span = Span(request.num_prompt_tokens, Scope.SESSION, key, UNPLANNED_TTL_S, covered=False)
-    return Plan((span,), nonce="")
-
-
-def enforce(secret: bytes) -> None:
+def enforce(secret: bytes, default: RegionDefault) -> None:
     """Have every block hash in this process carry a scope key from here on.
+
+    Args:
+        secret: key of the scope keys and of the plans' MACs.
+        default: scope and TTL of prompts that come without a plan.
 
     Raises:
         HookNotInForce: if hashes made by vLLM's own hasher do not differ with the scope key, or
             differ without it.
     """
-    global _secret
+    global _plans
     install()
-    _secret = secret
+    # Of a scope that the probes below tell from others, whatever the operator's default is.
+    _plans = PromptPlans(secret, RegionDefault(Scope.ORG, 300))
     keys = ScopeKeys(secret)
-    acme, other = Caller("acme", "s1"), Caller("other", "s1")
-    hashes = {
-        who: _hashes(
-            Plan(
-                (
-                    Span(32, Scope.GLOBAL, keys.key(Scope.GLOBAL, caller, "n"), 300),
-                    Span(64, Scope.ORG, keys.key(Scope.ORG, caller, "n"), 300),
-                ),
-                nonce="n",
-            ),
-            secret,
-        )
-        for who, caller in (("acme", acme), ("acme again", acme), ("other", other))
-    }
-    unplanned = _hashes(None, secret)
+
+    def carried(caller: Caller, *cuts: tuple[int, Scope]) -> dict[str, Any]:
+        spans = tuple(Span(end, scope, keys.key(scope, caller, "n"), 300) for end, scope in cuts)
+        return {PLAN_KEY: seal(Plan(spans, nonce="n"), secret)}
+
+    cuts = (32, Scope.GLOBAL), (64, Scope.ORG)
+    acme, other = _hashes(carried(Caller("acme"), *cuts)), _hashes(carried(Caller("other"), *cuts))
+    anonymous = carried(Caller(ANONYMOUS), (64, Scope.ORG))
+    unplanned = _hashes(None)
+    forged = {PLAN_KEY: {**anonymous[PLAN_KEY], "mac": ""}}
+    refused = _hashes(forged)
     in_force = (
-        hashes["acme"] == hashes["acme again"]
-        and hashes["acme"][:2] == hashes["other"][:2]
-        and set(hashes["acme"][2:]).isdisjoint(hashes["other"][2:])
-        and set(unplanned).isdisjoint(hashes["acme"])
-        and set(unplanned).isdisjoint(_hashes(None, secret))
+        acme == _hashes(carried(Caller("acme"), *cuts))
+        and acme[:2] == other[:2]
+        and set(acme[2:]).isdisjoint(other[2:])
+        and unplanned == _hashes(None) == _hashes(anonymous)
+        and set(unplanned).isdisjoint(acme)
+        and set(refused).isdisjoint([*unplanned, *acme, *_hashes(forged)])
     )
     if not in_force:
         raise HookNotInForce(
@@ -129,19 +116,19 @@ def enforce(secret: bytes) -> None:
             "or this vLLM hashes blocks in another way. Refusing to start, since tenants would "
             "share blocks."
         )
+    _plans = PromptPlans(secret, default)
 
 
 def digest(settings: Mapping[str, Any]) -> str:
     """Return a digest of ``settings`` and of everything else that two engines must have in common
     for equal prompts of one scope to have equal block hashes. Not before the first request."""
-    secret = _secret or b""
+    secret = b"" if _plans is None else _plans.secret
     text = json.dumps([settings, kv_cache_utils.NONE_HASH.hex()], sort_keys=True)
     return hmac.new(secret, text.encode(), hashlib.sha256).hexdigest()[:16]
 
 
-def _hashes(plan: Plan | None, secret: bytes) -> list[bytes]:
-    """Hash 64 tokens in blocks of 16, as the engine does."""
-    params = {PLAN_KEY: seal(plan, secret)} if plan else None
+def _hashes(params: Mapping[str, Any] | None) -> list[bytes]:
+    """Hash 64 tokens with the given `kv_transfer_params` in blocks of 16, as the engine does."""
     # The engine sets the root of all hashes only after it has made its connector.
     rooted = hasattr(kv_cache_utils, "NONE_HASH")
     if not rooted:

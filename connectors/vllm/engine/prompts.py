@@ -8,7 +8,6 @@ from vllm.v1.kv_offload.base import OffloadKey, ReqContext
 from vllm.v1.request import Request
 
 from vllm_cachescope.cache.miss_causes import CacheMiss
-from vllm_cachescope.connectors.vllm.engine import hashing
 from vllm_cachescope.prompt.plan import Plan
 
 MAX_PROMPTS = 4096
@@ -65,7 +64,7 @@ class Prompts:
     def add(self, request: Request, plan: Plan) -> None:
         """Note that a request runs."""
         prompt = self._running[request.request_id] = Prompt(plan, request)
-        if not hashing.is_private(plan):
+        if plan.nonce:
             # Further samples of a prompt (n > 1) have its nonce and read what the first sample
             # computed. The prompt counts once, as its first sample found the cache.
             self._by_nonce.setdefault(plan.nonce, prompt)

@@ -22,6 +22,11 @@ from vllm_cachescope.connectors.vllm.engine import hashing
 from vllm_cachescope.connectors.vllm.engine.block_layout import BlockLayout
 from vllm_cachescope.connectors.vllm.engine.local_tiers import LocalTiers
 from vllm_cachescope.connectors.vllm.engine.miss_explainer import MissExplainer
+from vllm_cachescope.connectors.vllm.engine.prompt_plans import (
+    REFUSED_TTL_S,
+    carries_plan,
+    offload_covered,
+)
 from vllm_cachescope.connectors.vllm.engine.prompt_reporter import PromptReporter
 from vllm_cachescope.connectors.vllm.engine.prompts import Prompt, Prompts
 from vllm_cachescope.connectors.vllm.engine.stats import Counts
@@ -111,13 +116,9 @@ class CacheScopeConnectorScheduler(TierParent):
         """A request has arrived. To be called before vLLM's offloading learns of it."""
         self._local.drop_expired()
         plan = hashing.plan_of(request)
-        if hashing.is_private(plan):
+        if not plan.nonce and carries_plan(request):
             self.counts.refused_plans += 1
-            # Nobody can ever read its blocks again: they are not worth a copy.
-            request.kv_transfer_params = {
-                **(request.kv_transfer_params or {}),
-                "max_offload_tokens": 0,
-            }
+        offload_covered(request, plan)
         self._prompts.add(request, plan)
         self._note_change(plan)
 
@@ -175,7 +176,8 @@ class CacheScopeConnectorScheduler(TierParent):
         self._prefill_rate.step_ended(time.monotonic())
 
     def request_finished(self, request: Request) -> Report | None:
-        """A request is over; return what became of its prompt, None if it was never scheduled."""
+        """A request is over; return what became of its prompt. None if it was never scheduled, or
+        came without a plan: nobody on the API side takes the report off its output then."""
         prompt = self._prompts.finish(request.request_id)
         if prompt is None:
             return None
@@ -192,7 +194,7 @@ class CacheScopeConnectorScheduler(TierParent):
             first.is_counted = True
             for row in report.rows:
                 self.counts.tokens[row.outcome, row.scope.label, row.ttl_s] += row.tokens
-        return report
+        return report if prompt.plan.nonce else None
 
     # What the API process and the metrics ask.
 
@@ -323,7 +325,7 @@ class CacheScopeConnectorScheduler(TierParent):
     def ttl_and_owner(self, key: OffloadKey, context: ReqContext) -> tuple[int, bytes]:
         prompt, end = self._prompts.locate(key, context)
         if prompt is None:
-            return hashing.UNPLANNED_TTL_S, NOBODY
+            return REFUSED_TTL_S, NOBODY
         span = prompt.plan.span_of(end)
         return span.ttl_s, prompt.plan.owner_in(span)
 

@@ -31,7 +31,7 @@ class Counts:
     Attributes:
         tokens: prompt tokens by outcome, scope and TTL in seconds (0 where none is covered).
         evictions: entries that left the device or the CPU tier, by tier and reason.
-        refused_plans: prompts that came without a genuine plan.
+        refused_plans: prompts that came with a plan that is not genuine.
     """
 
     tokens: Counter[tuple[str, str, int]] = field(default_factory=Counter)
