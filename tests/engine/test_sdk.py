@@ -366,7 +366,6 @@ def session_body(name: str, **fields: object) -> dict:
 
 
 SESSIONS = {
-    "the body": lambda s: ({"session_id": s}, {}),
     "our header": lambda s: ({}, {"X-CacheScope-Session": s}),
     "vLLM's header": lambda s: ({}, {"X-Session-Id": s}),
     "Claude Code's header": lambda s: ({}, {"X-Claude-Code-Session-Id": s}),
@@ -374,6 +373,7 @@ SESSIONS = {
         {"metadata": {"user_id": json.dumps({"session_id": s})}},
         {},
     ),
+    "the body": lambda s: ({"session_id": s}, {}),
 }
 
 
