@@ -185,7 +185,10 @@ def test_an_unknown_scope_is_shared_with_nobody(api):
     ],
 )
 def test_responses_and_completions_with_any_lifetime(api, options):
-    for path, prompt in (("/v1/responses", {"input": "x"}), ("/v1/completions", {"prompt": "x"})):
+    for path, prompt in (
+        ("/v1/responses", {"input": "x", "max_output_tokens": 2}),
+        ("/v1/completions", {"prompt": "x", "max_tokens": 2}),
+    ):
         reply = api.post(path, {"model": MODEL, **prompt, **options})
         assert reply.status_code == 200, reply.text
 
