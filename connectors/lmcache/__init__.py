@@ -14,11 +14,14 @@ os.environ.setdefault("LMCACHE_TRACK_USAGE", "false")
 
 from vllm_cachescope.connectors.lmcache.adapters import parse, shown
 from vllm_cachescope.connectors.lmcache.backend import Backend
+from vllm_cachescope.connectors.lmcache.llvmlite_library import refuse_special_names
 from vllm_cachescope.connectors.lmcache.memory import Staging
 from vllm_cachescope.connectors.lmcache.store import LMCacheStore
 from vllm_cachescope.tiers.keyspace import Keyspace
 
 __all__ = ["parse", "stores"]
+
+refuse_special_names()
 
 
 def stores(
