@@ -48,13 +48,15 @@ class Pair:
         self.b = _replica(self._model, scratch, self._tier, self.proxy.url, fresh=True)
 
     def heal(self) -> None:
-        """End all that is wrong with the server, and wait until both engines use it."""
+        """End all that is wrong with the server, and wait until both engines write to it and read
+        from it."""
         self.server.resume()
         self.proxy.chunk = self.proxy.cut_after = None
         self.server.client.config_set("maxmemory", 0)
         self.server.client.execute_command("ACL SETUSER default on nopass ~* +@all")
         # After a fault an engine tries again by and by; until it does, both ask something new.
-        wait_until(self._shares, 30)
+        wait_until(lambda: self._shares(self.a, self.b), 30)
+        wait_until(lambda: self._shares(self.b, self.a), 30)
 
     def fresh(self) -> None:
         """Do `heal`, and empty everything."""
@@ -63,11 +65,12 @@ class Pair:
         for engine in (self.a, self.b):
             engine.call("empty")
 
-    def _shares(self) -> bool:
+    def _shares(self, writer: Replica, reader: Replica) -> bool:
+        """Whether ``reader`` reads from the server what ``writer`` has just computed."""
         tokens = draw_tokens(self._chance, BLOCK + 1)
-        self.a.run(ask(tokens, ttl_s=5))
+        writer.run(ask(tokens, ttl_s=5))
         time.sleep(0.05)
-        (answer,) = self.b.run(ask(tokens, ttl_s=5))
+        (answer,) = reader.run(ask(tokens, ttl_s=5))
         return answer.outcome("read_redis") == BLOCK
 
 
