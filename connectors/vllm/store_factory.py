@@ -5,13 +5,17 @@ redis-py and LMCache are imported only where a tier of their type is configured.
 
 import time
 from collections.abc import Callable
+from importlib import import_module
 from types import ModuleType
 
 from vllm_cachescope.cache.quotas import Quotas
-from vllm_cachescope.config import ConfigError, LMCacheTier, RedisTier, Tier
+from vllm_cachescope.config import ConfigError, RedisTier, Tier
 from vllm_cachescope.tiers.keyspace import Keyspace
 from vllm_cachescope.tiers.limits import Limits
 from vllm_cachescope.tiers.store import Store
+
+_CLIENTS = {"lmcache": "LMCache", "redis": "redis-py"}
+"""What the package of a tier's type needs."""
 
 
 def check(settings: Tier) -> None:
@@ -21,13 +25,13 @@ def check(settings: Tier) -> None:
         ConfigError: if there is no such store, or what it needs is not installed.
     """
     if isinstance(settings, RedisTier):
-        redis = _redis(settings)
+        redis = _connector(settings)
         try:
             redis.parse(settings.url.get_secret_value())
         except ValueError as error:
             raise ConfigError(f"tier {settings.name}: url: {error} (value not shown)") from None
     else:
-        lmcache = _lmcache(settings)
+        lmcache = _connector(settings)
         try:
             lmcache.parse(settings.adapter)
         except ConfigError as error:
@@ -69,11 +73,11 @@ def stores(
     made: Callable[[], Store]
     if isinstance(settings, RedisTier):
         url = settings.url.get_secret_value()
-        made = _redis(settings).stores(
+        made = _connector(settings).stores(
             url, settings.timeout, keyspace, secret_digest, clock, quotas
         )
     else:
-        made = _lmcache(settings).stores(
+        made = _connector(settings).stores(
             settings.adapter,
             slot_bytes,
             settings.connections,
@@ -91,23 +95,16 @@ def counts_usage(settings: Tier) -> bool:
     return isinstance(settings, RedisTier)
 
 
-def _redis(settings: RedisTier) -> ModuleType:
+def _connector(settings: Tier) -> ModuleType:
+    """Return the package of a tier's type.
+
+    Raises:
+        ConfigError: if the client that the package needs is not installed.
+    """
     try:
-        from vllm_cachescope.connectors import redis
+        return import_module(f"vllm_cachescope.connectors.{settings.type}")
     except ImportError as error:
         raise ConfigError(
-            f"tier {settings.name}: type redis needs redis-py ({error}); install it with "
-            "pip install 'vllm-cachescope[redis]'"
+            f"tier {settings.name}: type {settings.type} needs {_CLIENTS[settings.type]} "
+            f"({error}); install it with pip install 'vllm-cachescope[{settings.type}]'"
         ) from error
-    return redis
-
-
-def _lmcache(settings: LMCacheTier) -> ModuleType:
-    try:
-        from vllm_cachescope.connectors import lmcache
-    except ImportError as error:
-        raise ConfigError(
-            f"tier {settings.name}: type lmcache needs LMCache ({error}); install it with "
-            "pip install 'vllm-cachescope[lmcache]'"
-        ) from error
-    return lmcache
