@@ -104,7 +104,7 @@ def _table() -> Table:
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("client", "version", "endpoint"):
         table.add_column(name)
-    for name in ("requests", "prompt tokens", "read"):
+    for name in ("requests", "prompt tokens", "read", "resumed"):
         table.add_column(name, justify="right")
     for name in ("markers, and in how many requests", "session"):
         table.add_column(name, overflow="fold")
@@ -112,7 +112,6 @@ def _table() -> Table:
 
 
 def _row(client: Client, findings: Findings) -> tuple[str, ...]:
-    share = findings.read / findings.prompt_tokens if findings.prompt_tokens else 0.0
     marks = "\n".join(f"{place} {times}" for place, times in findings.marks.items())
     return (
         client.name,
@@ -120,10 +119,15 @@ def _row(client: Client, findings: Findings) -> tuple[str, ...]:
         ", ".join(findings.paths),
         str(findings.requests),
         f"{findings.prompt_tokens:,}",
-        f"{share:.1%}",
+        _share(findings.read, findings.prompt_tokens),
+        _share(findings.resumed["read"], findings.resumed["prompt"]),
         marks or "none",
         findings.session,
     )
+
+
+def _share(read: int, prompt: int) -> str:
+    return f"{read / prompt:.1%}" if prompt else "none"
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ class Findings:
         requests: how many requests for answers it made.
         prompt_tokens: their length, as the server counted it.
         read: how many of those came from the cache.
+        resumed: prompt and read tokens of the last request, which resumes the session.
         marks: places of markers, each with the number of requests that have it.
         session: what names its session.
         faults: what should not be; empty if all is well.
@@ -38,6 +39,7 @@ class Findings:
     requests: int
     prompt_tokens: int
     read: int
+    resumed: Counter[str]
     marks: Counter[str]
     session: str
     faults: tuple[str, ...]
@@ -60,14 +62,15 @@ def find(
         if protocol_of(exchange.path) is not None and isinstance(exchange.body, dict)
     ]
     sessions = {_session(exchange) for exchange in asked}
+    told = [usage(exchange) for exchange in asked]
     counted = Counter(prompt=metrics.total(), read=metrics.total("read"))
     faults = [f"{e.path} {e.status}: {bytes(e.reply[:300])!r}" for e in asked if e.status != 200]
     if len(asked) < 3 or not any(TEXT in json.dumps(exchange.body) for exchange in asked):
         faults.append("no tool call, or no resumed session")
     if len(sessions) > 1:
         faults.append(f"{len(sessions)} sessions: {sorted(sessions)}")
-    if (told := sum(map(usage, asked), Counter())) != counted:
-        faults.append(f"usage {dict(told)}, metrics {dict(counted)}")
+    if (in_all := sum(told, Counter())) != +counted:
+        faults.append(f"usage {dict(in_all)}, metrics {dict(counted)}")
     if unexplained:
         faults.append(f"{unexplained} tokens lost for no known reason")
     faults += [f"{b['cause']} at {b['where']}" for b in breaks if not b["expected"]]
@@ -76,6 +79,7 @@ def find(
         requests=len(asked),
         prompt_tokens=counted["prompt"],
         read=counted["read"],
+        resumed=told[-1] if told else Counter(),
         marks=sum((Counter(set(_marks(exchange))) for exchange in asked), Counter()),
         session=", ".join(sorted({source for source, _ in sessions})),
         faults=tuple(faults),

@@ -5,7 +5,6 @@ import subprocess
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -51,8 +50,7 @@ def litellm(route: str, program: str) -> Callable[[Desk], None]:
         try:
             _wait_until_ready(url, process, log)
             # The libraries come from the environment of the tests.
-            behind = {"url": url, "key": _MASTER_KEY, "prefix": OWN}
-            library(program)(replace(desk, directory=desk.directory / "caller", **behind))
+            library(program)(Desk(url, _MASTER_KEY, OWN, desk.directory / "caller"))
         finally:
             process.terminate()
             process.wait()
