@@ -82,13 +82,15 @@ class Recorder:
         self._thread.join(_START_S)
 
     def write(self, file: Path) -> None:
-        """Write what has passed to ``file``, a line of JSON for each exchange.
+        """Write what has passed to ``file``, a line of JSON for each request with a body.
 
         ``cachescope explain`` and ``lint`` read it.
         """
         file.parent.mkdir(parents=True, exist_ok=True)
         with open(file, "w") as lines:
             for exchange in self.exchanges:
+                if exchange.body is None:
+                    continue
                 reply = exchange.reply.decode(errors="replace")
                 print(json.dumps({**asdict(exchange), "reply": reply}), file=lines)
 

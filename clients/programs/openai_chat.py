@@ -1,16 +1,15 @@
-"""One turn with the `openai` package over Chat Completions: no markers, a ``prompt_cache_key``."""
+"""One turn with the `openai` package over Chat Completions: a ``prompt_cache_key``, and no markers
+unless ``marked`` is the first argument."""
 
 import json
-import os
+import sys
 
 import openai
 import toy
 
-MARKED = os.environ.get("MARKED")
-
 client = openai.OpenAI(base_url=f"{toy.BASE_URL}/v1", api_key=toy.API_KEY)
 system = {"role": "system", "content": toy.HANDBOOK}
-if MARKED:
+if "marked" in sys.argv:
     mark = {"cache_control": {"type": "ephemeral"}}
     system = {"role": "system", "content": [{"type": "text", "text": toy.HANDBOOK, **mark}]}
 messages = toy.recall() or [system]

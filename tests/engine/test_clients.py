@@ -32,7 +32,6 @@ class Shape:
         path: where they go.
         body: makes one of a name and a turn: 0 asks, 1 brings the tool's result, 2 resumes.
         session: makes the headers of a session's name.
-        tools: puts tools of a description into a body.
         is_named: whether the client names its session at all.
     """
 
@@ -253,7 +252,8 @@ def test_a_client_reads_what_it_sent_before(api: Api, client: str) -> None:
     changed = shape.body(name, 2)
     described = changed["tools"][0]
     described.get("function", described)["description"] = "Weighs another thing."
-    assert ask(api, shape, name, changed)[1] < BLOCK * 4
+    # The template renders tools in front of the question.
+    assert ask(api, shape, name, changed)[1] < asked[0][0] - BLOCK
     (seen,) = breaks(api, f"key of {name}")
     assert seen["cause"] == "tools_changed"
     assert seen["session"] == (name if shape.is_named else None)
