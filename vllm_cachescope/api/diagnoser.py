@@ -23,6 +23,7 @@ from vllm_cachescope.diagnosis.placement import LineagePlacement
 from vllm_cachescope.diagnosis.token_fingerprint import fingerprint_tokens
 from vllm_cachescope.prompt.request import PromptRequest, Protocol
 from vllm_cachescope.tenancy.scope import Caller
+from vllm_cachescope.tenancy.shares import AccountOf, own_account
 from vllm_cachescope.wire.extras import extra_fields
 
 
@@ -79,6 +80,7 @@ class Diagnoser:
         wall_clock: seconds since the epoch.
         diffs: where to write what changed; None to keep no prompt text.
         registry: where the counters are registered.
+        account_of: returns who answers for an organisation, by its id.
 
     Attributes:
         breaks: the breaks among what was diagnosed.
@@ -92,15 +94,16 @@ class Diagnoser:
         wall_clock: Callable[[], float] = time.time,
         diffs: Diffs | None = None,
         registry: CollectorRegistry = REGISTRY,
+        account_of: AccountOf = own_account,
     ) -> None:
-        self.breaks = BreakLog(registry)
+        self.breaks = BreakLog(registry, account_of)
         self._secret = secret
         self._block_tokens = block_tokens
         self._clock = clock
         self._wall_clock = wall_clock
         self._diffs = diffs
-        self._fingerprint = Fingerprinter(secret)
-        self._lineages = LineageStore(clock)
+        self._fingerprint = Fingerprinter(secret, account_of=account_of)
+        self._lineages = LineageStore(clock, account_of=account_of)
         self._unexplained = Counter(
             "cachescope_unexplained_tokens",
             "Tokens that were not in the cache for no known reason. Any is a bug to report.",
@@ -125,7 +128,7 @@ class Diagnoser:
             reports: where the engine's reports on its prompts will be; None if no answer will
                 need them.
         """
-        fingerprint = self._fingerprint(request, extra_fields(body, headers))
+        fingerprint = self._fingerprint(request, extra_fields(body, headers), caller.org)
         # Looked up first: keeping this request may push out the one that it names.
         named = None
         if request.previous_id is not None:
@@ -202,7 +205,7 @@ class Diagnoser:
             How many requests were dropped.
         """
         self.breaks.purge(org, session)
-        self._fingerprint.purge()  # It has the names of tools, and not whose they are.
+        self._fingerprint.purge(org)
         if self._diffs is not None:
             self._diffs.purge(org, session)
         return self._lineages.purge(org, session)

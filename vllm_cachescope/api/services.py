@@ -68,7 +68,13 @@ class Services:
             secret, config.tenant_names(), config.org_header, is_closed=bool(server.api_keys)
         )
         diffs = None if config.diffs is None else Diffs(config.diffs, time.monotonic)
-        diagnoser = Diagnoser(secret, server.block_tokens, diffs=diffs, registry=server.registry)
+        diagnoser = Diagnoser(
+            secret,
+            server.block_tokens,
+            diffs=diffs,
+            registry=server.registry,
+            account_of=directory.account,
+        )
         operations = Operations(config, directory, diagnoser, server.engines)
         ignored_markers = IgnoredMarkers(server.registry)
         return cls(config, server.api_keys, directory, diagnoser, operations, ignored_markers)
