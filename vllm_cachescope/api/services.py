@@ -2,7 +2,7 @@
 
 import hmac
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from prometheus_client import REGISTRY, CollectorRegistry
@@ -25,6 +25,8 @@ class Server:
         block_tokens: tokens per block of its engines' caches.
         api_keys: the API keys that the server itself insists on; none if it lets anyone in.
         engines: the engines behind it.
+        purge_renderings: drops what the server keeps of rendered prompts of an organisation, or of
+            a session of it; with None, of everyone.
         registry: where its metrics are.
     """
 
@@ -32,7 +34,23 @@ class Server:
     block_tokens: int
     api_keys: Collection[str]
     engines: Engines
+    purge_renderings: Callable[[str | None, str | None], None]
     registry: CollectorRegistry = REGISTRY
+
+
+def directory_of(config: Config, api_keys: Collection[str]) -> CallerDirectory:
+    """Return the organisations that a server knows.
+
+    Args:
+        config: its configuration.
+        api_keys: the API keys that it insists on; none if it lets anyone in.
+
+    Raises:
+        ConfigError: if the file of tenants cannot be used.
+    """
+    return CallerDirectory(
+        config.secret_bytes(), config.tenant_names(), config.org_header, is_closed=bool(api_keys)
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +82,7 @@ class Services:
         """
         config = server.config
         secret = config.secret_bytes()
-        directory = CallerDirectory(
-            secret, config.tenant_names(), config.org_header, is_closed=bool(server.api_keys)
-        )
+        directory = directory_of(config, server.api_keys)
         diffs = None if config.diffs is None else Diffs(config.diffs, time.monotonic)
         diagnoser = Diagnoser(
             secret,
@@ -75,7 +91,9 @@ class Services:
             registry=server.registry,
             account_of=directory.account,
         )
-        operations = Operations(config, directory, diagnoser, server.engines)
+        operations = Operations(
+            config, directory, diagnoser, server.engines, server.purge_renderings
+        )
         ignored_markers = IgnoredMarkers(server.registry)
         return cls(config, server.api_keys, directory, diagnoser, operations, ignored_markers)
 

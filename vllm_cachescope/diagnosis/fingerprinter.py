@@ -297,9 +297,7 @@ def _marks(parts: Iterable[Part]) -> Iterator[MarkFingerprint]:
             yield MarkFingerprint(i, mark.path, mark.ttl_s, mark.scope)
 
 
-def _remembered(
-    memo: SharedMemo[bytes, _T], org: str, key: bytes, make: Callable[[], _T]
-) -> _T:
+def _remembered(memo: SharedMemo[bytes, _T], org: str, key: bytes, make: Callable[[], _T]) -> _T:
     """Return what ``memo`` has of ``org`` under ``key``; otherwise make it and put it in."""
     if (known := memo.get(org, key)) is not None:
         return known
