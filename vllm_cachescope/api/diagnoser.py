@@ -15,6 +15,7 @@ from vllm_cachescope.cache.report import EngineId, Report
 from vllm_cachescope.diagnosis.attribution import EngineReport
 from vllm_cachescope.diagnosis.computed_prompt import ComputedPrompt
 from vllm_cachescope.diagnosis.diagnosis import conclude, diagnose, diagnose_against, measure
+from vllm_cachescope.diagnosis.fingerprint import Fingerprint
 from vllm_cachescope.diagnosis.fingerprinter import Fingerprinter
 from vllm_cachescope.diagnosis.forest import LineageNode
 from vllm_cachescope.diagnosis.lineage_store import LineageStore
@@ -71,7 +72,7 @@ class PendingDiagnosis:
 
 
 class Diagnoser:
-    """Diagnoses requests one by one, on the event loop's thread.
+    """Diagnoses requests one by one, on the event loop's thread but for `fingerprint`.
 
     Args:
         secret: key of the fingerprints' hashes.
@@ -110,6 +111,16 @@ class Diagnoser:
             registry=registry,
         )
 
+    def fingerprint(
+        self,
+        caller: Caller,
+        request: PromptRequest,
+        body: Mapping[str, Any],
+        headers: Mapping[str, str],
+    ) -> Fingerprint:
+        """Return the fingerprint of a request. Safe to call from any thread."""
+        return self._fingerprint(request, extra_fields(body, headers), caller.org)
+
     def open(
         self,
         caller: Caller,
@@ -117,6 +128,7 @@ class Diagnoser:
         body: Mapping[str, Any],
         headers: Mapping[str, str],
         reports: Mapping[str, Report] | None = None,
+        fingerprint: Fingerprint | None = None,
     ) -> PendingDiagnosis:
         """Place a request among those of its session, before it runs.
 
@@ -127,8 +139,10 @@ class Diagnoser:
             headers: its headers, names in lower case.
             reports: where the engine's reports on its prompts will be; None if no answer will
                 need them.
+            fingerprint: from `fingerprint`, if it was made on another thread; None to make it.
         """
-        fingerprint = self._fingerprint(request, extra_fields(body, headers), caller.org)
+        if fingerprint is None:
+            fingerprint = self.fingerprint(caller, request, body, headers)
         # Looked up first: keeping this request may push out the one that it names.
         named = None
         if request.previous_id is not None:

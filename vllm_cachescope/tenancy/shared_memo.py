@@ -1,7 +1,8 @@
 """A memo that organisations share, and in which none pushes out another's share."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
+from threading import Lock
 from typing import Generic, TypeVar
 
 from vllm_cachescope.tenancy.shares import AccountOf, Shares, own_account
@@ -15,6 +16,7 @@ class SharedMemo(Generic[_K, _V]):
 
     What one organisation has put in, no other finds: not even by how long an answer takes. When
     memory is short, the account that holds most gives way, its least recently used values first.
+    Safe for threads.
 
     Args:
         limit: how much is kept, in the unit of ``size_of``.
@@ -31,6 +33,7 @@ class SharedMemo(Generic[_K, _V]):
         self._limit = limit
         self._size_of = size_of
         self._account_of = account_of
+        self._lock = Lock()
         self._shares = Shares()
         # By account, the least recently used first.
         self._values: dict[str, OrderedDict[tuple[str, _K], _V]] = {}
@@ -46,11 +49,12 @@ class SharedMemo(Generic[_K, _V]):
 
     def get(self, org: str, key: _K) -> _V | None:
         """Return what ``org`` has under ``key``; None if nothing is kept there. That is a use."""
-        values = self._values.get(self._account_of(org))
-        if values is None or (org, key) not in values:
-            return None
-        values.move_to_end((org, key))
-        return values[org, key]
+        with self._lock:
+            values = self._values.get(self._account_of(org))
+            if values is None or (org, key) not in values:
+                return None
+            values.move_to_end((org, key))
+            return values[org, key]
 
     def put(self, org: str, key: _K, value: _V) -> None:
         """Keep ``value``, unless it alone is larger than the limit."""
@@ -58,37 +62,42 @@ class SharedMemo(Generic[_K, _V]):
         if size > self._limit:
             return
         account = self._account_of(org)
-        values = self._values.setdefault(account, OrderedDict())
-        if (old := values.pop((org, key), None)) is not None:
-            size -= self._size_of(old)
-        values[org, key] = value
-        self._shares.add(account, size)
-        while self._shares.total > self._limit:
-            self._drop_oldest(self._shares.largest())
+        with self._lock:
+            values = self._values.setdefault(account, OrderedDict())
+            if (old := values.pop((org, key), None)) is not None:
+                size -= self._size_of(old)
+            values[org, key] = value
+            self._shares.add(account, size)
+            while self._shares.total > self._limit:
+                self._drop_oldest(self._shares.largest())
 
-    def of(self, org: str | None) -> Iterator[_V]:
-        """Yield the values of ``org``, or of all with None; of each account the least recently
+    def of(self, org: str | None) -> list[_V]:
+        """Return the values of ``org``, or of all with None; of each account the least recently
         used first."""
-        accounts = self._values if org is None else (self._account_of(org),)
-        for account in accounts:
-            for (owner, _), value in self._values.get(account, {}).items():
-                if org in (None, owner):
-                    yield value
+        with self._lock:
+            accounts = list(self._values) if org is None else [self._account_of(org)]
+            return [
+                value
+                for account in accounts
+                for (owner, _), value in self._values.get(account, {}).items()
+                if org in (None, owner)
+            ]
 
     def orgs(self) -> set[str]:
         """Return the organisations of which values are kept."""
-        return {org for values in self._values.values() for org, _ in values}
+        with self._lock:
+            return {org for values in self._values.values() for org, _ in values}
 
     def purge(
         self, org: str | None = None, matches: Callable[[_K, _V], bool] = lambda *_: True
     ) -> None:
         """Drop the values of ``org``, or of all with None, that ``matches`` says so of."""
-        accounts = list(self._values) if org is None else [self._account_of(org)]
-        for account in accounts:
-            values = self._values.get(account, OrderedDict())
-            for (owner, key), value in list(values.items()):
-                if org in (None, owner) and matches(key, value):
-                    self._drop(account, owner, key)
+        with self._lock:
+            accounts = list(self._values) if org is None else [self._account_of(org)]
+            for account in accounts:
+                for (owner, key), value in list(self._values.get(account, {}).items()):
+                    if org in (None, owner) and matches(key, value):
+                        self._drop(account, owner, key)
 
     def _drop_oldest(self, account: str) -> None:
         org, key = next(iter(self._values[account]))

@@ -21,6 +21,10 @@ from vllm_cachescope.wire.truncate import truncate
 
 logger = logger_of(__name__)
 
+MAX_PARTS = 5_000
+"""In a request of more parts no boundary is looked for: rendering it again would hold the event
+loop for too long. Its prompt is shared as narrowly as its narrowest part."""
+
 
 @dataclass(frozen=True, slots=True)
 class RenderedPrefix:
@@ -81,6 +85,10 @@ class Boundaries:
             segments: its segments.
             caller: whose request it is.
         """
+        if len(request.parts) > MAX_PARTS:
+            logger.debug("No boundaries in a request of %s parts", len(request.parts))
+            unknown = RenderedPrefix("", {}, tokens=[])
+            return [None if segment.after is None else unknown for segment in segments]
         return [
             None
             if segment.after is None
