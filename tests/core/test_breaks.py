@@ -92,7 +92,9 @@ def test_a_changed_tool_is_a_break_with_its_name(
     assert seen.diagnosis.kind == "tools_changed" and not seen.diagnosis.expected
     assert seen.diagnosis.where is not None and seen.diagnosis.where.path.startswith("tools[3]")
     assert changed["tools"][3]["name"] in seen.diagnosis.names
-    assert counted(registry, "cachescope_breaks") == {("tools_changed", "tools", "false"): 1}
+    assert counted(registry, "cachescope_breaks") == {
+        ("", "0", "tools_changed", "tools", "false"): 1
+    }
     assert "tools_changed" in caplog.text and "Updated" not in caplog.text
     assert seen.to_dict()["at"] == 5.0
 

@@ -43,7 +43,7 @@ TOKEN = "the operator of the tests"
 class Middleware(CacheScopeMiddleware):
     def connect(self, state: Any) -> Server:
         config = load({"secret": "a secret of the tests", "operator_token": TOKEN})
-        return Server(config, 16, (), Nothing(), lambda *_: None, CollectorRegistry())
+        return Server(config, "m", 16, (), Nothing(), lambda *_: None, CollectorRegistry())
 
 
 class State:

@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter
+from prometheus_client import REGISTRY, CollectorRegistry
 
 from vllm_cachescope.diagnosis.outcome import Diagnosis
+from vllm_cachescope.metrics import TotalCounter
 from vllm_cachescope.tenancy.scope import Caller
 from vllm_cachescope.tenancy.shared_memo import SharedMemo
 from vllm_cachescope.tenancy.shares import AccountOf, own_account
@@ -109,32 +110,43 @@ class BreakLog:
 
     Args:
         registry: where the counter is registered.
+        model_name: the model's name in vLLM's own metrics.
         account_of: returns who answers for an organisation.
     """
 
     def __init__(
-        self, registry: CollectorRegistry = REGISTRY, account_of: AccountOf = own_account
+        self,
+        registry: CollectorRegistry = REGISTRY,
+        model_name: str = "",
+        account_of: AccountOf = own_account,
     ) -> None:
+        self._model_name = model_name
         # By a number that tells which of two came first.
         self._breaks: SharedMemo[int, _Kept] = SharedMemo(
             REMEMBERED_BYTES, attrgetter("nbytes"), account_of
         )
         self._numbers = itertools.count()
-        self._count = Counter(
+        self._count = TotalCounter(
             "cachescope_breaks",
             "Requests that could not read from the cache as far as an earlier request of their "
             "session would have let them, by cause and by the region of the prompt that changed.",
-            ("cause", "region", "expected"),
+            ("model_name", "engine", "cause", "region", "expected"),
             registry=registry,
         )
 
-    def add(self, seen: Break) -> None:
-        """Keep a break, count it and log it."""
+    def add(self, seen: Break, engine: int) -> None:
+        """Keep a break, count it and log it.
+
+        Args:
+            seen: the break.
+            engine: the rank of the engine that ran the request.
+        """
         diagnosis, number = seen.diagnosis, next(self._numbers)
         listed = json.dumps(seen.to_dict(for_operator=True), default=str)
         self._breaks.put(seen.caller.org, number, _Kept(number, seen, len(listed)))
         region = diagnosis.where.region if diagnosis.where else "none"
-        self._count.labels(diagnosis.cause, region, str(diagnosis.expected).lower()).inc()
+        expected = str(diagnosis.expected).lower()
+        self._count.labels(self._model_name, str(engine), diagnosis.cause, region, expected).inc()
         level = logging.INFO if diagnosis.expected else logging.WARNING
         logger.log(level, "cache break %s", listed)
 

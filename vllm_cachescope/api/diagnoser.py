@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter
+from prometheus_client import REGISTRY, CollectorRegistry
 
 from vllm_cachescope.api.break_log import Break, BreakLog
 from vllm_cachescope.api.diagnostics import anthropic_diagnostics, openai_diagnostics
@@ -22,6 +22,7 @@ from vllm_cachescope.diagnosis.lineage_store import LineageStore
 from vllm_cachescope.diagnosis.outcome import Diagnosis
 from vllm_cachescope.diagnosis.placement import LineagePlacement
 from vllm_cachescope.diagnosis.token_fingerprint import fingerprint_tokens
+from vllm_cachescope.metrics import TotalCounter
 from vllm_cachescope.prompt.request import PromptRequest, Protocol
 from vllm_cachescope.tenancy.scope import Caller
 from vllm_cachescope.tenancy.shares import AccountOf, own_account
@@ -81,6 +82,7 @@ class Diagnoser:
         wall_clock: seconds since the epoch.
         diffs: where to write what changed; None to keep no prompt text.
         registry: where the counters are registered.
+        model_name: the model's name in vLLM's own metrics.
         account_of: returns who answers for an organisation, by its id.
 
     Attributes:
@@ -95,9 +97,11 @@ class Diagnoser:
         wall_clock: Callable[[], float] = time.time,
         diffs: Diffs | None = None,
         registry: CollectorRegistry = REGISTRY,
+        model_name: str = "",
         account_of: AccountOf = own_account,
     ) -> None:
-        self.breaks = BreakLog(registry, account_of)
+        self.breaks = BreakLog(registry, model_name, account_of)
+        self._model_name = model_name
         self._secret = secret
         self._block_tokens = block_tokens
         self._clock = clock
@@ -105,9 +109,10 @@ class Diagnoser:
         self._diffs = diffs
         self._fingerprint = Fingerprinter(secret, account_of=account_of)
         self._lineages = LineageStore(clock, account_of=account_of)
-        self._unexplained = Counter(
+        self._unexplained = TotalCounter(
             "cachescope_unexplained_tokens",
             "Tokens that were not in the cache for no known reason. Any is a bug to report.",
+            ("model_name", "engine"),
             registry=registry,
         )
 
@@ -204,9 +209,10 @@ class Diagnoser:
             found = self._with_session(pending, found, reports[0], computed, timings[0].began)
         self._lineages.answered(caller, node, response_id, found.prompt_tokens, computed)
         pending.diagnosis = conclude(pending.diagnosis, found, pending.placement.ancestor)
-        self._unexplained.inc(pending.diagnosis.unknown_tokens)
+        unexplained = self._unexplained.labels(self._model_name, str(engine.rank))
+        unexplained.inc(pending.diagnosis.unknown_tokens)
         if not pending.diagnosis.expected or pending.diagnosis.kind.is_break:
-            self._record(pending)
+            self._record(pending, engine)
 
     def orgs(self) -> list[str]:
         """Return the organisations of which requests are kept."""
@@ -263,11 +269,11 @@ class Diagnoser:
             used_at=now,
         )
 
-    def _record(self, pending: PendingDiagnosis) -> None:
+    def _record(self, pending: PendingDiagnosis, engine: EngineId) -> None:
         caller, diagnosis = pending.caller, pending.diagnosis
         at, model = self._wall_clock(), pending.request.model
         diff = None
         if self._diffs is not None:
             about = {"model": model, "cause": diagnosis.cause, "lineage": diagnosis.lineage}
             diff = self._diffs.write(caller, diagnosis.changes, at, about)
-        self.breaks.add(Break.of(at, caller, model, diagnosis, diff))
+        self.breaks.add(Break.of(at, caller, model, diagnosis, diff), engine.rank)

@@ -22,6 +22,7 @@ class Server:
 
     Attributes:
         config: the configuration that the server was started with.
+        model_name: the model's name in the server's own metrics.
         block_tokens: tokens per block of its engines' caches.
         api_keys: the API keys that the server itself insists on; none if it lets anyone in.
         engines: the engines behind it.
@@ -31,6 +32,7 @@ class Server:
     """
 
     config: Config
+    model_name: str
     block_tokens: int
     api_keys: Collection[str]
     engines: Engines
@@ -89,12 +91,13 @@ class Services:
             server.block_tokens,
             diffs=diffs,
             registry=server.registry,
+            model_name=server.model_name,
             account_of=directory.account,
         )
         operations = Operations(
             config, directory, diagnoser, server.engines, server.purge_renderings
         )
-        ignored_markers = IgnoredMarkers(server.registry)
+        ignored_markers = IgnoredMarkers(server.registry, server.model_name)
         return cls(config, server.api_keys, directory, diagnoser, operations, ignored_markers)
 
     def is_known(self, headers: Mapping[str, str]) -> bool:

@@ -58,6 +58,7 @@ def connect(state: Any) -> Server:
     )
     return Server(
         config,
+        model_name=client.vllm_config.model_config.served_model_name,
         block_tokens=int(client.vllm_config.cache_config.block_size),
         api_keys=api_keys,
         engines=EngineProcesses(client),
