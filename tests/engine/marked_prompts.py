@@ -104,9 +104,7 @@ def _chat(cache: PromptCache, params: Any) -> list[tuple[Told, int]]:
     ]
     tools = [{"type": "function", "function": {"name": "look_up", "parameters": {}}}]
     outputs = cache.chat(conversations, params, tools=tools, use_tqdm=False)
-    return list(
-        zip(told(outputs), (it.cache.prompt_tokens for it in outputs), strict=True)
-    )
+    return list(zip(told(outputs), (it.cache.prompt_tokens for it in outputs), strict=True))
 
 
 def _system(ttl: str) -> dict[str, Any]:

@@ -79,7 +79,9 @@ class Prompt:
             end += len(content)
             if isinstance(piece, Cached):
                 breakpoints.append(Breakpoint(end, piece.scope, piece.ttl))
-        tokens = [token for content in contents if not isinstance(content, str) for token in content]
+        tokens = [
+            token for content in contents if not isinstance(content, str) for token in content
+        ]
         return cls("".join(texts) if texts else tokens, breakpoints, org, session)
 
 

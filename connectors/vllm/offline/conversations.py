@@ -1,5 +1,6 @@
 """The boundaries of offline conversations, which `LLM` renders with its chat template."""
 
+import copy
 import hashlib
 from collections.abc import Mapping
 from typing import Any
@@ -23,6 +24,19 @@ _UNANSWERED = {"add_generation_prompt": False}
 _ENDING = ("add_generation_prompt", "continue_final_message")
 
 
+class _UnsentRenderer:
+    """Renders for no engine: vLLM's own cache of images takes what it has rendered as sent."""
+
+    def __init__(self, renderer: Any) -> None:
+        self._renderer = renderer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._renderer, name)
+
+    def render_chat(self, *args: Any, **options: Any) -> Any:
+        return self._renderer.render_chat(*args, **options, skip_mm_cache=True)
+
+
 class ConversationRendering:
     """Renders conversations as one call of `LLM.chat` does.
 
@@ -32,7 +46,9 @@ class ConversationRendering:
     """
 
     def __init__(self, llm: Any, options: Mapping[str, Any]) -> None:
-        self._llm = llm
+        # Renders as the `LLM` does, and leaves the `LLM` as it is.
+        self._llm = copy.copy(llm)
+        self._llm.renderer = _UnsentRenderer(llm.renderer)
         self._options = {name: options[name] for name in _RENDERING if name in options}
         self._ending = {name: options[name] for name in _ENDING if name in options}
         self._beginnings: dict[bytes, list[int]] = {}

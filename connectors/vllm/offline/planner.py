@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from vllm_cachescope.config import CONNECTOR, Config, ConfigError
+from vllm_cachescope.config import CONNECTOR, ConfigError
 from vllm_cachescope.connectors.vllm import config_check
 from vllm_cachescope.connectors.vllm.plan_transport import with_plan
 from vllm_cachescope.errors import BadRequest

@@ -15,6 +15,7 @@ from vllm_cachescope.connectors.vllm.plan_transport import take_report
 from vllm_cachescope.logs import logger_of
 from vllm_cachescope.prompt.marked_prompt import Conversation, Prompt
 from vllm_cachescope.prompt.plan import Plan
+from vllm_cachescope.wire import strip
 
 logger = logger_of(__name__)
 
@@ -94,13 +95,11 @@ class PromptCache:
         if sampling_params is None:
             sampling_params = self._llm.get_default_sampling_params()
         checked = self._planner.check_conversations(conversations, tools)
-        if not checked:
-            return []
         rendering = ConversationRendering(self._llm, options)
         plans = [self._planner.plan_conversation(one, rendering.ends(one)) for one in checked]
         messages: list[Any] = [one.body["messages"] for one in checked]
         params = self._sealed(sampling_params, plans)
-        bare = checked[0].body.get("tools")
+        bare = strip({"tools": list(tools)})["tools"] if tools else None
         return self._reported(
             plans, lambda: self._llm.chat(messages, params, tools=bare, **options)
         )
@@ -157,6 +156,8 @@ class PromptCache:
     def _reported(
         self, plans: Sequence[Plan], run: Callable[[], list[Output]]
     ) -> list[CachedOutput[Output]]:
+        if not plans:
+            return []
         if self._engine.get_num_unfinished_requests():
             # `LLM` would return their outputs among these.
             raise RuntimeError("prompts are enqueued; call the LLM's wait_for_completion first")
