@@ -48,7 +48,7 @@ class AsyncPromptCache:
             BadRequest: if something is wrong with the prompt.
         """
         (checked,) = self._planner.check([prompt])
-        tokens_of = await self._tokenization.tokens_async(checked.texts)
+        tokens_of = await self._tokenization.tokens_async(checked.texts, checked.caller.org)
         planned = self._planner.plan(checked, tokens_of)
         params = self._planner.seal(sampling_params, planned.plan)
         inputs: Any = planned.tokens

@@ -139,7 +139,7 @@ class PromptCache:
     ) -> list[CachedOutput[Output]]:
         checked = self._planner.check([prompts] if isinstance(prompts, Prompt) else prompts)
         planned = [
-            self._planner.plan(prompt, self._tokenization.tokens(prompt.texts))
+            self._planner.plan(prompt, self._tokenization.tokens(prompt.texts, prompt.caller.org))
             for prompt in checked
         ]
         plans = [prompt.plan for prompt in planned]
