@@ -12,11 +12,13 @@ import redis
 
 from vllm_cachescope.config import RedisTier
 from vllm_cachescope.connectors.redis import stores
+from vllm_cachescope.connectors.redis.store import FRONT_BYTES
 from vllm_cachescope.connectors.vllm.store_factory import limits_of
 from vllm_cachescope.tenancy.owner_tags import NOBODY
-from vllm_cachescope.tiers.envelope import HEADER_BYTES
+from vllm_cachescope.tiers.envelope import EncryptedEnvelopes, Envelopes
 from vllm_cachescope.tiers.jobs import Finished, Outgoing
 from vllm_cachescope.tiers.keyspace import Keyspace, qualified, secret_digest
+from vllm_cachescope.tiers.leases import Leases
 from vllm_cachescope.tiers.remote import RemoteTier
 
 TTL_S = 300
@@ -53,7 +55,7 @@ class Client(ABC):
 
 
 class Ours(Client):
-    """The remote tier as an engine uses it: with lookups, checksums and lifetimes, on threads of
+    """The remote tier as an engine uses it: with lookups, MACs and lifetimes, on threads of
     its own, and with its default number of connections.
 
     Args:
@@ -141,7 +143,7 @@ class RedisPy(Client):
         self._values = [self._client.get(name) for name in self._names]
 
     def loaded(self) -> Iterable[memoryview]:
-        return (memoryview(value)[HEADER_BYTES:] for value in self._values)
+        return (memoryview(value)[FRONT_BYTES:] for value in self._values)
 
     def close(self) -> None:
         self._client.close()
@@ -166,7 +168,7 @@ class Native(Client):
 
         self._client = LMCacheRedisClient("127.0.0.1", port, self.workers)
         self._names = [name.decode() for name in names]
-        self._slots = pages(len(names), HEADER_BYTES + block_bytes)
+        self._slots = pages(len(names), FRONT_BYTES + block_bytes)
 
     def store(self, blocks: Sequence[memoryview]) -> None:
         names = [f"native:{number}" for number in range(len(blocks))]
@@ -176,7 +178,7 @@ class Native(Client):
         self._submit(self._client.submit_batch_get, self._names, self._slots)
 
     def loaded(self) -> Iterable[memoryview]:
-        return (slot[HEADER_BYTES:] for slot in self._slots)
+        return (slot[FRONT_BYTES:] for slot in self._slots)
 
     def close(self) -> None:
         self._client.close()

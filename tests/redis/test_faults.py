@@ -16,7 +16,7 @@ from tests.redis.engine_side import (
     keys,
 )
 from tests.redis.servers import Proxy, wait_until
-from vllm_cachescope.tiers.envelope import HEADER_BYTES
+from vllm_cachescope.connectors.redis.store import FRONT_BYTES
 
 
 def assert_recovers(side: EngineSide) -> None:
@@ -161,7 +161,7 @@ def test_every_flipped_bit_is_noticed(server, start_engine_side):
         pipeline = server.client.pipeline()
         for i, key in enumerate(damaged):
             # A third of them in the header, which is a tiny part of the value.
-            bits = HEADER_BYTES * 8 if i % 3 == 0 else (HEADER_BYTES + SLOT) * 8
+            bits = FRONT_BYTES * 8 if i % 3 == 0 else (FRONT_BYTES + SLOT) * 8
             at = chance.randrange(bits)
             pipeline.execute_command("SETBIT", side.name(key), at, 1)
             pipeline.execute_command("BITFIELD", side.name(key), "GET", "u1", at)
@@ -169,7 +169,7 @@ def test_every_flipped_bit_is_noticed(server, start_engine_side):
         # SETBIT tells what was there; where it was a one already, make it a zero.
         for i, key in enumerate(damaged):
             if replies[2 * i] == 1:
-                position = chance.randrange(HEADER_BYTES * 8)
+                position = chance.randrange(FRONT_BYTES * 8)
                 old = server.client.execute_command("GETBIT", side.name(key), position)
                 server.client.execute_command("SETBIT", side.name(key), position, 1 - old)
         assert side.get(damaged).keys == {}

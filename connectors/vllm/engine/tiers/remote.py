@@ -24,10 +24,12 @@ from vllm_cachescope.connectors.vllm.engine.tiers.base import TierParent
 from vllm_cachescope.connectors.vllm.store_factory import counts_usage, limits_of, stores
 from vllm_cachescope.prompt.plan import Plan
 from vllm_cachescope.tenancy.owner_tags import org_of
+from vllm_cachescope.tiers.envelope import EncryptedEnvelopes, Envelopes
 from vllm_cachescope.tiers.expiry import expiry
 from vllm_cachescope.tiers.inquiries import Lookup
 from vllm_cachescope.tiers.jobs import Outgoing
 from vllm_cachescope.tiers.keyspace import Keyspace, qualified, secret_digest, split
+from vllm_cachescope.tiers.leases import Leases
 from vllm_cachescope.tiers.local_usage import LocalUsage
 from vllm_cachescope.tiers.remote import RemoteTier
 
@@ -84,7 +86,9 @@ class RemoteTierManager(SecondaryTierManager):
         super().__init__(offloading_spec, primary_kv_view, settings.name, **framework_options)
         self.name = settings.name
         self._memory = primary_kv_view.cast("B")
-        keyspace = Keyspace(kv_identity(model, offloading_spec.config))
+        identity = kv_identity(model, offloading_spec.config)
+        keyspace = Keyspace({**identity, "encrypted": settings.encrypt})
+        secret = config.secret_bytes()
         self._quotas = quotas = read_quotas(config, settings.name, self._block_size_bytes)
         self.tier = RemoteTier(
             settings.name,
@@ -92,11 +96,15 @@ class RemoteTierManager(SecondaryTierManager):
                 settings,
                 self._block_size_bytes,
                 keyspace,
-                secret_digest(config.secret_bytes()),
+                secret_digest(secret),
+                Leases(secret),
                 time.monotonic,
                 quotas,
             ),
             self._block_size_bytes,
+            EncryptedEnvelopes(secret, keyspace.namespace, self._block_size_bytes)
+            if settings.encrypt
+            else Envelopes(secret, keyspace.namespace),
             limits_of(settings),
             time.monotonic,
             random.random,
