@@ -10,12 +10,13 @@ AT_ONCE = 64
 """Entries that one call of the script renews: some 0.2 ms of the server's work."""
 
 # A script, since a lease written to an entry that has just gone would stay for ever, and a lease
-# must not be older than the expiry beside it. The value keeps its length, so a server that is full
-# can write the lease too. What is no string is found out by whoever reads it.
-_SCRIPT = b"""#!lua flags=allow-oom
+# must not be older than the expiry beside it. A server that is full refuses no write of a script
+# after its first one. An entry that is no string is found out by whoever reads it.
+_SCRIPT = b"""
 for i, name in ipairs(KEYS) do
   if redis.call('PEXPIRE', name, ARGV[2 * i - 1], 'GT') == 1 then
-    redis.pcall('SETRANGE', name, %d, ARGV[2 * i])
+    local done = redis.pcall('SETRANGE', name, %d, ARGV[2 * i])
+    if type(done) == 'table' and done.err:sub(1, 9) ~= 'WRONGTYPE' then return done end
   end
 end""" % (HEADER_BYTES)
 

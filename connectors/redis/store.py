@@ -112,6 +112,7 @@ class RedisStore(Store):
             known["used_bytes"] += int(info.get("used_memory", 0))
             known["capacity_bytes"] += int(info.get("maxmemory", 0))
         self._shake_hands(deadline)
+        self._try_to_renew(deadline)
         if self._usage is not None and self._quotas is not None:
             held = Counter(self._usage.held(deadline)).most_common(SHOWN_ORGS)
             known["orgs"] = {org.hex(): count * self._quotas.entry_bytes for org, count in held}
@@ -335,6 +336,19 @@ class RedisStore(Store):
                 "replicas the same secret; after a change of the secret this tier starts by "
                 f"itself, {HANDSHAKE_MS // 1000} s after the last engine with the old one has gone"
             )
+
+    def _try_to_renew(self, deadline: float) -> None:
+        """Make sure that entries can live on; without a right to that they would just end early."""
+        name = self._keyspace.handshake + b" of nobody"
+        node = self._topology.node_of(name)
+        # Neither leaves anything behind where there is no such name.
+        renewal = dict(renewals({name: (1, b"")}, 1))[name]
+        channel = self._connections.channel(node, deadline)
+        channel.send([renewal, command(b"SETRANGE", name, b"0", b"")], deadline)
+        for reply in [channel.reply(deadline) for _ in range(2)]:
+            # What a full server refuses here it grants to a script.
+            if isinstance(reply, Refusal) and reply.code != "OOM":
+                self._connections.abandon(str(reply))
 
 
 def _total(replies: Iterable[Reply]) -> int:

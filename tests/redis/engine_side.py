@@ -84,9 +84,7 @@ class EngineSide:
         self.keyspace = Keyspace({"model": identity, "encrypted": encrypt})
         namespace = self.keyspace.namespace
         self.envelopes = (
-            EncryptedEnvelopes(secret, namespace, SLOT)
-            if encrypt
-            else Envelopes(secret, namespace)
+            EncryptedEnvelopes(secret, namespace, SLOT) if encrypt else Envelopes(secret, namespace)
         )
         self.limits = replace(LIMITS, **limits)
         self.memory = memoryview(bytearray(self.limits.inflight_bytes * 2))
