@@ -36,10 +36,18 @@ class Worker:
 
     def settle(self) -> None:
         """Wait until the routers that know tiers agree with the engine on what it holds."""
-        wait_until(self._is_settled)
+        wait_until(self.agrees)
         assert self.events.twice == []
 
-    def _is_settled(self) -> bool:
+    def empty(self) -> None:
+        """Empty all tiers."""
+        self.engine.call("command_purge", b"", "all")
+        wait_until(lambda: self.engine.call("command_purged", "all") is not None)
+        self.engine.call("command_sweep")
+        wait_until(lambda: self.agrees() and not any(self.resident.values()))
+
+    def agrees(self) -> bool:
+        """Whether the routers that know tiers agree with the engine on what it holds."""
         self.resident = self.engine.call("event_hashes")
         self.events.read()
         return all(
@@ -71,10 +79,7 @@ class Fleet:
     def empty(self) -> None:
         """Empty all tiers."""
         for worker in (self.a, self.b):
-            worker.engine.call("command_purge", b"", "")
-            wait_until(lambda engine=worker.engine: engine.call("command_purged", "") is not None)
-            worker.engine.call("command_sweep")
-            worker.settle()
+            worker.empty()
         wait_until(lambda: self.told() == self.stored() == set())
 
 
@@ -98,6 +103,8 @@ def running_fleet(scratch: Path) -> Iterator[Fleet]:
             worker.events.await_first(
                 lambda engine=worker.engine: engine.run(Ask([300] * 200, None))
             )
+            worker.empty()
+            worker.events.forget()
         yield Fleet(server, *workers)
     finally:
         for worker in workers:

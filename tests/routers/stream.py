@@ -52,11 +52,15 @@ class EventStream:
         return self.llmd, self.dynamo, self.aibrix
 
     def await_first(self, provoke: Callable[[], Any]) -> None:
-        """Call ``provoke`` until the engine's events arrive."""
+        """Call ``provoke`` until the engine's events arrive. What came before is lost."""
         while not self._socket.poll(200):
             provoke()
         self._next = int.from_bytes(self._socket.recv_multipart()[1], "big") + 1
-        self.read()
+
+    def forget(self) -> None:
+        """Forget what was told so far. The engine is empty, and the readers know it."""
+        self.told.clear()
+        self.twice.clear()
 
     def read(self) -> list[Event]:
         """Read what has arrived; return the events."""
