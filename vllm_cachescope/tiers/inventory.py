@@ -7,8 +7,8 @@ from typing import NamedTuple
 from vllm_cachescope.cache.expiry_queue import ExpiryQueue
 
 MAX_ENTRIES = 100_000
-"""How many entries are kept for each tier: some 20 MB, and as much again for what vLLM knows of
-each. Of more the first to expire are told to be gone."""
+"""How many entries are kept for each tier: some 20 MB, and vLLM keeps the tokens of each. Of more
+the first to expire are told to be gone."""
 
 
 class Change(NamedTuple):
