@@ -12,6 +12,7 @@ from vllm_cachescope.tenancy.owner_tags import NOBODY
 from vllm_cachescope.tiers.envelope import EncryptedEnvelopes, Envelopes
 from vllm_cachescope.tiers.expiry import expiry
 from vllm_cachescope.tiers.inquiries import Lookup
+from vllm_cachescope.tiers.inventory import Inventory
 from vllm_cachescope.tiers.jobs import Finished, Outgoing
 from vllm_cachescope.tiers.keyspace import Keyspace, qualified, secret_digest
 from vllm_cachescope.tiers.leases import Leases
@@ -77,6 +78,7 @@ class EngineSide:
         local_usage: LocalUsage | None = None,
         wall: Callable[[], float] = time.time,
         encrypt: bool = False,
+        inventory: Inventory | None = None,
         **limits: object,
     ) -> None:
         self.wall = wall
@@ -97,6 +99,7 @@ class EngineSide:
             time.monotonic,
             random.random,
             local_usage,
+            inventory,
         )
         self.tier.start()
         self._requests = 0
