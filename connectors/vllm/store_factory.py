@@ -11,6 +11,7 @@ from types import ModuleType
 from vllm_cachescope.cache.quotas import Quotas
 from vllm_cachescope.config import ConfigError, LMCacheTier, RedisTier, Tier
 from vllm_cachescope.tiers.keyspace import Keyspace
+from vllm_cachescope.tiers.leases import Leases
 from vllm_cachescope.tiers.limits import Limits
 from vllm_cachescope.tiers.store import Store
 
@@ -57,6 +58,7 @@ def stores(
     slot_bytes: int,
     keyspace: Keyspace,
     secret_digest: bytes,
+    leases: Leases,
     clock: Callable[[], float],
     quotas: Quotas | None,
 ) -> Callable[[], Store]:
@@ -67,6 +69,7 @@ def stores(
         slot_bytes: bytes per block.
         keyspace: names of the entries.
         secret_digest: tells our secret from others; see `keyspace.secret_digest`.
+        leases: grants and reads the leases of entries.
         clock: the tier's clock.
         quotas: what each organisation may hold, for a store that counts what it holds.
     """
@@ -74,7 +77,7 @@ def stores(
     if isinstance(settings, RedisTier):
         url = settings.url.get_secret_value()
         made = _connector(settings).stores(
-            url, settings.timeout, keyspace, secret_digest, clock, quotas
+            url, settings.timeout, keyspace, secret_digest, leases, clock, time.time, quotas
         )
     else:
         made = _connector(settings).stores(
@@ -84,6 +87,7 @@ def stores(
             settings.timeout,
             keyspace,
             secret_digest,
+            leases,
             clock,
             time.time,
         )

@@ -20,7 +20,7 @@ class BlockState(Enum):
     Attributes:
         HELD: the store holds it.
         GONE: the store held it and does not any more: it has expired, or the store evicted it.
-        DAMAGED: what the store held failed its checksum, and was dropped there.
+        DAMAGED: what the store held was damaged or forged, and was dropped there.
         LATE: it was found, and did not arrive by the load's deadline.
         CROWDED: it was found, and too much was being loaded already.
         UNREAD: it was found, and the store failed before it could be read.
@@ -60,7 +60,7 @@ class Absence:
 
 ABSENCES = {
     BlockState.GONE: Absence(MissCause.EVICTED),
-    BlockState.DAMAGED: Absence(MissCause.EVICTED, detail="it was damaged, and deleted"),
+    BlockState.DAMAGED: Absence(MissCause.EVICTED, detail="it was damaged or forged, and deleted"),
     BlockState.LATE: Absence(MissCause.TIMED_OUT),
     BlockState.CROWDED: Absence(MissCause.TIMED_OUT, detail="too much was being loaded"),
     BlockState.UNREAD: Absence(MissCause.TIER_UNAVAILABLE),

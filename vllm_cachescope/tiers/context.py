@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from vllm_cachescope.tiers.availability import Availability
 from vllm_cachescope.tiers.block_states import BlockStates
+from vllm_cachescope.tiers.envelope import Envelopes
 from vllm_cachescope.tiers.inventory import Inventory
 from vllm_cachescope.tiers.key_counts import KeyCounts
 from vllm_cachescope.tiers.limits import Limits
@@ -20,6 +21,7 @@ class TierContext:
         name: the tier's name.
         new_store: makes a store for one thread; must not connect yet.
         slot_bytes: bytes per block.
+        envelopes: seals and opens the values.
         limits: what the tier may cost.
         clock: seconds, never running backwards; the clock of all deadlines.
         availability: whether the store may be used.
@@ -33,6 +35,7 @@ class TierContext:
     name: str
     new_store: Callable[[], Store]
     slot_bytes: int
+    envelopes: Envelopes
     limits: Limits
     clock: Callable[[], float]
     availability: Availability

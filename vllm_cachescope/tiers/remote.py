@@ -21,6 +21,7 @@ from typing import Any
 from vllm_cachescope.tiers.availability import Availability
 from vllm_cachescope.tiers.block_states import Absence, BlockState, BlockStates
 from vllm_cachescope.tiers.context import TierContext
+from vllm_cachescope.tiers.envelope import Envelopes
 from vllm_cachescope.tiers.inquiries import Inquiries, Lookup
 from vllm_cachescope.tiers.inventory import Change, Inventory
 from vllm_cachescope.tiers.jobs import Finished, LoadJob, Outgoing, Purge
@@ -46,6 +47,7 @@ class RemoteTier:
         name: the tier's name.
         new_store: makes a store for one thread; must not connect yet.
         slot_bytes: bytes per block.
+        envelopes: seals and opens the values.
         limits: what the tier may cost.
         clock: seconds, never running backwards; also the clock of all deadlines.
         random: a number in [0, 1).
@@ -59,6 +61,7 @@ class RemoteTier:
         name: str,
         new_store: Callable[[], Store],
         slot_bytes: int,
+        envelopes: Envelopes,
         limits: Limits,
         clock: Callable[[], float],
         random: Callable[[], float],
@@ -74,6 +77,7 @@ class RemoteTier:
             name,
             new_store,
             slot_bytes,
+            envelopes,
             limits,
             clock,
             self._availability,

@@ -4,11 +4,10 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
 
 from vllm_cachescope.logs import logger_of
-from vllm_cachescope.tiers import envelope
 from vllm_cachescope.tiers.block_states import BlockState
 from vllm_cachescope.tiers.context import TierContext
 from vllm_cachescope.tiers.jobs import Finished, Outgoing, Purge, StoreJob
-from vllm_cachescope.tiers.store import Store, StoreFailed, Value, Written
+from vllm_cachescope.tiers.store import Store, StoreFailed, Written
 from vllm_cachescope.tiers.transfers import Transfers
 
 logger = logger_of(__name__)
@@ -18,7 +17,7 @@ PURGE_S = 60.0
 
 WRITE_BATCH_BYTES = 8 << 20
 """Bytes that the thread stores at once: so many that the pauses between batches, in which the
-thread waits for answers and makes the next checksums, hardly count."""
+thread waits for answers and seals the next values, hardly count."""
 
 _STATES = {Written.REFUSED: BlockState.REFUSED, Written.EXPIRED: BlockState.GONE}
 """The states of blocks that were to be written, where that is not `BlockState.HELD`."""
@@ -162,7 +161,8 @@ class StoreJobs(Transfers[StoreJob]):
         blocks = job.blocks[first:last]
         written: list[Written] = []
         try:
-            written = store.write(_values(blocks), self._tier.timeout_at())
+            with self._tier.envelopes.sealing(blocks) as values:
+                written = store.write(values, self._tier.timeout_at())
             self._note(store, blocks, written)
             stored = _expiries(blocks, written, Written.STORED)
             if self._tier.inventory is not None:
@@ -214,18 +214,6 @@ class StoreJobs(Transfers[StoreJob]):
                 evicted += over
         self._tier.states.note(evicted, BlockState.CUT)
         self._tier.counts.add("evict", "quota", len(evicted))
-
-
-def _values(blocks: Sequence[Outgoing]) -> list[Value]:
-    return [
-        Value(
-            block.key,
-            envelope.header(block.key, block.slot, envelope.Lifetime(block.ttl_s)),
-            block.slot,
-            block.expires_at,
-        )
-        for block in blocks
-    ]
 
 
 def _expiries(

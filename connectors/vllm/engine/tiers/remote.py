@@ -31,11 +31,13 @@ from vllm_cachescope.connectors.vllm.store_factory import (
 )
 from vllm_cachescope.prompt.plan import Plan
 from vllm_cachescope.tenancy.owner_tags import org_of
+from vllm_cachescope.tiers.envelope import EncryptedEnvelopes, Envelopes
 from vllm_cachescope.tiers.expiry import expiry
 from vllm_cachescope.tiers.inquiries import Lookup
 from vllm_cachescope.tiers.inventory import Inventory
 from vllm_cachescope.tiers.jobs import Outgoing
 from vllm_cachescope.tiers.keyspace import Keyspace, qualified, secret_digest, split
+from vllm_cachescope.tiers.leases import Leases
 from vllm_cachescope.tiers.local_usage import LocalUsage
 from vllm_cachescope.tiers.remote import RemoteTier
 
@@ -96,7 +98,9 @@ class RemoteTierManager(SecondaryTierManager):
         # In the words of vLLM's `CacheHitSource`, which 0.31 does not have yet.
         self.cache_hit_source = "disk" if is_on_disk(settings) else "external_unspecified"  # type: ignore[assignment, misc]
         self._memory = primary_kv_view.cast("B")
-        keyspace = Keyspace(kv_identity(model, offloading_spec.config))
+        identity = kv_identity(model, offloading_spec.config)
+        keyspace = Keyspace({**identity, "encrypted": settings.encrypt})
+        secret = config.secret_bytes()
         self._quotas = quotas = read_quotas(config, settings.name, self._block_size_bytes)
         self.tier = RemoteTier(
             settings.name,
@@ -104,11 +108,15 @@ class RemoteTierManager(SecondaryTierManager):
                 settings,
                 self._block_size_bytes,
                 keyspace,
-                secret_digest(config.secret_bytes()),
+                secret_digest(secret),
+                Leases(secret),
                 time.monotonic,
                 quotas,
             ),
             self._block_size_bytes,
+            EncryptedEnvelopes(secret, keyspace.namespace, self._block_size_bytes)
+            if settings.encrypt
+            else Envelopes(secret, keyspace.namespace),
             limits_of(settings),
             time.monotonic,
             random.random,
