@@ -19,13 +19,14 @@ def stores(
     secret_digest: bytes,
     clock: Callable[[], float],
     quotas: Quotas | None = None,
+    password: str | None = None,
 ) -> Callable[[], RedisStore]:
-    """Return what makes a store for each thread of a tier; see `RedisStore`.
+    """Return what makes a store for each thread of a tier; see `address.parse` and `RedisStore`.
 
     Raises:
         ValueError: if ``url`` is none.
     """
-    address = parse(url)
+    address = parse(url, password)
     topology, server_clock = Topology(address), ServerClock()
     return lambda: RedisStore(
         address, topology, keyspace, secret_digest, timeout_s, clock, quotas, server_clock

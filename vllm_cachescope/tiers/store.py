@@ -89,6 +89,17 @@ class Store(ABC):
             StoreUnfit: if it may not: another replica uses another secret, say.
         """
 
+    def secret_digests(self, deadline: float) -> set[bytes] | None:
+        """Return the digests of the secrets of all engines that use the store, of whatever model
+        (see `keyspace.secret_digest`); None where that cannot be told. Leaves nothing there.
+
+        Raises:
+            StoreFailed: if it does not answer.
+            StoreUnfit: if no tier may run on it.
+        """
+        self.connect(deadline)
+        return None
+
     @abstractmethod
     def find(self, keys: Sequence[bytes], deadline: float) -> list[bool]:
         """Return which of ``keys`` the store holds.
