@@ -103,6 +103,7 @@ def install(require: Callable[[], None]) -> None:
 
 
 def _checking_first(create: Callable[..., Any], require: Callable[[], None]) -> Callable[..., Any]:
+    @wraps(create)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         own = own_transfer(self.kv_transfer_config)
         if own is None:

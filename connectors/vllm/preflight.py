@@ -2,10 +2,12 @@
 
 import importlib.util
 import inspect
+import io
 import json
 import os
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -106,11 +108,12 @@ def _engine_args(
     }
     parser = make_arg_parser(FlexibleArgumentParser())
     own = ("--model", model, "--kv-transfer-config", json.dumps(transfer))
+    said = io.StringIO()
     try:
-        parsed = parser.parse_args([*own, *vllm_arguments])
+        with redirect_stderr(said):
+            parsed = parser.parse_args([*own, *vllm_arguments])
     except SystemExit:
-        # argparse has said why.
-        found = "vLLM does not take them"
+        *_, found = said.getvalue().strip().splitlines() or ["vLLM does not take them"]
         return None, Finding("vLLM's arguments", Status.FAILURE, found, "what vllm serve takes")
     engine_args = AsyncEngineArgs.from_cli_args(parsed)
     engine_args.parsed = parsed  # type: ignore[attr-defined]

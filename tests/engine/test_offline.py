@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.engine import forks
+from tests.engine.config_files import in_file
 from tests.engine.engine import FORGED, SECRET, org_plan, sealed
 from tests.engine.server import ENVIRONMENT, ONE_PROCESS
 from vllm_cachescope.config import CONNECTOR
@@ -27,7 +28,7 @@ def ask(model: str, runner: str, has_plugin: bool, path: str) -> None:
     transfer = {
         "kv_connector": CONNECTOR,
         "kv_role": "kv_both",
-        "kv_connector_extra_config": {"cpu_bytes": "64MiB", "secret": SECRET},
+        "kv_connector_extra_config": in_file({"cpu_bytes": "64MiB", "secret": SECRET}),
     }
     llm = LLM(
         model,

@@ -5,11 +5,12 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
+from typing import Any
 
 from vllm_cachescope.cli import launch
-from vllm_cachescope.cli.launch import Launch, LaunchError
+from vllm_cachescope.cli.launch import LaunchError
 from vllm_cachescope.config import CONNECTOR, ConfigError
 from vllm_cachescope.connectors.vllm import config_check
 from vllm_cachescope.connectors.vllm.findings import Status, settle
@@ -54,7 +55,9 @@ def run(args: argparse.Namespace) -> int:
     except LaunchError as error:
         print(f"cachescope serve: {error}", file=sys.stderr)
         return 2
-    command = serve_command(described)
+    command = serve_command(
+        described.model, described.extra_config, described.vllm_arguments
+    )
     print(shlex.join(without_secrets(command)), flush=True)
     if args.dry_run:
         return 0
@@ -62,19 +65,27 @@ def run(args: argparse.Namespace) -> int:
     os.execv(command[0], command)
 
 
-def serve_command(described: Launch) -> list[str]:
-    """Return the command that serves a model with vLLM and CacheScope."""
+def serve_command(
+    model: str, extra_config: Mapping[str, Any], vllm_arguments: Sequence[str]
+) -> list[str]:
+    """Return the command that serves ``model`` with vLLM and CacheScope.
+
+    Args:
+        model: name or path of the model.
+        extra_config: keys of `Config`, for vLLM's ``kv_connector_extra_config``.
+        vllm_arguments: further arguments for vLLM.
+    """
     transfer = {
         "kv_connector": CONNECTOR,
         "kv_role": "kv_both",
-        "kv_connector_extra_config": described.extra_config,
+        "kv_connector_extra_config": extra_config,
     }
     return [
         *_launcher(),
-        described.model,
+        model,
         "--kv-transfer-config",
         json.dumps(transfer, separators=(",", ":")),
-        *described.vllm_arguments,
+        *vllm_arguments,
     ]
 
 
