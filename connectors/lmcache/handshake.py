@@ -67,6 +67,14 @@ class Handshake:
             content = packed(Kind.SECRET, self._secret_digest, now_ms + int(SECRET_S * 1000))
             put(session, self._staging, {secret: content}, deadline)
 
+    def undo(self, session: Session, deadline: float) -> None:
+        """Delete what `shake` leaves in the store. No engine may use the namespace.
+
+        Raises:
+            StoreFailed: if it does not answer.
+        """
+        session.drop([session.canary, self._secret], deadline)
+
     def _read_digest(
         self, session: Session, secret: ObjectKey, deadline: float
     ) -> tuple[int, bytes]:

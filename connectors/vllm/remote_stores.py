@@ -3,7 +3,7 @@
 import time
 from importlib import metadata
 
-from vllm_cachescope.config import Config, RedisTier, Tier
+from vllm_cachescope.config import Config, Tier
 from vllm_cachescope.connectors.vllm import store_factory
 from vllm_cachescope.connectors.vllm.findings import Finding, Status
 from vllm_cachescope.tiers.keyspace import Keyspace, secret_digest
@@ -54,9 +54,12 @@ def check(settings: Tier, config: Config) -> Finding:
     return Finding(subject, Status.OK, f"{store.address} answers; {found}")
 
 
-def check_client(settings: Tier) -> Finding:
-    """Return which version of the Python package a tier's store needs is installed."""
-    name = "redis" if isinstance(settings, RedisTier) else "lmcache"
+def check_package(name: str) -> Finding:
+    """Return which version is installed of the Python package that tiers of a type need.
+
+    Args:
+        name: the type, which is the package's name, too.
+    """
     version = metadata.version(name)
     if name == "lmcache" and version != LMCACHE:
         found = f"{version}; the tier was built with {LMCACHE}"

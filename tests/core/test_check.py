@@ -1,4 +1,4 @@
-"""``cachescope check`` and the check of every start: memory, files, and what becomes of findings."""
+"""``cachescope check`` and the check of every start: memory, files, what becomes of findings."""
 
 import json
 import logging
@@ -11,7 +11,13 @@ import pytest
 
 from vllm_cachescope.cli.main import main
 from vllm_cachescope.config import CONNECTOR, ConfigError, load
-from vllm_cachescope.connectors.vllm import config_check, memory, preflight, private_files, shm_regions
+from vllm_cachescope.connectors.vllm import (
+    config_check,
+    memory,
+    preflight,
+    private_files,
+    shm_regions,
+)
 from vllm_cachescope.connectors.vllm.findings import Finding, Status
 from vllm_cachescope.connectors.vllm.memory import Memory, Room
 
@@ -130,7 +136,10 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Any:
         caches = True
 
         def __init__(self, extra: dict[str, Any]) -> None:
-            self.kv_transfer_config = {"kv_connector": CONNECTOR, "kv_connector_extra_config": extra}
+            self.kv_transfer_config = {
+                "kv_connector": CONNECTOR,
+                "kv_connector_extra_config": extra,
+            }
 
         def create_engine_config(self) -> Any:
             cache = SimpleNamespace(enable_prefix_caching=self.caches)
@@ -152,7 +161,9 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_a_cpu_tier_that_does_not_fit_stops_the_start(
     start: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(ConfigError, match=r"^CacheScope configuration: cpu_bytes: 100\.0 TiB") as it:
+    with pytest.raises(
+        ConfigError, match=r"^CacheScope configuration: cpu_bytes: 100\.0 TiB"
+    ) as it:
         start({"cpu_bytes": "100TiB"})
     assert " free of " in str(it.value) and "; allowed: " in str(it.value)
     assert main(["serve", "m", "--set", "cpu_bytes=100TiB"]) == 2
@@ -196,7 +207,9 @@ def test_a_warning_is_one_line_in_the_log(
 
 FOUND = [
     Finding("model", Status.OK, "Qwen3ForCausalLM"),
-    Finding("tier redis", Status.FAILURE, "redis://h does not answer: [no]", "a store that answers"),
+    Finding(
+        "tier redis", Status.FAILURE, "redis://h does not answer: [no]", "a store that answers"
+    ),
 ]
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from vllm_cachescope.cli.main import main
 from vllm_cachescope.cli.launch import read_settings
+from vllm_cachescope.cli.main import main
 from vllm_cachescope.cli.serve import without_secrets
 from vllm_cachescope.config import (
     CONNECTOR,
@@ -203,14 +203,20 @@ def test_a_file_that_is_no_yaml_is_one_message(
 @pytest.mark.parametrize(
     ("assigned", "says"),
     [
-        ("secret=sesame of the tests", "secret: {}; allowed: secret_file, the variable CACHESCOPE_"),
+        (
+            "secret=sesame of the tests",
+            "secret: {}; allowed: secret_file, the variable CACHESCOPE_",
+        ),
         ("secret=5e5a3e", "secret: {}; allowed: secret_file"),
         (
             "operator_token=sesame of the tests",
             "operator_token: {}; allowed: operator_token_file, the variable CACHESCOPE_OPERATOR_TO",
         ),
         ("secrett=sesame of the tests", "secrett: {}; allowed: a file of mode 600"),
-        ("tiers=[{type: redis, url: 'redis://:sesame@h'}]", "tiers.0.url: {}; allowed: the tier's p"),
+        (
+            "tiers=[{type: redis, url: 'redis://:sesame@h'}]",
+            "tiers.0.url: {}; allowed: the tier's p",
+        ),
         ("tiers=[{type: redis, url: 'redis://u:sesame@h/1'}]", "tiers.0.url: {}; allowed: the tie"),
         ("tiers=[{type: redis, url: 'h:6379?password=sesame'}]", "tiers.0.url: {}; allowed: the t"),
         ("tiers={url: 'redis://:sesame@h'}", "tiers.url: {}; allowed: the tier's password_file"),

@@ -64,7 +64,10 @@ def test_vllms_own_command_stops_with_one_message(tiny_model: Path) -> None:
             "secret: a secret may not stand where command lines and logs show it (value not shown)",
         ),
         (too_large.result(), "cpu_bytes: 100.0 TiB does not fit: /dev/shm has "),
-        (uncached.result(), "enable_prefix_caching: it was turned off, and CacheScope stands on it"),
+        (
+            uncached.result(),
+            "enable_prefix_caching: it was turned off, and CacheScope stands on it",
+        ),
         (
             too_small.result(),
             "cpu_bytes: 4096 holds not even one chunk; "

@@ -15,9 +15,10 @@ from tests.redis.engine_side import SLOT, content, keys
 from tests.redis.servers import wait_until
 from vllm_cachescope.cache.quotas import Quotas
 from vllm_cachescope.cli.main import main
-from vllm_cachescope.config import CONNECTOR, ConfigError, OrgQuota
+from vllm_cachescope.config import CONNECTOR, ConfigError, OrgQuota, load
 from vllm_cachescope.connectors.lmcache import adapters, upkeep
-from vllm_cachescope.connectors.vllm import config_check
+from vllm_cachescope.connectors.vllm import config_check, remote_stores
+from vllm_cachescope.connectors.vllm.findings import Status
 from vllm_cachescope.tiers.envelope import HEADER_BYTES
 from vllm_cachescope.tiers.local_usage import LocalUsage
 
@@ -419,3 +420,16 @@ def test_a_mistake_in_an_adapter_stops_the_start(capsys, monkeypatch):
         config_check.read(transfer)
     assert main(["serve", "m", "--set", f"tiers={json.dumps([tier])}"]) == 2
     assert capsys.readouterr().err == f"{caught.value}\n"
+
+
+def test_a_check_leaves_nothing_there(tmp_path):
+    adapter = {"type": "fs", "base_path": str(tmp_path / "files")}
+    tiers = [{"type": "lmcache", "adapter": adapter}]
+    config = load({"secret": "a secret of the tests", "tiers": tiers})
+    told = remote_stores.check(config.tiers[0], config)
+    assert told.status is Status.OK and " answers; " in told.found
+    assert list((tmp_path / "files").iterdir()) == []
+    (tmp_path / "full").write_text("no directory")
+    adapter["base_path"] = str(tmp_path / "full")
+    config = load({"secret": "a secret of the tests", "tiers": tiers})
+    assert remote_stores.check(config.tiers[0], config).status is Status.FAILURE

@@ -20,7 +20,8 @@ def add_command(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
         "lint",
         help="find what will break the prefixes of recorded requests",
         description="Look for volatile content in the tools and system prompts of recorded "
-        "requests. Exit code: 0; 1 if there is any warning; 2 if a file cannot be read, or holds no request.",
+        "requests. Exit code: 0; 1 if there is any warning; 2 if a file cannot be "
+        "read, or holds no request.",
     )
     traffic_files.add_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")

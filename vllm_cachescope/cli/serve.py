@@ -55,9 +55,7 @@ def run(args: argparse.Namespace) -> int:
     except LaunchError as error:
         print(f"cachescope serve: {error}", file=sys.stderr)
         return 2
-    command = serve_command(
-        described.model, described.extra_config, described.vllm_arguments
-    )
+    command = serve_command(described.model, described.extra_config, described.vllm_arguments)
     print(shlex.join(without_secrets(command)), flush=True)
     if args.dry_run:
         return 0

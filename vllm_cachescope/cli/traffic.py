@@ -1,7 +1,7 @@
 """Reads recorded traffic: request bodies, text traces, block traces.
 
-A file holds one JSON object a line, gzipped if its name ends in ``.gz``; ``-`` is standard input. The keys of a line show
-which format it has:
+A file holds one JSON object a line, gzipped if its name ends in ``.gz``; ``-`` is standard input.
+The keys of a line show which format it has:
 
 - the body of a Messages, Chat, Responses or Completions request;
 - an envelope around such a body: ``body`` or ``request``, with ``timestamp``, ``session_id``,
