@@ -141,25 +141,26 @@ def _engine_args(parsed: Any) -> Any:
     """
     from vllm.engine.arg_utils import AsyncEngineArgs
 
-    with _refusing("model"):
+    with _refusing("model", parsed.model):
         return AsyncEngineArgs.from_cli_args(parsed)
 
 
 @contextmanager
-def _refusing(subject: str) -> Iterator[None]:
+def _refusing(subject: str, name: str = "") -> Iterator[None]:
     """Turn whatever vLLM raises (a model that is not there, options that exclude each other) into
     a refusal."""
     try:
         yield
     except Exception as error:
-        raise _Refused(subject, " ".join(str(error).split())[:300] or repr(error)) from None
+        said = " ".join(str(error).split())[:300] or repr(error)
+        raise _Refused(subject, f"{name}: {said}" if name else said) from None
 
 
 def _model(engine_args: Any) -> Iterator[Finding]:
     asked = engine_args.enable_prefix_caching
     # Not with the check that every start makes: its findings are rows here.
     create = inspect.unwrap(type(engine_args).create_engine_config)
-    with _refusing("model"):
+    with _refusing("model", engine_args.model):
         vllm_config = create(engine_args)
     yield Finding("model", Status.OK, ", ".join(vllm_config.model_config.architectures))
     yield config_check.prefix_caching(vllm_config, asked)
