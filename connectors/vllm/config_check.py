@@ -98,7 +98,7 @@ def install(require: Callable[[], None]) -> None:
     if arguments is None or hasattr(arguments.create_engine_config, "is_checked"):
         return
     arguments.create_engine_config = _checking_first(arguments.create_engine_config, require)
-    _refuse_before_logging(sys.modules.get("vllm.entrypoints.serve.utils.api_utils"))
+    _refuse_before_logging()
     sys.excepthook = _without_traceback(sys.excepthook)
 
 
@@ -167,20 +167,23 @@ def prefix_caching(vllm_config: Any, asked: bool | None) -> Finding:
     return Finding(key, Status.FAILURE, found, remedy)
 
 
-def _refuse_before_logging(api_utils: Any) -> None:
+def _refuse_before_logging() -> None:
     """Have vLLM refuse secrets in its arguments before it logs those arguments."""
-    log = getattr(api_utils, "get_non_default_args", None)
-    if log is None or hasattr(log, "is_refusing"):
-        return
+    for name, module in list(sys.modules.items()):
+        log = vars(module).get("log_non_default_args") if name.startswith("vllm.") else None
+        if log is not None and not hasattr(log, "is_refusing"):
+            vars(module)["log_non_default_args"] = _refusing_first(log)
 
+
+def _refusing_first(log: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(log)
-    def get_non_default_args(args: Any, *others: Any, **options: Any) -> Any:
+    def log_non_default_args(args: Any, *others: Any, **options: Any) -> Any:
         if (own := own_transfer(getattr(args, "kv_transfer_config", None))) is not None:
             refuse_secrets(own.kv_connector_extra_config)
         return log(args, *others, **options)
 
-    get_non_default_args.is_refusing = True  # type: ignore[attr-defined]
-    api_utils.get_non_default_args = get_non_default_args
+    log_non_default_args.is_refusing = True  # type: ignore[attr-defined]
+    return log_non_default_args
 
 
 @contextmanager

@@ -163,9 +163,8 @@ HOOKS = (
     ),
     Hook(
         "start-up",
-        "mistakes in the configuration show only once the engine starts",
+        _STOPS,
         {("engine/arg_utils.py", "EngineArgs.create_engine_config"): "self"},
-        is_needed=False,
     ),
 )
 

@@ -54,7 +54,6 @@ def test_vllms_own_command_stops_with_one_message(tiny_model: Path) -> None:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         shown = pool.submit(start, tiny_model, *transfer(secret="sesame of the tests"))
         too_large = pool.submit(start, tiny_model, *transfer(cpu_bytes="100TiB"))
-        uncached = pool.submit(start, tiny_model, *transfer(), "--no-enable-prefix-caching")
         # How much a chunk takes is known to the engine only.
         too_small = pool.submit(start, tiny_model, *transfer(cpu_bytes=4096))
         alone = pool.submit(start, tiny_model, "--middleware", NAME)
