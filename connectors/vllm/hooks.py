@@ -142,6 +142,7 @@ HOOKS = (
                 "self prompt sampling_params request_id"
             ),
             ("v1/engine/core_client.py", "AsyncMPClient.call_utility_async"): "self method",
+            ("v1/engine/core_client.py", "SyncMPClient.call_utility"): "self method",
             ("renderers/online_renderer.py", "OnlineRenderer.render_chat"): "self request",
             ("renderers/online_renderer.py", "OnlineRenderer.render_responses"): "self request",
             (
@@ -158,7 +159,10 @@ HOOKS = (
     Hook(
         "rendering",
         "breakpoints in the history are found by tokenising more",
-        {("renderers/base.py", "BaseRenderer.tokenize_prompts_async"): "self prompts params"},
+        {
+            ("renderers/base.py", "BaseRenderer.tokenize_prompts_async"): "self prompts params",
+            ("renderers/base.py", "BaseRenderer.tokenize_prompts"): "self prompts params",
+        },
         is_needed=False,
     ),
     Hook(
