@@ -9,7 +9,7 @@ from importlib import import_module
 from types import ModuleType
 
 from vllm_cachescope.cache.quotas import Quotas
-from vllm_cachescope.config import ConfigError, RedisTier, Tier
+from vllm_cachescope.config import ConfigError, LMCacheTier, RedisTier, Tier
 from vllm_cachescope.tiers.keyspace import Keyspace
 from vllm_cachescope.tiers.limits import Limits
 from vllm_cachescope.tiers.store import Store
@@ -97,6 +97,11 @@ def stores(
 def counts_usage(settings: Tier) -> bool:
     """Whether the store of a tier counts what organisations hold, for all engines at once."""
     return isinstance(settings, RedisTier)
+
+
+def is_on_disk(settings: Tier) -> bool:
+    """Whether the store of a tier is a file system, local or mounted."""
+    return isinstance(settings, LMCacheTier) and settings.adapter["type"] in ("fs", "fs_native")
 
 
 def _connector(settings: Tier) -> ModuleType:

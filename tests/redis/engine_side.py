@@ -11,6 +11,7 @@ from vllm_cachescope.connectors import redis
 from vllm_cachescope.tenancy.owner_tags import NOBODY
 from vllm_cachescope.tiers.expiry import expiry
 from vllm_cachescope.tiers.inquiries import Lookup
+from vllm_cachescope.tiers.inventory import Inventory
 from vllm_cachescope.tiers.jobs import Finished, Outgoing
 from vllm_cachescope.tiers.keyspace import Keyspace, qualified, secret_digest
 from vllm_cachescope.tiers.limits import Limits
@@ -73,6 +74,7 @@ class EngineSide:
         secret: bytes = SECRET,
         quotas: Quotas | None = None,
         local_usage: LocalUsage | None = None,
+        inventory: Inventory | None = None,
         **limits: object,
     ) -> None:
         self.quotas = quotas
@@ -87,6 +89,7 @@ class EngineSide:
             time.monotonic,
             random.random,
             local_usage,
+            inventory,
         )
         self.tier.start()
         self._requests = 0

@@ -8,6 +8,7 @@ import pytest
 from tests.redis.engine_side import SLOT, content, keys
 from tests.redis.servers import wait_until
 from vllm_cachescope.tiers.envelope import HEADER_BYTES
+from vllm_cachescope.tiers.inventory import Inventory
 from vllm_cachescope.tiers.keyspace import secret_digest
 
 
@@ -90,6 +91,26 @@ def test_what_is_there_already_is_not_sent_again(server, start_engine_side):
     assert server.client.info()["total_net_input_bytes"] - received < SLOT
     assert b.tier.take_stats()["store", "present"] == 20
     assert all(server.client.pttl(a.name(key)) > 590_000 for key in keys(20))
+
+
+def test_routers_are_told_what_an_engine_stored_until_it_hears_that_it_is_gone(
+    server, start_engine_side
+):
+    inventories = [Inventory(time.monotonic) for _ in range(2)]
+    a, b = (start_engine_side(server.url, inventory=inventory) for inventory in inventories)
+    for side in (a, b):
+        side.put(keys(4))
+    assert a.tier.take_changes() == [(keys(4), False)]
+    assert b.tier.take_changes() == []
+    server.client.delete(a.name(keys(4)[1]))
+    damaged = a.name(keys(4)[2])
+    server.client.setrange(damaged, HEADER_BYTES, b"damaged")
+    assert set(a.get(keys(4)).keys) == {keys(4)[0], keys(4)[3]}
+    assert [change for change in a.tier.take_changes() if change.removed] == [
+        ([keys(4)[1]], True),
+        ([keys(4)[2]], True),
+    ]
+    assert a.tier.held() == [keys(4)[0], keys(4)[3]]
 
 
 def test_two_engines_that_store_the_same_at_once(server, start_engine_side):

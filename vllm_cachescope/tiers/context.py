@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from vllm_cachescope.tiers.availability import Availability
 from vllm_cachescope.tiers.block_states import BlockStates
+from vllm_cachescope.tiers.inventory import Inventory
 from vllm_cachescope.tiers.key_counts import KeyCounts
 from vllm_cachescope.tiers.limits import Limits
 from vllm_cachescope.tiers.local_usage import LocalUsage
@@ -26,6 +27,7 @@ class TierContext:
         counts: numbers of keys by operation and outcome.
         local_usage: finds the entries that are too many; None if there are no quotas, or the store
             counts itself.
+        inventory: what this engine has stored, for routers; None if KV events are off.
     """
 
     name: str
@@ -37,6 +39,7 @@ class TierContext:
     states: BlockStates
     counts: KeyCounts
     local_usage: LocalUsage | None
+    inventory: Inventory | None
 
     def timeout_at(self) -> float:
         """Return the deadline of an operation that begins now and that no request waits for."""

@@ -148,6 +148,8 @@ class StoreJobs(Transfers[StoreJob]):
             reason = str(error)
         if self._tier.local_usage is not None:
             self._tier.local_usage.purged(purge.prefix)
+        if self._tier.inventory is not None:
+            self._tier.inventory.purged(purge.prefix)
         self._tier.counts.add("evict", "purge", entries)
         with self._lock:
             # `end_purges` may have ended it meanwhile.
@@ -162,7 +164,11 @@ class StoreJobs(Transfers[StoreJob]):
         try:
             written = store.write(_values(blocks), self._tier.timeout_at())
             self._note(store, blocks, written)
-            self._keep_quotas(store, blocks, written)
+            stored = _expiries(blocks, written, Written.STORED)
+            if self._tier.inventory is not None:
+                self._tier.inventory.stored(stored)
+                self._tier.inventory.touch(_expiries(blocks, written, Written.PRESENT))
+            self._keep_quotas(store, stored)
         except StoreFailed as error:
             self._tier.availability.failed(str(error))
         except Exception:
@@ -174,10 +180,10 @@ class StoreJobs(Transfers[StoreJob]):
             counts["store", "failed"] = len(blocks)
             self._tier.states.note((block.key for block in blocks), BlockState.UNSTORED)
         self._tier.counts.update(counts)
-        stored = written.count(Written.STORED)
+        new = written.count(Written.STORED)
         with self._lock:
-            job.nbytes += stored * self._tier.slot_bytes
-            job.complete &= stored + written.count(Written.PRESENT) == len(blocks)
+            job.nbytes += new * self._tier.slot_bytes
+            job.complete &= new + written.count(Written.PRESENT) == len(blocks)
             self._settle(job, len(blocks))
 
     def _note(self, store: Store, blocks: Sequence[Outgoing], written: Sequence[Written]) -> None:
@@ -193,17 +199,15 @@ class StoreJobs(Transfers[StoreJob]):
         else:
             availability.writes.succeeded()
 
-    def _keep_quotas(
-        self, store: Store, blocks: Sequence[Outgoing], written: Sequence[Written]
-    ) -> None:
-        """Evict what organisations hold beyond their quotas, if the store has not done it."""
+    def _keep_quotas(self, store: Store, stored: Sequence[tuple[bytes, float]]) -> None:
+        """Evict what organisations hold beyond their quotas, if the store has not done it.
+
+        Args:
+            store: the store.
+            stored: keys that were just stored, each with when it expires, in seconds.
+        """
         evicted = store.take_evicted()
         if self._tier.local_usage is not None:
-            stored = [
-                (block.key, block.expires_at)
-                for block, result in zip(blocks, written, strict=True)
-                if result is Written.STORED
-            ]
             over = self._tier.local_usage.stored(stored, self._tier.clock())
             if over:
                 store.drop(over, self._tier.timeout_at())
@@ -221,6 +225,17 @@ def _values(blocks: Sequence[Outgoing]) -> list[Value]:
             block.expires_at,
         )
         for block in blocks
+    ]
+
+
+def _expiries(
+    blocks: Sequence[Outgoing], written: Sequence[Written], outcome: Written
+) -> list[tuple[bytes, float]]:
+    """Return the keys of the blocks with ``outcome``, each with when it expires, in seconds."""
+    return [
+        (block.key, block.expires_at)
+        for block, result in zip(blocks, written, strict=True)
+        if result is outcome
     ]
 
 
