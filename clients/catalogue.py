@@ -65,11 +65,11 @@ CLIENTS = (
         for kind in ("anthropic", "openai")
     ),
     *(
-        Client(f"litellm-{route}", "litellm", _LITELLM, litellm(route, *program))
-        for route, *program in (
+        Client(f"litellm-{route}", "litellm", _LITELLM, litellm(route, program))
+        for route, program in (
             ("anthropic", "anthropic_sdk.py"),
-            ("openai", "openai_chat.py", "marked"),
-            ("hosted_vllm", "openai_chat.py", "marked"),
+            ("openai", "openai_chat.py"),
+            ("hosted_vllm", "openai_chat.py"),
         )
     ),
 )

@@ -18,8 +18,8 @@ _START_S = 90
 _MASTER_KEY = "sk-of-the-gateway"
 
 
-def litellm(route: str, program: str, *arguments: str) -> Callable[[Desk], None]:
-    """Return what runs ``program`` with ``arguments`` through a proxy with the route ``route``."""
+def litellm(route: str, program: str) -> Callable[[Desk], None]:
+    """Return what runs ``program`` through a proxy with the route ``route``."""
 
     def run(desk: Desk) -> None:
         base = desk.url if route == "anthropic" else f"{desk.url}/v1"
@@ -50,7 +50,7 @@ def litellm(route: str, program: str, *arguments: str) -> Callable[[Desk], None]
         try:
             _wait_until_ready(url, process, log)
             # The libraries come from the environment of the tests.
-            library(program, *arguments)(Desk(url, _MASTER_KEY, OWN, desk.directory / "caller"))
+            library(program)(Desk(url, _MASTER_KEY, OWN, desk.directory / "caller"))
         finally:
             process.terminate()
             process.wait()

@@ -1,17 +1,12 @@
-"""One turn with the `openai` package over Chat Completions: a ``prompt_cache_key``, and no markers
-unless ``marked`` is the first argument."""
+"""One turn with the `openai` package over Chat Completions: no markers, a ``prompt_cache_key``."""
 
 import json
-import sys
 
 import openai
 import toy
 
 client = openai.OpenAI(base_url=f"{toy.BASE_URL}/v1", api_key=toy.API_KEY)
 system = {"role": "system", "content": toy.HANDBOOK}
-if "marked" in sys.argv:
-    mark = {"cache_control": {"type": "ephemeral"}}
-    system = {"role": "system", "content": [{"type": "text", "text": toy.HANDBOOK, **mark}]}
 messages = toy.recall() or [system]
 messages.append({"role": "user", "content": toy.PROMPT})
 function = {"name": "read_file", "description": toy.DESCRIPTION, "parameters": toy.PARAMETERS}

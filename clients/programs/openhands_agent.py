@@ -11,6 +11,7 @@ llm = LLM(
     model=f"openai/{toy.MODEL}",
     base_url=f"{toy.BASE_URL}/v1",
     api_key=SecretStr(toy.API_KEY),
+    extra_headers={"X-Session-ID": toy.SESSION},
     capability_overrides={"supports_prompt_cache": True},
     num_retries=0,
 )
