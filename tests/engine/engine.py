@@ -117,11 +117,13 @@ class Answer:
     Attributes:
         tokens: what it generated, greedily.
         read: prompt tokens that came from the cache, as vLLM counts them.
+        created: prompt tokens that were newly cached, as vLLM counts them.
         report: the connector's report; None where there is none.
     """
 
     tokens: list[int] = field(default_factory=list)
     read: int = 0
+    created: int = 0
     report: Report | None = None
 
     def outcome(self, name: str) -> int:
@@ -245,6 +247,7 @@ class Engine:
             answer = self._answers[output.request_id]
             answer.tokens = list(output.outputs[0].token_ids)
             answer.read = output.num_cached_tokens or 0
+            answer.created = output.num_cache_creation_tokens or 0
             if output.kv_transfer_params:
                 answer.report = Report.from_wire(output.kv_transfer_params[PLAN_KEY])
         return self._engine.has_unfinished_requests()
@@ -273,6 +276,13 @@ class Engine:
             for tier, ttl_s, entries in self.connector.cachescope.resident()
             if entries
         }
+
+    def device_bytes(self) -> int:
+        """Return how many bytes of the device the prefix cache takes, by vLLM's own count."""
+        manager = self.scheduler.kv_cache_manager
+        config = manager.kv_cache_config
+        blocks = len(manager.block_pool.cached_block_hash_to_block)
+        return blocks * config.kv_cache_tensors[0].size // config.num_blocks
 
     def free_chunks(self) -> int:
         """Return how many chunks of the CPU tier are free, by vLLM's own count."""

@@ -117,7 +117,7 @@ def attribute_tokens(
     plan: Plan,
     block_size: int,
     read: Iterable[tuple[str, int]],
-    created_blocks: Iterable[int],
+    created: Iterable[tuple[int, int]],
 ) -> Report:
     """Divide a prompt's tokens by outcome, scope and TTL class.
 
@@ -125,7 +125,8 @@ def attribute_tokens(
         plan: the prompt's plan; its last span ends where the prompt ends.
         block_size: tokens per block.
         read: ``(outcome, tokens)`` of what was read, in prompt order from the first token.
-        created_blocks: indices of the blocks that this prompt newly cached under a breakpoint.
+        created: ``(start, end)`` in tokens of what this prompt newly cached under a breakpoint; in
+            order, and what overlaps counts once.
 
     Returns:
         A report with rows and nothing else.
@@ -137,8 +138,8 @@ def attribute_tokens(
         end = min(position + tokens, prompt_tokens)
         ranges.append((position, end, outcome))
         position = end
-    for index in sorted(created_blocks):
-        start, end = max(index * block_size, position), (index + 1) * block_size
+    for first, end in created:
+        start = max(first, position)
         if start >= end:
             continue
         ranges.append((position, start, Outcome.UNCACHED))

@@ -144,9 +144,9 @@ class Admission:
         It says how many tokens were read. All others that are covered count as created, until the
         engine's report says which of their blocks were there already.
         """
-        read = output.num_cached_tokens or 0
-        blocks = range(read // self._block_size, plan.covered_tokens // self._block_size)
-        return attribute_tokens(plan, self._block_size, [(Outcome.READ_DEVICE, read)], blocks)
+        read, size = output.num_cached_tokens or 0, self._block_size
+        created = [(read, plan.covered_tokens // size * size)]
+        return attribute_tokens(plan, size, [(Outcome.READ_DEVICE, read)], created)
 
     def _fetch_later(self, context: RequestContext, plan: Plan) -> None:
         before = context.fetching
