@@ -3,7 +3,7 @@ reports on each prompt."""
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -350,7 +350,7 @@ class CacheScopeConnectorScheduler(TierParent):
     def quota_chunks(self, plan: Plan, end: int) -> int:
         return self._layout.quota_chunks(plan, end)
 
-    def prefill_seconds(self, keys: Sequence[bytes]) -> float:
+    def prefill_seconds(self, keys: Iterable[bytes]) -> float:
         return self._prefill_rate.seconds_for(self._layout.tokens_of(keys))
 
     def on_prefix_lookup(self) -> None:
