@@ -19,6 +19,7 @@ from vllm_cachescope.connectors.vllm.api_server.planning import Planner
 from vllm_cachescope.logs import logger_of
 from vllm_cachescope.prompt.plan import PLAN_KEY, Plan, Span, seal
 from vllm_cachescope.tenancy.scope import Caller, Scope
+from vllm_cachescope.tenancy.shares import AccountOf
 
 logger = logger_of(__name__)
 
@@ -30,21 +31,23 @@ class Admission:
         state: the API server's state.
         config: the configuration.
         secret: key of the scope keys and of the plans' MACs.
+        account_of: returns who answers for an organisation, by its id.
     """
 
-    def __init__(self, state: Any, config: Config, secret: bytes) -> None:
+    def __init__(self, state: Any, config: Config, secret: bytes, account_of: AccountOf) -> None:
         self._engine = state.engine_client
         self._secret = secret
-        self._planner = Planner(state, config, secret)
+        self._planner = Planner(state, config, secret, account_of)
         self._block_size: int = self._engine.vllm_config.cache_config.block_size
         self._generate = self._engine.generate
         self._engine.generate = self.generate
         self._encode = self._engine.encode
         self._engine.encode = self.encode
 
-    def purge_renderings(self) -> None:
-        """Drop what is kept of rendered prompts, of all organisations."""
-        self._planner.purge_renderings()
+    def purge_renderings(self, org: str | None, session: str | None) -> None:
+        """Drop what is kept of rendered prompts of ``org``, or of one session of ``org``; with
+        None, of everyone."""
+        self._planner.purge_renderings(org, session)
 
     async def generate(
         self, prompt: Any, sampling_params: Any, request_id: str, **options: Any

@@ -5,14 +5,13 @@ import atexit
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 from vllm import envs
 
 from vllm_cachescope.api.engines import Engines, Purged
 from vllm_cachescope.api.middleware import CacheScopeMiddleware
-from vllm_cachescope.api.services import Server
+from vllm_cachescope.api.services import Server, directory_of
 from vllm_cachescope.connectors.vllm import config_check, engine_rpc, shm_regions
 from vllm_cachescope.connectors.vllm.api_server.admission import Admission
 from vllm_cachescope.logs import logger_of
@@ -47,7 +46,9 @@ def connect(state: Any) -> Server:
     """
     client = state.engine_client
     config = config_check.read(client.vllm_config.kv_transfer_config)
-    admission = Admission(state, config, config.secret_bytes())
+    api_keys = [key for key in (state.args.api_key or [envs.VLLM_API_KEY]) if key]
+    accounts = directory_of(config, api_keys).account
+    admission = Admission(state, config, config.secret_bytes(), accounts)
     # vLLM kills its engine without letting it clean up. When this process ends, which does the
     # killing, the engine is gone.
     atexit.register(shm_regions.remove_stale)
@@ -57,9 +58,11 @@ def connect(state: Any) -> Server:
     )
     return Server(
         config,
+        model_name=client.vllm_config.model_config.served_model_name,
         block_tokens=int(client.vllm_config.cache_config.block_size),
-        api_keys=[key for key in (state.args.api_key or [envs.VLLM_API_KEY]) if key],
-        engines=EngineProcesses(client, admission.purge_renderings),
+        api_keys=api_keys,
+        engines=EngineProcesses(client),
+        purge_renderings=admission.purge_renderings,
     )
 
 
@@ -68,12 +71,10 @@ class EngineProcesses(Engines):
 
     Args:
         client: the engine client.
-        purge_renderings: drops what this process keeps of rendered prompts.
     """
 
-    def __init__(self, client: Any, purge_renderings: Callable[[], None]) -> None:
+    def __init__(self, client: Any) -> None:
         self._client = client
-        self._purge_renderings = purge_renderings
 
     async def health(self) -> list[list[dict[str, Any]]]:
         """Return the state of each tier of each engine process.
@@ -90,8 +91,6 @@ class EngineProcesses(Engines):
             TimeoutError: if an engine does not answer within `ANSWER_S`, or a remote tier is not
                 done within twice `PURGE_S`.
         """
-        # Whose a rendered prompt was is not kept, and it is soon rendered again: all of them go.
-        self._purge_renderings()
         purge_id = secrets.token_hex(8)
         entries: Counter[str] = Counter()
         for purged in await self._call("purge", prefix, purge_id):

@@ -14,6 +14,7 @@ from vllm_cachescope.prompt.request import PromptRequest, Region
 from vllm_cachescope.prompt.segments import Segment, segments
 from vllm_cachescope.tenancy.owner_tags import OwnerTags
 from vllm_cachescope.tenancy.scope import Caller, Scope, ScopeKeys
+from vllm_cachescope.tenancy.shares import AccountOf
 
 _Rendered = tuple[tuple[Segment, ...], list[RenderedPrefix | None]]
 
@@ -25,17 +26,19 @@ class Planner:
         state: the API server's state.
         config: the configuration.
         secret: key of the scope keys.
+        account_of: returns who answers for an organisation, by its id.
     """
 
-    def __init__(self, state: Any, config: Config, secret: bytes) -> None:
+    def __init__(self, state: Any, config: Config, secret: bytes, account_of: AccountOf) -> None:
         self._keys = ScopeKeys(secret)
         self._owners = OwnerTags(secret)
-        self._boundaries = Boundaries(state, self._on_tokenizing)
+        self._boundaries = Boundaries(state, self._on_tokenizing, account_of)
         self._defaults = {region: config.regions.of(region) for region in Region}
 
-    def purge_renderings(self) -> None:
-        """Drop what is kept of rendered prompts, of all organisations."""
-        self._boundaries.purge()
+    def purge_renderings(self, org: str | None, session: str | None) -> None:
+        """Drop what is kept of rendered prompts of ``org``, or of one session of ``org``; with
+        None, of everyone."""
+        self._boundaries.purge(org, session)
 
     async def plan(
         self, context: RequestContext, caller: Caller, tokens: list[int], text: str | None
@@ -69,13 +72,15 @@ class Planner:
 
     def _rendering(self, context: RequestContext, request: PromptRequest) -> Task[_Rendered]:
         if context.rendering is None:
-            rendering = self._render(request, context.body)
+            rendering = self._render(request, context.body, context.caller)
             context.rendering = asyncio.get_running_loop().create_task(rendering)
         return context.rendering
 
-    async def _render(self, request: PromptRequest, body: Mapping[str, Any]) -> _Rendered:
+    async def _render(
+        self, request: PromptRequest, body: Mapping[str, Any], caller: Caller
+    ) -> _Rendered:
         cut = segments(request, self._defaults)
-        return cut, await self._boundaries.prefixes(request, body, cut)
+        return cut, await self._boundaries.prefixes(request, body, cut, caller)
 
     def _plan(self, cut: tuple[Segment, ...], ends: list[int], caller: Caller) -> Plan:
         nonce = secrets.token_hex(8)
