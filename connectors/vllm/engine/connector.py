@@ -132,6 +132,14 @@ class CacheScopeConnector(OffloadingConnector):
             for name, (address, entries) in places.items()
         ]
         self._gauges = Gauges(self._local_tiers, self.cachescope.remotes)
+        layout = self._settings.layout
+        logger.info(
+            "Prompts are cached in blocks of %d tokens: what is shorter is not cached%s",
+            layout.tokens_per_step,
+            "; this model resumes prompts at their ends and at breakpoints"
+            if layout.has_checkpoints
+            else "",
+        )
         for tier in self._local_tiers:
             logger.info(
                 "Tier %s at %s is up: empty, of %.1f MiB",
