@@ -48,7 +48,7 @@ class Kind:
         block_bytes: bytes of a block, whichever group it belongs to.
         groups: how many KV cache groups it has.
         has_checkpoints: whether a prompt can be resumed at some blocks' ends only.
-        has_prefix_cache: whether vLLM's prefix cache works for it on a CPU.
+        runs: whether this machine's vLLM caches its prefixes.
         options: further engine arguments.
     """
 
@@ -58,7 +58,7 @@ class Kind:
     block_bytes: int
     groups: int = 1
     has_checkpoints: bool = False
-    has_prefix_cache: bool = True
+    runs: bool = True
     options: dict[str, Any] = field(default_factory=dict)
 
     def build(self) -> Path:
@@ -168,6 +168,7 @@ KINDS = (
     Kind("sliding", _sliding, 128, 65_536, groups=4, has_checkpoints=True),
     Kind("sliding-experts", _sliding_experts, 128, 131_072, groups=2, has_checkpoints=True),
     Kind("linear", _linear, 256, 65_536, groups=4, has_checkpoints=True, options=_BF16),
-    Kind("latent", _latent, 16, 36_864, has_prefix_cache=False, options=_BF16),
+    # On a CPU without these tiles vLLM turns prefix caching off for latent attention.
+    Kind("latent", _latent, 128, 294_912, runs=torch.cpu._is_amx_tile_supported(), options=_BF16),  # noqa: SLF001
     Kind("experts", _experts, 128, 131_072),
 )
