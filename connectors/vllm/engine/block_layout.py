@@ -140,15 +140,11 @@ class BlockLayout:
                 yield end - chunk, end, block_hash + suffix
 
     def keys_at(self, request: Request, end: int) -> list[bytes]:
-        """Return the keys of the blocks that a prompt needs in order to be resumed at ``end``
-        (tokens), but for those that it needs to be resumed in front of that, too."""
+        """Return the keys of the blocks that end at ``end`` (tokens), one of each group that has
+        such a block."""
+        block_hash = request.block_hashes[end // self.tokens_per_hash - 1]
         return [
-            key
-            for group in self.groups
-            if end % group.tokens_per_block == 0
-            for _, key in self.blocks(
-                request, group, max(0, end - (group.window or 1) * group.tokens_per_block), end
-            )
+            block_hash + group.suffix for group in self.groups if end % group.tokens_per_block == 0
         ]
 
     def chunks_at(self, request: Request, end: int) -> list[tuple[int, bytes]]:
