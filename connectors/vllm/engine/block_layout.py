@@ -183,15 +183,16 @@ class BlockLayout:
 
 def read_layout(offload: SchedulerOffloadConfig) -> BlockLayout:
     """Return the layout of the blocks that vLLM's offloading keeps."""
-    # vLLM 0.31 keeps whatever it fills. A linear attention's state is only there where a step ends.
-    sparse = getattr(offload, "retention_interval", None) is not None
+    # Without an interval windows are kept everywhere, but a linear attention's state is only there
+    # where a step ends.
+    sparse = offload.retention_interval is not None
     groups = []
     for group in offload.kv_group_configs:
         window = group.sliding_window_size_in_chunks
         if window is None:
             groups.append(Group(group.group_idx, group.tokens_per_block))
             continue
-        keeps_all = not (sparse or getattr(group, "requires_cow_source", False))
+        keeps_all = not (sparse or group.requires_cow_source)
         blocks = window * offload.blocks_per_chunk
         groups.append(Group(group.group_idx, group.tokens_per_block, blocks, keeps_all))
     return BlockLayout(offload.tokens_per_hash, tuple(groups), offload.blocks_per_chunk)

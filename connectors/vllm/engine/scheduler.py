@@ -180,11 +180,10 @@ class CacheScopeConnectorScheduler(TierParent):
             prompt = self._prompts.get(request_id)
             if prompt is None or prompt.request is None:
                 continue
-            # vLLM 0.31 has no such boundary.
-            current = getattr(prompt.request, "shared_prefix_boundary", None)
-            if current is not None and prompt.registered >= current:
+            if prompt.registered >= prompt.request.shared_prefix_boundary:
                 following = self._layout.checkpoint(prompt.plan, prompt.registered)
-                prompt.request.shared_prefix_boundary = following or current
+                if following:
+                    prompt.request.shared_prefix_boundary = following
 
     def on_step_end(self) -> None:
         """A step has been computed."""
