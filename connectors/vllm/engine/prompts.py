@@ -25,7 +25,7 @@ class Creation:
     before. And what one group holds beyond the others cannot be read.
 
     Attributes:
-        blocks: ``(start, end)`` of the new blocks of full attention, in tokens.
+        blocks: ``(start, end)`` in tokens of runs of new blocks of full attention.
         window_end: where the last new block of a window ends, in tokens.
         cached_to: where the last block that is cached ends, new or not, by group.
     """
@@ -39,10 +39,15 @@ class Creation:
         self.cached_to[group.id] = max(end, self.cached_to.get(group.id, 0))
         if not is_new:
             return
-        if group.window is None:
-            self.blocks.append((end - group.tokens_per_block, end))
-        else:
+        if group.window is not None:
             self.window_end = max(end, self.window_end)
+            return
+        start = end - group.tokens_per_block
+        # A step's blocks come from the last to the first, and those of several groups together.
+        if self.blocks and start < self.blocks[-1][0] <= end:
+            self.blocks[-1] = start, self.blocks[-1][1]
+        elif not self.blocks or not self.blocks[-1][0] <= start < end <= self.blocks[-1][1]:
+            self.blocks.append((start, end))
 
     def ranges(self, groups: Sequence[Group], covered: int) -> list[tuple[int, int]]:
         """Return ``(start, end)`` in tokens of what was created, in order; some may overlap.
