@@ -168,7 +168,8 @@ KINDS = (
     Kind("sliding", _sliding, 128, 65_536, groups=4, has_checkpoints=True),
     Kind("sliding-experts", _sliding_experts, 128, 131_072, groups=2, has_checkpoints=True),
     Kind("linear", _linear, 256, 65_536, groups=4, has_checkpoints=True, options=_BF16),
-    # On a CPU without these tiles vLLM turns prefix caching off for latent attention.
+    # On a CPU without these tiles vLLM's kernel cannot go on from what is cached, and vLLM turns
+    # prefix caching off for latent attention.
     Kind("latent", _latent, 128, 294_912, runs=torch.cpu._is_amx_tile_supported(), options=_BF16),  # noqa: SLF001
     Kind("experts", _experts, 128, 131_072),
 )
