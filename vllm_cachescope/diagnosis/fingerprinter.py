@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from hmac import digest
-from itertools import accumulate, chain, groupby
+from itertools import accumulate, chain, groupby, islice
 from operator import attrgetter
 from typing import Any, TypeVar
 
@@ -17,6 +17,7 @@ from vllm_cachescope.diagnosis.fingerprint import (
     ToolFingerprint,
     piece_bytes,
 )
+from vllm_cachescope.diagnosis.namespace import namespace_fields
 from vllm_cachescope.diagnosis.part_kind import ROLE_BITS, Trait, part_kind
 from vllm_cachescope.diagnosis.token_estimate import estimate_tokens
 from vllm_cachescope.prompt.request import Part, PromptRequest, Protocol, Region
@@ -34,6 +35,7 @@ _MAX_PARAMS = 64
 _MAX_MARKS = 16
 _MAX_NAME = 100
 _MAX_FIELDS = 16
+_MAX_INNER_FIELDS = 256  # of all tools in a namespace
 
 _STARTS = int(Trait.STARTS)
 
@@ -255,6 +257,9 @@ class Fingerprinter:
             "?",
         )
         kept = dict(list(fields.items())[:_MAX_FIELDS])
+        if isinstance(inner := fields.get("tools"), list):
+            del kept["tools"]
+            kept |= islice(namespace_fields(inner), _MAX_INNER_FIELDS)
         hashes = {
             key: self._hash(packed_bytes(value, sort_keys=True)) for key, value in kept.items()
         }

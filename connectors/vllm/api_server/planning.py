@@ -1,7 +1,6 @@
 """The planner of prompts: which tokens are shared how widely, and kept how long."""
 
 import asyncio
-import secrets
 from asyncio import Task
 from collections.abc import Mapping
 from typing import Any
@@ -9,11 +8,11 @@ from typing import Any
 from vllm_cachescope.api.request_context import RequestContext, current_request
 from vllm_cachescope.config import Config
 from vllm_cachescope.connectors.vllm.api_server.boundaries import Boundaries, RenderedPrefix
-from vllm_cachescope.prompt.plan import Plan, Span
+from vllm_cachescope.prompt.plan import Plan
+from vllm_cachescope.prompt.plan_maker import PlanMaker
 from vllm_cachescope.prompt.request import PromptRequest, Region
 from vllm_cachescope.prompt.segments import Segment, segments
-from vllm_cachescope.tenancy.owner_tags import OwnerTags
-from vllm_cachescope.tenancy.scope import Caller, Scope, ScopeKeys
+from vllm_cachescope.tenancy.scope import Caller
 from vllm_cachescope.tenancy.shares import AccountOf
 
 _Rendered = tuple[tuple[Segment, ...], list[RenderedPrefix | None]]
@@ -30,8 +29,7 @@ class Planner:
     """
 
     def __init__(self, state: Any, config: Config, secret: bytes, account_of: AccountOf) -> None:
-        self._keys = ScopeKeys(secret)
-        self._owners = OwnerTags(secret)
+        self._plans = PlanMaker(secret)
         self._boundaries = Boundaries(state, self._on_tokenizing, account_of)
         self._defaults = {region: config.regions.of(region) for region in Region}
 
@@ -55,14 +53,14 @@ class Planner:
             return self.plan_whole(caller, len(tokens))
         cut, prefixes = await self._rendering(context, context.request)
         ends = await self._boundaries.ends(prefixes, context.request.protocol, tokens, text)
-        return self._plan(cut, ends, caller)
+        return self._plans.plan(cut, ends, caller)
 
     def plan_whole(self, caller: Caller, tokens: int) -> Plan:
         """Return the plan of a prompt of ``tokens`` tokens that is cached as a whole, with the
         operator's defaults."""
         default = self._defaults[Region.MESSAGES]
         whole = Segment(None, default.scope, default.ttl_s, True)
-        return self._plan((whole,), [tokens], caller)
+        return self._plans.plan((whole,), [tokens], caller)
 
     def _on_tokenizing(self) -> None:
         """The server tokenises a prompt on another thread; render its segments meanwhile."""
@@ -81,22 +79,3 @@ class Planner:
     ) -> _Rendered:
         cut = segments(request, self._defaults)
         return cut, await self._boundaries.prefixes(request, body, cut, caller)
-
-    def _plan(self, cut: tuple[Segment, ...], ends: list[int], caller: Caller) -> Plan:
-        nonce = secrets.token_hex(8)
-        spans: list[Span] = []
-        for segment, end in zip(cut, ends, strict=True):
-            if spans and end == spans[-1].end:
-                continue
-            unreadable = segment.scope is Scope.SESSION and caller.session is None
-            spans.append(
-                Span(
-                    end,
-                    segment.scope,
-                    self._keys.key(segment.scope, caller, nonce),
-                    segment.ttl_s,
-                    # What nobody can read again is not worth keeping.
-                    segment.covered and not unreadable,
-                )
-            )
-        return Plan(tuple(span for span in spans if span.end > 0), nonce, self._owners.of(caller))
