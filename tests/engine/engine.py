@@ -103,11 +103,13 @@ class Ask:
         tokens: the prompt.
         params: its `kv_transfer_params`; None for none.
         max_tokens: tokens to generate.
+        salt: its `cache_salt`; empty for none.
     """
 
     tokens: list[int]
     params: dict[str, Any] | None
     max_tokens: int = 8
+    salt: str = ""
 
 
 @dataclass(slots=True)
@@ -230,7 +232,7 @@ class Engine:
         self._answers[request_id] = Answer()
         self._engine.add_request(
             request_id,
-            {"prompt_token_ids": ask.tokens},
+            {"prompt_token_ids": ask.tokens} | ({"cache_salt": ask.salt} if ask.salt else {}),
             SamplingParams(
                 temperature=0.0,
                 max_tokens=ask.max_tokens,
@@ -283,6 +285,45 @@ class Engine:
         config = manager.kv_cache_config
         blocks = len(manager.block_pool.cached_block_hash_to_block)
         return blocks * config.kv_cache_tensors[0].size // config.num_blocks
+
+    def event_hashes(self) -> dict[str, set[int]]:
+        """Return the hashes of what the device and the CPU tier hold, as KV events write them."""
+        from vllm.v1.core.kv_cache_utils import get_block_hash, maybe_convert_block_hash
+
+        cpu = self.connector.connector_scheduler.manager.primary_tier
+        keys = {
+            "GPU": [
+                block.block_hash
+                for block in self.scheduler.kv_cache_manager.block_pool.blocks
+                if block.block_hash is not None
+            ],
+            "CPU": cpu._policy.ready(),  # noqa: SLF001 — vLLM has no public list
+        }
+        return {
+            medium: {maybe_convert_block_hash(get_block_hash(key)) for key in keys}
+            for medium, keys in keys.items()
+        }
+
+    def ask_about(self, seed: int, text: str, plan: Plan) -> Answer:
+        """Put a question about the picture ``seed`` to a model that sees; its plan may be longer
+        than the prompt is."""
+        import numpy as np
+        from PIL import Image
+        from vllm import SamplingParams
+
+        pixels = np.random.default_rng(seed).integers(0, 255, (56, 56, 3), dtype=np.uint8)
+        request_id = str(next(self._ids))
+        self._answers[request_id] = Answer()
+        self._engine.add_request(
+            request_id,
+            {"prompt": text, "multi_modal_data": {"image": Image.fromarray(pixels)}},
+            SamplingParams(
+                temperature=0.0, max_tokens=1, extra_args={"kv_transfer_params": sealed(plan)}
+            ),
+        )
+        while self.step():
+            pass
+        return self._answers.pop(request_id)
 
     def free_chunks(self) -> int:
         """Return how many chunks of the CPU tier are free, by vLLM's own count."""

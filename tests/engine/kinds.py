@@ -1,6 +1,7 @@
 """Kinds of models: one tiny random-weight model of each way in which vLLM keeps KV."""
 
 import inspect
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Blip2Config,
+    Blip2ForConditionalGeneration,
     DeepseekV3Config,
     Gemma3TextConfig,
     GenerationConfig,
@@ -20,7 +23,7 @@ from transformers import (
     Qwen3NextConfig,
 )
 
-from demo.model import MODELS, build_directory, save
+from demo.model import MODELS, build_directory, save, train_tokenizer
 
 _COMMON = {
     "vocab_size": 2048,
@@ -173,3 +176,59 @@ KINDS = (
     Kind("latent", _latent, 128, 294_912, runs=torch.cpu._is_amx_tile_supported(), options=_BF16),  # noqa: SLF001
     Kind("experts", _experts, 128, 131_072),
 )
+
+
+def build_seeing() -> Path:
+    """Make the directory of a model that sees pictures of 56 x 56 pixels, or find it made; return
+    it. It is of the one family whose code in vLLM imports no torchvision."""
+    return build_directory(
+        MODELS / "kind-seeing",
+        {"recipe": inspect.getsource(inspect.getmodule(Kind))},  # type: ignore[arg-type]
+        _fill_seeing,
+    )
+
+
+def _fill_seeing(directory: Path) -> None:
+    tokenizer = train_tokenizer(2048, "<|im_end|>")
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": ["<image>"], "bos_token": "<s>"}  # type: ignore[dict-item]
+    )
+    tokenizer.save_pretrained(directory)
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Blip2Config(
+        vision_config={**small, "intermediate_size": 64, "image_size": 56, "patch_size": 14},
+        qformer_config={
+            **small,
+            "vocab_size": 64,
+            "intermediate_size": 64,
+            "cross_attention_frequency": 1,
+            "encoder_hidden_size": 32,
+        },
+        text_config={
+            "model_type": "opt",
+            "vocab_size": 2112,
+            "hidden_size": 64,
+            "word_embed_proj_dim": 64,
+            "ffn_dim": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "max_position_embeddings": 4200,
+            "eos_token_id": 1,
+            "bos_token_id": 0,
+        },
+        num_query_tokens=8,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    torch.manual_seed(0)
+    save(Blip2ForConditionalGeneration(config), directory)
+    half = [0.5, 0.5, 0.5]
+    pictures = {
+        "image_processor_type": "BlipImageProcessor",
+        "processor_class": "Blip2Processor",
+        "size": {"height": 56, "width": 56},
+        "image_mean": half,
+        "image_std": half,
+    }
+    (directory / "preprocessor_config.json").write_text(json.dumps(pictures))
+    processor = {"processor_class": "Blip2Processor", "num_query_tokens": 8}
+    (directory / "processor_config.json").write_text(json.dumps(processor))

@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm_cachescope.tenancy.owner_tags import NOBODY, TAG_BYTES
 
-FORMAT = 2
+FORMAT = 3
 """Grows with every change to keys or values; engines of different formats share nothing."""
 
 
