@@ -1,4 +1,4 @@
-"""A picture's content is part of what is shared: the same text about another one is another prompt."""
+"""A picture counts by its content: the same text about another picture is another prompt."""
 
 from collections.abc import Iterator
 
