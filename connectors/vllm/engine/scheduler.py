@@ -353,7 +353,7 @@ class CacheScopeConnectorScheduler(TierParent):
     def quota_chunks(self, plan: Plan, end: int) -> int:
         return self._layout.quota_chunks(plan, end)
 
-    def prefill_seconds(self, keys: Iterable[bytes]) -> float:
+    def prefill_seconds(self, keys: Collection[bytes]) -> float:
         return self._prefill_rate.seconds_for(self._layout.tokens_of(keys))
 
     def on_prefix_lookup(self) -> None:

@@ -1,7 +1,7 @@
 """The contract between the tiers and the scheduler side."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 
 from vllm.v1.kv_offload.base import OffloadKey, ReqContext
 from vllm.v1.request import Request
@@ -74,7 +74,7 @@ class TierParent(ABC):
         ``end`` (tokens), up to that chunk and with it."""
 
     @abstractmethod
-    def prefill_seconds(self, keys: Iterable[bytes]) -> float:
+    def prefill_seconds(self, keys: Collection[bytes]) -> float:
         """Return how long the engine takes to compute what ``keys`` stand for, in seconds; 0
         while that is not known. A load may take that long and still be worth it."""
 
