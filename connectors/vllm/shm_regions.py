@@ -9,6 +9,7 @@ ends, however it ends and in whatever container. A region whose file is locked b
 import fcntl
 import os
 import stat
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
@@ -87,17 +88,35 @@ def release(claimed: IO[bytes]) -> None:
 def remove_stale(directory: Path = Path("/dev/shm")) -> list[Path]:
     """Remove our regions that no process uses any more; return their paths."""
     removed = []
-    for lock_path in directory.glob(f"vllm_offload_{PREFIX}*.lock"):
-        region = lock_path.with_suffix(".mmap")
-        with suppress(OSError), _open(lock_path, os.O_RDONLY) as lock:
-            # Raises BlockingIOError while any process of the engine lives.
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not _is_at(lock, lock_path):
-                continue  # Another process removed the file; a new one may be claimed by now.
-            # From 0.33 on vLLM may spread a region over several files.
-            for file in directory.glob(f"{region.name}*"):
+    for lock_path, files in _stale(directory):
+        with suppress(OSError):
+            for file in files:
                 file.unlink()
                 removed.append(file)
                 logger.info("Removed %s, which a killed engine had left", file)
             lock_path.unlink()
     return removed
+
+
+def stale_bytes(directory: Path = Path("/dev/shm")) -> int:
+    """Return how many bytes `remove_stale` would free."""
+    return sum(
+        file.stat().st_blocks * 512
+        for _, files in _stale(directory)
+        for file in files
+        if file.exists()
+    )
+
+
+def _stale(directory: Path) -> Iterator[tuple[Path, list[Path]]]:
+    """Yield the lock's file of each region that no process uses, locked, with the region's own
+    files."""
+    for lock_path in directory.glob(f"vllm_offload_{PREFIX}*.lock"):
+        region = lock_path.with_suffix(".mmap")
+        with suppress(OSError), _open(lock_path, os.O_RDONLY) as lock:
+            # Raises BlockingIOError while any process of the engine lives.
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Another process may have removed the file; a new one may be claimed by now.
+            if _is_at(lock, lock_path):
+                # From 0.33 on vLLM may spread a region over several files.
+                yield lock_path, list(directory.glob(f"{region.name}*"))

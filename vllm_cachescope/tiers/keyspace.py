@@ -48,6 +48,11 @@ class Keyspace:
         return self._prefix + b"secret"
 
 
+HANDSHAKES = f"cachescope:{FORMAT}:*:secret".encode()
+"""A pattern for the names under which engines leave the digests of their secrets, of whatever
+model."""
+
+
 def qualified(owner: bytes, block: bytes) -> bytes:
     """Return the key that tiers and stores know a block by: its owner, block hash and group."""
     return owner + block
