@@ -72,9 +72,7 @@ class Server:
             Row("created", Scope.ORG, 300, length - read),
         )
         hashes = hashes_of_blocks(blocks, BLOCK) if blocks else None
-        report = Report(
-            rows, misses, unasked, engine if final else None, reach_s, computed, hashes
-        )
+        report = Report(rows, misses, unasked, engine if final else None, reach_s, computed, hashes)
         timing = PromptTiming(
             list(self.tokens),
             length if covered is None else covered,

@@ -23,11 +23,13 @@ class Conversation:
     Attributes:
         name: unlike that of any other.
         system: its system prompt.
+        headers: whose it is, in most requests.
         turns: its questions.
     """
 
     name: str
     system: str
+    headers: dict[str, str]
     turns: list[str] = field(default_factory=list)
 
 
@@ -71,9 +73,7 @@ class Traffic:
         path, body = chance.choice([self._messages, self._chat, self._responses, self._raw])(
             conversation
         )
-        headers = {"x-api-key": f"key {chance.randrange(2)} of the traffic"}
-        if chance.random() < 0.8:
-            headers["X-CacheScope-Session"] = f"session {chance.randrange(2)}"
+        headers = conversation.headers if chance.random() < 0.9 else self._headers()
         if chance.random() < 0.1:
             body["cache_salt"] = chance.choice("ab")
         body["stream"] = "prompt_logprobs" not in body and chance.random() < 0.6
@@ -102,7 +102,14 @@ class Traffic:
             self.served["hung up"] += 1
 
     def _begin(self, name: str) -> Conversation:
-        return Conversation(name, self._chance.choice(self._heads))
+        return Conversation(name, self._chance.choice(self._heads), self._headers())
+
+    def _headers(self) -> dict[str, str]:
+        """Return the key of an organisation, and mostly the name of a session."""
+        headers = {"x-api-key": f"key {self._chance.randrange(2)} of the traffic"}
+        if self._chance.random() < 0.8:
+            headers["X-CacheScope-Session"] = f"session {self._chance.randrange(2)}"
+        return headers
 
     def _marked(self, content: str) -> dict[str, Any]:
         """Return a block of text, often with a breakpoint of any scope."""

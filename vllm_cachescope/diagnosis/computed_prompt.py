@@ -62,7 +62,9 @@ class ComputedPrompt:
         """
         if self.computed_at > later.began:
             return 0, _IN_FLIGHT
-        limits = [(self.readable_tokens, _UNREADABLE), (self.computed_tokens, _CUT_OFF)]
+        # A block that later requests may read only in part cannot be read at all.
+        readable = self.readable_tokens - self.readable_tokens % self.tokens.step
+        limits = [(readable, _UNREADABLE), (self.computed_tokens, _CUT_OFF)]
         if self.blocks and later.blocks and self.engine.hashing == later.engine.hashing:
             same = self.blocks.shared_tokens(later.blocks)
             # Where blocks are the same and their hashes further apart, all is the same.
