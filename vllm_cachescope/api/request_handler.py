@@ -18,6 +18,7 @@ from vllm_cachescope.api.request_context import RequestContext, current_request
 from vllm_cachescope.api.services import Services
 from vllm_cachescope.errors import BadRequest
 from vllm_cachescope.logs import logger_of
+from vllm_cachescope.prompt.global_scope import without_global
 from vllm_cachescope.prompt.request import Protocol
 from vllm_cachescope.wire import READERS, protocol_of, strip
 from vllm_cachescope.wire.body import decode, encode
@@ -90,13 +91,16 @@ class RequestHandler:
         except BadRequest as error:
             await JSONResponse(error_body(protocol, error), 400)(scope, replayed, send)
             return
+        directory = self.services.directory
+        caller = directory.caller(headers, request.session)
+        if not directory.may_write_global(caller.org):
+            request = without_global(request)
         self.services.ignored_markers.count(request)
         forwarded = strip(body)
         if request.prewarm:
             forwarded = one_token_body(forwarded)
         if forwarded is not body:
             scope, replayed = with_body(scope, receive, encode(forwarded))
-        caller = self.services.directory.caller(headers, request.session)
         context = RequestContext(caller, request, forwarded)
         # Opened now only for a client that wants to hear of it: fingerprints of a long prompt take
         # some milliseconds, which the first token of other requests need not wait for.

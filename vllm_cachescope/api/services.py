@@ -13,7 +13,11 @@ from vllm_cachescope.api.engines import Engines
 from vllm_cachescope.api.ignored_markers import IgnoredMarkers
 from vllm_cachescope.api.operations import Operations
 from vllm_cachescope.config import Config
+from vllm_cachescope.logs import logger_of
 from vllm_cachescope.tenancy.caller import CallerDirectory, api_key
+
+
+logger = logger_of(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +37,22 @@ class Server:
     api_keys: Collection[str]
     engines: Engines
     registry: CollectorRegistry = REGISTRY
+
+
+def directory_of(config: Config, api_keys: Collection[str]) -> CallerDirectory:
+    """Return the organisations of a server and what their clients present.
+
+    Args:
+        config: the configuration.
+        api_keys: the API keys that the server insists on; none if it lets anyone in.
+    """
+    return CallerDirectory(
+        config.secret_bytes(),
+        config.tenant_names(),
+        config.org_header,
+        is_closed=bool(api_keys),
+        global_writers=config.global_writer_ids(),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +84,14 @@ class Services:
         """
         config = server.config
         secret = config.secret_bytes()
-        directory = CallerDirectory(
-            secret, config.tenant_names(), config.org_header, is_closed=bool(server.api_keys)
-        )
+        directory = directory_of(config, server.api_keys)
+        if directory.anyone_writes_global:
+            logger.info(
+                "Any client may share as global, since no tenants are listed; see global_writers"
+            )
         diffs = None if config.diffs is None else Diffs(config.diffs, time.monotonic)
         diagnoser = Diagnoser(secret, server.block_tokens, diffs=diffs, registry=server.registry)
-        operations = Operations(config, directory, diagnoser, server.engines)
+        operations = Operations(config, directory, diagnoser, server.engines, time.monotonic)
         ignored_markers = IgnoredMarkers(server.registry)
         return cls(config, server.api_keys, directory, diagnoser, operations, ignored_markers)
 

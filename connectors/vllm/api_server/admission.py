@@ -18,6 +18,7 @@ from vllm_cachescope.connectors.vllm import engine_rpc
 from vllm_cachescope.connectors.vllm.api_server.planning import Planner
 from vllm_cachescope.logs import logger_of
 from vllm_cachescope.prompt.plan import PLAN_KEY, Plan, Span, seal
+from vllm_cachescope.tenancy.caller import CallerDirectory
 from vllm_cachescope.tenancy.scope import Caller, Scope
 
 logger = logger_of(__name__)
@@ -30,12 +31,15 @@ class Admission:
         state: the API server's state.
         config: the configuration.
         secret: key of the scope keys and of the plans' MACs.
+        directory: the organisations, and what they may share.
     """
 
-    def __init__(self, state: Any, config: Config, secret: bytes) -> None:
+    def __init__(
+        self, state: Any, config: Config, secret: bytes, directory: CallerDirectory
+    ) -> None:
         self._engine = state.engine_client
         self._secret = secret
-        self._planner = Planner(state, config, secret)
+        self._planner = Planner(state, config, secret, directory)
         self._block_size: int = self._engine.vllm_config.cache_config.block_size
         self._generate = self._engine.generate
         self._engine.generate = self.generate

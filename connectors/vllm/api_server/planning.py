@@ -9,9 +9,11 @@ from typing import Any
 from vllm_cachescope.api.request_context import RequestContext, current_request
 from vllm_cachescope.config import Config
 from vllm_cachescope.connectors.vllm.api_server.boundaries import Boundaries, RenderedPrefix
+from vllm_cachescope.prompt.global_scope import org_default
 from vllm_cachescope.prompt.plan import Plan, Span
 from vllm_cachescope.prompt.request import PromptRequest, Region
-from vllm_cachescope.prompt.segments import Segment, segments
+from vllm_cachescope.prompt.segments import RegionDefault, Segment, segments
+from vllm_cachescope.tenancy.caller import CallerDirectory
 from vllm_cachescope.tenancy.owner_tags import OwnerTags
 from vllm_cachescope.tenancy.scope import Caller, Scope, ScopeKeys
 
@@ -25,13 +27,18 @@ class Planner:
         state: the API server's state.
         config: the configuration.
         secret: key of the scope keys.
+        directory: the organisations, and what they may share.
     """
 
-    def __init__(self, state: Any, config: Config, secret: bytes) -> None:
+    def __init__(
+        self, state: Any, config: Config, secret: bytes, directory: CallerDirectory
+    ) -> None:
+        self._directory = directory
         self._keys = ScopeKeys(secret)
         self._owners = OwnerTags(secret)
         self._boundaries = Boundaries(state, self._on_tokenizing)
         self._defaults = {region: config.regions.of(region) for region in Region}
+        self._narrow_defaults = {r: org_default(default) for r, default in self._defaults.items()}
 
     def purge_renderings(self) -> None:
         """Drop what is kept of rendered prompts, of all organisations."""
@@ -57,7 +64,7 @@ class Planner:
     def plan_whole(self, caller: Caller, tokens: int) -> Plan:
         """Return the plan of a prompt of ``tokens`` tokens that is cached as a whole, with the
         operator's defaults."""
-        default = self._defaults[Region.MESSAGES]
+        default = self._defaults_of(caller)[Region.MESSAGES]
         whole = Segment(None, default.scope, default.ttl_s, True)
         return self._plan((whole,), [tokens], caller)
 
@@ -69,13 +76,17 @@ class Planner:
 
     def _rendering(self, context: RequestContext, request: PromptRequest) -> Task[_Rendered]:
         if context.rendering is None:
-            rendering = self._render(request, context.body)
+            rendering = self._render(request, context)
             context.rendering = asyncio.get_running_loop().create_task(rendering)
         return context.rendering
 
-    async def _render(self, request: PromptRequest, body: Mapping[str, Any]) -> _Rendered:
-        cut = segments(request, self._defaults)
-        return cut, await self._boundaries.prefixes(request, body, cut)
+    async def _render(self, request: PromptRequest, context: RequestContext) -> _Rendered:
+        cut = segments(request, self._defaults_of(context.caller))
+        return cut, await self._boundaries.prefixes(request, context.body, cut)
+
+    def _defaults_of(self, caller: Caller) -> Mapping[Region, RegionDefault]:
+        is_writer = self._directory.may_write_global(caller.org)
+        return self._defaults if is_writer else self._narrow_defaults
 
     def _plan(self, cut: tuple[Segment, ...], ends: list[int], caller: Caller) -> Plan:
         nonce = secrets.token_hex(8)
@@ -94,4 +105,5 @@ class Planner:
                     segment.covered and not unreadable,
                 )
             )
-        return Plan(tuple(span for span in spans if span.end > 0), nonce, self._owners.of(caller))
+        owner = self._owners.of(caller, self._directory.is_listed(caller.org))
+        return Plan(tuple(span for span in spans if span.end > 0), nonce, owner)

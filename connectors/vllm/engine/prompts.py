@@ -9,6 +9,7 @@ from vllm.v1.request import Request
 
 from vllm_cachescope.cache.miss_causes import CacheMiss
 from vllm_cachescope.prompt.plan import Plan
+from vllm_cachescope.tenancy.scope import Scope
 
 MAX_PROMPTS = 4096
 """How many prompts' reports can be asked for: the most recent ones."""
@@ -31,8 +32,8 @@ class Prompt:
         registered: tokens whose blocks are in the ledger.
         promoted: name of the tier that a key was loaded from into the CPU tier, by key.
         is_counted: whether the prompt's tokens are in the metrics.
-        purged: beginnings of the owners that were purged while the prompt ran. The prompt leaves
-            no block of theirs behind.
+        purged: the scopes whose blocks were purged while the prompt ran. The prompt leaves none of
+            them behind.
     """
 
     plan: Plan
@@ -45,11 +46,17 @@ class Prompt:
     registered: int = 0
     promoted: dict[bytes, str] = field(default_factory=dict)
     is_counted: bool = False
-    purged: tuple[bytes, ...] = ()
+    purged: set[Scope] = field(default_factory=set)
 
     def is_purged(self, block_end: int) -> bool:
         """Whether the block that ends at ``block_end`` was purged while the prompt ran."""
-        return bool(self.purged) and self.plan.owner_of(block_end).startswith(self.purged)
+        return bool(self.purged) and self.plan.span_of(block_end).scope in self.purged
+
+    def purge(self, prefix: bytes) -> None:
+        """Note that blocks whose owner begins with ``prefix`` were purged, if it has such."""
+        for span in self.plan.spans:
+            if self.plan.owner_in(span).startswith(prefix):
+                self.purged.add(span.scope)
 
 
 class Prompts:
@@ -98,4 +105,4 @@ class Prompts:
     def purge(self, prefix: bytes) -> None:
         """Note that blocks whose owner begins with ``prefix`` were purged."""
         for prompt in chain(self._running.values(), self._finished.values()):
-            prompt.purged = tuple({*prompt.purged, prefix})
+            prompt.purge(prefix)

@@ -23,7 +23,6 @@ from vllm_cachescope.connectors.vllm.engine.kv_identity import kv_identity
 from vllm_cachescope.connectors.vllm.engine.tiers.base import TierParent
 from vllm_cachescope.connectors.vllm.store_factory import counts_usage, limits_of, stores
 from vllm_cachescope.prompt.plan import Plan
-from vllm_cachescope.tenancy.owner_tags import org_of
 from vllm_cachescope.tiers.expiry import expiry
 from vllm_cachescope.tiers.inquiries import Lookup
 from vllm_cachescope.tiers.jobs import Outgoing
@@ -162,7 +161,8 @@ class RemoteTierManager(SecondaryTierManager):
         the prompt up to there exceeds the quota of its organisation by itself."""
         if self._quotas is None or plan is None:
             return False
-        return self._quotas.over(org_of(name), self._parent.quota_chunks(plan, end)) > 0
+        account = self._quotas.account_of(name)
+        return self._quotas.over(account, self._parent.quota_chunks(plan, end)) > 0
 
     def get_finished_jobs(self) -> Iterable[JobResult]:
         results = []
