@@ -7,7 +7,7 @@ import pytest
 from vllm_cachescope.cache.eviction import LifetimeShare
 from vllm_cachescope.cache.ledger import Ledger
 from vllm_cachescope.cache.quotas import Quotas, read_quotas
-from vllm_cachescope.config import ConfigError, OrgQuota, load
+from vllm_cachescope.config import ConfigError, load
 from vllm_cachescope.tenancy.owner_tags import UNLISTED_TAG, OwnerTags, owner_at
 from vllm_cachescope.tenancy.scope import Caller, Scope
 

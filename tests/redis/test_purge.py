@@ -139,25 +139,6 @@ def test_what_a_user_without_rights_to_the_index_stores_is_purged_as_well(
     assert len(knowing.get_exact(held_by(NOBODY)).keys) == 4
 
 
-def test_stores_go_on_while_others_purge(server, start_engine_side):
-    """Purges have a connection of their own, which hangs here."""
-    proxy = Proxy(server.port)
-    direct, purging = start_engine_side(server.url), start_engine_side(proxy.url, timeout_s=5.0)
-    fill(direct)
-    theirs, mine = OWNERS.of(Caller("zeta", "s9")), OWNERS.of(Caller("acme", "s9"))
-    purging.put(keys(3, "before", mine))
-    client = server.client
-    # Whoever lists an index waits; whoever stores does not.
-    began = OwnerNames(purging.keyspace.namespace.encode())
-    client.rename(began.sessions(mine[:8]), "elsewhere")
-    waiting = [purging.tier.purge(OWNERS.prefix("acme")) for _ in range(40)]
-    assert len(set(map(id, waiting))) <= 2, "equal purges that wait are one"
-    job = purging.put(keys(3, "meanwhile", theirs))
-    assert purging.finished[job].complete
-    wait_until(lambda: all(purge.over for purge in waiting))
-    proxy.close()
-
-
 def test_what_waits_to_be_stored_is_not_stored(server, start_engine_side):
     side = start_engine_side(server.url)
     server.stop()

@@ -102,7 +102,9 @@ def _named(body: Mapping[str, Any], directory: CallerDirectory) -> list[str]:
 def _not_the_operator(caller_org: str, what: str, directory: CallerDirectory) -> Refused:
     if caller_org != ANONYMOUS and directory.is_listed(caller_org):
         return Refused(
-            403, "permission_error", f"only the operator may purge {what}; this key is of {caller_org}"
+            403,
+            "permission_error",
+            f"only the operator may purge {what}; this key is of {caller_org}",
         )
     return Refused(
         401,

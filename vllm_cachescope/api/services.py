@@ -16,7 +16,6 @@ from vllm_cachescope.config import Config
 from vllm_cachescope.logs import logger_of
 from vllm_cachescope.tenancy.caller import CallerDirectory, api_key
 
-
 logger = logger_of(__name__)
 
 

@@ -21,4 +21,4 @@ def without_global(request: PromptRequest) -> PromptRequest:
 
 def org_default(default: RegionDefault) -> RegionDefault:
     """Return a region's default for who may not share with everyone."""
-    return replace(default, scope=max(default.scope, Scope.ORG))
+    return RegionDefault(max(default.scope, Scope.ORG), default.ttl_s)

@@ -182,8 +182,8 @@ class LocalTiers:
         return self._device_quotas is not None
 
     def note_change(self, owners: Iterable[bytes]) -> None:
-        """Note that blocks of ``owners`` came into the prefix cache, or that requests began or ended
-        that run on them."""
+        """Note that blocks of ``owners`` came into the prefix cache, or that requests began or
+        ended that run on them."""
         if self._device_quotas is not None:
             for owner in owners:
                 self._device_quotas.note_change(owner)
