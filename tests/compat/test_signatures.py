@@ -69,7 +69,9 @@ FUNCTIONS = {
     ("v1/kv_offload/base.py", "OffloadingWorker.submit_load"): "self job_id src_spec dst_spec",
     ("v1/engine/async_llm.py", "AsyncLLM.generate"): "self prompt sampling_params request_id",
     ("v1/engine/core_client.py", "AsyncMPClient.call_utility_async"): "self method",
+    ("v1/engine/core_client.py", "SyncMPClient.call_utility"): "self method",
     ("renderers/base.py", "BaseRenderer.tokenize_prompts_async"): "self prompts params",
+    ("renderers/base.py", "BaseRenderer.tokenize_prompts"): "self prompts params",
     ("renderers/online_renderer.py", "OnlineRenderer.render_chat"): "self request",
     ("renderers/online_renderer.py", "OnlineRenderer.render_responses"): "self request",
     ("entrypoints/anthropic/serving.py", "AnthropicServingMessages.to_chat_completion_request"): (

@@ -48,6 +48,7 @@ class Operations:
         directory: the organisations and what their clients present.
         diagnoser: keeps what is known of requests, and their breaks.
         engines: the engines.
+        purge_renderings: as in `Server`.
         clock: seconds, never running backwards.
     """
 
@@ -57,6 +58,7 @@ class Operations:
         directory: CallerDirectory,
         diagnoser: Diagnoser,
         engines: Engines,
+        purge_renderings: Callable[[str | None, str | None], None],
         clock: Callable[[], float],
     ) -> None:
         self._operator_token = config.operator_token
@@ -64,6 +66,7 @@ class Operations:
         self._tags = OwnerTags(config.secret_bytes())
         self._diagnoser = diagnoser
         self._engines = engines
+        self._purge_renderings = purge_renderings
         self._budget = PurgeBudget(clock)
 
     async def answer(
@@ -160,7 +163,10 @@ class Operations:
         for prefix in prefixes or [b""]:
             purged.add(await self._engines.purge(prefix))
         everyone: list[str | None] = [None]
-        requests = sum(self._diagnoser.purge(org, session) for org in orgs or everyone)
+        requests = 0
+        for org in orgs or everyone:
+            requests += self._diagnoser.purge(org, session)
+            self._purge_renderings(org, session)
         by = caller_org or "the operator"
         logger.info("Purged %s for %s: %s entries", request, by, purged.entries)
         for tier, reason in purged.unreached.items():

@@ -2,7 +2,7 @@
 
 import hmac
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from prometheus_client import REGISTRY, CollectorRegistry
@@ -25,25 +25,33 @@ class Server:
 
     Attributes:
         config: the configuration that the server was started with.
+        model_name: the model's name in the server's own metrics.
         block_tokens: tokens per block of its engines' caches.
         api_keys: the API keys that the server itself insists on; none if it lets anyone in.
         engines: the engines behind it.
+        purge_renderings: drops what the server keeps of rendered prompts of an organisation, or of
+            a session of it; with None, of everyone.
         registry: where its metrics are.
     """
 
     config: Config
+    model_name: str
     block_tokens: int
     api_keys: Collection[str]
     engines: Engines
+    purge_renderings: Callable[[str | None, str | None], None]
     registry: CollectorRegistry = REGISTRY
 
 
 def directory_of(config: Config, api_keys: Collection[str]) -> CallerDirectory:
-    """Return the organisations of a server and what their clients present.
+    """Return the organisations that a server knows.
 
     Args:
-        config: the configuration.
-        api_keys: the API keys that the server insists on; none if it lets anyone in.
+        config: its configuration.
+        api_keys: the API keys that it insists on; none if it lets anyone in.
+
+    Raises:
+        ConfigError: if the file of tenants cannot be used, or a writer is no organisation.
     """
     return CallerDirectory(
         config.secret_bytes(),
@@ -89,9 +97,18 @@ class Services:
                 "Any client may share as global, since no tenants are listed; see global_writers"
             )
         diffs = None if config.diffs is None else Diffs(config.diffs, time.monotonic)
-        diagnoser = Diagnoser(secret, server.block_tokens, diffs=diffs, registry=server.registry)
-        operations = Operations(config, directory, diagnoser, server.engines, time.monotonic)
-        ignored_markers = IgnoredMarkers(server.registry)
+        diagnoser = Diagnoser(
+            secret,
+            server.block_tokens,
+            diffs=diffs,
+            registry=server.registry,
+            model_name=server.model_name,
+            account_of=directory.account,
+        )
+        operations = Operations(
+            config, directory, diagnoser, server.engines, server.purge_renderings, time.monotonic
+        )
+        ignored_markers = IgnoredMarkers(server.registry, server.model_name)
         return cls(config, server.api_keys, directory, diagnoser, operations, ignored_markers)
 
     def is_known(self, headers: Mapping[str, str]) -> bool:

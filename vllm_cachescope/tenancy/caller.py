@@ -4,6 +4,7 @@ import hashlib
 import hmac
 from collections.abc import Collection, Mapping
 
+from vllm_cachescope.errors import BadRequest
 from vllm_cachescope.tenancy.owner_tags import EVERYONE
 from vllm_cachescope.tenancy.scope import Caller
 
@@ -122,6 +123,26 @@ def organisations(name: str, names: Collection[str], org_header: str | None) -> 
         *([f"name:{name}"] if name in names else ()),
         *([f"header:{name}"] if org_header else ()),
     ]
+
+
+def organisation(name: str | None, names: Collection[str], org_header: str | None) -> str:
+    """Return the id of the organisation that trusted code in the engine's process names.
+
+    It is the one that HTTP requests of the same name have: with ``tenants`` or behind a gateway.
+
+    Args:
+        name: a name, or an id; None for that of requests without an API key.
+        names: as of `organisations`.
+        org_header: as of `organisations`.
+
+    Raises:
+        BadRequest: if this is no organisation's name.
+    """
+    if name is None:
+        return ANONYMOUS
+    if not isinstance(name, str) or name in ("", EVERYONE):
+        raise BadRequest("org", name, f"an organisation's name or id; {EVERYONE!r} is a scope")
+    return next(iter(organisations(name, names, org_header)), f"name:{name}")
 
 
 def api_key(headers: Mapping[str, str]) -> str | None:

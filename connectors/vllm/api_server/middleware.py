@@ -5,7 +5,6 @@ import atexit
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 from vllm import envs
@@ -59,9 +58,11 @@ def connect(state: Any) -> Server:
     )
     return Server(
         config,
+        model_name=client.vllm_config.model_config.served_model_name,
         block_tokens=int(client.vllm_config.cache_config.block_size),
         api_keys=api_keys,
-        engines=EngineProcesses(client, admission.purge_renderings),
+        engines=EngineProcesses(client),
+        purge_renderings=admission.purge_renderings,
     )
 
 
@@ -70,12 +71,10 @@ class EngineProcesses(Engines):
 
     Args:
         client: the engine client.
-        purge_renderings: drops what this process keeps of rendered prompts.
     """
 
-    def __init__(self, client: Any, purge_renderings: Callable[[], None]) -> None:
+    def __init__(self, client: Any) -> None:
         self._client = client
-        self._purge_renderings = purge_renderings
 
     async def health(self) -> list[list[dict[str, Any]]]:
         """Return the state of each tier of each engine process.
@@ -92,8 +91,6 @@ class EngineProcesses(Engines):
             TimeoutError: if an engine does not answer within `ANSWER_S`, or a remote tier is not
                 done within twice `PURGE_S`.
         """
-        # Whose a rendered prompt was is not kept, and it is soon rendered again: all of them go.
-        self._purge_renderings()
         purge_id = secrets.token_hex(8)
         entries: Counter[str] = Counter()
         for purged in await self._call("purge", prefix, purge_id):

@@ -1,21 +1,20 @@
 """The planner of prompts: which tokens are shared how widely, and kept how long."""
 
 import asyncio
-import secrets
 from asyncio import Task
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vllm_cachescope.api.request_context import RequestContext, current_request
 from vllm_cachescope.config import Config
 from vllm_cachescope.connectors.vllm.api_server.boundaries import Boundaries, RenderedPrefix
 from vllm_cachescope.prompt.global_scope import org_default
-from vllm_cachescope.prompt.plan import Plan, Span
+from vllm_cachescope.prompt.plan import Plan
+from vllm_cachescope.prompt.plan_maker import PlanMaker
 from vllm_cachescope.prompt.request import PromptRequest, Region
 from vllm_cachescope.prompt.segments import RegionDefault, Segment, segments
 from vllm_cachescope.tenancy.caller import CallerDirectory
-from vllm_cachescope.tenancy.owner_tags import OwnerTags
-from vllm_cachescope.tenancy.scope import Caller, Scope, ScopeKeys
+from vllm_cachescope.tenancy.scope import Caller
 
 _Rendered = tuple[tuple[Segment, ...], list[RenderedPrefix | None]]
 
@@ -34,15 +33,15 @@ class Planner:
         self, state: Any, config: Config, secret: bytes, directory: CallerDirectory
     ) -> None:
         self._directory = directory
-        self._keys = ScopeKeys(secret)
-        self._owners = OwnerTags(secret)
-        self._boundaries = Boundaries(state, self._on_tokenizing)
+        self._plans = PlanMaker(secret)
+        self._boundaries = Boundaries(state, self._on_tokenizing, directory.account)
         self._defaults = {region: config.regions.of(region) for region in Region}
         self._narrow_defaults = {r: org_default(default) for r, default in self._defaults.items()}
 
-    def purge_renderings(self) -> None:
-        """Drop what is kept of rendered prompts, of all organisations."""
-        self._boundaries.purge()
+    def purge_renderings(self, org: str | None, session: str | None) -> None:
+        """Drop what is kept of rendered prompts of ``org``, or of one session of ``org``; with
+        None, of everyone."""
+        self._boundaries.purge(org, session)
 
     async def plan(
         self, context: RequestContext, caller: Caller, tokens: list[int], text: str | None
@@ -59,7 +58,7 @@ class Planner:
             return self.plan_whole(caller, len(tokens))
         cut, prefixes = await self._rendering(context, context.request)
         ends = await self._boundaries.ends(prefixes, context.request.protocol, tokens, text)
-        return self._plan(cut, ends, caller)
+        return self._plans.plan(cut, ends, caller)
 
     def plan_whole(self, caller: Caller, tokens: int) -> Plan:
         """Return the plan of a prompt of ``tokens`` tokens that is cached as a whole, with the
@@ -82,28 +81,11 @@ class Planner:
 
     async def _render(self, request: PromptRequest, context: RequestContext) -> _Rendered:
         cut = segments(request, self._defaults_of(context.caller))
-        return cut, await self._boundaries.prefixes(request, context.body, cut)
+        return cut, await self._boundaries.prefixes(request, context.body, cut, context.caller)
 
     def _defaults_of(self, caller: Caller) -> Mapping[Region, RegionDefault]:
         is_writer = self._directory.may_write_global(caller.org)
         return self._defaults if is_writer else self._narrow_defaults
 
-    def _plan(self, cut: tuple[Segment, ...], ends: list[int], caller: Caller) -> Plan:
-        nonce = secrets.token_hex(8)
-        spans: list[Span] = []
-        for segment, end in zip(cut, ends, strict=True):
-            if spans and end == spans[-1].end:
-                continue
-            unreadable = segment.scope is Scope.SESSION and caller.session is None
-            spans.append(
-                Span(
-                    end,
-                    segment.scope,
-                    self._keys.key(segment.scope, caller, nonce),
-                    segment.ttl_s,
-                    # What nobody can read again is not worth keeping.
-                    segment.covered and not unreadable,
-                )
-            )
-        owner = self._owners.of(caller, self._directory.is_listed(caller.org))
-        return Plan(tuple(span for span in spans if span.end > 0), nonce, owner)
+    def _plan(self, cut: Sequence[Segment], ends: Sequence[int], caller: Caller) -> Plan:
+        return self._plans.plan(cut, ends, caller, self._directory.is_listed(caller.org))

@@ -5,6 +5,7 @@ from typing import Any
 
 import vllm
 from cachetools import FIFOCache
+from prometheus_client import Counter
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorRole
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
@@ -39,6 +40,7 @@ from vllm_cachescope.connectors.vllm.engine.tiers.cpu import CPU
 from vllm_cachescope.connectors.vllm.engine.tiers.device import DEVICE
 from vllm_cachescope.connectors.vllm.engine.versions import warn_if_untried
 from vllm_cachescope.logs import logger_of
+from vllm_cachescope.metrics import TotalCounter
 from vllm_cachescope.prompt.plan import PLAN_KEY
 from vllm_cachescope.prompt.request import Region
 from vllm_cachescope.tiers.jobs import Purge
@@ -215,6 +217,8 @@ class CacheScopeConnector(OffloadingConnector):
     ) -> KVConnectorPromMetrics:
         config = config_check.read(vllm_config.kv_transfer_config)
         translated = for_offloading(vllm_config, config)
+        if metric_types[Counter] is Counter:  # Ray has counters of its own.
+            metric_types = {**metric_types, Counter: TotalCounter}
         return super().build_prom_metrics(
             translated, metric_types, labelnames, per_engine_labelvalues
         )
