@@ -8,6 +8,7 @@ ends, however it ends and in whatever container. A region whose file is locked b
 
 import fcntl
 import os
+import stat
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
@@ -29,15 +30,38 @@ def claim(engine_id: str, directory: Path = Path("/dev/shm")) -> IO[bytes]:
     """Claim the region of ``engine_id`` until the returned file is closed or the process ends.
 
     To be called by each process that uses the region, before it makes or opens the region.
+
+    Raises:
+        OSError: if something else is in the way of the lock's file.
     """
     path = _region(engine_id, directory).with_suffix(".lock")
     while True:
-        lock = open(path, "wb")  # noqa: SIM115
+        lock = _open(path, os.O_RDONLY | os.O_CREAT)
         # Until the lock is held, another engine may take the file for stale and remove it.
         fcntl.flock(lock, fcntl.LOCK_SH)
         if _is_at(lock, path):
             return lock
         lock.close()
+
+
+def _open(path: Path, access: int) -> IO[bytes]:
+    """Open a lock's file, which must be a regular file of our own user: anyone may put a file, a
+    link or a FIFO of any name into shared memory.
+
+    Raises:
+        OSError: if it is anything else.
+    """
+
+    def opener(name: str, _: int) -> int:
+        # A FIFO would keep us waiting for its other end.
+        return os.open(name, access | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+    file = open(path, "rb", buffering=0, opener=opener)  # noqa: SIM115
+    status = os.fstat(file.fileno())
+    if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
+        file.close()
+        raise PermissionError(f"{path} is no regular file of user {os.geteuid()}")
+    return file
 
 
 def _is_at(lock: IO[bytes], path: Path) -> bool:
@@ -65,7 +89,7 @@ def remove_stale(directory: Path = Path("/dev/shm")) -> list[Path]:
     removed = []
     for lock_path in directory.glob(f"vllm_offload_{PREFIX}*.lock"):
         region = lock_path.with_suffix(".mmap")
-        with suppress(OSError), open(lock_path, "rb") as lock:
+        with suppress(OSError), _open(lock_path, os.O_RDONLY) as lock:
             # Raises BlockingIOError while any process of the engine lives.
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not _is_at(lock, lock_path):

@@ -9,8 +9,9 @@ from importlib import import_module
 from types import ModuleType
 
 from vllm_cachescope.cache.quotas import Quotas
-from vllm_cachescope.config import ConfigError, RedisTier, Tier
+from vllm_cachescope.config import ConfigError, LMCacheTier, RedisTier, Tier
 from vllm_cachescope.tiers.keyspace import Keyspace
+from vllm_cachescope.tiers.leases import Leases
 from vllm_cachescope.tiers.limits import Limits
 from vllm_cachescope.tiers.store import Store
 
@@ -57,6 +58,7 @@ def stores(
     slot_bytes: int,
     keyspace: Keyspace,
     secret_digest: bytes,
+    leases: Leases,
     clock: Callable[[], float],
     quotas: Quotas | None,
 ) -> Callable[[], Store]:
@@ -67,6 +69,7 @@ def stores(
         slot_bytes: bytes per block.
         keyspace: names of the entries.
         secret_digest: tells our secret from others; see `keyspace.secret_digest`.
+        leases: grants and reads the leases of entries.
         clock: the tier's clock.
         quotas: what each organisation may hold, for a store that counts what it holds.
     """
@@ -74,7 +77,7 @@ def stores(
     if isinstance(settings, RedisTier):
         url = settings.url.get_secret_value()
         made = _connector(settings).stores(
-            url, settings.timeout, keyspace, secret_digest, clock, quotas
+            url, settings.timeout, keyspace, secret_digest, leases, clock, time.time, quotas
         )
     else:
         made = _connector(settings).stores(
@@ -84,6 +87,7 @@ def stores(
             settings.timeout,
             keyspace,
             secret_digest,
+            leases,
             clock,
             time.time,
         )
@@ -93,6 +97,11 @@ def stores(
 def counts_usage(settings: Tier) -> bool:
     """Whether the store of a tier counts what organisations hold, for all engines at once."""
     return isinstance(settings, RedisTier)
+
+
+def is_on_disk(settings: Tier) -> bool:
+    """Whether the store of a tier is a file system, local or mounted."""
+    return isinstance(settings, LMCacheTier) and settings.adapter["type"] in ("fs", "fs_native")
 
 
 def _connector(settings: Tier) -> ModuleType:

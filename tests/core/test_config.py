@@ -64,6 +64,10 @@ def test_nothing_set_is_a_configuration() -> None:
             {"tiers": [{"type": "redis", "url": "redis://h", "connections": 0}]},
             ["tiers.0.connections", "greater than or equal to 1"],
         ),
+        (
+            {"tiers": [{"type": "redis", "url": "redis://h", "encrypt": "yes"}]},
+            ["tiers.0.encrypt", "valid boolean"],
+        ),
         ({"quotas": {"gpu": {}}}, ["quotas.gpu", "no such tier", "device, cpu"]),
         ({"quotas": {"cpu": {"qouta": 1}}}, ["quotas.cpu.qouta", "capacity, orgs, quota, reserve"]),
         (

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from vllm_cachescope.tiers.envelope import Envelopes
 from vllm_cachescope.tiers.inquiries import Lookup
 from vllm_cachescope.tiers.jobs import Finished, Outgoing
 from vllm_cachescope.tiers.limits import Limits
@@ -91,7 +92,10 @@ class Place:
         self.held: set[bytes] = set()
         self.purged: list[bytes] = []
         self.writing, self.purging = Gate(), Gate()
-        self.tier = RemoteTier("t", lambda: Held(self), 16, LIMITS, time.monotonic, lambda: 0.5)
+        envelopes = Envelopes(b"a secret of the tests", "model")
+        self.tier = RemoteTier(
+            "t", lambda: Held(self), 16, envelopes, LIMITS, time.monotonic, lambda: 0.5
+        )
         self.tier.start()
         self._finished: dict[int, Finished] = {}
 

@@ -103,11 +103,13 @@ class Ask:
         tokens: the prompt.
         params: its `kv_transfer_params`; None for none.
         max_tokens: tokens to generate.
+        salt: its `cache_salt`; empty for none.
     """
 
     tokens: list[int]
     params: dict[str, Any] | None
     max_tokens: int = 8
+    salt: str = ""
 
 
 @dataclass(slots=True)
@@ -228,7 +230,7 @@ class Engine:
         self._answers[request_id] = Answer()
         self._engine.add_request(
             request_id,
-            {"prompt_token_ids": ask.tokens},
+            {"prompt_token_ids": ask.tokens} | ({"cache_salt": ask.salt} if ask.salt else {}),
             SamplingParams(
                 temperature=0.0,
                 max_tokens=ask.max_tokens,
@@ -272,6 +274,24 @@ class Engine:
             (tier, ttl_s): entries
             for tier, ttl_s, entries in self.connector.cachescope.resident()
             if entries
+        }
+
+    def event_hashes(self) -> dict[str, set[int]]:
+        """Return the hashes of what the device and the CPU tier hold, as KV events write them."""
+        from vllm.v1.core.kv_cache_utils import get_block_hash, maybe_convert_block_hash
+
+        cpu = self.connector.connector_scheduler.manager.primary_tier
+        keys = {
+            "GPU": [
+                block.block_hash
+                for block in self.scheduler.kv_cache_manager.block_pool.blocks
+                if block.block_hash is not None
+            ],
+            "CPU": cpu._policy.ready(),  # noqa: SLF001 — vLLM has no public list
+        }
+        return {
+            medium: {maybe_convert_block_hash(get_block_hash(key)) for key in keys}
+            for medium, keys in keys.items()
         }
 
     def free_chunks(self) -> int:

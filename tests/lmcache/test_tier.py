@@ -10,9 +10,10 @@ from types import SimpleNamespace
 import pytest
 
 from tests.lmcache.conftest import anywhere, everywhere, in_files
-from tests.lmcache.side import LMCacheSide, Wall
+from tests.lmcache.side import LMCacheSide
 from tests.redis.engine_side import SLOT, content, keys
 from tests.redis.servers import wait_until
+from tests.redis.wall import Wall
 from vllm_cachescope.cache.quotas import Quotas
 from vllm_cachescope.cli.main import main
 from vllm_cachescope.config import CONNECTOR, ConfigError, OrgQuota

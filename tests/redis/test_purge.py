@@ -129,7 +129,7 @@ def test_an_index_that_may_have_lost_something_is_not_trusted(server, start_engi
 def test_what_a_user_without_rights_to_the_index_stores_is_purged_as_well(
     server, start_engine_side
 ):
-    rights = "~cachescope:* +set +get +exists +pexpire +pttl +unlink"
+    rights = "~cachescope:* +set +get +exists +pexpire +pttl +unlink +eval +setrange"
     server.client.execute_command(f"ACL SETUSER kv on >pw {rights}")
     knowing = start_engine_side(server.url)
     fill(knowing)
@@ -170,7 +170,7 @@ def test_entries_are_misses_from_the_moment_they_are_purged(server, start_engine
 
 
 def test_a_store_that_is_down_or_forbids_it_is_named_with_the_reason(server, start_engine_side):
-    rights = "~cachescope:* +set +get +exists +pexpire +pttl +unlink"
+    rights = "~cachescope:* +set +get +exists +pexpire +pttl +unlink +eval +setrange"
     server.client.execute_command(f"ACL SETUSER kv on >pw {rights}")
     side = start_engine_side(f"redis://kv:pw@127.0.0.1:{server.port}")
     fill(side)

@@ -50,6 +50,8 @@ class Config(Model):
         diffs: diffs of what broke a prefix, for the operator; None to keep no prompt text.
         tiers: tiers behind the CPU tier, looked up in this order.
         quotas: what organisations may hold, by the name of a tier.
+        self_describing_kv_events: whether KV events of the CPU tier and remote ones carry the
+            blocks' tokens, as routers need them; it matters only where vLLM publishes KV events.
     """
 
     cpu_bytes: Annotated[ByteSize, Field(gt=0)] = ByteSize(2**30)
@@ -68,6 +70,7 @@ class Config(Model):
     diffs: DiffSettings | None = None
     tiers: tuple[AnyTier, ...] = ()
     quotas: dict[str, TierQuotas] = Field(default_factory=dict)
+    self_describing_kv_events: Annotated[bool, Field(strict=True)] = True
 
     @model_validator(mode="after")
     def _keys_agree(self) -> Self:

@@ -24,6 +24,7 @@ class _Tier(Model):
         failures: failures in a row after which the tier is left alone.
         first_probe: seconds until a tier that is left alone is tried again; doubled each time.
         longest_probe: longest time between two tries, in seconds.
+        encrypt: whether the blocks are encrypted in the store.
     """
 
     name: TierName
@@ -35,6 +36,7 @@ class _Tier(Model):
     failures: Annotated[int, Field(strict=True, ge=1)] = 2
     first_probe: Wait = 0.5
     longest_probe: Wait = 15.0
+    encrypt: Annotated[bool, Field(strict=True)] = False
 
 
 class RedisTier(_Tier):

@@ -131,6 +131,8 @@ class Purges:
             reason = str(error)
         if self._tier.local_usage is not None:
             self._tier.local_usage.purged(purge.prefix)
+        if self._tier.inventory is not None:
+            self._tier.inventory.purged(purge.prefix)
         self._tier.counts.add("evict", "purge", entries)
         with self._work:
             self._begun = None

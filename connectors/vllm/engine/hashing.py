@@ -58,7 +58,9 @@ def _scoped(original: Callable[..., Any]) -> Callable[..., Any]:
         keys, next_mm_idx = original(request, start_token_idx, end_token_idx, start_mm_idx)
         if _plans is None:
             return keys, next_mm_idx
-        scope_key = (PLAN_KEY, plan_of(request).span_of(end_token_idx).key)
+        # As bytes, and ASCII: KV events publish it. Routers take a string for the hash of a
+        # picture, and Dynamo drops every event that has bytes which are no UTF-8.
+        scope_key = (PLAN_KEY, plan_of(request).span_of(end_token_idx).key.encode())
         return (*(keys or ()), scope_key), next_mm_idx
 
     generate_block_hash_extra_keys.is_scoped = True  # type: ignore[attr-defined]
