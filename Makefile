@@ -3,7 +3,7 @@ BIN := .venv/bin
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test thorough lint compat bench clean
+.PHONY: help setup demo test thorough lint compat clients bench clean
 
 # The slowest tests and set-ups of each part, so that a slow-down shows.
 SLOWEST := --durations=15
@@ -36,6 +36,9 @@ lint: setup ## ruff, mypy --strict, and which room may import which
 
 compat: setup ## what vLLM 0.31, 0.32 and 0.33 must do alike, in a table; Valkey where there is one
 	@$(BIN)/python scripts/compat.py
+
+clients: setup ## real agents and SDKs through a tool call and a resumed session, in a table
+	@$(BIN)/python -m clients $(if $(ONLY),--only $(ONLY))
 
 bench: setup ## measure what the plugin costs and saves
 	@$(BIN)/python -m benchmarks

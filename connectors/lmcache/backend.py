@@ -142,6 +142,10 @@ class Backend:
         """Make sure that the tier may still run on the adapter; see `Handshake.shake`."""
         self._handshake.shake(session, deadline)
 
+    def undo_handshake(self, session: Session, deadline: float) -> None:
+        """Leave nothing of ours in the store; see `Handshake.undo`."""
+        self._handshake.undo(session, deadline)
+
     def memory(self) -> dict[str, int]:
         """Return what the adapter says of its memory, in bytes.
 

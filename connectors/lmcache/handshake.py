@@ -73,6 +73,14 @@ class Handshake:
             record = _packed(now_ms + int(SECRET_S * 1000), self._secret_digest)
             put(session, self._staging, {secret: record}, deadline)
 
+    def undo(self, session: Session, deadline: float) -> None:
+        """Delete what `shake` leaves in the store. No engine may use the namespace.
+
+        Raises:
+            StoreFailed: if it does not answer.
+        """
+        session.drop([session.canary, self._secret], deadline)
+
     def _read_digest(
         self, session: Session, secret: ObjectKey, deadline: float
     ) -> tuple[int, bytes]:

@@ -45,6 +45,10 @@ class LMCacheStore(Store):
             self.backend.shake_hands(session, deadline)
         return self.backend.memory()
 
+    def secret_digests(self, deadline: float) -> None:
+        session = self.backend.connect(self, deadline)
+        self.backend.undo_handshake(session, deadline)
+
     def find(self, keys: Sequence[bytes], deadline: float) -> list[bool]:
         entries = self.backend.entries
         return entries.present([entries.entry(key) for key in keys], deadline)

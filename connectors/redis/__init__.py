@@ -22,13 +22,14 @@ def stores(
     clock: Callable[[], float],
     wall_clock: Callable[[], float],
     quotas: Quotas | None = None,
+    password: str | None = None,
 ) -> Callable[[], RedisStore]:
-    """Return what makes a store for each thread of a tier; see `RedisStore`.
+    """Return what makes a store for each thread of a tier; see `address.parse` and `RedisStore`.
 
     Raises:
         ValueError: if ``url`` is none.
     """
-    address = parse(url)
+    address = parse(url, password)
     topology, server_clock = Topology(address), ServerClock()
     return lambda: RedisStore(
         address,

@@ -16,7 +16,7 @@ from vllm_cachescope.connectors.redis.shared_usage import SharedUsage
 from vllm_cachescope.connectors.redis.topology import Node, Topology
 from vllm_cachescope.tenancy.owner_tags import org_of
 from vllm_cachescope.tiers.envelope import HEADER_BYTES
-from vllm_cachescope.tiers.keyspace import Keyspace, names_of
+from vllm_cachescope.tiers.keyspace import HANDSHAKES, Keyspace, names_of
 from vllm_cachescope.tiers.leases import LEASE_BYTES, Leases
 from vllm_cachescope.tiers.store import (
     ForeignSecret,
@@ -123,6 +123,25 @@ class RedisStore(Store):
                 for account, entries in held
             }
         return known
+
+    def secret_digests(self, deadline: float) -> set[bytes] | None:
+        self.connect(deadline)
+        if self._is_cluster:
+            self._connections.discover(deadline)
+        for node in self._topology.nodes:
+            self._info(node, deadline)
+        digests: set[bytes] = set()
+        # It may not let us list names, or hold too many of them.
+        try:
+            for node in self._topology.nodes:
+                for names in self._scan(node, HANDSHAKES, deadline):
+                    replies = self._connections.ask_each(
+                        {name: command(b"GET", name) for name in names}, deadline
+                    )
+                    digests.update(reply for reply in replies.values() if isinstance(reply, bytes))
+        except StoreFailed:
+            return None
+        return digests
 
     def find(self, keys: Sequence[bytes], deadline: float) -> list[bool]:
         names = [self._keyspace.name(key) for key in keys]

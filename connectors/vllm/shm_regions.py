@@ -1,14 +1,16 @@
 """The shared-memory files of the CPU tier ("regions"), and the removal of stale ones.
 
-An engine that is killed leaves its region's file in ``/dev/shm``, and the memory is not freed. Each
-process that uses a region (the scheduler and its workers) therefore holds a shared lock on a second
-file beside it, ``vllm_offload_<engine id>.lock``. The kernel releases the lock when the process
-ends, however it ends and in whatever container. A region whose file is locked by nobody is stale.
+A region's file in ``/dev/shm`` is removed as soon as the scheduler and all workers have mapped it:
+the kernel frees the memory with the last of them, however they end. An engine that is killed before
+that leaves the file. Each process that uses a region therefore holds a shared lock on a second file
+beside it, ``vllm_offload_<engine id>.lock``. The kernel releases the lock when the process ends,
+however it ends and in whatever container. A region whose file is locked by nobody is stale.
 """
 
 import fcntl
 import os
 import stat
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
@@ -33,14 +35,17 @@ def claim(engine_id: str, directory: Path = Path("/dev/shm")) -> IO[bytes]:
 
     Raises:
         OSError: if something else is in the way of the lock's file.
+        RuntimeError: if the region has lost its name: what would be opened is another one.
     """
     path = _region(engine_id, directory).with_suffix(".lock")
     while True:
         lock = _open(path, os.O_RDONLY | os.O_CREAT)
         # Until the lock is held, another engine may take the file for stale and remove it.
         fcntl.flock(lock, fcntl.LOCK_SH)
-        if _is_at(lock, path):
+        if _is_at(lock, path) and not _is_unnamed(lock):
             return lock
+        if _is_at(lock, path):
+            _remove_unused(lock, path)
         lock.close()
 
 
@@ -72,32 +77,79 @@ def _is_at(lock: IO[bytes], path: Path) -> bool:
     return False
 
 
-def release(claimed: IO[bytes]) -> None:
-    """Release the claim that `claim` returned.
+def _is_unnamed(lock: IO[bytes]) -> bool:
+    """Whether the region of a lock has lost its name."""
+    return os.fstat(lock.fileno()).st_size > 0
 
-    The lock's file is removed if the region is. Otherwise it stays: by it `remove_stale` finds the
-    region.
+
+def _remove_unused(lock: IO[bytes], path: Path) -> None:
+    """Remove the lock's file that a killed engine of the same id has left.
+
+    Raises:
+        RuntimeError: if the engine lives.
+    """
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RuntimeError(f"all processes of its engine have mapped {path.stem} already") from None
+    if _is_at(lock, path):
+        path.unlink()
+
+
+def unname(claimed: IO[bytes]) -> None:
+    """Remove the name of a region that all processes of its engine have mapped.
+
+    Args:
+        claimed: from `claim`.
     """
     lock_path = Path(claimed.name)
-    if not any(lock_path.parent.glob(f"{lock_path.with_suffix('.mmap').name}*")):
-        lock_path.unlink(missing_ok=True)
+    for file in _files(lock_path):
+        file.unlink()
+    os.truncate(lock_path, 1)
+
+
+def release(claimed: IO[bytes]) -> None:
+    """Release the claim that `claim` returned. Whoever is the last to do so removes the files."""
+    directory = Path(claimed.name).parent
     claimed.close()
+    remove_stale(directory)
 
 
 def remove_stale(directory: Path = Path("/dev/shm")) -> list[Path]:
     """Remove our regions that no process uses any more; return their paths."""
     removed = []
-    for lock_path in directory.glob(f"vllm_offload_{PREFIX}*.lock"):
-        region = lock_path.with_suffix(".mmap")
-        with suppress(OSError), _open(lock_path, os.O_RDONLY) as lock:
-            # Raises BlockingIOError while any process of the engine lives.
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not _is_at(lock, lock_path):
-                continue  # Another process removed the file; a new one may be claimed by now.
-            # From 0.33 on vLLM may spread a region over several files.
-            for file in directory.glob(f"{region.name}*"):
+    for lock_path, files in _stale(directory):
+        with suppress(OSError):
+            for file in files:
                 file.unlink()
                 removed.append(file)
                 logger.info("Removed %s, which a killed engine had left", file)
             lock_path.unlink()
     return removed
+
+
+def stale_bytes(directory: Path = Path("/dev/shm")) -> int:
+    """Return how many bytes `remove_stale` would free."""
+    return sum(
+        file.stat().st_blocks * 512
+        for _, files in _stale(directory)
+        for file in files
+        if file.exists()
+    )
+
+
+def _stale(directory: Path) -> Iterator[tuple[Path, list[Path]]]:
+    """Yield the lock's file of each region that no process uses, locked, with the region's own
+    files."""
+    for lock_path in directory.glob(f"vllm_offload_{PREFIX}*.lock"):
+        with suppress(OSError), _open(lock_path, os.O_RDONLY) as lock:
+            # Raises BlockingIOError while any process of the engine lives.
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Another process may have removed the file; a new one may be claimed by now.
+            if _is_at(lock, lock_path):
+                yield lock_path, _files(lock_path)
+
+
+def _files(lock_path: Path) -> list[Path]:
+    """Return the files of a region; from 0.33 on vLLM may spread it over several."""
+    return list(lock_path.parent.glob(f"{lock_path.with_suffix('.mmap').name}*"))

@@ -25,18 +25,16 @@ def check(settings: Tier) -> None:
     Raises:
         ConfigError: if there is no such store, or what it needs is not installed.
     """
-    if isinstance(settings, RedisTier):
-        redis = _connector(settings)
-        try:
-            redis.parse(settings.url.get_secret_value())
-        except ValueError as error:
-            raise ConfigError(f"tier {settings.name}: url: {error} (value not shown)") from None
-    else:
-        lmcache = _connector(settings)
-        try:
-            lmcache.parse(settings.adapter)
-        except ConfigError as error:
-            raise ConfigError(f"tier {settings.name}: {error.args[0]}") from None
+    connector = _connector(settings)
+    try:
+        if isinstance(settings, RedisTier):
+            connector.parse(settings.url.get_secret_value(), settings.password())
+        else:
+            connector.parse(settings.adapter)
+    except ConfigError as error:
+        raise ConfigError(f"tier {settings.name}: {error.args[0]}") from None
+    except ValueError as error:
+        raise ConfigError(f"tier {settings.name}: url: {error} (value not shown)") from None
 
 
 def limits_of(settings: Tier) -> Limits:
@@ -77,7 +75,15 @@ def stores(
     if isinstance(settings, RedisTier):
         url = settings.url.get_secret_value()
         made = _connector(settings).stores(
-            url, settings.timeout, keyspace, secret_digest, leases, clock, time.time, quotas
+            url,
+            settings.timeout,
+            keyspace,
+            secret_digest,
+            leases,
+            clock,
+            time.time,
+            quotas,
+            settings.password(),
         )
     else:
         made = _connector(settings).stores(

@@ -33,11 +33,13 @@ def run(
     status: int = 200,
     prewarm: bool = False,
     stream_prewarm: bool = False,
+    diagnose: bool = False,
     reports: tuple[Report, ...] = (REPORT,),
     wants_tiers: bool = False,
 ) -> tuple[dict[bytes, bytes], bytes]:
     """Send a reply through, and return the headers and the body that the client got."""
-    context = RequestContext(Caller("acme"), PromptRequest(protocol, "m", (), prewarm=prewarm))
+    request = PromptRequest(protocol, "m", (), prewarm=prewarm, diagnose=diagnose)
+    context = RequestContext(Caller("acme"), request)
     context.wants_tiers = wants_tiers
     context.reports.update({str(i): report for i, report in enumerate(reports)})
     got: list[Message] = []
@@ -70,6 +72,28 @@ def test_a_message_is_rewritten_and_its_length_too() -> None:
         "cache_creation": {"ephemeral_5m_input_tokens": 16, "ephemeral_1h_input_tokens": 0},
     }
     assert data["content"] == body["content"]
+
+
+IDS = [("chatcmpl-0a1b", "msg_0a1b"), ("msg_0a1b", "msg_0a1b"), ("other", "msg_other")]
+
+
+@pytest.mark.parametrize(("own", "told"), IDS)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_message_to_be_named_has_an_id_as_anthropics(own: str, told: str, streamed: bool) -> None:
+    """Clients leave out an id of another kind when they ask what changed since that message."""
+    message = {"type": "message", "id": own, "usage": {"input_tokens": 120}}
+    chunk, kind = json.dumps(message).encode(), "application/json"
+    if streamed:
+        start = json.dumps({"type": "message_start", "message": message}).encode()
+        chunk, kind = b"data: " + start + b"\n\n", "text/event-stream"
+    for protocol, diagnose, expected in (
+        (Protocol.MESSAGES, True, told),
+        (Protocol.MESSAGES, False, own),
+        (Protocol.CHAT, True, own),
+    ):
+        _, out = run(protocol, [chunk], kind, diagnose=diagnose)
+        got = json.loads(out.removeprefix(b"data: "))
+        assert (got["message"] if streamed else got)["id"] == expected
 
 
 @pytest.mark.parametrize(

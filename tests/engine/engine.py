@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.engine.clock import VARIABLE, Clock
+from tests.engine.config_files import in_file
 from vllm_cachescope.cache.report import Report
 from vllm_cachescope.prompt.plan import PLAN_KEY, Plan, Span, seal
 from vllm_cachescope.tenancy.owner_tags import OwnerTags
@@ -180,11 +181,9 @@ class Engine:
                 "kv_connector": "DrivenConnector",
                 "kv_connector_module_path": "tests.engine.clock",
                 "kv_role": "kv_both",
-                "kv_connector_extra_config": {
-                    "cpu_bytes": cpu_chunks * BLOCK_BYTES,
-                    "secret": SECRET,
-                    **(config or {}),
-                },
+                "kv_connector_extra_config": in_file(
+                    {"cpu_bytes": cpu_chunks * BLOCK_BYTES, "secret": SECRET, **(config or {})}
+                ),
             },
             **{"dtype": "float32", "num_gpu_blocks_override": DEVICE_BLOCKS + 1, **options},
         )

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from vllm_cachescope.connectors.vllm import shm_regions
+from vllm_cachescope.connectors.vllm.engine.offloading import region_path
 
 ENGINE = """
 import sys, time
@@ -133,33 +134,45 @@ def test_an_engine_that_ends_in_order_leaves_nothing(tmp_path):
     assert names(tmp_path) == []
 
 
-def test_what_an_engine_could_not_remove_is_found_later(tmp_path):
-    claimed = shm_regions.claim("cachescope-late", tmp_path)
-    (tmp_path / "vllm_offload_cachescope-late.mmap").write_bytes(b"x")
-    assert shm_regions.remove_stale(tmp_path) == []
-    shm_regions.release(claimed)
-    assert len(shm_regions.remove_stale(tmp_path)) == 1
+def test_whoever_goes_last_removes_the_region(tmp_path):
+    claims = [shm_regions.claim("cachescope-late", tmp_path) for _ in range(2)]
+    region = tmp_path / "vllm_offload_cachescope-late.mmap"
+    region.write_bytes(b"x")
+    shm_regions.release(claims[0])
+    assert region.exists()
+    shm_regions.release(claims[1])
+    assert names(tmp_path) == []
+
+
+def test_a_region_without_a_name_is_claimed_by_no_further_process(tmp_path):
+    claims = [shm_regions.claim("cachescope-up", tmp_path) for _ in range(2)]
+    (tmp_path / "vllm_offload_cachescope-up.mmap").write_bytes(b"x")
+    shm_regions.unname(claims[0])
+    assert names(tmp_path) == ["vllm_offload_cachescope-up.lock"]
+    with pytest.raises(RuntimeError, match="cachescope-up"):
+        shm_regions.claim("cachescope-up", tmp_path)
+    # Of an engine that was killed, another one may have the id again.
+    for claimed in claims:
+        claimed.close()
+    shm_regions.release(shm_regions.claim("cachescope-up", tmp_path))
     assert names(tmp_path) == []
 
 
 @pytest.mark.engine
-def test_the_real_engine_holds_its_claim(engine):
-    from vllm_cachescope.connectors.vllm.engine.offloading import region_path
-
+def test_the_real_engine_leaves_no_file_that_holds_memory(engine):
+    """However it ends: the memory is there, and has no name any more."""
     manager = engine.connector.connector_scheduler.manager
     region = Path(region_path(manager))
-    assert region.exists()
+    assert not list(region.parent.glob(f"{region.name}*"))
+    mapped = Path("/proc/self/maps").read_text()
+    assert f"{region} (deleted)" in mapped
+    lock = region.with_suffix(".lock")
     # As an engine that starts beside it would.
-    found = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "from vllm_cachescope.connectors.vllm import shm_regions; shm_regions.remove_stale()",
-        ],
-        check=True,
-    )
-    assert found.returncode == 0
-    assert region.exists()
+    shm_regions.remove_stale()
+    assert lock.exists()
+    engine_id = region.stem.removeprefix("vllm_offload_")
+    with pytest.raises(RuntimeError, match=engine_id):
+        shm_regions.claim(engine_id)
 
 
 def test_a_claim_holds_whatever_others_remove_meanwhile(tmp_path):

@@ -21,6 +21,8 @@ _WRITERS: dict[Protocol, Callable[[dict[str, Any], Usage], None]] = {
     Protocol.RESPONSES: write_responses,
 }
 
+_MESSAGE = "msg_"
+
 
 class Reply:
     """Passes a server's reply on to the client, with the usage rewritten.
@@ -121,7 +123,7 @@ class Reply:
         changed = False
         for holder in _replies(data):
             if isinstance(holder.get("id"), str):
-                self.id = holder["id"]
+                changed |= self._identify(holder)
             has_usage = isinstance(holder.get("usage"), dict)
             if has_usage and usage is not None:
                 _WRITERS[self._request.protocol](holder["usage"], usage)
@@ -134,6 +136,22 @@ class Reply:
         if not changed:
             return raw
         return json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode()
+
+    def _identify(self, reply: dict[str, Any]) -> bool:
+        """Take the reply's id; return whether it was changed.
+
+        vLLM's own begin as those of Chat do. A client that is to name a message later may take only
+        an id that begins as Anthropic's do for one (Pydantic AI leaves others out).
+        """
+        changed = (
+            self._request.diagnose
+            and self._request.protocol is Protocol.MESSAGES
+            and not reply["id"].startswith(_MESSAGE)
+        )
+        if changed:
+            reply["id"] = _MESSAGE + reply["id"].removeprefix("chatcmpl-")
+        self.id = reply["id"]
+        return changed
 
     def _diagnose(self, reply: dict[str, Any], usage: Usage | None) -> bool:
         """Write the diagnostics that the client asked for; return whether it asked for any."""

@@ -86,6 +86,11 @@ class OwnerNames:
         return b"cachescope:%d:%b:%b" % (FORMAT, self.namespace, key.encode())
 
 
+HANDSHAKES = f"cachescope:{FORMAT}:*:secret".encode()
+"""A pattern for the names under which engines leave the digests of their secrets, of whatever
+model."""
+
+
 def qualified(owner: bytes, block: bytes) -> bytes:
     """Return the key that tiers and stores know a block by: its owner, block hash and group. Who
     wrote what everyone shares is left out: whoever reads it does not know."""

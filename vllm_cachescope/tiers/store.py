@@ -101,6 +101,17 @@ class Store(ABC):
         """
 
     @abstractmethod
+    def secret_digests(self, deadline: float) -> set[bytes] | None:
+        """Return the digests of the secrets of all engines that use the store, of whatever model
+        (see `keyspace.secret_digest`); None where that cannot be told. Leaves nothing there: it is
+        called on a store with a namespace of its own, instead of everything else.
+
+        Raises:
+            StoreFailed: if it does not answer.
+            StoreUnfit: if no tier may run on it.
+        """
+
+    @abstractmethod
     def find(self, keys: Sequence[bytes], deadline: float) -> list[bool]:
         """Return which of ``keys`` the store holds.
 

@@ -41,7 +41,7 @@ from vllm_cachescope.connectors.vllm.engine.stats import Gauges, move_remote_cou
 from vllm_cachescope.connectors.vllm.engine.tier_events import TierEvents
 from vllm_cachescope.connectors.vllm.engine.tiers.cpu import CPU
 from vllm_cachescope.connectors.vllm.engine.tiers.device import DEVICE
-from vllm_cachescope.connectors.vllm.engine.versions import warn_if_untried
+from vllm_cachescope.connectors.vllm.versions import warn_if_untried
 from vllm_cachescope.logs import logger_of
 from vllm_cachescope.metrics import TotalCounter
 from vllm_cachescope.prompt.plan import PLAN_KEY

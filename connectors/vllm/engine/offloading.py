@@ -71,6 +71,14 @@ def _attach_region(user: OffloadingManager | OffloadingWorker, claimed: IO[bytes
     setattr(user, _REGION, claimed)
 
 
+def _disown_region(worker: OffloadingWorker) -> None:
+    """Keep vLLM from removing the region's file when a worker ends: that is done by then, and would
+    end in a traceback in the log."""
+    region = getattr(worker, "_mmap_region", None)
+    if region is not None:
+        region._creator = False
+
+
 def release_region(user: OffloadingManager | OffloadingWorker | None) -> None:
     """Release the shared memory that the engine's manager or worker has claimed; with None, do
     nothing. To be called when vLLM has shut it down."""
@@ -121,6 +129,8 @@ class ScopeOffloadingSpec(TieringOffloadingSpec):
         manager = super().get_manager()
         make_lock_reentrant(manager)
         _attach_region(manager, claimed)
+        # vLLM makes its workers first, so all have mapped the region by now.
+        shm_regions.unname(claimed)
         return manager
 
     def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
@@ -131,6 +141,7 @@ class ScopeOffloadingSpec(TieringOffloadingSpec):
         cpu = current_platform.is_cpu()
         worker = self._cpu_worker(kv_caches) if cpu else super().get_worker(kv_caches)
         _attach_region(worker, claimed)
+        _disown_region(worker)
         return worker
 
     def _cpu_worker(self, kv_caches: CanonicalKVCaches) -> CpuCopyWorker:

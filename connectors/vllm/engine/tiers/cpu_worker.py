@@ -29,7 +29,7 @@ class CpuCopyWorker(OffloadingWorker):
     def __init__(
         self, kv_caches: CanonicalKVCaches, blocks_per_chunk: int, region: SharedOffloadRegion
     ) -> None:
-        self._region = region
+        self._mmap_region = region
         self._blocks_per_chunk = blocks_per_chunk
         self._groups = kv_caches.group_data_refs
         self._device = [
@@ -71,7 +71,7 @@ class CpuCopyWorker(OffloadingWorker):
 
     def shutdown(self) -> None:
         self._cpu.clear()
-        self._region.cleanup()
+        self._mmap_region.cleanup()
 
     def _copy(
         self, job_id: int, device: GPULoadStoreSpec, cpu: CPULoadStoreSpec, store: bool
