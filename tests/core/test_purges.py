@@ -55,6 +55,9 @@ class Held(Store):
     def greet(self, deadline: float) -> dict[str, Any]:
         return {"used_bytes": 0, "capacity_bytes": 0}
 
+    def secret_digests(self, deadline: float) -> set[bytes] | None:
+        return None
+
     def find(self, keys: Sequence[bytes], deadline: float) -> list[bool]:
         return [key in self._place.held for key in keys]
 
