@@ -11,14 +11,20 @@ import os
 import shutil
 import sysconfig
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 from transformers.utils import logging
 
 MODELS = Path(__file__).parents[1] / ".cache" / "models"
@@ -111,24 +117,40 @@ def build(path: Path, size: ModelSize, template: str = "chatml", seed: int = 0) 
     if template not in _END_OF_TURN:
         raise ValueError(f"no template {template!r}; there are {', '.join(_END_OF_TURN)}")
     chat_template = (TEMPLATES / f"{template}.jinja").read_text()
-    manifest = {
+    manifest: dict[str, object] = {
         "size": asdict(size),
         "template": template,
         "seed": seed,
         "recipe": _digest(chat_template, Path(__file__).read_text()),
     }
-    if _is_built(path, manifest):
-        return path
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
+    def fill(directory: Path) -> None:
         tokenizer = train_tokenizer(size.vocab, _END_OF_TURN[template])
         tokenizer.chat_template = chat_template
         tokenizer.model_max_length = size.max_positions
-        tokenizer.save_pretrained(scratch)
-        with _no_progress_bar():
-            _random_model(size, tokenizer, seed).save_pretrained(scratch)
+        tokenizer.save_pretrained(directory)
+        save(_random_model(size, tokenizer, seed), directory)
+
+    return build_directory(path, manifest, fill)
+
+
+def build_directory(path: Path, manifest: dict[str, object], fill: Callable[[Path], None]) -> Path:
+    """Have ``fill`` fill a model directory at ``path``; return it.
+
+    A directory already there is kept if it was built with the same ``manifest``, and replaced
+    otherwise. It appears complete or not at all.
+
+    Args:
+        path: where the directory goes.
+        manifest: everything that its content depends on, as plain data.
+        fill: called with the directory to fill.
+    """
+    if _is_built(path, manifest):
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        fill(scratch)
         (scratch / _MANIFEST).write_text(json.dumps(manifest, indent=2))
         scratch.chmod(0o755)
         shutil.rmtree(path, ignore_errors=True)
@@ -141,6 +163,12 @@ def build(path: Path, size: ModelSize, template: str = "chatml", seed: int = 0) 
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return path
+
+
+def save(model: PreTrainedModel, directory: Path) -> None:
+    """Write a model's configuration and weights into ``directory``, in bfloat16."""
+    with _no_progress_bar():
+        model.to(torch.bfloat16).save_pretrained(directory)
 
 
 def train_tokenizer(vocab: int, end_of_turn: str) -> PreTrainedTokenizerFast:
@@ -213,7 +241,7 @@ def _random_model(
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
-    return model.to(torch.bfloat16)
+    return model
 
 
 def _unprintable(tokenizer: PreTrainedTokenizerFast) -> list[int]:

@@ -105,6 +105,20 @@ def test_another_engine_of_the_same_server(server: Server) -> None:
     assert causes(server.ask(engine=THERE, read=1200)) == {C.PARTIAL_BLOCK: 8}
 
 
+def test_a_model_that_resumes_prompts_at_few_positions(server: Server) -> None:
+    """Nobody has lost anything where no state was kept: it is no break, and nothing to mend."""
+    server.turn(408)
+    server.ask()
+    server.turn()
+    seen = server.ask(CacheMiss(C.NO_CHECKPOINT, 400))
+    assert causes(seen) == {C.NO_CHECKPOINT: 400, C.PARTIAL_BLOCK: 8}
+    assert (seen.expected, seen.cause, seen.suggestion) == (True, "continuation", "")
+    # What the cache lost counts all the same.
+    server.turn()
+    seen = server.ask(CacheMiss(C.NO_CHECKPOINT, 400), CacheMiss(C.EXPIRED, 400, ttl_s=300))
+    assert (seen.expected, seen.cause) == (False, "expired")
+
+
 @pytest.mark.parametrize(
     ("engine", "told", "cause"),
     [

@@ -527,7 +527,7 @@ def test_a_prefix_shorter_than_a_block_was_never_stored() -> None:
     agent.turn()
     final = conclude_last(client, client.send(agent.body()), EngineReport(140, 0, 128))
     assert final.cause == MissCause.NEVER_STORED
-    assert final.engine[0].detail == "shorter than one block"
+    assert final.engine[0].detail == "shorter than one block of 128 tokens"
     check_sums(final, 0)
 
 

@@ -10,7 +10,7 @@ from vllm_cachescope.tenancy.scope import Scope
 
 
 def test_rows_split_by_outcome_scope_and_lifetime() -> None:
-    report = attribute_tokens(PLAN, 16, [(Outcome.READ_DEVICE, 64), ("read_cpu", 64)], range(8, 18))
+    report = attribute_tokens(PLAN, 16, [(Outcome.READ_DEVICE, 64), ("read_cpu", 64)], [(128, 288)])
     assert {(r.outcome, r.scope, r.ttl_s): r.tokens for r in report.rows} == {
         ("read_device", Scope.GLOBAL, 3600): 64,
         ("read_cpu", Scope.GLOBAL, 3600): 32,  # the block over position 100 is the org's
@@ -36,7 +36,7 @@ def test_rows_add_up_to_the_prompt(plan: Plan, block_size: int, data: st.DataObj
         plan,
         block_size,
         [("read_device", split * block_size), ("read_cpu", (read - split) * block_size)],
-        created,
+        [(block * block_size, (block + 1) * block_size) for block in sorted(created)],
     )
     assert report.prompt_tokens == prompt
     assert report.read_tokens == read * block_size

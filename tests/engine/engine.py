@@ -120,11 +120,13 @@ class Answer:
     Attributes:
         tokens: what it generated, greedily.
         read: prompt tokens that came from the cache, as vLLM counts them.
+        created: prompt tokens that were newly cached, as vLLM counts them.
         report: the connector's report; None where there is none.
     """
 
     tokens: list[int] = field(default_factory=list)
     read: int = 0
+    created: int = 0
     report: Report | None = None
 
     def outcome(self, name: str) -> int:
@@ -246,6 +248,7 @@ class Engine:
             answer = self._answers[output.request_id]
             answer.tokens = list(output.outputs[0].token_ids)
             answer.read = output.num_cached_tokens or 0
+            answer.created = output.num_cache_creation_tokens or 0
             if output.kv_transfer_params:
                 answer.report = Report.from_wire(output.kv_transfer_params[PLAN_KEY])
         return self._engine.has_unfinished_requests()
@@ -275,6 +278,13 @@ class Engine:
             if entries
         }
 
+    def device_bytes(self) -> int:
+        """Return how many bytes of the device the prefix cache takes, by vLLM's own count."""
+        manager = self.scheduler.kv_cache_manager
+        config = manager.kv_cache_config
+        blocks = len(manager.block_pool.cached_block_hash_to_block)
+        return blocks * config.kv_cache_tensors[0].size // config.num_blocks
+
     def event_hashes(self) -> dict[str, set[int]]:
         """Return the hashes of what the device and the CPU tier hold, as KV events write them."""
         from vllm.v1.core.kv_cache_utils import get_block_hash, maybe_convert_block_hash
@@ -292,6 +302,27 @@ class Engine:
             medium: {maybe_convert_block_hash(get_block_hash(key)) for key in keys}
             for medium, keys in keys.items()
         }
+
+    def ask_about(self, seed: int, text: str, plan: Plan) -> Answer:
+        """Put a question about the picture ``seed`` to a model that sees; its plan may be longer
+        than the prompt is."""
+        import numpy as np
+        from PIL import Image
+        from vllm import SamplingParams
+
+        pixels = np.random.default_rng(seed).integers(0, 255, (56, 56, 3), dtype=np.uint8)
+        request_id = str(next(self._ids))
+        self._answers[request_id] = Answer()
+        self._engine.add_request(
+            request_id,
+            {"prompt": text, "multi_modal_data": {"image": Image.fromarray(pixels)}},
+            SamplingParams(
+                temperature=0.0, max_tokens=1, extra_args={"kv_transfer_params": sealed(plan)}
+            ),
+        )
+        while self.step():
+            pass
+        return self._answers.pop(request_id)
 
     def free_chunks(self) -> int:
         """Return how many chunks of the CPU tier are free, by vLLM's own count."""

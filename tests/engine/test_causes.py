@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from tests.engine.bodies import EPHEMERAL, block, conversation, session
-from tests.engine.engine import BLOCK_BYTES
+from tests.engine.engine import BLOCK, BLOCK_BYTES
 from tests.engine.server import MODEL, OPERATOR_TOKEN, SMALL, Api, breaks, named, serve_scoped
 
 pytestmark = pytest.mark.engine
@@ -72,7 +72,7 @@ def test_it_was_shorter_than_a_block(small: Api) -> None:
     send(small, key, conversation("brief", words=8))
     seen = named(small, key, lambda: send(small, key, conversation("brief", 2, words=8)))
     assert seen["cause"] == "never_stored"
-    assert seen["engine"][0]["detail"] == "shorter than one block"
+    assert seen["engine"][0]["detail"] == f"shorter than one block of {BLOCK} tokens"
 
 
 def test_the_cache_was_reset(small: Api) -> None:

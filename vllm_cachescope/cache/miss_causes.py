@@ -20,6 +20,7 @@ class MissCause(StrEnum):
     RENDERED_DIFFERENTLY = "rendered_differently"
     NOT_LOOKED_UP = "not_looked_up"
     PARTIAL_BLOCK = "partial_block"
+    NO_CHECKPOINT = "no_checkpoint"
     UNKNOWN = "unknown"
 
 

@@ -134,7 +134,7 @@ def attribute_tokens(
     plan: Plan,
     block_size: int,
     read: Iterable[tuple[str, int]],
-    created_blocks: Iterable[int],
+    created: Iterable[tuple[int, int]],
 ) -> Report:
     """Divide a prompt's tokens by outcome, scope and TTL class.
 
@@ -142,7 +142,8 @@ def attribute_tokens(
         plan: the prompt's plan; its last span ends where the prompt ends.
         block_size: tokens per block.
         read: ``(outcome, tokens)`` of what was read, in prompt order from the first token.
-        created_blocks: indices of the blocks that this prompt newly cached under a breakpoint.
+        created: ``(start, end)`` in tokens of what this prompt newly cached under a breakpoint; in
+            order, and what overlaps counts once.
 
     Returns:
         A report with rows and nothing else.
@@ -154,8 +155,8 @@ def attribute_tokens(
         end = min(position + tokens, prompt_tokens)
         ranges.append((position, end, outcome))
         position = end
-    for index in sorted(created_blocks):
-        start, end = max(index * block_size, position), (index + 1) * block_size
+    for first, end in created:
+        start = max(first, position)
         if start >= end:
             continue
         ranges.append((position, start, Outcome.UNCACHED))
@@ -184,5 +185,5 @@ def estimate(plan: Plan, block_size: int, read_tokens: int) -> Report:
         block_size: tokens per block.
         read_tokens: how many tokens were read, from whatever tier; they count as the device's.
     """
-    blocks = range(read_tokens // block_size, plan.covered_tokens // block_size)
-    return attribute_tokens(plan, block_size, [(Outcome.READ_DEVICE, read_tokens)], blocks)
+    created = [(read_tokens, plan.covered_tokens // block_size * block_size)]
+    return attribute_tokens(plan, block_size, [(Outcome.READ_DEVICE, read_tokens)], created)

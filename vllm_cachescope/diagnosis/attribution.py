@@ -90,7 +90,7 @@ def attribute_misses(
             end = readable
     left = end - read
     if left and end < block:
-        return [_never_stored(left, "shorter than one block"), *behind]
+        return [_never_stored(left, f"shorter than one block of {block} tokens"), *behind]
     # Only whole blocks are cached, and a retry's last one is computed again: the answer starts
     # from its last token.
     edge = end % block or (

@@ -26,7 +26,7 @@ from vllm.v1.request import Request
 from vllm_cachescope.cache.quotas import read_quotas
 from vllm_cachescope.connectors.vllm import config_check, engine_rpc
 from vllm_cachescope.connectors.vllm.engine import hashing
-from vllm_cachescope.connectors.vllm.engine.block_layout import BlockLayout, Group
+from vllm_cachescope.connectors.vllm.engine.block_layout import read_layout
 from vllm_cachescope.connectors.vllm.engine.health import TierInfo
 from vllm_cachescope.connectors.vllm.engine.offloading import (
     for_offloading,
@@ -77,17 +77,14 @@ class CacheScopeConnector(OffloadingConnector):
         engine_rpc.install()
         assert self.connector_scheduler is not None
         offload = self.connector_scheduler.config
-        groups = tuple(Group(g.group_idx, g.tokens_per_block) for g in offload.kv_group_configs)
         strides = self._offloading.primary_tier.get_kv_memoryview().strides
         assert strides is not None
         chunk_bytes = strides[0]
-        self._entry_bytes = {
-            CPU: chunk_bytes,
-            DEVICE: chunk_bytes // offload.blocks_per_chunk // len(groups),
-        }
+        # A block belongs to one group, and takes as much of the device as one of any other group.
+        self._entry_bytes = {CPU: chunk_bytes, DEVICE: chunk_bytes // offload.blocks_per_chunk}
         self._settings = EngineSettings(
             rank=vllm_config.parallel_config.data_parallel_index,
-            layout=BlockLayout(offload.tokens_per_hash, groups, offload.blocks_per_chunk),
+            layout=read_layout(offload),
             hash_settings={
                 "algorithm": vllm_config.cache_config.prefix_caching_hash_algo,
                 "tokens": offload.tokens_per_hash,
@@ -140,6 +137,14 @@ class CacheScopeConnector(OffloadingConnector):
             for name, (address, entries) in places.items()
         ]
         self._gauges = Gauges(self._local_tiers, self.cachescope.remotes)
+        layout = self._settings.layout
+        logger.info(
+            "Prompts are cached in blocks of %d tokens: what is shorter is not cached%s",
+            layout.tokens_per_step,
+            "; this model resumes prompts at their ends and at breakpoints"
+            if layout.has_checkpoints
+            else "",
+        )
         for tier in self._local_tiers:
             logger.info(
                 "Tier %s at %s is up: empty, of %.1f MiB",
@@ -172,7 +177,7 @@ class CacheScopeConnector(OffloadingConnector):
         self.cachescope.on_step_scheduled(scheduler_output)
         self._events.collect()
         meta = super().build_connector_meta(scheduler_output)
-        self.cachescope.on_schedule_end()
+        self.cachescope.on_schedule_end(scheduler_output)
         return meta
 
     def request_finished(

@@ -52,34 +52,47 @@ class MissExplainer:
             The misses, in prompt order, up to the first block that this engine has never seen;
             and, where a remote tier could not be asked for that block, why, as a miss of 0 tokens.
         """
-        size = self._layout.groups[0].tokens_per_block
+        size = self._layout.tokens_per_step
         start = read_tokens // size * size
         whole = request.num_prompt_tokens // size * size
         if request.skip_reading_prefix_cache:
             return (CacheMiss(MissCause.NOT_LOOKED_UP, max(0, whole - start)),), None
         now = self._clock()
-        misses: list[CacheMiss] = []
-        lengths: list[int] = []
+        misses = _Misses(size)
         unasked = None
         for end in range(start + size, whole + 1, size):
             missing = [k for k in self._layout.keys_at(request, end) if k not in self._ledger]
-            if missing:
-                miss = self._block_miss(plan, request, end, missing, size, now)
-            else:
+            lost, windows = self._layout.split(missing)
+            if lost:
+                miss = self._block_miss(plan, request, end, lost, size, now)
+                if miss is None:
+                    unasked = self._unasked(plan, request, end)
+                    break
+                misses.add(miss)
+            elif misses.found:
                 # The block is cached. Behind a missing block it cannot be read, and is missed for
-                # the same reason. Otherwise vLLM left the block out, since it has to compute the
-                # prompt's last token: nothing is missing.
-                miss = misses[-1] if misses else None
-            if miss is None:
-                unasked = self._unasked(plan, request, end)
-                break
-            if misses and (miss.continues(misses[-1]) or len(misses) == MAX_MISSES):
-                lengths[-1] += size
-            else:
-                misses.append(miss)
-                lengths.append(size)
-        found = zip(misses, lengths, strict=True)
-        return tuple(replace(miss, tokens=tokens) for miss, tokens in found), unasked
+                # the same reason.
+                misses.add(misses.found[-1])
+            elif (miss := self._window_miss(windows, size, now)) is not None:
+                misses.add_window(miss)
+            elif self._layout.has_checkpoints and end < request.num_prompt_tokens:
+                misses.wait()
+            # Otherwise vLLM left the block out, since it has to compute the prompt's last token:
+            # nothing is missing.
+        return misses.listed(), unasked
+
+    def _window_miss(self, missing: Sequence[bytes], tokens: int, now: float) -> CacheMiss | None:
+        """Return why a prompt could not be resumed behind a block that full attention has; None if
+        no window was ever kept there.
+
+        Args:
+            missing: the keys of windows that are not in the ledger.
+            tokens: tokens of the block.
+            now: the time in seconds.
+        """
+        records = (self._history.find(key) for key in missing)
+        eviction = next((record for record in records if record is not None), None)
+        return None if eviction is None else eviction_miss(eviction, tokens, now)
 
     def _block_miss(
         self,
@@ -103,7 +116,7 @@ class MissExplainer:
             plan: the prompt's plan.
             request: the prompt's request.
             end: where the block ends, in tokens.
-            missing: those of the block's keys that are not in the ledger; one for each group.
+            missing: those of the block's keys that are not in the ledger, without windows'.
             tokens: tokens of the block.
             now: the time in seconds.
         """
@@ -133,14 +146,62 @@ class MissExplainer:
     def _remote_chunks(
         self, plan: Plan, request: Request, end: int
     ) -> Iterator[tuple[RemoteTierManager, bytes]]:
-        """Yield each remote tier with its key of the chunk that holds the block which ends at
+        """Yield each remote tier with its keys of the chunks that hold the block which ends at
         ``end``."""
-        if not self._remotes or (chunk := self._layout.chunk_of(request, end)) is None:
+        if not self._remotes:
             return
-        chunk_end, key = chunk
-        name = qualified(plan.owner_of(chunk_end), key)
-        for remote in self._remotes:
-            yield remote, name
+        for chunk_end, key in self._layout.chunks_at(request, end):
+            name = qualified(plan.owner_of(chunk_end), key)
+            for remote in self._remotes:
+                yield remote, name
+
+
+class _Misses:
+    """The misses of one prompt, as they are found block by block.
+
+    Args:
+        size: tokens of a block.
+
+    Attributes:
+        found: the misses, in prompt order, each of as many tokens as it goes on for.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.found: list[CacheMiss] = []
+        self._size = size
+        # Blocks behind which the prompt could have been resumed, had a window been kept there.
+        self._waiting = 0
+
+    def add(self, miss: CacheMiss) -> None:
+        """Note that a block is missed for the reason of ``miss``."""
+        self._end_waiting()
+        self._add(miss, 1)
+
+    def add_window(self, miss: CacheMiss) -> None:
+        """Note that the next block, and all that wait, are missed for the reason of ``miss``."""
+        waiting, self._waiting = self._waiting, 0
+        self._add(miss, waiting + 1)
+
+    def wait(self) -> None:
+        """Note that the next block is there, and was not read."""
+        self._waiting += 1
+
+    def listed(self) -> tuple[CacheMiss, ...]:
+        """Return all misses."""
+        self._end_waiting()
+        return tuple(self.found)
+
+    def _end_waiting(self) -> None:
+        if self._waiting:
+            self._add(CacheMiss(MissCause.NO_CHECKPOINT, 0), self._waiting)
+            self._waiting = 0
+
+    def _add(self, miss: CacheMiss, blocks: int) -> None:
+        last = self.found[-1] if self.found else None
+        if last is not None and (miss.continues(last) or len(self.found) == MAX_MISSES):
+            self.found[-1] = replace(last, tokens=last.tokens + blocks * self._size)
+        else:
+            self.found.append(replace(miss, tokens=blocks * self._size))
 
 
 def _absence_miss(remote: RemoteTierManager, absence: Absence, tokens: int) -> CacheMiss:

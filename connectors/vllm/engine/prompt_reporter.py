@@ -69,11 +69,11 @@ class PromptReporter:
         """Return what has become of a prompt so far; None if it has not been scheduled yet."""
         if prompt.read is None:
             return None
-        since = self._history.since
+        since, step = self._history.since, self._layout.tokens_per_step
+        covered = prompt.plan.covered_tokens // step * step
+        created = prompt.created.ranges(self._layout.groups, covered)
         return replace(
-            attribute_tokens(
-                prompt.plan, self._layout.tokens_per_hash, prompt.read, prompt.created
-            ),
+            attribute_tokens(prompt.plan, step, prompt.read, created),
             misses=prompt.misses,
             unasked=prompt.unasked,
             engine=self._engine_id,

@@ -1,5 +1,6 @@
 """The prompts that an engine runs, and what is known of each."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -8,11 +9,57 @@ from vllm.v1.kv_offload.base import OffloadKey, ReqContext
 from vllm.v1.request import Request
 
 from vllm_cachescope.cache.miss_causes import CacheMiss
+from vllm_cachescope.connectors.vllm.engine.block_layout import Group
 from vllm_cachescope.prompt.plan import Plan
 from vllm_cachescope.tenancy.scope import Scope
 
 MAX_PROMPTS = 4096
 """How many prompts' reports can be asked for: the most recent ones."""
+
+
+@dataclass(slots=True)
+class Creation:
+    """What a prompt newly cached, by group.
+
+    A block of full attention stands for its own tokens. One of a window stands for all tokens up
+    to its end: without it none of them could be read there, though all other blocks were cached
+    before. And what one group holds beyond the others cannot be read.
+
+    Attributes:
+        blocks: ``(start, end)`` in tokens of runs of new blocks of full attention.
+        window_end: where the last new block of a window ends, in tokens.
+        cached_to: where the last block that is cached ends, new or not, by group.
+    """
+
+    blocks: list[tuple[int, int]] = field(default_factory=list)
+    window_end: int = 0
+    cached_to: dict[int, int] = field(default_factory=dict)
+
+    def note(self, group: Group, end: int, is_new: bool) -> None:
+        """Note that a block of ``group`` which ends at ``end`` (tokens) is cached now."""
+        self.cached_to[group.id] = max(end, self.cached_to.get(group.id, 0))
+        if not is_new:
+            return
+        if group.window is not None:
+            self.window_end = max(end, self.window_end)
+            return
+        start = end - group.tokens_per_block
+        # A step's blocks come from the last to the first, and those of several groups together.
+        if self.blocks and start < self.blocks[-1][0] <= end:
+            self.blocks[-1] = start, self.blocks[-1][1]
+        elif not self.blocks or not self.blocks[-1][0] <= start < end <= self.blocks[-1][1]:
+            self.blocks.append((start, end))
+
+    def ranges(self, groups: Sequence[Group], covered: int) -> list[tuple[int, int]]:
+        """Return ``(start, end)`` in tokens of what was created, in order; some may overlap.
+
+        Args:
+            groups: all groups.
+            covered: leading tokens that a breakpoint covers, in whole blocks.
+        """
+        limit = min(covered, *(self.cached_to.get(group.id, 0) for group in groups))
+        created = sorted([*self.blocks, (0, self.window_end)])
+        return [(start, min(end, limit)) for start, end in created if start < min(end, limit)]
 
 
 @dataclass(slots=True)
@@ -27,8 +74,7 @@ class Prompt:
             before.
         misses: the tokens behind those that were read, up to the first unknown block.
         unasked: why a remote tier could not be asked for that block; None if all were asked.
-        created: indices of the blocks that the prompt newly cached under a breakpoint, in units
-            of ``tokens_per_hash``.
+        created: what the prompt newly cached.
         registered: tokens whose blocks are in the ledger.
         promoted: name of the tier that a key was loaded from into the CPU tier, by key.
         is_counted: whether the prompt's tokens are in the metrics.
@@ -42,7 +88,7 @@ class Prompt:
     read: list[tuple[str, int]] | None = None
     misses: tuple[CacheMiss, ...] = ()
     unasked: CacheMiss | None = None
-    created: list[int] = field(default_factory=list)
+    created: Creation = field(default_factory=Creation)
     registered: int = 0
     promoted: dict[bytes, str] = field(default_factory=dict)
     is_counted: bool = False

@@ -171,10 +171,24 @@ class CacheScopeConnectorScheduler(TierParent):
                 computed = prompt.request.num_computed_tokens + tokens
                 self._register(prompt, prompt.request, computed)
 
-    def on_schedule_end(self) -> None:
+    def on_schedule_end(self, scheduler_output: SchedulerOutput) -> None:
         """vLLM has offloaded the blocks of the step and of requests that were over before it."""
+        if self._layout.has_checkpoints:
+            self._move_checkpoints(scheduler_output.num_scheduled_tokens)
         self._prompts.drop_finished()
         self._local.enforce_quotas()
+
+    def _move_checkpoints(self, scheduled: Mapping[str, int]) -> None:
+        """Have vLLM keep windows at the next checkpoint of the prompts that have reached one: it
+        knows of one at a time."""
+        for request_id in scheduled:
+            prompt = self._prompts.get(request_id)
+            if prompt is None or prompt.request is None:
+                continue
+            if prompt.registered >= prompt.request.shared_prefix_boundary:
+                following = self._layout.checkpoint(prompt.plan, prompt.registered)
+                if following:
+                    prompt.request.shared_prefix_boundary = following
 
     def on_step_end(self) -> None:
         """A step has been computed."""
@@ -251,26 +265,22 @@ class CacheScopeConnectorScheduler(TierParent):
         if tokens - prompt.registered < per_hash:
             return True
         now, all_known = self._clock(), True
-        for number, group in enumerate(self._layout.groups):
-            blocks = self._layout.blocks(request, group, prompt.registered, tokens)
-            # From the last to the first, so that the end of a prefix is evicted first.
-            for end, key in reversed(blocks):
-                on_device = self._local.on_device(key)
-                if prompt.is_purged(end):
-                    if on_device and key not in self._ledger:
-                        self._local.drop_from_device(key)
-                    continue
-                if key not in self._ledger and (known_only or not on_device):
-                    all_known = False
-                    continue
-                span = prompt.plan.span_of(end)
-                owner = prompt.plan.owner_in(span)
-                is_new = self._local.use(key, span.ttl_s, now, owner, on_device)
-                in_prompt = end <= request.num_prompt_tokens
-                # A model's first group stands for all when tokens are counted.
-                if is_new and number == 0 and span.covered and in_prompt:
-                    start = end - group.tokens_per_block
-                    prompt.created.extend(range(start // per_hash, end // per_hash))
+        blocks = self._layout.blocks_of_all(request, prompt.registered, tokens)
+        # From the last to the first, so that the end of a prefix is evicted first.
+        for end, key, group in reversed(blocks):
+            on_device = self._local.on_device(key)
+            if prompt.is_purged(end):
+                if on_device and key not in self._ledger:
+                    self._local.drop_from_device(key)
+                continue
+            if key not in self._ledger and (known_only or not on_device):
+                all_known = False
+                continue
+            span = prompt.plan.span_of(end)
+            owner = prompt.plan.owner_in(span)
+            is_new = self._local.use(key, span.ttl_s, now, owner, on_device)
+            if end <= request.num_prompt_tokens:
+                prompt.created.note(group, end, is_new)
         self._note_change(prompt.plan)
         prompt.registered = tokens // per_hash * per_hash
         return all_known
@@ -279,10 +289,9 @@ class CacheScopeConnectorScheduler(TierParent):
         """The request has used its blocks until now."""
         self._local.drop_expired()
         now = self._clock()
-        for group in self._layout.groups:
-            for _, key in reversed(self._layout.blocks(request, group, 0, prompt.registered)):
-                if (entry := self._ledger.get(key)) is not None:
-                    self._ledger.touch(key, entry.ttl_s, now)
+        for _, key, _ in reversed(self._layout.blocks_of_all(request, 0, prompt.registered)):
+            if (entry := self._ledger.get(key)) is not None:
+                self._ledger.touch(key, entry.ttl_s, now)
 
     def _refresh_remotes(self, prompt: Prompt, request: Request, tokens: int) -> None:
         """The request uses its first ``tokens`` tokens, of which remote tiers may hold copies."""
@@ -345,8 +354,8 @@ class CacheScopeConnectorScheduler(TierParent):
     def quota_chunks(self, plan: Plan, end: int) -> int:
         return self._layout.quota_chunks(plan, end)
 
-    def prefill_seconds(self, keys: int) -> float:
-        return self._prefill_rate.seconds_for(int(keys * self._layout.tokens_per_key))
+    def prefill_seconds(self, keys: Collection[bytes]) -> float:
+        return self._prefill_rate.seconds_for(self._layout.tokens_of(keys))
 
     def on_prefix_lookup(self) -> None:
         self._local.drop_expired()
@@ -357,15 +366,18 @@ class CacheScopeConnectorScheduler(TierParent):
             return
         plan = prompt.plan
         newcomers: Counter[bytes] = Counter()
-        wanted: set[bytes] = set()
         for group in self._layout.groups:
             size = group.tokens_per_block
             for start, end, span in plan.ranges(size):
-                blocks = end // size - max(start, tokens) // size
-                newcomers[plan.owner_in(span)] += max(0, blocks)
-            whole = len(request.block_hashes) * self._layout.tokens_per_hash
-            wanted.update(key for _, key in self._layout.blocks(request, group, 0, whole))
+                blocks = max(0, end // size - max(start, tokens) // size)
+                newcomers[plan.owner_in(span)] += group.kept(blocks)
+        whole = len(request.block_hashes) * self._layout.tokens_per_hash
+        wanted = {key for _, key, _ in self._layout.blocks_of_all(request, 0, whole)}
         self._local.make_room(newcomers, wanted)
+
+    def next_checkpoint(self, request: Request, tokens: int) -> int:
+        prompt = self._prompts.get(request.request_id)
+        return 0 if prompt is None else self._layout.checkpoint(prompt.plan, tokens)
 
     def on_prefix_cache_reset(self) -> None:
         self._local.on_prefix_cache_reset()

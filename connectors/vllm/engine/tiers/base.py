@@ -74,8 +74,8 @@ class TierParent(ABC):
         ``end`` (tokens), up to that chunk and with it."""
 
     @abstractmethod
-    def prefill_seconds(self, keys: int) -> float:
-        """Return how long the engine takes to compute what so many keys stand for, in seconds; 0
+    def prefill_seconds(self, keys: Collection[bytes]) -> float:
+        """Return how long the engine takes to compute what ``keys`` stand for, in seconds; 0
         while that is not known. A load may take that long and still be worth it."""
 
     # Events.
@@ -89,6 +89,12 @@ class TierParent(ABC):
     def on_prefix_found(self, request: Request, tokens: int) -> None:
         """The prefix cache holds the first ``tokens`` tokens of a prompt, and vLLM is about to
         allocate blocks for the rest. Called by the device tier, which is called back."""
+
+    @abstractmethod
+    def next_checkpoint(self, request: Request, tokens: int) -> int:
+        """Return the first position behind ``tokens`` tokens of a prompt at which the engine should
+        keep what a later prompt needs in order to go on from there; 0 for none. Called by the
+        device tier."""
 
     @abstractmethod
     def on_prefix_cache_reset(self) -> None:

@@ -144,8 +144,12 @@ def _followed(lookup: Callable[..., Any], parent: TierParent) -> Callable[..., A
     def followed_lookup(request: Request, *args: Any, **kwargs: Any) -> Any:
         parent.on_prefix_lookup()
         found = lookup(request, *args, **kwargs)
-        parent.on_prefix_found(request, found[1])
-        return found
+        blocks, tokens, *rest = found
+        parent.on_prefix_found(request, tokens)
+        if rest and rest[0] == 0:
+            # Where vLLM itself sees no position at which windows should be kept for later prompts.
+            rest[0] = parent.next_checkpoint(request, tokens)
+        return blocks, tokens, *rest
 
     return followed_lookup
 

@@ -142,7 +142,7 @@ class RemoteTierManager(SecondaryTierManager):
         job = job_metadata
         keys = [self._qualified(key, job.req_context) for key in job.keys]
         slots = [self._slot(chunk) for chunk in job.chunk_ids]
-        worth_s = self._parent.prefill_seconds(len(keys))
+        worth_s = self._parent.prefill_seconds(job.keys)
         self.tier.load(job.job_id, job.req_context.req_id, keys, slots, worth_s)
 
     def used(self, request_id: str, keys: Iterable[tuple[bytes, int, int]]) -> None:
