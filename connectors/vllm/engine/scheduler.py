@@ -35,8 +35,7 @@ from vllm_cachescope.connectors.vllm.engine.tiers.base import TierParent
 from vllm_cachescope.connectors.vllm.engine.tiers.cpu import CPU
 from vllm_cachescope.connectors.vllm.engine.tiers.remote import remote_tiers
 from vllm_cachescope.prompt.plan import Plan
-from vllm_cachescope.tenancy.owner_tags import NOBODY, owner_at
-from vllm_cachescope.tenancy.scope import Scope
+from vllm_cachescope.tenancy.owner_tags import NOBODY
 from vllm_cachescope.tiers.keyspace import qualified
 
 
@@ -308,7 +307,7 @@ class CacheScopeConnectorScheduler(TierParent):
 
     def _note_change(self, plan: Plan) -> None:
         """Note that a prompt's blocks came into the cache, into use, or out of it."""
-        self._local.note_change({owner_at(scope, plan.owner) for scope in Scope})
+        self._local.note_change({plan.owner_in(span) for span in plan.spans})
 
     # What the tiers ask and tell; see `TierParent`.
 
