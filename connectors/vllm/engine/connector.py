@@ -1,6 +1,7 @@
 """The KV connector: vLLM's OffloadingConnector with scopes, lifetimes and reports."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import vllm
@@ -13,6 +14,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import OffloadingConnectorStats
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
+from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -22,7 +24,8 @@ from vllm.v1.request import Request
 
 from vllm_cachescope.cache.quotas import read_quotas
 from vllm_cachescope.connectors.vllm import config_check, engine_rpc
-from vllm_cachescope.connectors.vllm.engine import hashing
+from vllm_cachescope.connectors.vllm.engine import adapters, hashing
+from vllm_cachescope.connectors.vllm.engine.adapters import Adapters
 from vllm_cachescope.connectors.vllm.engine.block_layout import BlockLayout, Group
 from vllm_cachescope.connectors.vllm.engine.health import TierInfo
 from vllm_cachescope.connectors.vllm.engine.offloading import (
@@ -68,8 +71,10 @@ class CacheScopeConnector(OffloadingConnector):
         if role is not KVConnectorRole.SCHEDULER:
             return
         warn_if_untried(vllm.__version__)
-        hashing.enforce(config.secret_bytes(), config.regions.of(Region.MESSAGES))
+        self._adapters = Adapters()
+        hashing.enforce(config.secret_bytes(), config.regions.of(Region.MESSAGES), self._adapters)
         engine_rpc.install()
+        adapters.install()
         assert self.connector_scheduler is not None
         offload = self.connector_scheduler.config
         groups = tuple(Group(g.group_idx, g.tokens_per_block) for g in offload.kv_group_configs)
@@ -143,6 +148,9 @@ class CacheScopeConnector(OffloadingConnector):
 
     def on_new_request(self, request: Request) -> None:
         self.cachescope.on_new_request(request)
+        adapter, lora = hashing.adapter_of(request), request.lora_request
+        if adapter is not None and not self._adapters.admit(lora, adapter):
+            self.cachescope.on_adapter_replaced(lora.lora_int_id)
         super().on_new_request(request)
 
     def get_num_new_matched_tokens(
@@ -218,6 +226,12 @@ class CacheScopeConnector(OffloadingConnector):
         return super().build_prom_metrics(
             translated, metric_types, labelnames, per_engine_labelvalues
         )
+
+    def load_adapter(self, lora: LoRARequest, load: Callable[[], bool]) -> bool:
+        """Have vLLM load a LoRA adapter by its own function ``load``, and note what it loaded."""
+        loaded = self._adapters.load(lora, load)
+        self.cachescope.on_adapter_replaced(lora.lora_int_id)
+        return loaded
 
     # Commands from the API process; see `engine_rpc`.
 

@@ -11,6 +11,9 @@ from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 from vllm.v1.kv_offload.config import OffloadingConfig
 
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
+"""Suffixes of the files that hold weights."""
+
 _SAMPLES = 256
 _SAMPLE_BYTES = 4096
 
@@ -70,7 +73,7 @@ def weights_digest(directory: Path) -> str:
     each file, so that it takes no longer for a large model than for a small one."""
     digest = hashlib.sha256()
     for path in sorted(directory.iterdir()):
-        if path.suffix not in (".safetensors", ".bin", ".gguf", ".pt", ".pth"):
+        if path.suffix not in WEIGHT_SUFFIXES:
             continue
         size = path.stat().st_size
         digest.update(f"{path.name}\n{size}\n".encode())
