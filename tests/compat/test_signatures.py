@@ -71,6 +71,11 @@ FUNCTIONS = {
     ("v1/engine/core_client.py", "AsyncMPClient.call_utility_async"): "self method",
     ("renderers/base.py", "BaseRenderer.tokenize_prompts_async"): "self prompts params",
     ("renderers/online_renderer.py", "OnlineRenderer.render_chat"): "self request",
+    ("v1/engine/core.py", "EngineCore.add_lora"): "self lora_request",
+    ("v1/engine/core.py", "EngineCore.list_loras"): "self",
+    ("lora/utils.py", "get_adapter_absolute_path"): "lora_path",
+    ("config/utils.py", "get_hash_factors"): "config ignored_factors",
+    ("config/utils.py", "normalize_value"): "x",
     ("renderers/online_renderer.py", "OnlineRenderer.render_responses"): "self request",
     ("entrypoints/anthropic/serving.py", "AnthropicServingMessages.to_chat_completion_request"): (
         "cls anthropic_request"
@@ -93,6 +98,10 @@ TEXTS = {
         "self._policy",
     ],
     "v1/core/sched/scheduler.py": ["self.kv_cache_manager.get_computed_blocks(request"],
+    "renderers/base.py": [
+        "await self._process_multimodal_async(",
+        'mm_uuids=prompt.get("multi_modal_uuids")',
+    ],
     "entrypoints/launchers/api_server/app_state.py": ["state.online_renderer ="],
     "entrypoints/generate/api_router.py": ["state.anthropic_serving_messages ="],
 }

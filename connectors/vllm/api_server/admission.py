@@ -15,6 +15,7 @@ from vllm_cachescope.api.request_context import PromptTiming, RequestContext, cu
 from vllm_cachescope.cache.report import Outcome, Report, attribute_tokens
 from vllm_cachescope.config import Config
 from vllm_cachescope.connectors.vllm import engine_rpc
+from vllm_cachescope.connectors.vllm.api_server import media_ids
 from vllm_cachescope.connectors.vllm.api_server.planning import Planner
 from vllm_cachescope.logs import logger_of
 from vllm_cachescope.prompt.plan import PLAN_KEY, Plan, Span, seal
@@ -36,6 +37,7 @@ class Admission:
         self._engine = state.engine_client
         self._secret = secret
         self._planner = Planner(state, config, secret)
+        media_ids.confine(self._engine.renderer, secret)
         self._block_size: int = self._engine.vllm_config.cache_config.block_size
         self._generate = self._engine.generate
         self._engine.generate = self.generate
