@@ -108,6 +108,8 @@ class Admission:
         tokens = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
         if not tokens:
             return None
+        if (begun := _begun(context, tokens)) is not None:
+            return begun
         caller = context.caller
         if session_id is not None:
             caller = replace(caller, session=session_id)
@@ -119,6 +121,7 @@ class Admission:
             max((span.end for span in readable), default=0),
             time.monotonic(),
         )
+        context.plans[plan.nonce] = plan
         return plan
 
     def _plan_whole(self, caller: Caller, prompt: Any) -> Plan | None:
@@ -169,6 +172,20 @@ class Admission:
         for data in answers:
             if data is not None:
                 context.reports[plan.nonce] = Report.from_wire(data)
+
+
+def _begun(context: RequestContext, tokens: list[int]) -> Plan | None:
+    """Return the plan of the prompt that a beam search began with, if ``tokens`` are that prompt and
+    a beam; None otherwise. Each step of a beam search comes as a prompt of its own, and the client
+    has sent, and is told of, one."""
+    if not context.body.get("use_beam_search"):
+        return None
+    begun = [
+        (len(timing.tokens), nonce)
+        for nonce, timing in context.timings.items()
+        if len(timing.tokens) < len(tokens) and tokens[: len(timing.tokens)] == timing.tokens
+    ]
+    return context.plans[max(begun)[1]] if begun else None
 
 
 def _shared_spans(plan: Plan) -> tuple[Span, ...]:

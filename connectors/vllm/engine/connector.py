@@ -2,10 +2,12 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import vllm
 from cachetools import FIFOCache
+from prometheus_client import Gauge
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorRole
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
@@ -223,8 +225,11 @@ class CacheScopeConnector(OffloadingConnector):
     ) -> KVConnectorPromMetrics:
         config = config_check.read(vllm_config.kv_transfer_config)
         translated = for_offloading(vllm_config, config)
+        # With several API servers, the engine tells each change of a gauge to one of them. vLLM 0.32
+        # would show what each was last told, side by side.
+        gauge: Any = partial(metric_types[Gauge], multiprocess_mode="mostrecent")
         return super().build_prom_metrics(
-            translated, metric_types, labelnames, per_engine_labelvalues
+            translated, {**metric_types, Gauge: gauge}, labelnames, per_engine_labelvalues
         )
 
     def load_adapter(self, lora: LoRARequest, load: Callable[[], bool]) -> bool:
