@@ -12,8 +12,8 @@ _RANK = 8
 
 
 def build_adapter(directory: Path, seed: int) -> Path:
-    """Write an adapter for `TINY`'s attention to ``directory``, in place of one that is there; return
-    the directory. Its weights are large enough to change what the model generates."""
+    """Write an adapter for `TINY`'s attention to ``directory``, in place of one that is there;
+    return the directory. Its weights are large enough to change what the model generates."""
     directory.mkdir(exist_ok=True)
     chance = torch.Generator().manual_seed(seed)
     widths = {

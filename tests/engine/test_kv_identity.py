@@ -81,7 +81,7 @@ def test_weights_that_are_replaced_in_a_running_engine_share_nothing(arguments) 
     config = replace(arguments, weight_transfer_config={"backend": "nccl"}).create_engine_config()
     config.kv_transfer_config = KVTransferConfig(kv_connector=CONNECTOR, kv_role="kv_both")
     own = load({"secret": SECRET, "tiers": [{"type": "redis", "url": "redis://127.0.0.1:1"}]})
-    with pytest.raises(ConfigError, match="tiers: .*weight_transfer_config"):
+    with pytest.raises(ConfigError, match=r"tiers: .*weight_transfer_config"):
         for_offloading(config, own)
     assert for_offloading(config, load({"secret": SECRET}))
 

@@ -11,6 +11,7 @@ from vllm_cachescope.api.diffs import Diffs
 from vllm_cachescope.api.engines import Engines
 from vllm_cachescope.api.ignored_markers import IgnoredMarkers
 from vllm_cachescope.api.operations import Operations
+from vllm_cachescope.api.peers import ALONE, Peers
 from vllm_cachescope.config import Config
 from vllm_cachescope.tenancy.caller import CallerDirectory, api_key
 
@@ -25,6 +26,7 @@ class Server:
         api_keys: the API keys that the server itself insists on; none if it lets anyone in.
         engines: the engines behind it.
         registry: where its metrics are.
+        peers: its API processes, of which this is one.
     """
 
     config: Config
@@ -32,6 +34,7 @@ class Server:
     api_keys: Collection[str]
     engines: Engines
     registry: CollectorRegistry = REGISTRY
+    peers: Peers = ALONE
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +68,10 @@ class Services:
         secret = config.secret_bytes()
         directory = CallerDirectory(secret, config.tenant_names(), config.org_header)
         diffs = None if config.diffs is None else Diffs(config.diffs, time.monotonic)
-        diagnoser = Diagnoser(secret, server.block_tokens, diffs=diffs, registry=server.registry)
+        diagnoser = Diagnoser(
+            secret, server.block_tokens, diffs=diffs, registry=server.registry, peers=server.peers
+        )
+        server.engines.on_purge(diagnoser.purge)
         operations = Operations(config, directory, diagnoser, server.engines)
         ignored_markers = IgnoredMarkers(server.registry)
         return cls(config, server.api_keys, directory, diagnoser, operations, ignored_markers)

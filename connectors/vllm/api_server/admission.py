@@ -175,9 +175,9 @@ class Admission:
 
 
 def _begun(context: RequestContext, tokens: list[int]) -> Plan | None:
-    """Return the plan of the prompt that a beam search began with, if ``tokens`` are that prompt and
-    a beam; None otherwise. Each step of a beam search comes as a prompt of its own, and the client
-    has sent, and is told of, one."""
+    """Return the plan of the prompt that a beam search began with, if ``tokens`` are that prompt
+    and a beam; None otherwise. Each step of a beam search comes as a prompt of its own, and the
+    client has sent, and is told of, one."""
     if not context.body.get("use_beam_search"):
         return None
     begun = [

@@ -1,7 +1,7 @@
 """The ids that clients give to images and other media, in place of a digest of the content.
 
-vLLM takes such an id on trust, in block hashes and in its caches of processed media: whoever is first
-to send an id says what everyone reads under it. Here an id counts inside its organisation only.
+vLLM takes such an id on trust, in block hashes and in its caches of processed media: whoever is
+first to send an id says what everyone reads under it. Here an id counts inside its organisation.
 """
 
 from collections.abc import Awaitable, Mapping, Sequence

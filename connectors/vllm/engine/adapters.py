@@ -1,14 +1,14 @@
 """The LoRA adapters of an engine: what each of them is, by a digest of its files.
 
-vLLM's block hashes know an adapter by its name and path. Either may stand for other weights tomorrow,
-and on another machine stands for other weights today.
+vLLM's block hashes know an adapter by its name and path. Either may stand for other weights
+tomorrow, and on another machine stands for other weights today.
 """
 
 import hashlib
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +145,7 @@ def install() -> None:
     harmless. To be called in the engine's process."""
     from vllm.v1.engine.core import EngineCore
 
-    original = EngineCore.add_lora
+    original: Any = EngineCore.add_lora
     if hasattr(original, "is_noted"):
         return
 
@@ -153,13 +153,14 @@ def install() -> None:
     def add_lora(core: Any, lora_request: LoRARequest) -> bool:
         connector = engine_rpc.connector_of(core, "load_adapter")
         is_new = lora_request.load_inplace or lora_request.lora_int_id not in core.list_loras()
+        load: Callable[[], bool] = partial(original, core, lora_request)
         if connector is None or not is_new:
-            return original(core, lora_request)
-        loaded: bool = connector.load_adapter(lora_request, lambda: original(core, lora_request))
+            return load()
+        loaded: bool = connector.load_adapter(lora_request, load)
         return loaded
 
     add_lora.is_noted = True  # type: ignore[attr-defined]
-    EngineCore.add_lora = add_lora  # type: ignore[method-assign]
+    setattr(EngineCore, original.__name__, add_lora)
 
 
 def _read(lora: LoRARequest) -> _Adapter:

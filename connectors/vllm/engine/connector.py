@@ -103,6 +103,7 @@ class CacheScopeConnector(OffloadingConnector):
         # Whether an idle engine has dropped entries that the metrics still show.
         self._has_unreported_drops = False
         self._purges: FIFOCache[str, dict[str, Purge]] = FIFOCache(MAX_PURGES)
+        self._purge_log: FIFOCache[str, tuple[str | None, str | None]] = FIFOCache(MAX_PURGES)
 
     @property
     def _offloading(self) -> TieringOffloadingManager:
@@ -150,8 +151,8 @@ class CacheScopeConnector(OffloadingConnector):
 
     def on_new_request(self, request: Request) -> None:
         self.cachescope.on_new_request(request)
-        adapter, lora = hashing.adapter_of(request), request.lora_request
-        if adapter is not None and not self._adapters.admit(lora, adapter):
+        lora, adapter = request.lora_request, hashing.adapter_of(request)
+        if lora and adapter and not self._adapters.admit(lora, adapter):
             self.cachescope.on_adapter_replaced(lora.lora_int_id)
         super().on_new_request(request)
 
@@ -225,8 +226,8 @@ class CacheScopeConnector(OffloadingConnector):
     ) -> KVConnectorPromMetrics:
         config = config_check.read(vllm_config.kv_transfer_config)
         translated = for_offloading(vllm_config, config)
-        # With several API servers, the engine tells each change of a gauge to one of them. vLLM 0.32
-        # would show what each was last told, side by side.
+        # With several API servers, the engine tells each change of a gauge to one of them. vLLM
+        # 0.32 would show what each was last told, side by side.
         gauge: Any = partial(metric_types[Gauge], multiprocess_mode="mostrecent")
         return super().build_prom_metrics(
             translated, {**metric_types, Gauge: gauge}, labelnames, per_engine_labelvalues
@@ -246,10 +247,13 @@ class CacheScopeConnector(OffloadingConnector):
         local = [tier.health(self.cachescope.held(tier.name)) for tier in self._local_tiers]
         return [*local, *(remote.tier.health() for remote in self.cachescope.remotes)]
 
-    def command_purge(self, prefix: bytes, purge_id: str) -> dict[str, int]:
+    def command_purge(
+        self, prefix: bytes, purge_id: str, org: str | None, session: str | None
+    ) -> dict[str, int]:
         """Purge all entries whose owner begins with ``prefix``; return how many the device and
         the CPU tier held. Remote tiers take longer: `command_purged` tells of them under
-        ``purge_id``."""
+        ``purge_id``, and `command_purges` tells all API processes of ``org`` and ``session``."""
+        self._purge_log[purge_id] = org, session
         entries = self.cachescope.purge(prefix)
         self._has_unreported_drops |= any(entries.values())
         remotes = self.cachescope.remotes
@@ -263,6 +267,10 @@ class CacheScopeConnector(OffloadingConnector):
         if not all(purge.over for purge in purges.values()):
             return None
         return {name: (purge.entries, purge.reason) for name, purge in purges.items()}
+
+    def command_purges(self) -> list[tuple[str, str | None, str | None]]:
+        """Return the id, the organisation and the session (None for all) of the latest purges."""
+        return [(purge_id, *what) for purge_id, what in self._purge_log.items()]
 
     def command_sweep(self) -> int:
         """Drop everything that has expired; return how many entries."""

@@ -54,7 +54,7 @@ _CACHE_IN_KV = (
     *("mamba_cache_dtype", "mamba_ssm_cache_dtype", "mamba_cache_mode", "use_replayssm"),
     *("kv_sharing_fast_prefill", "swa_bounded_replay"),
 )
-"""Fields of `CacheConfig` that the bytes depend on. Most others are sizes of one machine's cache."""
+"""Fields of `CacheConfig` that the bytes depend on. Most others are sizes of one cache."""
 
 
 def model_identity(vllm_config: VllmConfig) -> dict[str, Any]:
@@ -63,15 +63,15 @@ def model_identity(vllm_config: VllmConfig) -> dict[str, Any]:
     identity = {
         **_source(model),
         "model_settings": get_hash_factors(model, _NOT_IN_KV),
-        "cache": {name: normalize_value(getattr(cache, name, None)) for name in _CACHE_IN_KV},
+        "cache": {name: _plain(getattr(cache, name, None)) for name in _CACHE_IN_KV},
         "attention": get_hash_factors(vllm_config.attention_config, set()),
-        "mamba": normalize_value(getattr(vllm_config, "mamba_config", None)),
+        "mamba": _plain(getattr(vllm_config, "mamba_config", None)),
         "media": model.multimodal_config
         and get_hash_factors(model.multimodal_config, _MEDIA_NOT_IN_KV),
         "load_format": str(vllm_config.load_config.load_format),
         "lora": _lora_settings(vllm_config),
         "draft": _draft(vllm_config),
-        "platform": normalize_value(vllm_config.additional_config),
+        "platform": _plain(vllm_config.additional_config),
         "device": current_platform.device_type,
         "vllm": ".".join(vllm.__version__.split(".")[:2]),
     }
@@ -81,7 +81,12 @@ def model_identity(vllm_config: VllmConfig) -> dict[str, Any]:
     if getattr(cache, "calculate_kv_scales", False):
         # The first prompt decides how this engine's numbers are scaled.
         identity["scales"] = secrets.token_hex(16)
-    return json.loads(json.dumps(identity, default=str))
+    plain: dict[str, Any] = json.loads(json.dumps(identity, default=str))
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    return normalize_value(value)  # type: ignore[no-untyped-call]
 
 
 def _source(model: Any) -> dict[str, Any]:
@@ -117,7 +122,7 @@ def _lora_settings(vllm_config: VllmConfig) -> list[Any] | None:
 
 def _draft(vllm_config: VllmConfig) -> dict[str, Any] | None:
     """Return the model that drafts tokens and keeps KV of its own; None if none does."""
-    speculative = vllm_config.speculative_config
+    speculative: Any = vllm_config.speculative_config
     draft = getattr(speculative, "draft_model_config", None)
     if draft is None or speculative.method in ("ngram", "ngram_gpu", "suffix"):
         return None

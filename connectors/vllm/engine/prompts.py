@@ -102,10 +102,12 @@ class Prompts:
         """Note that the weights of a LoRA adapter, by vLLM's number of it, have changed under the
         prompts that run with it."""
         for prompt in self._running.values():
-            lora = prompt.request.lora_request if prompt.request is not None else None
-            if lora is not None and lora.lora_int_id == adapter:
+            request = prompt.request
+            if request is None or (lora := request.lora_request) is None:
+                continue
+            if lora.lora_int_id == adapter:
                 prompt.purged = (b"",)
-                prompt.request.skip_reading_prefix_cache = True
+                request.skip_reading_prefix_cache = True
 
     def purge(self, prefix: bytes) -> None:
         """Note that blocks whose owner begins with ``prefix`` were purged."""
