@@ -83,6 +83,16 @@ def test_a_beam_search_reads_one_prompt(api: Api, fields: dict[str, Any]) -> Non
     assert sum(told.values()) % len(prompt(name)) == 0
 
 
+@pytest.mark.slow
+def test_two_workers_with_half_of_the_heads_each(tiny_model, tmp_path) -> None:
+    options = ["--max-model-len", "4096", "--num-gpu-blocks-override", "40"]
+    with serve_scoped(tiny_model, tmp_path, *options, "--tensor-parallel-size", "2") as api:
+        assert_sound(api, "two workers")
+        api.empty_device()
+        read = complete(api, "one of two workers", prompt("two workers"))[1]
+        assert read == BLOCKS * BLOCK
+
+
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory) -> Path:
     return build_adapter(tmp_path_factory.mktemp("adapter"), seed=1)
