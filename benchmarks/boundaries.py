@@ -27,7 +27,7 @@ from demo.session import agent_session, marked, to_chat
 from vllm_cachescope.connectors.vllm.api_server.boundaries import Boundaries
 from vllm_cachescope.prompt.request import Protocol, Region
 from vllm_cachescope.prompt.segments import RegionDefault, segments
-from vllm_cachescope.tenancy.scope import Scope
+from vllm_cachescope.tenancy.scope import Caller, Scope
 from vllm_cachescope.wire import READERS, strip
 
 # Turns of an agent session whose prompts have about this many tokens.
@@ -109,7 +109,7 @@ async def measure(result: Result, pairs: int) -> None:
             counted.characters = 0
             with timed(finding):
                 ends = await boundaries.ends(
-                    await boundaries.prefixes(request, stripped, plan),
+                    await boundaries.prefixes(request, stripped, plan, Caller("acme")),
                     Protocol.CHAT,
                     prompt["prompt_token_ids"],
                     prompt["prompt"],

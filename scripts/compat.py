@@ -51,6 +51,7 @@ SUITES = {
         "tests/engine/test_quotas.py",
         "tests/engine/test_purge.py",
         "tests/engine/test_exactness.py",
+        "tests/engine/test_offline.py",
     ),
     "server": (
         "tests/engine/test_boundaries.py",

@@ -1,10 +1,28 @@
 """The engine's metrics: names, labels, and what each one counts.
 
-The API side registers two counters of its own, in `break_log` and in `diagnoser`.
+The API side registers counters of its own, in `break_log`, `diagnoser` and `ignored_markers`.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
+
+from prometheus_client import Counter
+from prometheus_client.metrics_core import Metric as Family
+
+
+class TotalCounter(Counter):
+    """A counter that shows its total alone.
+
+    The client library adds a series ``…_created`` with the time at which it made the counter; next
+    to ``…_prompt_tokens_total`` that reads like a count of created tokens.
+    """
+
+    def collect(self) -> Iterable[Family]:
+        """Yield the counter's family of samples."""
+        for family in super().collect():
+            family.samples = [one for one in family.samples if not one.name.endswith("_created")]
+            yield family
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
-"""Calls from the API process to the connector in the engine process.
+"""Calls to the connector in the engine's process, from the one that has vLLM's engine client.
 
-vLLM lets its API process call methods of `EngineCore` by name. One more method, which `install`
-adds, passes calls on to the connector. A call runs between two steps, on the scheduler's thread.
+vLLM's engine clients call methods of `EngineCore` by name. One more method, which `install` adds,
+passes calls on to the connector. A call runs between two steps, on the scheduler's thread.
 """
 
 from typing import Any
@@ -47,3 +47,18 @@ async def call(engine_client: Any, command: str, *args: Any) -> list[Any]:
         return list(await client.call_utility_all_async(_METHOD, command, list(args)))
     # vLLM 0.31 asks every engine as well, and returns the answer of the first.
     return [await client.call_utility_async(_METHOD, command, list(args))]
+
+
+def call_offline(llm_engine: Any, command: str, *args: Any) -> list[Any]:
+    """Call a command of the connector in the engine of an `LLM`; see `call`.
+
+    Args:
+        llm_engine: vLLM's `LLMEngine`.
+        command: as of `call`.
+        args: as of `call`.
+    """
+    client = llm_engine.engine_core
+    if hasattr(client, "call_utility"):
+        return [client.call_utility(_METHOD, command, list(args))]
+    # The engine is in this process.
+    return [_pass_on(client.engine_core, command, list(args))]

@@ -13,7 +13,8 @@ from prometheus_client import CollectorRegistry
 from pydantic import TypeAdapter
 
 from demo.session import agent_session
-from vllm_cachescope.api.break_log import LISTED_CHANGES, REMEMBERED_BREAKS, REMEMBERED_ORGS
+from vllm_cachescope.api import break_log
+from vllm_cachescope.api.break_log import LISTED_CHANGES
 from vllm_cachescope.api.diagnoser import Diagnoser, PendingDiagnosis
 from vllm_cachescope.cache.miss_causes import CacheMiss, MissCause
 from vllm_cachescope.cache.report import EngineId, Report, Row
@@ -91,7 +92,9 @@ def test_a_changed_tool_is_a_break_with_its_name(
     assert seen.diagnosis.kind == "tools_changed" and not seen.diagnosis.expected
     assert seen.diagnosis.where is not None and seen.diagnosis.where.path.startswith("tools[3]")
     assert changed["tools"][3]["name"] in seen.diagnosis.names
-    assert counted(registry, "cachescope_breaks") == {("tools_changed", "tools", "false"): 1}
+    assert counted(registry, "cachescope_breaks") == {
+        ("", "0", "tools_changed", "tools", "false"): 1
+    }
     assert "tools_changed" in caplog.text and "Updated" not in caplog.text
     assert seen.to_dict()["at"] == 5.0
 
@@ -108,23 +111,28 @@ def test_breaks_are_listed_for_their_organisation_newest_first(diagnoser: Diagno
     )
 
 
-def test_an_organisation_pushes_out_no_others_breaks(diagnoser: Diagnoser) -> None:
-    said = {"model": "m", "input": "tide " * 100}
+def test_an_account_pushes_out_no_others_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(break_log, "REMEMBERED_BYTES", 60_000)
+    listed = {"acme", "other"}
+    diagnoser = Diagnoser(
+        b"secret",
+        16,
+        registry=CollectorRegistry(),
+        account_of=lambda org: org if org in listed else "unlisted",
+    )
 
     def flip(caller: Caller, times: int) -> None:
         for i in range(times + 1):
-            ask(diagnoser, {**said, "model": f"m{i}"}, caller, prompt=160)
+            ask(diagnoser, {"model": f"m{i}", "input": "tide " * 100}, caller, prompt=160)
 
     flip(OTHER, 1)
-    flip(ACME, REMEMBERED_BREAKS + 5)
+    flip(ACME, 200)
+    for i in range(200):  # Made-up keys share what one may hold.
+        flip(Caller(f"key:{i}", "s"), 1)
+    kept = diagnoser.breaks.recent("acme", 200)
+    assert kept[0].model == "m200" and 20 < len(kept) < 200
     assert len(diagnoser.breaks.recent("other")) == 1
-    kept = diagnoser.breaks.recent("acme", REMEMBERED_BREAKS + 5)
-    assert len(kept) == REMEMBERED_BREAKS and kept[0].model == f"m{REMEMBERED_BREAKS + 5}"
-    assert [seen.caller for seen in diagnoser.breaks.recent(None, 200)].count(OTHER) == 1
-    # Whose latest break is the longest ago has to go.
-    for i in range(REMEMBERED_ORGS - 1):
-        flip(Caller(f"org {i}", "s"), 1)
-    assert not diagnoser.breaks.recent("other") and diagnoser.breaks.recent("acme")
+    assert sum(b.caller.org.startswith("key:") for b in diagnoser.breaks.recent(None, 400)) > 20
 
 
 def test_a_break_lists_so_much_and_counts_the_rest(

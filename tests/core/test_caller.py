@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 
-from vllm_cachescope.tenancy.caller import ANONYMOUS, CallerDirectory, api_key
+from vllm_cachescope.tenancy.caller import ANONYMOUS, UNLISTED, CallerDirectory, api_key
 from vllm_cachescope.tenancy.scope import Caller
 
 SECRET = b"sixteen bytes at least"
@@ -27,6 +27,26 @@ def test_a_tenants_keys_are_one_organisation() -> None:
     one = DIRECTORY.caller({"x-api-key": "key-1"}, None)
     two = DIRECTORY.caller({"authorization": "Bearer key-2"}, None)
     assert one == two == Caller("name:acme")
+
+
+def test_a_listed_key_may_have_any_characters() -> None:
+    directory = CallerDirectory(SECRET, {sha256("schlüssel-鍵"): "acme"}, None)
+    as_it_comes = "schlüssel-鍵".encode().decode("latin-1")
+    assert directory.caller({"x-api-key": as_it_comes}, None) == Caller("name:acme")
+
+
+def test_organisations_that_anyone_can_make_up_share_an_account() -> None:
+    made_up = [DIRECTORY.caller({"x-api-key": f"key-{i}"}, None).org for i in range(3, 6)]
+    assert {DIRECTORY.account(org) for org in made_up} == {UNLISTED}
+    gateway = CallerDirectory(SECRET, {}, "X-Org")
+    closed = CallerDirectory(SECRET, {}, None, is_closed=True)
+    for directory, org in [
+        (DIRECTORY, "name:acme"),
+        (DIRECTORY, ANONYMOUS),
+        (gateway, gateway.caller({"x-org": "acme"}, None).org),
+        (closed, made_up[0]),
+    ]:
+        assert directory.account(org) == org
 
 
 def test_unlisted_keys_are_organisations_of_their_own_and_not_shown() -> None:

@@ -782,6 +782,43 @@ def test_openai_reasons(change: Callable[[Body], None], reason: str) -> None:
     OPENAI.validate_python(data, strict=True)
 
 
+def namespace(**about: str) -> Body:
+    """A namespace of tools, as Responses has it; ``about`` describes each tool."""
+    tools = [
+        {"type": "function", "name": name, "description": words, "parameters": {"type": "object"}}
+        for name, words in about.items()
+    ]
+    return {"type": "namespace", "name": "mcp__docs", "description": "Docs.", "tools": tools}
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        (namespace(find="Finds more.", read="Reads."), "mcp__docs.find (description)"),
+        (
+            namespace(find="Finds more.", read="Reads more."),
+            "mcp__docs.find, mcp__docs.read (description)",
+        ),
+        (
+            namespace(find="Finds.", read="Reads.", sort="Sorts."),
+            "mcp__docs.sort (type, name, description, parameters)",
+        ),
+        (
+            {**namespace(find="Finds.", read="Reads."), "description": "D"},
+            "mcp__docs (description)",
+        ),
+    ],
+)
+def test_a_tool_inside_a_namespace_is_named(changed: Body, named: str) -> None:
+    client = Client()
+    bodies = (responses_body(), responses_body(3))
+    for body, tool in zip(bodies, (namespace(find="Finds.", read="Reads."), changed), strict=True):
+        body["tools"].insert(1, tool)
+    made = [client.fingerprint(body, Protocol.RESPONSES) for body in bodies]
+    first = compare(*made)[0]
+    assert str(first).startswith(f"tool_changed at tools[1]: {named}, ")
+
+
 def chat_body(turns: int = 2) -> Body:
     body = responses_body(turns)
     messages = [{"role": "system", "content": body.pop("instructions")}]

@@ -28,6 +28,7 @@ from vllm_cachescope.cli.traffic import (
 )
 from vllm_cachescope.diagnosis.outcome import NEW_CONTENT, DiagnosisKind
 from vllm_cachescope.prompt.request import Protocol, Region
+from vllm_cachescope.tenancy.scope import Scope
 
 
 def write(path: Path, lines: list[Any]) -> Path:
@@ -64,7 +65,8 @@ def check_complete(explanation: Explanation) -> None:
         diagnosis = call.diagnosis
         uncached = sum(tokens for _, tokens in diagnosis.uncached)
         lost = sum(m.tokens for m in diagnosis.engine if m.cause is MissCause.EXPIRED)
-        assert uncached == diagnosis.prompt_tokens - diagnosis.shared_tokens + lost
+        read = diagnosis.shared_tokens - lost + sum(call.shared.values())
+        assert uncached == diagnosis.prompt_tokens - read
         assert diagnosis.unknown_tokens == 0
         assert all(tokens > 0 for _, tokens in diagnosis.uncached)
         assert diagnosis.cause
@@ -452,6 +454,57 @@ def test_conversations_that_could_have_shared(
     run(path, "--json")
     data = json.loads(capsys.readouterr().out)
     assert (data["could_share"], data["breaks"]) == (2, 0)
+
+
+def of_one_head(scope: str | None, name: str, at: float = 0, model: str = "m") -> dict[str, Any]:
+    """An envelope of a session that asks something of its own behind tools and rules of all."""
+    agent = Agent("of all", scale=0.3)
+    body = {**agent.body(), "model": model}
+    mark = {"type": "ephemeral"} | ({"scope": scope} if scope else {})
+    head = {"type": "text", "text": "Follow the rules of the house. " * 80, "cache_control": mark}
+    question = {"role": "user", "content": f"What does {name} ask? " * 20}
+    body |= {"system": [head], "messages": [question]}
+    return {"timestamp": at, "session_id": name, "body": body}
+
+
+@pytest.mark.parametrize("scope", ["global", "org", "session", None])
+def test_what_conversations_share_is_counted_by_scope(scope: str | None, tmp_path: Path) -> None:
+    calls = [of_one_head(scope, name) for name in ("one", "other", "third")]
+    explanation = explained(write(tmp_path / "heads.jsonl", calls))
+    per_call = explanation.prompt_tokens // 3
+    shared = explanation.shared
+    if scope == "session":
+        # The tools in front of the mark are the organisation's.
+        assert list(shared) == [Scope.ORG]
+        assert explanation.reusable_tokens == shared.total() < 2 * 0.9 * per_call
+        return
+    assert list(shared) == [Scope.parse(scope or "org")]
+    assert 2 * 0.8 * per_call < shared.total() == explanation.reusable_tokens < 2 * per_call
+    assert explanation.to_dict()["shared_tokens"] == {scope or "org": shared.total()}
+    assert [bool(call.shared) for call in explanation.calls] == [False, True, True]
+    assert explanation.totals()["first_request"].calls == 3
+
+
+def test_what_conversations_share_expires_and_is_of_one_model(tmp_path: Path) -> None:
+    later = [of_one_head(None, "one"), of_one_head(None, "other", at=301)]
+    used = [*later[:1], of_one_head(None, "third", at=200), *later[1:]]
+    other = [of_one_head(None, "one"), of_one_head(None, "other", model="another")]
+    for name, calls, ttl_s, shared in [
+        ("later", later, 300, 0),
+        ("refreshed", used, 300, 2),
+        ("without expiry", later, None, 1),
+        ("another model", other, None, 0),
+    ]:
+        explanation = explained(write(tmp_path / f"{name}.jsonl", calls), ttl_s)
+        assert sum(bool(call.shared) for call in explanation.calls) == shared, name
+
+
+def test_files_share(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [
+        str(write(tmp_path / f"{name}.jsonl", [of_one_head(None, name)])) for name in ("a", "b")
+    ]
+    assert run(*files) == 0
+    assert "tokens of scope org were left by other conversations" in capsys.readouterr().out
 
 
 def test_json_for_machines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

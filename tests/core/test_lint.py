@@ -131,6 +131,26 @@ def test_plain_text_is_not_volatile(text: str) -> None:
     assert found(unmarked(agent(text).body())) == []
 
 
+def test_a_system_block_that_differs_in_each_request_is_a_warning() -> None:
+    """Whatever it is that changes in it."""
+
+    def asked(turns: int, weather: str) -> Body:
+        made = agent()
+        for _ in range(turns):
+            made.turn()
+        body = made.body()
+        body["system"].append({"type": "text", "text": f"The weather is {weather}."})
+        return body
+
+    def at_last(*weathers: str) -> list[str]:
+        bodies = [asked(turns, weather) for turns, weather in enumerate(weathers)]
+        return [path for rule, path in warnings(*bodies) if rule == "changing_system"]
+
+    assert at_last("fair", "foul", "wet") == ["system[3]"]
+    # Another agent of the session, or a block that changes now and then, is none.
+    assert at_last("fair", "foul") == at_last("fair", "foul", "fair") == []
+
+
 def test_only_what_is_shared_is_looked_at() -> None:
     made = agent()
     made.ask("It is 2026-11-21T10:15:30Z, nonce=abc123def.")

@@ -36,7 +36,7 @@ class Connecting(CacheScopeMiddleware):
     def connect(self, state: Any) -> Server:
         self.connected.append(state)
         config = load({"secret": "a secret of the tests"})
-        return Server(config, 16, (), Nothing(), CollectorRegistry())
+        return Server(config, "m", 16, (), Nothing(), lambda *_: None, CollectorRegistry())
 
 
 async def server(scope: Scope, receive: Receive, send: Send) -> None:

@@ -57,7 +57,13 @@ def diagnoser():
 
 
 @pytest.fixture
-def ask(diagnoser):
+def renderings() -> list[tuple[str | None, str | None]]:
+    """Whose renderings were purged: organisations and sessions."""
+    return []
+
+
+@pytest.fixture
+def ask(diagnoser, renderings):
     """Ask operations with a configuration; return status and answer."""
 
     async def ask(
@@ -72,7 +78,13 @@ def ask(diagnoser):
     ) -> tuple[int, Any]:
         settings = made(config)
         directory = CallerDirectory(SECRET.encode(), settings.tenant_names(), settings.org_header)
-        operations = Operations(settings, directory, diagnoser, engines or Recorded())
+        operations = Operations(
+            settings,
+            directory,
+            diagnoser,
+            engines or Recorded(),
+            lambda *purged: renderings.append(purged),
+        )
         sent = dict(headers or {}) | ({"x-api-key": key} if key else {})
 
         async def read_body() -> bytes:
@@ -123,10 +135,12 @@ async def test_a_name_may_be_a_tenants_and_a_gateways(ask) -> None:
         ({"org": "acme", "session": "s"}, OWNERS.prefix("name:acme", "s")),
     ],
 )
-async def test_an_organisation_may_purge_its_own(ask, body, prefix) -> None:
+async def test_an_organisation_may_purge_its_own(ask, renderings, body, prefix) -> None:
     engines = Recorded()
     status, answer = await ask("POST", "/cachescope/purge", body, "acme's key", engines)
     assert (status, answer["orgs"], engines.purged) == (200, ["name:acme"], [prefix])
+    # What others have rendered stays: a tenant's purge costs nobody else.
+    assert renderings == [("name:acme", body.get("session"))]
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,9 @@ def test_rows_split_by_outcome_scope_and_lifetime() -> None:
     }
     assert report.prompt_tokens == 350
     assert report.read_tokens == 128
+    assert report.read_by_tier == {"device": 64, "cpu": 64}
     assert report.created_by_ttl == {300: 160}
+    assert report.uncached_tokens == 62
 
 
 @given(plans(), st.integers(1, 64), st.data())

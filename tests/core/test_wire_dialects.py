@@ -364,10 +364,12 @@ def test_the_operator_chooses() -> None:
 
 def test_what_is_ignored_is_counted_by_reason() -> None:
     registry = CollectorRegistry()
-    counter = IgnoredMarkers(registry)
+    counter = IgnoredMarkers(registry, "m")
     counter.count(chat(user(*[text(**MARK)] * 6, text("", **MARK))))
     counts = {
-        reason: registry.get_sample_value("cachescope_ignored_markers_total", {"reason": reason})
+        reason: registry.get_sample_value(
+            "cachescope_ignored_markers_total", {"model_name": "m", "reason": reason}
+        )
         for reason in IgnoredReason
     }
     assert counts == dict.fromkeys(IgnoredReason, 0.0) | {"too_many": 2.0, "empty": 1.0}

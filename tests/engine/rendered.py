@@ -17,11 +17,12 @@ from demo.model import TEMPLATES
 from vllm_cachescope.connectors.vllm.api_server.boundaries import Boundaries, RenderedPrefix
 from vllm_cachescope.prompt.request import Protocol, Region
 from vllm_cachescope.prompt.segments import RegionDefault, Segment, segments
-from vllm_cachescope.tenancy.scope import Scope
+from vllm_cachescope.tenancy.scope import Caller, Scope
 from vllm_cachescope.wire import READERS, strip
 
 DEFAULTS = {region: RegionDefault(Scope.ORG, 300) for region in Region}
 TTLS = (300, 3600)
+ACME = Caller("acme", "s")
 
 
 class Rendering:
@@ -97,17 +98,17 @@ class Rendering:
         return list(prompt["prompt_token_ids"]), prompt["prompt"]
 
     async def cut(
-        self, protocol: Protocol, body: Mapping[str, Any]
+        self, protocol: Protocol, body: Mapping[str, Any], caller: Caller = ACME
     ) -> tuple[list[int], str, tuple[Segment, ...], list[int]]:
         """Return the prompt's tokens and text, its segments, and where they end."""
         tokens, text = await self.prompt(protocol, body)
-        planned, prefixes = await self.rendered(protocol, body)
+        planned, prefixes = await self.rendered(protocol, body, caller)
         return tokens, text, planned, await self.boundaries.ends(prefixes, protocol, tokens, text)
 
     async def rendered(
-        self, protocol: Protocol, body: Mapping[str, Any]
+        self, protocol: Protocol, body: Mapping[str, Any], caller: Caller = ACME
     ) -> tuple[tuple[Segment, ...], list[RenderedPrefix | None]]:
         """Return the segments of ``body``, and it rendered as far as each goes."""
         request = READERS[protocol](body, TTLS, 300)
         planned = segments(request, DEFAULTS)
-        return planned, await self.boundaries.prefixes(request, strip(dict(body)), planned)
+        return planned, await self.boundaries.prefixes(request, strip(dict(body)), planned, caller)

@@ -13,6 +13,7 @@ from vllm_cachescope.config import load
 from vllm_cachescope.connectors.vllm.api_server.admission import Admission
 from vllm_cachescope.prompt.plan import PLAN_KEY, Span, unseal
 from vllm_cachescope.tenancy.scope import Caller, Scope
+from vllm_cachescope.tenancy.shares import own_account
 
 ACME = Caller("name:acme")
 
@@ -36,7 +37,7 @@ class Client:
 @pytest.fixture
 def client() -> Client:
     state = MagicMock(engine_client=Client())
-    Admission(state, load({"secret": SECRET}), SECRET.encode())
+    Admission(state, load({"secret": SECRET}), SECRET.encode(), own_account)
     return state.engine_client
 
 

@@ -10,6 +10,7 @@ import pytest
 from demo.session import agent_session, to_chat
 from tests.engine.rendered import Rendering
 from vllm_cachescope.prompt.request import Protocol
+from vllm_cachescope.tenancy.scope import Caller
 
 TEMPLATES = ["chatml", "inst", "headers"]
 EPHEMERAL = {"type": "ephemeral"}
@@ -280,16 +281,47 @@ async def test_a_history_is_not_tokenised_again(renderings, template):
     assert max(extra[1:]) < allowed
 
 
-async def test_what_was_rendered_is_forgotten_on_demand(renderings):
+async def asked(rendering, body, caller):
+    """Return how many texts were tokenised to find the boundaries of ``body`` for ``caller``."""
+    rendering.tokenized.clear()
+    await rendering.cut(Protocol.MESSAGES, body, caller)
+    return len(rendering.tokenized) - 1  # without the prompt itself
+
+
+@pytest.mark.parametrize(
+    ("scope", "found_by"),
+    [
+        ("global", {"other session", "other org", "no session"}),
+        ("org", {"other session", "no session"}),
+        ("session", set()),
+    ],
+)
+async def test_what_was_rendered_is_found_by_whom_it_is_shared_with(renderings, scope, found_by):
     rendering = renderings["chatml"]
+    rendering.boundaries.purge()
+    body = golden_body(tools=False)
+    body["system"][1]["cache_control"] = EPHEMERAL | {"scope": scope}
+    first = await asked(rendering, body, Caller("acme", "one"))
+    assert first > 0 == await asked(rendering, body, Caller("acme", "one"))
+    others = {
+        "other session": Caller("acme", "other"),
+        "other org": Caller("globex", "one"),
+        "no session": Caller("acme"),
+    }
+    for other, caller in others.items():
+        wanted = 0 if other in found_by else first
+        assert await asked(rendering, body, caller) == wanted, other
+
+
+async def test_what_was_rendered_is_purged_with_its_owner(renderings):
+    rendering = renderings["chatml"]
+    rendering.boundaries.purge()
     body = marked(golden_body(), "system", 1)
-    expected = await rendering.cut(Protocol.MESSAGES, body)
-    for forget, times in ((False, 1), (True, 2)):
-        if forget:
-            rendering.boundaries.purge()
-        rendering.tokenized.clear()
-        assert await rendering.cut(Protocol.MESSAGES, body) == expected
-        assert len(rendering.tokenized) == times
+    acme, globex = Caller("acme", "s"), Caller("globex", "s")
+    for caller in (acme, globex):
+        await rendering.cut(Protocol.MESSAGES, body, caller)
+    rendering.boundaries.purge("acme")
+    assert await asked(rendering, body, globex) == 0 < await asked(rendering, body, acme)
 
 
 async def test_parts_are_rendered_while_the_server_tokenises(renderings):

@@ -1,14 +1,11 @@
 """Purges and health over HTTP and from the command line, of a real server."""
 
-from types import SimpleNamespace
-
 import httpx
 import pytest
 
 from tests.engine.bodies import EPHEMERAL, agent_body, session
 from tests.engine.server import NAMED_KEY, OPERATOR_TOKEN, Api, breaks
 from vllm_cachescope.cli.main import main
-from vllm_cachescope.connectors.vllm.api_server.middleware import EngineProcesses
 
 pytestmark = pytest.mark.engine
 
@@ -34,19 +31,6 @@ def test_an_organisation_is_forgotten_on_every_tier_and_others_are_not(api: Api)
     api.empty_device()
     assert created(api, keys[0], "purged", "s") > 0
     assert created(api, keys[1], "purged", "s") == 0
-
-
-async def test_prompts_that_the_api_process_has_rendered_are_forgotten_too() -> None:
-    """The engine's client is a stand-in: a server does not show what it keeps."""
-
-    async def answer(method: str, *args: object) -> list[dict]:
-        return [{}]
-
-    forgotten: list[bool] = []
-    client = SimpleNamespace(engine_core=SimpleNamespace(call_utility_all_async=answer))
-    engines = EngineProcesses(client, lambda: forgotten.append(True))
-    assert (await engines.purge(b"owner")).entries == {}
-    assert forgotten == [True]
 
 
 def test_a_client_may_have_its_own_session_forgotten(api: Api) -> None:

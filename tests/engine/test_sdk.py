@@ -7,16 +7,21 @@ import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import anthropic
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.engine.bodies import EPHEMERAL, HOUR, block, text
 from tests.engine.engine import BLOCK
 from tests.engine.server import MODEL
+from vllm_cachescope.metrics import METRICS
 
 pytestmark = pytest.mark.engine
+
+README = Path(__file__).parents[2] / "README.md"
 
 
 def messages_body(name: str, **fields: object) -> dict:
@@ -709,6 +714,21 @@ def test_the_metrics_tell_scope_and_lifetime(api):
     total = before + expected
     found = api.await_metrics(name, ("outcome", "scope", "ttl"), total)
     assert found - before == expected
+
+
+def test_each_metric_says_whose_it_is_and_counts_what_it_says(api):
+    api.post("/v1/messages", messages_body("metrics"), "key of the metrics").raise_for_status()
+    text = httpx.get(f"{api.url}/metrics", timeout=60).text
+    shown = [f for f in text_string_to_metric_families(text) if f.name.startswith("cachescope_")]
+    readme = README.read_text()
+    for family in shown:
+        suffix = "_total" if family.type == "counter" else ""
+        assert f"`{family.name}{suffix}`" in readme and family.documentation
+        for sample in family.samples:
+            assert sample.name == family.name + suffix
+            assert sample.labels["model_name"]
+            assert "engine" in sample.labels or family.name == "cachescope_ignored_markers"
+    assert {metric.name for metric in METRICS} <= {family.name for family in shown}
 
 
 def test_idle_memory_is_given_back_and_the_gauges_say_so(api):

@@ -4,23 +4,22 @@ import heapq
 import itertools
 import json
 import logging
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from operator import itemgetter
-from typing import Any
+from operator import attrgetter
+from typing import Any, NamedTuple
 
-from cachetools import FIFOCache
-from prometheus_client import REGISTRY, CollectorRegistry, Counter
+from prometheus_client import REGISTRY, CollectorRegistry
 
 from vllm_cachescope.diagnosis.outcome import Diagnosis
+from vllm_cachescope.metrics import TotalCounter
 from vllm_cachescope.tenancy.scope import Caller
+from vllm_cachescope.tenancy.shared_memo import SharedMemo
+from vllm_cachescope.tenancy.shares import AccountOf, own_account
 
-REMEMBERED_BREAKS = 100
-"""How many breaks of one organisation are kept, the latest."""
-
-REMEMBERED_ORGS = 100
-"""How many organisations breaks are kept of: those that had a break last."""
+REMEMBERED_BYTES = 16 * 2**20
+"""How much is kept, in bytes of the breaks' JSON. Beyond that the account with most loses its
+oldest breaks."""
 
 LISTED_CHANGES = 20
 """How many changes a break lists, the earliest in the prompt."""
@@ -94,6 +93,14 @@ class Break:
         }
 
 
+class _Kept(NamedTuple):
+    """A break that is kept, with its place among all and the length of its JSON."""
+
+    number: int
+    seen: Break
+    nbytes: int
+
+
 def _unlisted(names: Sequence[str]) -> int:
     return max(0, len(names) - LISTED_NAMES)
 
@@ -103,32 +110,45 @@ class BreakLog:
 
     Args:
         registry: where the counter is registered.
+        model_name: the model's name in vLLM's own metrics.
+        account_of: returns who answers for an organisation.
     """
 
-    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
-        # By organisation, with a number each that tells which of two came first.
-        self._breaks: FIFOCache[str, deque[tuple[int, Break]]] = FIFOCache(REMEMBERED_ORGS)
+    def __init__(
+        self,
+        registry: CollectorRegistry = REGISTRY,
+        model_name: str = "",
+        account_of: AccountOf = own_account,
+    ) -> None:
+        self._model_name = model_name
+        # By a number that tells which of two came first.
+        self._breaks: SharedMemo[int, _Kept] = SharedMemo(
+            REMEMBERED_BYTES, attrgetter("nbytes"), account_of
+        )
         self._numbers = itertools.count()
-        self._count = Counter(
+        self._count = TotalCounter(
             "cachescope_breaks",
             "Requests that could not read from the cache as far as an earlier request of their "
             "session would have let them, by cause and by the region of the prompt that changed.",
-            ("cause", "region", "expected"),
+            ("model_name", "engine", "cause", "region", "expected"),
             registry=registry,
         )
 
-    def add(self, seen: Break) -> None:
-        """Keep a break, count it and log it."""
-        org, diagnosis = seen.caller.org, seen.diagnosis
-        known = self._breaks.get(org) or deque(maxlen=REMEMBERED_BREAKS)
-        known.append((next(self._numbers), seen))
-        self._breaks[org] = known  # Puts the organisation last among those to be dropped.
+    def add(self, seen: Break, engine: int) -> None:
+        """Keep a break, count it and log it.
+
+        Args:
+            seen: the break.
+            engine: the rank of the engine that ran the request.
+        """
+        diagnosis, number = seen.diagnosis, next(self._numbers)
+        listed = json.dumps(seen.to_dict(for_operator=True), default=str)
+        self._breaks.put(seen.caller.org, number, _Kept(number, seen, len(listed)))
         region = diagnosis.where.region if diagnosis.where else "none"
-        self._count.labels(diagnosis.cause, region, str(diagnosis.expected).lower()).inc()
+        expected = str(diagnosis.expected).lower()
+        self._count.labels(self._model_name, str(engine), diagnosis.cause, region, expected).inc()
         level = logging.INFO if diagnosis.expected else logging.WARNING
-        logger.log(
-            level, "cache break %s", json.dumps(seen.to_dict(for_operator=True), default=str)
-        )
+        logger.log(level, "cache break %s", listed)
 
     def recent(self, org: str | None, limit: int = 100) -> list[Break]:
         """Return the latest breaks, newest first.
@@ -137,18 +157,9 @@ class BreakLog:
             org: whose; None for everyone's.
             limit: how many at most.
         """
-        of = self._breaks.values() if org is None else (self._breaks.get(org, ()),)
-        latest = heapq.nlargest(limit, itertools.chain.from_iterable(of), key=itemgetter(0))
-        return [seen for _, seen in latest]
+        latest = heapq.nlargest(limit, self._breaks.of(org), key=attrgetter("number"))
+        return [kept.seen for kept in latest]
 
     def purge(self, org: str | None, session: str | None = None) -> None:
         """Drop the breaks of ``org``, or of one session of ``org``; with None, of everyone."""
-        for one in [org] if org is not None else list(self._breaks):
-            known = self._breaks.get(one)
-            if known is None:
-                continue
-            others = [b for b in known if session is not None and b[1].caller.session != session]
-            known.clear()
-            known.extend(others)
-            if not others:
-                del self._breaks[one]
+        self._breaks.purge(org, lambda _, kept: session in (None, kept.seen.caller.session))

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter
+from prometheus_client import REGISTRY, CollectorRegistry
 
 from vllm_cachescope.api.break_log import Break, BreakLog
 from vllm_cachescope.api.diagnostics import anthropic_diagnostics, openai_diagnostics
@@ -16,14 +16,17 @@ from vllm_cachescope.cache.report import EngineId, Report
 from vllm_cachescope.diagnosis.attribution import EngineReport
 from vllm_cachescope.diagnosis.computed_prompt import ComputedPrompt
 from vllm_cachescope.diagnosis.diagnosis import conclude, diagnose, diagnose_against, measure
+from vllm_cachescope.diagnosis.fingerprint import Fingerprint
 from vllm_cachescope.diagnosis.fingerprinter import Fingerprinter
 from vllm_cachescope.diagnosis.forest import LineageNode
 from vllm_cachescope.diagnosis.lineage_store import LineageStore
 from vllm_cachescope.diagnosis.outcome import Diagnosis
 from vllm_cachescope.diagnosis.placement import LineagePlacement
 from vllm_cachescope.diagnosis.token_fingerprint import fingerprint_tokens
+from vllm_cachescope.metrics import TotalCounter
 from vllm_cachescope.prompt.request import PromptRequest, Protocol
 from vllm_cachescope.tenancy.scope import Caller
+from vllm_cachescope.tenancy.shares import AccountOf, own_account
 from vllm_cachescope.wire.extras import extra_fields
 
 
@@ -76,7 +79,7 @@ class PendingDiagnosis:
 
 
 class Diagnoser:
-    """Diagnoses requests one by one, on the event loop's thread.
+    """Diagnoses requests one by one, on the event loop's thread but for `fingerprint`.
 
     Args:
         secret: key of the fingerprints' hashes.
@@ -86,6 +89,8 @@ class Diagnoser:
         diffs: where to write what changed; None to keep no prompt text.
         registry: where the counters are registered.
         peers: the API processes of the server, of which this is one.
+        model_name: the model's name in vLLM's own metrics.
+        account_of: returns who answers for an organisation, by its id.
 
     Attributes:
         breaks: the breaks among what was diagnosed.
@@ -100,22 +105,36 @@ class Diagnoser:
         wall_clock: Callable[[], float] = time.time,
         diffs: Diffs | None = None,
         registry: CollectorRegistry = REGISTRY,
+        model_name: str = "",
+        account_of: AccountOf = own_account,
         peers: Peers = ALONE,
     ) -> None:
         self.peers = peers
-        self.breaks = BreakLog(registry)
+        self.breaks = BreakLog(registry, model_name, account_of)
+        self._model_name = model_name
         self._secret = secret
         self._block_tokens = block_tokens
         self._clock = clock
         self._wall_clock = wall_clock
         self._diffs = diffs
-        self._fingerprint = Fingerprinter(secret)
-        self._lineages = LineageStore(clock)
-        self._unexplained = Counter(
+        self._fingerprint = Fingerprinter(secret, account_of=account_of)
+        self._lineages = LineageStore(clock, account_of=account_of)
+        self._unexplained = TotalCounter(
             "cachescope_unexplained_tokens",
             "Tokens that were not in the cache for no known reason. Any is a bug to report.",
+            ("model_name", "engine"),
             registry=registry,
         )
+
+    def fingerprint(
+        self,
+        caller: Caller,
+        request: PromptRequest,
+        body: Mapping[str, Any],
+        headers: Mapping[str, str],
+    ) -> Fingerprint:
+        """Return the fingerprint of a request. Safe to call from any thread."""
+        return self._fingerprint(request, extra_fields(body, headers), caller.org)
 
     def open(
         self,
@@ -124,6 +143,7 @@ class Diagnoser:
         body: Mapping[str, Any],
         headers: Mapping[str, str],
         reports: Mapping[str, Report] | None = None,
+        fingerprint: Fingerprint | None = None,
     ) -> PendingDiagnosis:
         """Place a request among those of its session, before it runs.
 
@@ -134,8 +154,10 @@ class Diagnoser:
             headers: its headers, names in lower case.
             reports: where the engine's reports on its prompts will be; None if no answer will
                 need them.
+            fingerprint: from `fingerprint`, if it was made on another thread; None to make it.
         """
-        fingerprint = self._fingerprint(request, extra_fields(body, headers))
+        if fingerprint is None:
+            fingerprint = self.fingerprint(caller, request, body, headers)
         # Looked up first: keeping this request may push out the one that it names.
         named = None
         if request.previous_id is not None:
@@ -198,9 +220,10 @@ class Diagnoser:
             found = self._with_session(pending, found, reports[0], computed, timings[0].began)
         self._lineages.answered(caller, node, response_id, found.prompt_tokens, computed)
         pending.diagnosis = conclude(pending.diagnosis, found, pending.placement.ancestor)
-        self._unexplained.inc(pending.diagnosis.unknown_tokens)
+        unexplained = self._unexplained.labels(self._model_name, str(engine.rank))
+        unexplained.inc(pending.diagnosis.unknown_tokens)
         if not pending.diagnosis.expected or pending.diagnosis.kind.is_break:
-            self._record(pending)
+            self._record(pending, engine)
 
     def orgs(self) -> list[str]:
         """Return the organisations of which requests are kept."""
@@ -213,7 +236,7 @@ class Diagnoser:
             How many requests were dropped.
         """
         self.breaks.purge(org, session)
-        self._fingerprint.purge()  # It has the names of tools, and not whose they are.
+        self._fingerprint.purge(org)
         if self._diffs is not None:
             self._diffs.purge(org, session)
         return self._lineages.purge(org, session)
@@ -257,11 +280,11 @@ class Diagnoser:
             used_at=now,
         )
 
-    def _record(self, pending: PendingDiagnosis) -> None:
+    def _record(self, pending: PendingDiagnosis, engine: EngineId) -> None:
         caller, diagnosis = pending.caller, pending.diagnosis
         at, model = self._wall_clock(), pending.request.model
         diff = None
         if self._diffs is not None:
             about = {"model": model, "cause": diagnosis.cause, "lineage": diagnosis.lineage}
             diff = self._diffs.write(caller, diagnosis.changes, at, about)
-        self.breaks.add(Break.of(at, caller, model, diagnosis, diff))
+        self.breaks.add(Break.of(at, caller, model, diagnosis, diff), engine.rank)

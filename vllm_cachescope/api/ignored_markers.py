@@ -1,7 +1,8 @@
 """Counts the markers that were ignored."""
 
-from prometheus_client import CollectorRegistry, Counter
+from prometheus_client import CollectorRegistry
 
+from vllm_cachescope.metrics import TotalCounter
 from vllm_cachescope.prompt.ignored_marker import IgnoredReason
 from vllm_cachescope.prompt.request import PromptRequest
 
@@ -11,17 +12,18 @@ class IgnoredMarkers:
 
     Args:
         registry: where the counter is registered.
+        model_name: the model's name in vLLM's own metrics.
     """
 
-    def __init__(self, registry: CollectorRegistry) -> None:
-        counter = Counter(
+    def __init__(self, registry: CollectorRegistry, model_name: str) -> None:
+        counter = TotalCounter(
             "cachescope_ignored_markers",
             "Cache markers, or fields of them, that did not count as they were written, by reason "
             f"({', '.join(IgnoredReason)}).",
-            ("reason",),
+            ("model_name", "reason"),
             registry=registry,
         )
-        self._by_reason = {reason: counter.labels(reason) for reason in IgnoredReason}
+        self._by_reason = {reason: counter.labels(model_name, reason) for reason in IgnoredReason}
 
     def count(self, request: PromptRequest) -> None:
         """Count what was ignored in ``request``."""

@@ -46,16 +46,23 @@ class Operations:
         directory: the organisations and what their clients present.
         diagnoser: keeps what is known of requests, and their breaks.
         engines: the engines.
+        purge_renderings: as in `Server`.
     """
 
     def __init__(
-        self, config: Config, directory: CallerDirectory, diagnoser: Diagnoser, engines: Engines
+        self,
+        config: Config,
+        directory: CallerDirectory,
+        diagnoser: Diagnoser,
+        engines: Engines,
+        purge_renderings: Callable[[str | None, str | None], None],
     ) -> None:
         self._operator_token = config.operator_token
         self._directory = directory
         self._tags = OwnerTags(config.secret_bytes())
         self._diagnoser = diagnoser
         self._engines = engines
+        self._purge_renderings = purge_renderings
 
     async def answer(
         self,
@@ -133,7 +140,10 @@ class Operations:
         for org in orgs or everyone:
             prefix = b"" if org is None else self._tags.prefix(org, session)
             purged.add(await self._engines.purge(prefix, org, session))
-        requests = sum(self._diagnoser.purge(org, session) for org in orgs or everyone)
+        requests = 0
+        for org in orgs or everyone:
+            requests += self._diagnoser.purge(org, session)
+            self._purge_renderings(org, session)
         by = caller_org or "the operator"
         logger.info("Purged %s for %s: %s entries", request, by, purged.entries)
         for tier, reason in purged.unreached.items():

@@ -1,42 +1,42 @@
 """The handler of HTTP requests: reads the cache fields of each, has the server answer it, writes
 the usage into the reply, and diagnoses the request."""
 
+import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vllm_cachescope.api.diagnoser import PendingDiagnosis
 from vllm_cachescope.api.http_request import joined_headers, read_body, with_body
+from vllm_cachescope.api.incoming_body import IncomingBody, read_incoming
 from vllm_cachescope.api.operations import PATHS
-from vllm_cachescope.api.prewarming import one_token_body
 from vllm_cachescope.api.replies import Reply
 from vllm_cachescope.api.request_context import RequestContext, current_request
 from vllm_cachescope.api.services import Services
+from vllm_cachescope.api.session_queue import SessionQueue
+from vllm_cachescope.diagnosis.fingerprint import Fingerprint
 from vllm_cachescope.errors import BadRequest
 from vllm_cachescope.logs import logger_of
 from vllm_cachescope.prompt.request import Protocol
-from vllm_cachescope.wire import READERS, protocol_of, strip
-from vllm_cachescope.wire.body import decode, encode
+from vllm_cachescope.wire import protocol_of
 from vllm_cachescope.wire.errors import error_body
 
 logger = logger_of(__name__)
 
 
-@dataclass(frozen=True, slots=True)
 class RequestHandler:
     """Serves the requests of one server.
 
-    Attributes:
+    Args:
         app: the server.
         services: what its requests are served with.
     """
 
-    app: ASGIApp
-    services: Services
+    def __init__(self, app: ASGIApp, services: Services) -> None:
+        self._app = app
+        self._services = services
+        self._queue = SessionQueue()
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a POST request, or a request for an operation."""
@@ -44,11 +44,11 @@ class RequestHandler:
         protocol = protocol_of(scope["path"])
         if scope["path"].endswith(PATHS):
             await self._operate(headers, scope, receive, send)
-        elif not self.services.is_known(headers):
+        elif not self._services.is_known(headers):
             # The server will refuse it; nothing is done for a client it does not know.
-            await self.app(scope, receive, send)
+            await self._app(scope, receive, send)
         elif protocol is None:
-            context = RequestContext(self.services.directory.caller(headers, None))
+            context = RequestContext(self._services.directory.caller(headers, None))
             await self._run(context, scope, receive, send)
         else:
             await self._serve(protocol, headers, scope, receive, send)
@@ -59,8 +59,8 @@ class RequestHandler:
         async def body() -> bytes:
             return (await read_body(scope, receive))[0]
 
-        known = self.services.is_known(headers)
-        answer = await self.services.operations.answer(
+        known = self._services.is_known(headers)
+        answer = await self._services.operations.answer(
             scope["method"], scope["path"], headers, known, body
         )
         await answer(scope, receive, send)
@@ -73,51 +73,40 @@ class RequestHandler:
         receive: Receive,
         send: Send,
     ) -> None:
-        config = self.services.config
         raw, replayed = await read_body(scope, receive)
-        body = decode(raw)
-        del raw  # It may be megabytes, and the request long.
-        if not isinstance(body, dict):
-            await self.app(scope, replayed, send)
-            return
         try:
-            request = READERS[protocol](
-                body,
-                config.allowed_ttls,
-                config.regions.messages.ttl_s,
-                config.markers.is_strict(protocol),
-            )
+            body = await read_incoming(raw, protocol, self._services.config)
         except BadRequest as error:
             await JSONResponse(error_body(protocol, error), 400)(scope, replayed, send)
             return
-        self.services.ignored_markers.count(request)
-        forwarded = strip(body)
-        if request.prewarm:
-            forwarded = one_token_body(forwarded)
-        if forwarded is not body:
-            scope, replayed = with_body(scope, receive, encode(forwarded))
-        caller = self.services.directory.caller(headers, request.session)
-        context = RequestContext(caller, request, forwarded)
+        del raw  # It may be megabytes, and the request long.
+        if body is None:
+            await self._app(scope, replayed, send)
+            return
+        self._services.ignored_markers.count(body.request)
+        if body.raw is not None:
+            scope, replayed = with_body(scope, receive, body.raw)
+        caller = self._services.directory.caller(headers, body.request.session)
+        context = RequestContext(caller, body.request, body.forwarded)
         # Opened now only for a client that wants to hear of it: fingerprints of a long prompt take
         # some milliseconds, which the first token of other requests need not wait for.
-        pending = self._open(context, body, headers) if request.diagnose else None
-        stream_prewarm = request.prewarm and body.get("stream") is True
+        pending = None
+        if body.request.diagnose:
+            await self._queue.done(caller)
+            pending = await self._open(context, body, headers)
+        stream_prewarm = body.request.prewarm and body.fields.get("stream") is True
         reply = Reply(context, send, pending, stream_prewarm)
         try:
             await self._run(context, scope, replayed, reply.send)
         finally:
-            diagnose = partial(self._diagnose, context, reply, pending, body, headers)
-            if context.fetching is None:
-                diagnose()
-            else:
-                context.fetching.add_done_callback(lambda _: diagnose())
+            self._diagnose(context, reply, pending, body, headers)
 
     async def _run(
         self, context: RequestContext, scope: Scope, receive: Receive, send: Send
     ) -> None:
         token = current_request.set(context)
         try:
-            await self.app(scope, receive, send)
+            await self._app(scope, receive, send)
         finally:
             current_request.reset(token)
 
@@ -126,24 +115,65 @@ class RequestHandler:
         context: RequestContext,
         reply: Reply,
         pending: PendingDiagnosis | None,
-        body: Mapping[str, Any],
+        body: IncomingBody,
         headers: Mapping[str, str],
     ) -> None:
-        """Diagnose a request that is over; ``pending`` is None if that was put off until now."""
+        """Diagnose a request that is over, at once where that is quick; ``pending`` is None if it
+        was put off until now."""
+        to_open = pending is None and bool(context.reports or context.fetching)
+        waits = context.fetching is not None or not self._queue.is_empty(context.caller)
+        if waits or (to_open and body.is_large):
+            later = self._diagnose_later(context, reply, pending, body, headers)
+            self._queue.put_off(context.caller, later)
+            return
+        if to_open:
+            pending = self._opened(context, body, headers, None)
+        if pending is not None:
+            self._close(pending, context, reply)
+
+    async def _diagnose_later(
+        self,
+        context: RequestContext,
+        reply: Reply,
+        pending: PendingDiagnosis | None,
+        body: IncomingBody,
+        headers: Mapping[str, str],
+    ) -> None:
+        if context.fetching is not None:
+            await asyncio.wait([context.fetching])
         if pending is None and context.reports:
-            pending = self._open(context, body, headers)
+            pending = await self._open(context, body, headers)
         if pending is not None:
             self._close(pending, context, reply)
 
     # A mistake in a diagnosis costs the diagnosis, and never the request.
 
-    def _open(
-        self, context: RequestContext, body: Mapping[str, Any], headers: Mapping[str, str]
+    async def _open(
+        self, context: RequestContext, body: IncomingBody, headers: Mapping[str, str]
     ) -> PendingDiagnosis | None:
-        assert context.request is not None
+        """Open a diagnosis; the fingerprint of a large body is made on a thread of its own."""
+        fingerprint = None
+        if body.is_large:
+            make = self._services.diagnoser.fingerprint
+            try:
+                fingerprint = await asyncio.to_thread(
+                    make, context.caller, body.request, body.fields, headers
+                )
+            except Exception:
+                logger.exception("The request could not be diagnosed")
+                return None
+        return self._opened(context, body, headers, fingerprint)
+
+    def _opened(
+        self,
+        context: RequestContext,
+        body: IncomingBody,
+        headers: Mapping[str, str],
+        fingerprint: Fingerprint | None,
+    ) -> PendingDiagnosis | None:
         try:
-            return self.services.diagnoser.open(
-                context.caller, context.request, body, headers, context.reports
+            return self._services.diagnoser.open(
+                context.caller, body.request, body.fields, headers, context.reports, fingerprint
             )
         except Exception:
             logger.exception("The request could not be diagnosed")
@@ -152,6 +182,6 @@ class RequestHandler:
     def _close(self, pending: PendingDiagnosis, context: RequestContext, reply: Reply) -> None:
         try:
             reports, timings = context.reports.values(), context.timings.values()
-            self.services.diagnoser.close(pending, reports, reply.id, timings)
+            self._services.diagnoser.close(pending, reports, reply.id, timings)
         except Exception:
             logger.exception("The request could not be diagnosed")

@@ -1,7 +1,8 @@
 """The services of the API side, put together once, when the server behind it is known."""
 
+import hmac
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from prometheus_client import REGISTRY, CollectorRegistry
@@ -22,19 +23,39 @@ class Server:
 
     Attributes:
         config: the configuration that the server was started with.
+        model_name: the model's name in the server's own metrics.
         block_tokens: tokens per block of its engines' caches.
         api_keys: the API keys that the server itself insists on; none if it lets anyone in.
         engines: the engines behind it.
+        purge_renderings: drops what the server keeps of rendered prompts of an organisation, or of
+            a session of it; with None, of everyone.
         registry: where its metrics are.
         peers: its API processes, of which this is one.
     """
 
     config: Config
+    model_name: str
     block_tokens: int
     api_keys: Collection[str]
     engines: Engines
+    purge_renderings: Callable[[str | None, str | None], None]
     registry: CollectorRegistry = REGISTRY
     peers: Peers = ALONE
+
+
+def directory_of(config: Config, api_keys: Collection[str]) -> CallerDirectory:
+    """Return the organisations that a server knows.
+
+    Args:
+        config: its configuration.
+        api_keys: the API keys that it insists on; none if it lets anyone in.
+
+    Raises:
+        ConfigError: if the file of tenants cannot be used.
+    """
+    return CallerDirectory(
+        config.secret_bytes(), config.tenant_names(), config.org_header, is_closed=bool(api_keys)
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,16 +87,32 @@ class Services:
         """
         config = server.config
         secret = config.secret_bytes()
-        directory = CallerDirectory(secret, config.tenant_names(), config.org_header)
+        directory = directory_of(config, server.api_keys)
         diffs = None if config.diffs is None else Diffs(config.diffs, time.monotonic)
         diagnoser = Diagnoser(
-            secret, server.block_tokens, diffs=diffs, registry=server.registry, peers=server.peers
+            secret,
+            server.block_tokens,
+            diffs=diffs,
+            registry=server.registry,
+            model_name=server.model_name,
+            account_of=directory.account,
+            peers=server.peers,
         )
-        server.engines.on_purge(diagnoser.purge)
-        operations = Operations(config, directory, diagnoser, server.engines)
-        ignored_markers = IgnoredMarkers(server.registry)
+
+        def forget(org: str | None, session: str | None) -> None:
+            diagnoser.purge(org, session)
+            server.purge_renderings(org, session)
+
+        server.engines.on_purge(forget)
+        operations = Operations(
+            config, directory, diagnoser, server.engines, server.purge_renderings
+        )
+        ignored_markers = IgnoredMarkers(server.registry, server.model_name)
         return cls(config, server.api_keys, directory, diagnoser, operations, ignored_markers)
 
     def is_known(self, headers: Mapping[str, str]) -> bool:
         """Tell whether the server will let a client with these ``headers`` in."""
-        return not self.api_keys or api_key(headers) in self.api_keys
+        presented = api_key(headers) or ""
+        # All of them, and each to its end: how long it takes tells nothing of a key.
+        matches = [hmac.compare_digest(key.encode(), presented.encode()) for key in self.api_keys]
+        return not self.api_keys or any(matches)

@@ -22,6 +22,9 @@ class Outcome(StrEnum):
     UNCACHED = "uncached"
 
 
+_READ = "read_"  # starts the outcomes of what was read
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """Tokens of one prompt that share an outcome, a scope and a TTL class.
@@ -69,7 +72,7 @@ class Report:
             that this engine has never seen.
         unasked: a miss of 0 tokens that says why a shared tier could not be asked for that block;
             None if all tiers were asked.
-        engine: where the prompt ran; None in an estimate that the API process makes.
+        engine: where the prompt ran; None in an estimate, which is made without the engine.
         reach_s: seconds since the oldest eviction that the engine remembers; None if it remembers
             all of them.
     """
@@ -92,7 +95,16 @@ class Report:
     @property
     def read_tokens(self) -> int:
         """Tokens read from any tier."""
-        return sum(row.tokens for row in self.rows if row.outcome.startswith("read_"))
+        return sum(self.read_by_tier.values())
+
+    @property
+    def read_by_tier(self) -> dict[str, int]:
+        """Tokens read, by the name of the tier: ``device``, ``cpu``, or that of a further tier."""
+        read: Counter[str] = Counter()
+        for row in self.rows:
+            if row.outcome.startswith(_READ):
+                read[row.outcome.removeprefix(_READ)] += row.tokens
+        return dict(read)
 
     @property
     def created_by_ttl(self) -> dict[int, int]:
@@ -102,6 +114,11 @@ class Report:
             if row.outcome == Outcome.CREATED:
                 created[row.ttl_s] += row.tokens
         return dict(created)
+
+    @property
+    def uncached_tokens(self) -> int:
+        """Tokens computed and not cached under a breakpoint."""
+        return self.tokens(Outcome.UNCACHED)
 
     def to_wire(self) -> dict[str, Any]:
         """Return the report as plain data, for the way from the engine to the API process."""
@@ -155,3 +172,18 @@ def attribute_tokens(
             if tokens > 0:
                 rows[outcome, span.scope, ttl_s] += tokens
     return Report(tuple(Row(*key, tokens) for key, tokens in rows.items()))
+
+
+def estimate(plan: Plan, block_size: int, read_tokens: int) -> Report:
+    """Return what is known of a prompt without the engine's report.
+
+    All tokens that are covered and were not read count as created, though some of their blocks may
+    have been there already.
+
+    Args:
+        plan: the prompt's plan.
+        block_size: tokens per block.
+        read_tokens: how many tokens were read, from whatever tier; they count as the device's.
+    """
+    blocks = range(read_tokens // block_size, plan.covered_tokens // block_size)
+    return attribute_tokens(plan, block_size, [(Outcome.READ_DEVICE, read_tokens)], blocks)

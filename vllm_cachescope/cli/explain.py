@@ -14,6 +14,7 @@ from rich.text import Text
 from vllm_cachescope.cli.block_trace import explain_blocks
 from vllm_cachescope.cli.console import show
 from vllm_cachescope.cli.explanation import Explained, Explanation, explain
+from vllm_cachescope.cli.shared_prefixes import SharedPrefixes
 from vllm_cachescope.cli.traffic import BlockCall, Call, TrafficError, read_traffic
 from vllm_cachescope.durations import parse_duration
 from vllm_cachescope.prompt.ignored_marker import IgnoredMarker
@@ -60,9 +61,10 @@ def _duration(text: str) -> int:
 def run(args: argparse.Namespace) -> int:
     """Run ``cachescope explain`` and return its exit code."""
     explanation = Explanation()
+    prefixes = SharedPrefixes(args.ttl)
     try:
         for path in args.files:
-            explanation.calls.extend(explain_file(path, args.ttl))
+            explanation.calls.extend(explain_file(path, args.ttl, prefixes))
     except (OSError, TrafficError) as error:
         print(f"cachescope explain: {error}", file=sys.stderr)
         return 2
@@ -74,11 +76,14 @@ def run(args: argparse.Namespace) -> int:
     return int(args.max_breaks is not None and unexpected > args.max_breaks)
 
 
-def explain_file(path: Path, ttl_s: float | None = None) -> Iterator[Explained]:
+def explain_file(
+    path: Path, ttl_s: float | None = None, prefixes: SharedPrefixes | None = None
+) -> Iterator[Explained]:
     """Explain the calls in a file.
 
     Args:
         path: a file that `read_traffic` reads.
+        prefixes: what the calls of other files have left; None for nothing.
         ttl_s: see `explanation.explain` and `block_trace.explain_blocks`.
 
     Raises:
@@ -89,7 +94,7 @@ def explain_file(path: Path, ttl_s: float | None = None) -> Iterator[Explained]:
     if calls and isinstance(calls[0], BlockCall):
         yield from explain_blocks((c for c in calls if isinstance(c, BlockCall)), ttl_s)
     else:
-        yield from explain((c for c in calls if isinstance(c, Call)), ttl_s)
+        yield from explain((c for c in calls if isinstance(c, Call)), ttl_s, prefixes)
 
 
 def render(explanation: Explanation, console: Console) -> None:
@@ -116,6 +121,8 @@ def render(explanation: Explanation, console: Console) -> None:
     for cause, total in explanation.totals().items():
         table.add_row(cause, f"{total.calls:,}", f"{total.tokens:,}")
     console.print(table)
+    for scope, shared in explanation.shared.items():
+        console.print(f"{shared:,} tokens of scope {scope.label} were left by other conversations.")
     tokens, reusable = explanation.prompt_tokens, explanation.reusable_tokens
     fraction = f"{reusable / tokens:.1%}" if tokens else "none"
     console.print(

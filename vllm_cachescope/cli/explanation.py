@@ -1,15 +1,15 @@
 """An explanation of recorded requests: where their prefixes broke, and why."""
 
-import secrets
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from vllm_cachescope.cache.miss_causes import CacheMiss
+from vllm_cachescope.cache.miss_causes import CacheMiss, MissCause
+from vllm_cachescope.cli.shared_prefixes import SharedPrefixes
 from vllm_cachescope.cli.traffic import Call
 from vllm_cachescope.cli.ttl_replay import TtlReplay
-from vllm_cachescope.diagnosis.attribution import EngineReport
+from vllm_cachescope.diagnosis.attribution import EngineReport, uncached_by_cause
 from vllm_cachescope.diagnosis.diagnosis import conclude, diagnose
 from vllm_cachescope.diagnosis.fingerprinter import Fingerprinter
 from vllm_cachescope.diagnosis.forest import LineageNode
@@ -17,7 +17,7 @@ from vllm_cachescope.diagnosis.lineage_store import LineageStore
 from vllm_cachescope.diagnosis.outcome import Diagnosis
 from vllm_cachescope.prompt.boundaries import common_prefix
 from vllm_cachescope.prompt.ignored_marker import IgnoredMarker
-from vllm_cachescope.tenancy.scope import Caller
+from vllm_cachescope.tenancy.scope import Caller, Scope
 
 # How much of each session `explain` compares with; recorded traffic may span days.
 _REQUESTS = 256
@@ -37,6 +37,7 @@ class Explained:
         diagnosis: why the prompt could not be read from the cache in full.
         char: for a text trace, how many leading characters the prompt shares with its ancestor's.
         ignored: the cache markers in it that a server ignores.
+        shared: tokens that only calls of other conversations had left for it, by their scope.
     """
 
     source: str
@@ -45,6 +46,7 @@ class Explained:
     diagnosis: Diagnosis
     char: int | None = None
     ignored: tuple[IgnoredMarker, ...] = ()
+    shared: Mapping[Scope, int] = field(default_factory=dict)
 
     @property
     def is_break(self) -> bool:
@@ -74,6 +76,7 @@ class Explained:
             "ignored_markers": [
                 {"path": marker.path, "reason": marker.reason.value} for marker in self.ignored
             ],
+            "shared": {scope.label: tokens for scope, tokens in self.shared.items()},
             **self.diagnosis.to_dict(),
         }
 
@@ -132,6 +135,14 @@ class Explanation:
         uncached = sum(n for call in self.calls for _, n in call.diagnosis.uncached)
         return self.prompt_tokens - uncached
 
+    @property
+    def shared(self) -> Counter[Scope]:
+        """Tokens that a conversation could read because others had left them, by their scope."""
+        tokens: Counter[Scope] = Counter()
+        for call in self.calls:
+            tokens.update(call.shared)
+        return tokens
+
     def to_dict(self) -> dict[str, Any]:
         """Return the explanation as plain data for JSON."""
         return {
@@ -142,6 +153,7 @@ class Explanation:
             },
             "prompt_tokens": self.prompt_tokens,
             "reusable_tokens": self.reusable_tokens,
+            "shared_tokens": {scope.label: tokens for scope, tokens in self.shared.items()},
             "breaks": len(self.breaks),
             "unexpected_breaks": len(self.unexpected),
             "could_share": len(self.could_share),
@@ -149,13 +161,16 @@ class Explanation:
         }
 
 
-def explain(calls: Iterable[Call], ttl_s: float | None = None) -> Iterator[Explained]:
+def explain(
+    calls: Iterable[Call], ttl_s: float | None = None, prefixes: SharedPrefixes | None = None
+) -> Iterator[Explained]:
     """Explain calls in order, each against its nearest ancestor in its session.
 
     The cache is taken to hold every block it was given until the block's TTL ends.
 
     Args:
         calls: the calls, in order of time.
+        prefixes: what the calls explained before have left; None for nothing.
         ttl_s: TTL in seconds of what names none, counted from the last use; None for no expiry at
             all, whatever TTLs the calls name. For a call without a timestamp nothing expires.
     """
@@ -172,13 +187,15 @@ def explain(calls: Iterable[Call], ttl_s: float | None = None) -> Iterator[Expla
         org_bytes=_BYTES,
         max_bytes=_BYTES,
     )
-    fingerprint = Fingerprinter(secrets.token_bytes(32))
+    prefixes = prefixes or SharedPrefixes(ttl_s)
+    fingerprint = Fingerprinter(prefixes.secret)
     texts: dict[LineageNode, str] = {}
     replays: dict[str | None, TtlReplay] = {}
     for call in calls:
         now = max(now, call.at or now)
         caller = Caller("traffic", call.session)
-        placement = store.observe(caller, fingerprint(call.request, call.extra))
+        made = fingerprint(call.request, call.extra)
+        placement = store.observe(caller, made)
         store.answered(caller, placement.node, call.response_id)
         diagnosis = diagnose(placement)
         if ttl_s is not None:
@@ -186,13 +203,33 @@ def explain(calls: Iterable[Call], ttl_s: float | None = None) -> Iterator[Expla
             expired = replay.use(placement)
             if expired and call.at is not None:
                 diagnosis = _with_expired(diagnosis, expired)
+        left = prefixes.use(call, made, now)
+        diagnosis, shared = _with_others(diagnosis, left)
         char = None
         if call.text is not None:
             texts[placement.node] = call.text
             before = texts.get(placement.ancestor, "") if placement.ancestor else ""
             char = common_prefix(before, call.text)
         ignored = call.request.ignored
-        yield Explained(call.source, call.session, call.at, diagnosis, char, ignored)
+        yield Explained(call.source, call.session, call.at, diagnosis, char, ignored, shared)
+
+
+def _with_others(
+    diagnosis: Diagnosis, left: Mapping[Scope, int]
+) -> tuple[Diagnosis, dict[Scope, int]]:
+    """Return a diagnosis that counts what any earlier call had ``left`` of the prompt as read, and
+    what of it is more than the call's own conversation had, by scope."""
+    read, own = sum(left.values()), diagnosis.prompt_tokens
+    own -= sum(tokens for _, tokens in diagnosis.uncached)
+    if read <= own:
+        return diagnosis, {}
+    shared: dict[Scope, int] = {}
+    for scope in reversed(list(left)):
+        if tokens := min(left[scope], read - own - sum(shared.values())):
+            shared[scope] = tokens
+    engine = tuple(one for one in diagnosis.engine if one.cause is not MissCause.EXPIRED)
+    counted = replace(diagnosis, engine=engine)
+    return replace(counted, uncached=uncached_by_cause(counted, read, engine)), shared
 
 
 def _with_expired(diagnosis: Diagnosis, misses: Sequence[CacheMiss]) -> Diagnosis:

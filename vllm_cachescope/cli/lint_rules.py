@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any
 
+from vllm_cachescope.cli.changing_system import ChangingSystem
 from vllm_cachescope.cli.traffic import Call
 from vllm_cachescope.cli.volatile import Rule, volatile_values
 from vllm_cachescope.diagnosis.fingerprint import ToolFingerprint
@@ -45,7 +46,7 @@ class Finding:
 
     Attributes:
         rule: ``uuid``, ``timestamp``, ``date``, ``nonce``, ``unsorted_json``, ``tool_order``,
-            ``breakpoint_after_volatile`` or ``ignored_marker``.
+            ``changing_system``, ``breakpoint_after_volatile`` or ``ignored_marker``.
         severity: whether it will break a prefix (WARNING) or may (INFO).
         path: where in the request, as in ``system[1]``.
         message: what stands there, with an excerpt, and what to do.
@@ -86,7 +87,9 @@ def lint(calls: Iterable[Call]) -> list[Finding]:
     seen = _Seen()
     found: dict[tuple[str, str], Finding] = {}
     times: Counter[tuple[str, str]] = Counter()
+    system = ChangingSystem()
     for call in calls:
+        system.see(call)
         tools = _tools(call, fingerprint)
         findings = [
             *_volatile(call, tools, seen),
@@ -101,8 +104,18 @@ def lint(calls: Iterable[Call]) -> list[Finding]:
             known = found.setdefault(key, finding)
             if finding.severity > known.severity:
                 found[key] = finding
+    for finding in _changing(system):
+        found.setdefault((finding.rule, finding.path), finding)
+        times[finding.rule, finding.path] += finding.requests
     counted = [replace(finding, requests=times[key]) for key, finding in found.items()]
     return sorted(counted, key=lambda finding: -finding.severity)
+
+
+def _changing(system: ChangingSystem) -> Iterator[Finding]:
+    """Find system blocks that no two requests share, whatever it is that changes in them."""
+    for path, source, requests in system.found():
+        message = "differs in each request; move what changes into the latest message"
+        yield Finding("changing_system", Severity.WARNING, path, message, source, requests)
 
 
 def _tools(call: Call, fingerprint: Fingerprinter) -> list[tuple[Part, ToolFingerprint]]:

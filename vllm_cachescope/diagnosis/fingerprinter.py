@@ -2,15 +2,12 @@
 
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from hmac import digest
-from itertools import accumulate, chain, groupby
+from itertools import accumulate, chain, groupby, islice
 from operator import attrgetter
 from typing import Any, TypeVar
-
-from cachetools import LRUCache
 
 from vllm_cachescope.diagnosis.canonical import canonical_content, packed_bytes, respelled
 from vllm_cachescope.diagnosis.fingerprint import (
@@ -20,9 +17,12 @@ from vllm_cachescope.diagnosis.fingerprint import (
     ToolFingerprint,
     piece_bytes,
 )
+from vllm_cachescope.diagnosis.namespace import namespace_fields
 from vllm_cachescope.diagnosis.part_kind import ROLE_BITS, Trait, part_kind
 from vllm_cachescope.diagnosis.token_estimate import estimate_tokens
 from vllm_cachescope.prompt.request import Part, PromptRequest, Protocol, Region
+from vllm_cachescope.tenancy.shared_memo import SharedMemo
+from vllm_cachescope.tenancy.shares import AccountOf, own_account
 from vllm_cachescope.wire.billing_header import drop_billing_headers
 
 _MAX_PIECES = 1024
@@ -35,6 +35,7 @@ _MAX_PARAMS = 64
 _MAX_MARKS = 16
 _MAX_NAME = 100
 _MAX_FIELDS = 16
+_MAX_INNER_FIELDS = 256  # of all tools in a namespace
 
 _STARTS = int(Trait.STARTS)
 
@@ -80,18 +81,29 @@ class Fingerprinter:
         memo_tools: how many tools to remember, each by the keyed hash of its full JSON.
         memo_bytes: memory for messages, lists of tools and system prompts, in bytes; a message
             takes some 800 bytes.
+        account_of: returns who answers for an organisation, by its id.
     """
 
-    def __init__(self, secret: bytes, memo_tools: int = 4096, memo_bytes: int = 16 << 20) -> None:
+    def __init__(
+        self,
+        secret: bytes,
+        memo_tools: int = 4096,
+        memo_bytes: int = 16 << 20,
+        account_of: AccountOf = own_account,
+    ) -> None:
         # The secret's digest is the beginning of all that is hashed, and so the key. As only 8
         # bytes of a hash are kept, nobody can extend one. Most servers have instructions for
         # SHA-256: no hash is faster there.
         self._base = sha256(digest(secret, b"fingerprint", "sha256"))
-        self._tools: LRUCache[bytes, ToolFingerprint] = LRUCache(memo_tools)
-        self._groups: LRUCache[bytes, _PartGroup] = LRUCache(memo_bytes, lambda one: one.nbytes)
+        self._tools: SharedMemo[bytes, ToolFingerprint] = SharedMemo(
+            memo_tools, account_of=account_of
+        )
+        self._groups: SharedMemo[bytes, _PartGroup] = SharedMemo(
+            memo_bytes, lambda one: one.nbytes, account_of
+        )
 
     def __call__(
-        self, request: PromptRequest, extra: Mapping[str, Any] | None = None
+        self, request: PromptRequest, extra: Mapping[str, Any] | None = None, org: str = ""
     ) -> Fingerprint:
         """Return the fingerprint of ``request``.
 
@@ -99,6 +111,8 @@ class Fingerprinter:
             request: the request.
             extra: fields to compare that `PromptRequest.params` leaves out, such as beta headers
                 or the service tier, by name.
+            org: whose request it is. What is remembered of it serves no other organisation: how
+                long a fingerprint takes tells nothing of them.
         """
         size = piece_bytes(request.protocol)
         parts: list[Part] = []
@@ -106,7 +120,7 @@ class Fingerprinter:
         counts = [0, 0, 0]
         for region, sent in groupby(request.parts, _region_of):
             rendered = _rendered(request.protocol, region, _folded(region, list(sent)))
-            groups += [self._group(together, size) for together in _grouped(region, rendered)]
+            groups += [self._group(org, together, size) for together in _grouped(region, rendered)]
             parts += rendered
             counts[region] = len(rendered)
         first = parts[counts[0] + counts[1] :][:1]
@@ -143,24 +157,27 @@ class Fingerprinter:
         """How many messages, lists of tools and system prompts are remembered now."""
         return len(self._groups)
 
-    def purge(self) -> None:
-        """Purge what is remembered of the tools and messages of all requests."""
-        self._tools.clear()
-        self._groups.clear()
+    def purge(self, org: str | None = None) -> None:
+        """Purge what is remembered of the tools and messages of ``org``; with None, of all."""
+        self._tools.purge(org)
+        self._groups.purge(org)
 
-    def _group(self, parts: list[Part], size: int) -> _PartGroup:
+    def _group(self, org: str, parts: list[Part], size: int) -> _PartGroup:
         """Return what to keep of ``parts``, which stand together.
 
         Args:
+            org: whose they are.
             parts: as `_grouped` yields them.
             size: bytes in a piece.
         """
         sent = [(part.role, part.content) for part in parts]
         state = self._base.copy()
         state.update(packed_bytes((size, int(parts[0].region), sent)))
-        return _remembered(self._groups, state.digest(), lambda: self._group_anew(parts, size))
+        return _remembered(
+            self._groups, org, state.digest(), lambda: self._group_anew(org, parts, size)
+        )
 
-    def _group_anew(self, parts: list[Part], size: int) -> _PartGroup:
+    def _group_anew(self, org: str, parts: list[Part], size: int) -> _PartGroup:
         hashes: list[bytes] = []
         kinds, tokens, chars = bytearray(), [], []
         edges: list[bytes] = []
@@ -173,7 +190,7 @@ class Fingerprinter:
             kind = part_kind(part, text)
             hash_ = self._hash(form + bytes((kind & ROLE_BITS,)), data)
             if part.region is Region.TOOLS:
-                tools.append(self._tool(part.content, hash_))
+                tools.append(self._tool(org, part.content, hash_))
             elif not hashes:
                 kind |= _STARTS
             hashes.append(hash_)
@@ -214,14 +231,15 @@ class Fingerprinter:
         whole = min(len(data) // size, _MAX_PIECES) * size
         return [self._hash(view[at : at + size]) for at in range(0, whole, size)]
 
-    def _tool(self, content: Any, ordered: bytes) -> ToolFingerprint:
+    def _tool(self, org: str, content: Any, ordered: bytes) -> ToolFingerprint:
         """Return the fingerprint of one tool.
 
         Args:
+            org: whose it is.
             content: the tool.
             ordered: the hash of its JSON as it was sent.
         """
-        return _remembered(self._tools, ordered, lambda: self._analyse(content, ordered))
+        return _remembered(self._tools, org, ordered, lambda: self._analyse(content, ordered))
 
     def _analyse(self, content: Any, ordered: bytes) -> ToolFingerprint:
         fields: dict[str, Any] = {}
@@ -239,6 +257,9 @@ class Fingerprinter:
             "?",
         )
         kept = dict(list(fields.items())[:_MAX_FIELDS])
+        if isinstance(inner := fields.get("tools"), list):
+            del kept["tools"]
+            kept |= islice(namespace_fields(inner), _MAX_INNER_FIELDS)
         hashes = {
             key: self._hash(packed_bytes(value, sort_keys=True)) for key, value in kept.items()
         }
@@ -281,14 +302,12 @@ def _marks(parts: Iterable[Part]) -> Iterator[MarkFingerprint]:
             yield MarkFingerprint(i, mark.path, mark.ttl_s, mark.scope)
 
 
-def _remembered(memo: "LRUCache[bytes, _T]", key: bytes, make: Callable[[], _T]) -> _T:
-    """Return what ``memo`` has under ``key``; otherwise make it and put it in."""
-    try:
-        return memo[key]
-    except KeyError:
-        made = make()
-    with suppress(ValueError):  # It alone is larger than the whole memo.
-        memo[key] = made
+def _remembered(memo: SharedMemo[bytes, _T], org: str, key: bytes, make: Callable[[], _T]) -> _T:
+    """Return what ``memo`` has of ``org`` under ``key``; otherwise make it and put it in."""
+    if (known := memo.get(org, key)) is not None:
+        return known
+    made = make()
+    memo.put(org, key, made)
     return made
 
 

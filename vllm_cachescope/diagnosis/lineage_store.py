@@ -10,6 +10,9 @@ from vllm_cachescope.diagnosis.forest import Forest, LineageNode, id_bytes
 from vllm_cachescope.diagnosis.placement import LineagePlacement, place
 from vllm_cachescope.diagnosis.token_fingerprint import TokenFingerprint
 from vllm_cachescope.tenancy.scope import Caller
+from vllm_cachescope.tenancy.shares import AccountOf, Shares, own_account
+
+_Session = tuple[str, str | None]  # organisation and session
 
 DEFAULT_TTL_S = 6 * 3600.0
 DEFAULT_REQUESTS = 64
@@ -35,7 +38,9 @@ class LineageStore:
             session may be all the traffic of clients that name none.
         org_bytes: memory for one organisation's sessions, in bytes; the least recently used
             session is dropped first.
-        max_bytes: memory for all organisations together, in bytes.
+        max_bytes: memory for all organisations together, in bytes; of the account with most the
+            least recently used session is dropped first.
+        account_of: returns who answers for an organisation, by its id.
     """
 
     def __init__(
@@ -47,6 +52,7 @@ class LineageStore:
         ends: int = DEFAULT_ENDS,
         org_bytes: int = DEFAULT_ORG_BYTES,
         max_bytes: int = DEFAULT_BYTES,
+        account_of: AccountOf = own_account,
     ) -> None:
         self._clock = clock
         self._ttl_s = ttl_s
@@ -54,12 +60,20 @@ class LineageStore:
         self._ends = ends
         self._org_bytes = org_bytes
         self._max_bytes = max_bytes
+        self._account_of = account_of
+        self._shares = Shares()
         self._orgs: dict[str, OrderedDict[str | None, Forest]] = {}
-        # All sessions, least recently used first, with when they were last used.
-        self._used: OrderedDict[tuple[str, str | None], float] = OrderedDict()
+        # All sessions, least recently used first, with when they were last used; and those of each
+        # account in the same order.
+        self._used: OrderedDict[_Session, float] = OrderedDict()
+        self._used_by: dict[str, OrderedDict[_Session, None]] = {}
         self._by_response: dict[tuple[str, str], LineageNode] = {}
         self._bytes_of: dict[str, int] = {}
-        self.nbytes = 0
+
+    @property
+    def nbytes(self) -> int:
+        """About how much memory the requests take, in bytes."""
+        return self._shares.total
 
     def __len__(self) -> int:
         """Return the number of requests kept."""
@@ -202,8 +216,12 @@ class LineageStore:
         org = self._orgs.setdefault(caller.org, OrderedDict())
         forest = org.setdefault(caller.session, Forest())
         org.move_to_end(caller.session)
-        self._used[caller.org, caller.session] = now
-        self._used.move_to_end((caller.org, caller.session))
+        session = caller.org, caller.session
+        self._used[session] = now
+        self._used.move_to_end(session)
+        of_account = self._used_by.setdefault(self._account_of(caller.org), OrderedDict())
+        of_account[session] = None
+        of_account.move_to_end(session)
         return forest
 
     def _keep(self, caller: Caller, forest: Forest, node: LineageNode) -> None:
@@ -221,7 +239,7 @@ class LineageStore:
         while self._bytes_of[caller.org] > self._org_bytes and len(org) > 1:
             self._drop_forest(caller.org, next(iter(org)))
         while self.nbytes > self._max_bytes and len(self._used) > 1:
-            self._drop_forest(*next(iter(self._used)))
+            self._drop_forest(*next(iter(self._used_by[self._shares.largest()])))
         # A single session may be too large by itself; the newest request always stays.
         while self._bytes_of[caller.org] > self._org_bytes and len(forest) > 1:
             self._drop(caller.org, forest, next(iter(forest)))
@@ -236,6 +254,10 @@ class LineageStore:
     def _drop_forest(self, org: str, session: str | None) -> None:
         forest = self._orgs[org].pop(session)
         del self._used[org, session]
+        account = self._account_of(org)
+        del self._used_by[account][org, session]
+        if not self._used_by[account]:
+            del self._used_by[account]
         for node in forest:
             self._drop_id(org, node)
         self._grow(org, forest, -forest.nbytes)
@@ -257,7 +279,7 @@ class LineageStore:
     def _grow(self, org: str, forest: Forest, nbytes: int) -> None:
         forest.nbytes += nbytes
         self._bytes_of[org] = self._bytes_of.get(org, 0) + nbytes
-        self.nbytes += nbytes
+        self._shares.add(self._account_of(org), nbytes)
 
 
 def _forest_owner(caller: Caller, fingerprint: Fingerprint) -> Caller:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from vllm_cachescope.diagnosis.alignment import ascending
 from vllm_cachescope.diagnosis.changes import ABSENT, MAX_CHANGES, PRESENT, Change, ChangeKind
 from vllm_cachescope.diagnosis.fingerprint import HASH_BYTES, Fingerprint, ToolFingerprint
+from vllm_cachescope.diagnosis.namespace import named
 
 _VALUE_BYTES = 8 * HASH_BYTES
 
@@ -80,16 +81,17 @@ def _tool(old: Fingerprint, i: int, new: Fingerprint, at: int) -> Change | None:
     before, after = old.tools[i], new.tools[at]
     if before.ordered == after.ordered:
         return None
-    kind, fields = ChangeKind.TOOL_KEYS_REORDERED, tuple[str, ...]()
+    kind, names, fields = ChangeKind.TOOL_KEYS_REORDERED, (after.name,), tuple[str, ...]()
     if before.unordered != after.unordered:
         theirs, ours = before.field_map(), after.field_map()
         kind = ChangeKind.TOOL_CHANGED
-        fields = tuple(name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name))
+        differing = (name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name))
+        names, fields = named(after.name, differing)
     return Change(
         kind,
         new.path(at),
         new.start(at),
-        names=(after.name,),
+        names=names[:MAX_CHANGES],
         fields=fields,
         chars_before=old.chars[i],
         chars_after=new.chars[at],

@@ -4,11 +4,16 @@ import hashlib
 import hmac
 from collections.abc import Collection, Mapping
 
+from vllm_cachescope.errors import BadRequest
 from vllm_cachescope.tenancy.owner_tags import EVERYONE
 from vllm_cachescope.tenancy.scope import Caller
 
 ANONYMOUS = "anonymous"
 """The organisation of every request without an API key."""
+
+UNLISTED = "unlisted"
+"""The account of all organisations that anyone could have made up: those of API keys that neither
+the operator lists nor the server insists on."""
 
 SESSION_HEADERS = ("x-cachescope-session", "x-session-id", "x-claude-code-session-id")
 """Headers that name the session, first one wins. The second is the one vLLM itself reads."""
@@ -22,12 +27,20 @@ class CallerDirectory:
         names: names of organisations by the SHA-256 of their API keys, in hex.
         org_header: header, lower case, in which a trusted gateway names the organisation; None
             to trust no header.
+        is_closed: whether the server lets only clients in whose API keys it was given.
     """
 
-    def __init__(self, secret: bytes, names: Mapping[str, str], org_header: str | None) -> None:
+    def __init__(
+        self,
+        secret: bytes,
+        names: Mapping[str, str],
+        org_header: str | None,
+        is_closed: bool = False,
+    ) -> None:
         self._secret = secret
         self._names = names
         self._org_header = org_header.lower() if org_header else None
+        self._is_closed = is_closed
 
     def caller(self, headers: Mapping[str, str], body_session: str | None) -> Caller:
         """Return who makes the request.
@@ -38,6 +51,13 @@ class CallerDirectory:
         """
         session = next((s for name in SESSION_HEADERS if (s := headers.get(name))), body_session)
         return Caller(self._org(headers), session)
+
+    def account(self, org: str) -> str:
+        """Return who answers for what ``org`` takes up: `org` itself, or `UNLISTED`.
+
+        Whoever may come with as many API keys as they like gains nothing by it.
+        """
+        return UNLISTED if org.startswith("key:") and not self._is_closed else org
 
     def named(self, name: str) -> list[str]:
         """Return the ids of the organisations that an operator may mean by ``name``; see
@@ -55,9 +75,11 @@ class CallerDirectory:
         key = api_key(headers)
         if key is None:
             return ANONYMOUS
-        if name := self._names.get(hashlib.sha256(key.encode()).hexdigest()):
+        # A header's characters are the bytes that came, whatever they mean.
+        raw = key.encode("latin-1")
+        if name := self._names.get(hashlib.sha256(raw).hexdigest()):
             return f"name:{name}"
-        return "key:" + hmac.new(self._secret, key.encode(), hashlib.sha256).hexdigest()[:16]
+        return "key:" + hmac.digest(self._secret, raw, "sha256").hex()[:16]
 
 
 def organisations(name: str, names: Collection[str], org_header: str | None) -> list[str]:
@@ -76,6 +98,26 @@ def organisations(name: str, names: Collection[str], org_header: str | None) -> 
         *([f"name:{name}"] if name in names else ()),
         *([f"header:{name}"] if org_header else ()),
     ]
+
+
+def organisation(name: str | None, names: Collection[str], org_header: str | None) -> str:
+    """Return the id of the organisation that trusted code in the engine's process names.
+
+    It is the one that HTTP requests of the same name have: with ``tenants`` or behind a gateway.
+
+    Args:
+        name: a name, or an id; None for that of requests without an API key.
+        names: as of `organisations`.
+        org_header: as of `organisations`.
+
+    Raises:
+        BadRequest: if this is no organisation's name.
+    """
+    if name is None:
+        return ANONYMOUS
+    if not isinstance(name, str) or name in ("", EVERYONE):
+        raise BadRequest("org", name, f"an organisation's name or id; {EVERYONE!r} is a scope")
+    return next(iter(organisations(name, names, org_header)), f"name:{name}")
 
 
 def api_key(headers: Mapping[str, str]) -> str | None:

@@ -56,6 +56,16 @@ def org_of(owner: bytes) -> bytes:
     return owner[:TAG_BYTES]
 
 
+def readers(scope: Scope, caller: Caller) -> Caller | None:
+    """Return who may read what ``caller`` leaves behind at ``scope``: `EVERYONE`, an organisation
+    or a session; None if nobody can, as without a session."""
+    if scope is Scope.GLOBAL:
+        return Caller(EVERYONE)
+    if scope is Scope.ORG:
+        return Caller(caller.org)
+    return None if caller.session is None else caller
+
+
 def owner_at(scope: Scope, owner: bytes) -> bytes:
     """Return the owner of a block of ``scope`` that was computed for ``owner``."""
     if scope is Scope.GLOBAL:

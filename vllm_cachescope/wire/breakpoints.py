@@ -63,6 +63,11 @@ class Breakpoints:
         if (found := self._read(kind, value, f"{path}.{kind}", part)) is not None:
             self._found.append(found)
 
+    def add(self, mark: Mark, part: int, value: object) -> None:
+        """Take a marker that has been read: ``mark``, written as ``value``, which ends the part
+        with the index ``part``."""
+        self._found.append(FoundMarker(part, CACHE_CONTROL, mark, value))
+
     def ignore(
         self,
         reason: IgnoredReason,

@@ -5,21 +5,22 @@ no response shows it.
 """
 
 import asyncio
-import copy
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import Any
 
 from vllm_cachescope.api.request_context import PromptTiming, RequestContext, current_request
-from vllm_cachescope.cache.report import Outcome, Report, attribute_tokens
+from vllm_cachescope.cache.report import Report, estimate
 from vllm_cachescope.config import Config
 from vllm_cachescope.connectors.vllm import engine_rpc
 from vllm_cachescope.connectors.vllm.api_server import media_ids
 from vllm_cachescope.connectors.vllm.api_server.planning import Planner
+from vllm_cachescope.connectors.vllm.plan_transport import take_report, with_plan, without_plan
 from vllm_cachescope.logs import logger_of
-from vllm_cachescope.prompt.plan import PLAN_KEY, Plan, Span, seal
+from vllm_cachescope.prompt.plan import Plan, Span
 from vllm_cachescope.tenancy.scope import Caller, Scope
+from vllm_cachescope.tenancy.shares import AccountOf
 
 logger = logger_of(__name__)
 
@@ -31,12 +32,13 @@ class Admission:
         state: the API server's state.
         config: the configuration.
         secret: key of the scope keys and of the plans' MACs.
+        account_of: returns who answers for an organisation, by its id.
     """
 
-    def __init__(self, state: Any, config: Config, secret: bytes) -> None:
+    def __init__(self, state: Any, config: Config, secret: bytes, account_of: AccountOf) -> None:
         self._engine = state.engine_client
         self._secret = secret
-        self._planner = Planner(state, config, secret)
+        self._planner = Planner(state, config, secret, account_of)
         media_ids.confine(self._engine.renderer, secret)
         self._block_size: int = self._engine.vllm_config.cache_config.block_size
         self._generate = self._engine.generate
@@ -44,9 +46,10 @@ class Admission:
         self._encode = self._engine.encode
         self._engine.encode = self.encode
 
-    def purge_renderings(self) -> None:
-        """Drop what is kept of rendered prompts, of all organisations."""
-        self._planner.purge_renderings()
+    def purge_renderings(self, org: str | None, session: str | None) -> None:
+        """Drop what is kept of rendered prompts of ``org``, or of one session of ``org``; with
+        None, of everyone."""
+        self._planner.purge_renderings(org, session)
 
     async def generate(
         self, prompt: Any, sampling_params: Any, request_id: str, **options: Any
@@ -58,12 +61,15 @@ class Admission:
             plan = await self._plan(context, prompt, options.get("session_id"))
             if plan is None:
                 unreported = self._plan_whole(context.caller, prompt)
-        sampling_params = self._with_plan(sampling_params, plan or unreported)
+        if (known := plan or unreported) is not None:
+            sampling_params = with_plan(sampling_params, known, self._secret)
+        else:
+            sampling_params = without_plan(sampling_params)
         reported = False
         outputs = self._generate(prompt, sampling_params, request_id, **options)
         try:
             async for output in outputs:
-                data = _take_report(output)
+                data = take_report(output)
                 if context is not None and plan is not None:
                     timing = context.timings[plan.nonce]
                     timing.computed_at = timing.computed_at or time.monotonic()
@@ -71,7 +77,9 @@ class Admission:
                         context.reports[plan.nonce] = Report.from_wire(data)
                         reported = True
                     elif plan.nonce not in context.reports:
-                        context.reports[plan.nonce] = self._estimate(plan, output)
+                        context.reports[plan.nonce] = estimate(
+                            plan, self._block_size, output.num_cached_tokens or 0
+                        )
                     if output.finished and not reported:
                         # The API's side ends a request at a stop string. The engine's last output
                         # then goes nowhere, and the report in it has to be fetched.
@@ -92,9 +100,7 @@ class Admission:
         context = current_request.get()
         plan = None if context is None else self._plan_whole(context.caller, prompt)
         if plan is not None:
-            pooling_params = copy.copy(pooling_params)
-            sealed = {PLAN_KEY: seal(plan, self._secret)}
-            pooling_params.extra_kwargs = {**(pooling_params.extra_kwargs or {}), **sealed}
+            pooling_params = with_plan(pooling_params, plan, self._secret)
         outputs: AsyncGenerator[Any, None] = self._encode(
             prompt, pooling_params, request_id, **options
         )
@@ -128,30 +134,6 @@ class Admission:
         """Return a plan that caches a prompt as a whole; None if its length cannot be told."""
         tokens = _length(prompt)
         return self._planner.plan_whole(caller, tokens) if tokens else None
-
-    def _with_plan(self, sampling_params: Any, plan: Plan | None) -> Any:
-        """Return a copy with ``plan`` in it; if that is None, without the plan that a client put
-        there."""
-        planned = copy.copy(sampling_params)
-        extra = dict(planned.extra_args or {})
-        params = dict(extra.get("kv_transfer_params") or {})
-        if plan is not None:
-            params[PLAN_KEY] = seal(plan, self._secret)
-        elif params.pop(PLAN_KEY, None) is None:
-            return sampling_params
-        extra["kv_transfer_params"] = params
-        planned.extra_args = extra
-        return planned
-
-    def _estimate(self, plan: Plan, output: Any) -> Report:
-        """Return what the first token tells of a prompt.
-
-        It says how many tokens were read. All others that are covered count as created, until the
-        engine's report says which of their blocks were there already.
-        """
-        read = output.num_cached_tokens or 0
-        blocks = range(read // self._block_size, plan.covered_tokens // self._block_size)
-        return attribute_tokens(plan, self._block_size, [(Outcome.READ_DEVICE, read)], blocks)
 
     def _fetch_later(self, context: RequestContext, plan: Plan) -> None:
         before = context.fetching
@@ -201,13 +183,3 @@ def _length(prompt: Any) -> int:
     prompt = prompt.get("decoder_prompt", prompt)
     tokens = prompt.get("prompt_token_ids")
     return len(prompt.get("prompt_embeds", ()) if tokens is None else tokens)
-
-
-def _take_report(output: Any) -> dict[str, Any] | None:
-    params = getattr(output, "kv_transfer_params", None)
-    if not params or PLAN_KEY not in params:
-        return None
-    data: dict[str, Any] = params.pop(PLAN_KEY)
-    if not params:
-        output.kv_transfer_params = None
-    return data

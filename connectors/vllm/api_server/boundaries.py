@@ -14,9 +14,16 @@ from vllm_cachescope.logs import logger_of
 from vllm_cachescope.prompt.boundaries import Landmark, common_prefix, last_within
 from vllm_cachescope.prompt.request import Part, PromptRequest, Protocol, Region
 from vllm_cachescope.prompt.segments import Segment
+from vllm_cachescope.tenancy.owner_tags import readers
+from vllm_cachescope.tenancy.scope import Caller
+from vllm_cachescope.tenancy.shares import AccountOf, own_account
 from vllm_cachescope.wire.truncate import truncate
 
 logger = logger_of(__name__)
+
+MAX_PARTS = 5_000
+"""In a request of more parts no boundary is looked for: rendering it again would hold the event
+loop for too long. Its prompt is shared as narrowly as its narrowest part."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +36,14 @@ class RenderedPrefix:
         text: the text of its prompt; None if its tokens are known.
         tokens: the tokens of its prompt; None if they can be found by the text. Empty if the
             prefix cannot be rendered: then no token is in it.
+        readers: who may find what is kept of its rendering; None for nobody.
     """
 
     path: str
     body: dict[str, Any]
     text: str | None = None
     tokens: list[int] | None = None
+    readers: Caller | None = None
 
 
 class Boundaries:
@@ -43,17 +52,28 @@ class Boundaries:
     Args:
         state: the API server's state, with its renderer and endpoint handlers.
         on_tokenizing: called when the server is about to tokenise a prompt.
+        account_of: returns who answers for an organisation, by its id.
     """
 
-    def __init__(self, state: Any, on_tokenizing: Callable[[], None] = lambda: None) -> None:
-        self._rendering = Rendering(state, on_tokenizing)
+    def __init__(
+        self,
+        state: Any,
+        on_tokenizing: Callable[[], None] = lambda: None,
+        account_of: AccountOf = own_account,
+    ) -> None:
+        self._rendering = Rendering(state, on_tokenizing, account_of)
 
-    def purge(self) -> None:
-        """Drop what is kept of rendered requests, of all organisations."""
-        self._rendering.purge()
+    def purge(self, org: str | None = None, session: str | None = None) -> None:
+        """Drop what is kept of rendered requests of ``org``, or of one session of ``org``; with
+        None, of everyone."""
+        self._rendering.purge(org, session)
 
     async def prefixes(
-        self, request: PromptRequest, body: Mapping[str, Any], segments: tuple[Segment, ...]
+        self,
+        request: PromptRequest,
+        body: Mapping[str, Any],
+        segments: tuple[Segment, ...],
+        caller: Caller,
     ) -> list[RenderedPrefix | None]:
         """Render the request up to the end of each segment; None for one that ends the prompt.
 
@@ -63,11 +83,18 @@ class Boundaries:
             request: the request.
             body: its body, without markers.
             segments: its segments.
+            caller: whose request it is.
         """
+        if len(request.parts) > MAX_PARTS:
+            logger.debug("No boundaries in a request of %s parts", len(request.parts))
+            unknown = RenderedPrefix("", {}, tokens=[])
+            return [None if segment.after is None else unknown for segment in segments]
         return [
             None
             if segment.after is None
-            else await self._prefix(request.protocol, body, segment.after)
+            else await self._prefix(
+                request.protocol, body, segment.after, readers(segment.scope, caller)
+            )
             for segment in segments
         ]
 
@@ -107,7 +134,11 @@ class Boundaries:
         return ends
 
     async def _prefix(
-        self, protocol: Protocol, body: Mapping[str, Any], after: Part
+        self,
+        protocol: Protocol,
+        body: Mapping[str, Any],
+        after: Part,
+        readers: Caller | None,
     ) -> RenderedPrefix:
         try:
             truncated = truncate(body, protocol, after)
@@ -116,8 +147,8 @@ class Boundaries:
                 # them.
                 text = await self._rendering.text(truncated, protocol)
                 if text is not None:
-                    return RenderedPrefix(after.path, truncated, text=text)
-            tokens = await self._rendering.tokens(truncated, protocol)
+                    return RenderedPrefix(after.path, truncated, text=text, readers=readers)
+            tokens = await self._rendering.tokens(truncated, protocol, readers)
             return RenderedPrefix(after.path, truncated, tokens=tokens)
         except Exception as error:
             _log(after.path, error)
@@ -138,7 +169,7 @@ class Boundaries:
                 return last.token + common_prefix(rest, tokens[last.token :])
         rendered = prefix.tokens
         if rendered is None:
-            rendered = await self._rendering.tokens(prefix.body, protocol)
+            rendered = await self._rendering.tokens(prefix.body, protocol, prefix.readers)
         return common_prefix(rendered, tokens)
 
 

@@ -13,7 +13,7 @@ from vllm import envs
 from vllm_cachescope.api.engines import Engines, Purged
 from vllm_cachescope.api.middleware import CacheScopeMiddleware
 from vllm_cachescope.api.peers import ALONE, Peers
-from vllm_cachescope.api.services import Server
+from vllm_cachescope.api.services import Server, directory_of
 from vllm_cachescope.connectors.vllm import config_check, engine_rpc, shm_regions
 from vllm_cachescope.connectors.vllm.api_server.admission import Admission
 from vllm_cachescope.logs import logger_of
@@ -48,13 +48,15 @@ def connect(state: Any) -> Server:
     """
     client = state.engine_client
     config = config_check.read(client.vllm_config.kv_transfer_config)
-    admission = Admission(state, config, config.secret_bytes())
+    api_keys = [key for key in (state.args.api_key or [envs.VLLM_API_KEY]) if key]
+    accounts = directory_of(config, api_keys).account
+    admission = Admission(state, config, config.secret_bytes(), accounts)
     # vLLM kills its engine without letting it clean up. When this process ends, which does the
     # killing, the engine is gone.
     atexit.register(shm_regions.remove_stale)
     parallel = client.vllm_config.parallel_config
     peers = Peers(parallel._api_process_count, max(0, parallel._api_process_rank))
-    engines = EngineProcesses(client, admission.purge_renderings, peers)
+    engines = EngineProcesses(client, peers)
     # A task that nothing refers to would be collected.
     state.cachescope_sweeper = asyncio.get_running_loop().create_task(
         engines.sweep_every(config.sweep_interval)
@@ -68,9 +70,11 @@ def connect(state: Any) -> Server:
         )
     return Server(
         config,
+        model_name=client.vllm_config.model_config.served_model_name,
         block_tokens=int(client.vllm_config.cache_config.block_size),
-        api_keys=[key for key in (state.args.api_key or [envs.VLLM_API_KEY]) if key],
+        api_keys=api_keys,
         engines=engines,
+        purge_renderings=admission.purge_renderings,
         peers=peers,
     )
 
@@ -80,15 +84,11 @@ class EngineProcesses(Engines):
 
     Args:
         client: the engine client.
-        purge_renderings: drops what this process keeps of rendered prompts.
         peers: the API processes in front of them.
     """
 
-    def __init__(
-        self, client: Any, purge_renderings: Callable[[], None], peers: Peers = ALONE
-    ) -> None:
+    def __init__(self, client: Any, peers: Peers = ALONE) -> None:
         self._client = client
-        self._purge_renderings = purge_renderings
         self._peers = peers
         self._forget: Callable[[str | None, str | None], object] = lambda org, session: None
         # Ids of the purges that this process has carried out, or heard of.
@@ -116,7 +116,6 @@ class EngineProcesses(Engines):
         news = [purge for purge in purges if purge[0] not in self._known_purges]
         self._known_purges = {purge_id for purge_id, *_ in purges}
         for _, org, session in news:
-            self._purge_renderings()
             self._forget(org, session)
 
     async def health(self) -> list[list[dict[str, Any]]]:
@@ -136,8 +135,6 @@ class EngineProcesses(Engines):
             TimeoutError: if an engine does not answer within `ANSWER_S`, or a remote tier is not
                 done within twice `PURGE_S`.
         """
-        # Whose a rendered prompt was is not kept, and it is soon rendered again: all of them go.
-        self._purge_renderings()
         purge_id = secrets.token_hex(8)
         self._known_purges.add(purge_id)
         entries: Counter[str] = Counter()

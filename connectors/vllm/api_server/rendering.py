@@ -1,13 +1,12 @@
 """The rendering of requests with vLLM's own code, so that every chat template is right."""
 
 import hashlib
+from array import array
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any
 
-from cachetools import LRUCache
 from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
@@ -15,13 +14,19 @@ from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm_cachescope.logs import logger_of
 from vllm_cachescope.prompt.boundaries import SpecialTokens
 from vllm_cachescope.prompt.request import Protocol
+from vllm_cachescope.tenancy.scope import Caller
+from vllm_cachescope.tenancy.shared_memo import SharedMemo
+from vllm_cachescope.tenancy.shares import AccountOf, own_account
 from vllm_cachescope.wire.billing_header import drop_billing_blocks
 from vllm_cachescope.wire.body import encode
 
 logger = logger_of(__name__)
 
-REMEMBERED_TOKENS = 4_000_000
-"""How many tokens of rendered tools and system prompts are kept, some 32 MB."""
+REMEMBERED_BYTES = 32 * 2**20
+"""Memory for the tokens of rendered tools and system prompts, of all organisations, in bytes."""
+
+ENTRY_BYTES = 600
+"""Memory that the tokens of one rendering take besides 4 bytes each, in bytes."""
 
 _NOT_RENDERED = frozenset(
     {"max_tokens", "max_completion_tokens", "stream", "stream_options", "temperature", "top_p",
@@ -37,6 +42,9 @@ _conversion_options: ContextVar[Mapping[str, Any]] = ContextVar(
 differ from one release of vLLM to the next."""
 
 _text_only: ContextVar[bool] = ContextVar("cachescope_text_only", default=False)
+
+
+_Key = tuple[str | None, bytes]  # a session, and a hash of what is rendered
 
 
 class _Rendered(BaseException):
@@ -56,15 +64,20 @@ class Rendering:
     Args:
         state: the API server's state, with its renderer and endpoint handlers.
         on_tokenizing: called when the server is about to tokenise a prompt.
+        account_of: returns who answers for an organisation, by its id.
 
     Attributes:
         special: the special tokens of the model's tokenizer.
     """
 
-    def __init__(self, state: Any, on_tokenizing: Callable[[], None]) -> None:
+    def __init__(
+        self, state: Any, on_tokenizing: Callable[[], None], account_of: AccountOf = own_account
+    ) -> None:
         self._state = state
         self._renderer = state.online_renderer.renderer
-        self._tokens: LRUCache[bytes, list[int]] = LRUCache(REMEMBERED_TOKENS, len)
+        self._tokens: SharedMemo[_Key, array[int]] = SharedMemo(
+            REMEMBERED_BYTES, _nbytes, account_of
+        )
         try:
             self.special = SpecialTokens(self._renderer.get_tokenizer().get_added_vocab())
         except (AttributeError, NotImplementedError):
@@ -80,23 +93,32 @@ class Rendering:
         self._renderer.tokenize_prompts_async = tokenize_prompts_async
         _follow_conversions(getattr(state, "anthropic_serving_messages", None))
 
-    def purge(self) -> None:
-        """Drop the tokens that are kept: of tools and system prompts of all organisations."""
-        self._tokens.clear()
+    def purge(self, org: str | None = None, session: str | None = None) -> None:
+        """Drop the tokens that are kept of ``org``, or of one session of ``org``; with None, of
+        everyone."""
+        self._tokens.purge(org, lambda key, _: session in (None, key[0]))
 
-    async def tokens(self, body: dict[str, Any], protocol: Protocol) -> list[int]:
+    async def tokens(
+        self, body: dict[str, Any], protocol: Protocol, readers: Caller | None
+    ) -> list[int]:
         """Return the tokens of a body's prompt, and keep them for the next body like it.
+
+        Args:
+            body: the body.
+            protocol: its wire format.
+            readers: whose bodies may find the tokens: nobody else can tell by the time that this
+                takes whether such a body was here before. None to keep nothing.
 
         Raises:
             CannotRender: if the chat template does not take the body.
         """
-        key = _content_key(body, protocol)
-        try:
-            return self._tokens[key]
-        except KeyError:
-            tokens = await self._render(body, protocol)
-        with suppress(ValueError):  # Longer than all that may be kept.
-            self._tokens[key] = tokens
+        if readers is None:
+            return await self._render(body, protocol)
+        key = readers.session, _content_key(body, protocol)
+        if (known := self._tokens.get(readers.org, key)) is not None:
+            return known.tolist()
+        tokens = await self._render(body, protocol)
+        self._tokens.put(readers.org, key, array("I", tokens))
         return tokens
 
     async def text(self, body: dict[str, Any], protocol: Protocol) -> str | None:
@@ -181,6 +203,10 @@ def _follow_conversions(serving: Any) -> None:
         return convert(request, *args, **options)
 
     serving.to_chat_completion_request = to_chat_completion_request
+
+
+def _nbytes(tokens: "array[int]") -> int:
+    return ENTRY_BYTES + tokens.itemsize * len(tokens)
 
 
 def _content_key(cut: Mapping[str, Any], protocol: Protocol) -> bytes:

@@ -7,7 +7,7 @@ from typing import Any
 
 import vllm
 from cachetools import FIFOCache
-from prometheus_client import Gauge
+from prometheus_client import Counter, Gauge
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorRole
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
@@ -44,6 +44,7 @@ from vllm_cachescope.connectors.vllm.engine.tiers.cpu import CPU
 from vllm_cachescope.connectors.vllm.engine.tiers.device import DEVICE
 from vllm_cachescope.connectors.vllm.engine.versions import warn_if_untried
 from vllm_cachescope.logs import logger_of
+from vllm_cachescope.metrics import TotalCounter
 from vllm_cachescope.prompt.plan import PLAN_KEY
 from vllm_cachescope.prompt.request import Region
 from vllm_cachescope.tiers.jobs import Purge
@@ -229,8 +230,11 @@ class CacheScopeConnector(OffloadingConnector):
         # With several API servers, the engine tells each change of a gauge to one of them. vLLM
         # 0.32 would show what each was last told, side by side.
         gauge: Any = partial(metric_types[Gauge], multiprocess_mode="mostrecent")
+        metric_types = {**metric_types, Gauge: gauge}
+        if metric_types[Counter] is Counter:  # Ray has counters of its own.
+            metric_types = {**metric_types, Counter: TotalCounter}
         return super().build_prom_metrics(
-            translated, {**metric_types, Gauge: gauge}, labelnames, per_engine_labelvalues
+            translated, metric_types, labelnames, per_engine_labelvalues
         )
 
     def load_adapter(self, lora: LoRARequest, load: Callable[[], bool]) -> bool:

@@ -1,0 +1,38 @@
+"""A queue for each session: what is put off is done in the order of its requests."""
+
+import asyncio
+from collections.abc import Coroutine
+
+from vllm_cachescope.tenancy.scope import Caller
+
+
+class SessionQueue:
+    """Work on requests that was put off, for the event loop."""
+
+    def __init__(self) -> None:
+        self._last: dict[Caller, asyncio.Task[None]] = {}
+
+    def is_empty(self, caller: Caller) -> bool:
+        """Tell whether all work on the requests of ``caller`` is done."""
+        return caller not in self._last
+
+    async def done(self, caller: Caller) -> None:
+        """Wait until the work that was put off for ``caller`` so far is done."""
+        if (last := self._last.get(caller)) is not None:
+            await asyncio.wait([last])
+
+    def put_off(self, caller: Caller, work: Coroutine[None, None, None]) -> None:
+        """Have ``work`` done once all that was put off for ``caller`` before is done."""
+        task = asyncio.get_running_loop().create_task(self._after(self._last.get(caller), work))
+        self._last[caller] = task
+        task.add_done_callback(lambda _: self._forget(caller, task))
+
+    @staticmethod
+    async def _after(before: asyncio.Task[None] | None, work: Coroutine[None, None, None]) -> None:
+        if before is not None:
+            await asyncio.wait([before])
+        await work
+
+    def _forget(self, caller: Caller, task: asyncio.Task[None]) -> None:
+        if self._last.get(caller) is task:
+            del self._last[caller]

@@ -1,0 +1,88 @@
+"""The prefixes that recorded calls have left for each other, whichever conversation they are of."""
+
+import secrets
+from collections.abc import Mapping
+from hashlib import blake2b
+
+from cachetools import LRUCache
+
+from vllm_cachescope.cli.traffic import Call
+from vllm_cachescope.config import Config
+from vllm_cachescope.diagnosis.fingerprint import Fingerprint
+from vllm_cachescope.prompt.request import PromptRequest, Region
+from vllm_cachescope.prompt.segments import RegionDefault, Segment, segments
+from vllm_cachescope.tenancy.scope import Scope
+
+_PREFIXES = 2**20
+"""How many prefixes are kept, some 200 MB; each part of a prompt ends one."""
+
+_DIGEST_BYTES = 8
+
+
+class SharedPrefixes:
+    """The prefixes in the cache, by a chain of hashes over their parts, as an engine's blocks are.
+
+    All calls are taken to be of one organisation, and the scopes to be those that the calls mark,
+    or else the defaults.
+
+    Args:
+        ttl_s: TTL in seconds of what names none, counted from the last use; None for no expiry at
+            all.
+
+    Attributes:
+        secret: key of the fingerprints that can be compared here.
+    """
+
+    def __init__(self, ttl_s: float | None) -> None:
+        self.secret = secrets.token_bytes(32)
+        self._expires = ttl_s is not None
+        regions = Config().regions
+        self._defaults = {
+            region: RegionDefault(regions.of(region).scope, round(ttl_s or 0)) for region in Region
+        }
+        # By hash of the prefix, when it was last used and how long it lives from then on.
+        self._used: LRUCache[bytes, tuple[float, int]] = LRUCache(_PREFIXES)
+
+    def use(self, call: Call, fingerprint: Fingerprint, at: float) -> Mapping[Scope, int]:
+        """Record a call. Return how many leading tokens of its prompt earlier calls have left,
+        by their scope.
+
+        Args:
+            call: the call.
+            fingerprint: its prompt's, made under `secret`.
+            at: when it was made, in seconds.
+        """
+        found: dict[Scope, int] = {}
+        reading, start = True, 0
+        asked = sorted(fingerprint.params.items())
+        digest = repr((fingerprint.protocol, fingerprint.model, asked)).encode()
+        cut = segments(call.request, self._defaults)
+        by_path = _segments_by_path(call.request, cut)
+        for i in range(len(fingerprint)):
+            segment = by_path.get(fingerprint.path(i), cut[-1])
+            own = call.session if segment.scope is Scope.SESSION else None
+            chained = digest + fingerprint.hash(i) + repr((segment.scope, own)).encode()
+            digest = blake2b(chained, digest_size=_DIGEST_BYTES).digest()
+            used_at, ttl_s = self._used.get(digest, (at, 0))
+            reading = reading and digest in self._used and self._lives(at - used_at, ttl_s)
+            end = fingerprint.ends[i]
+            if reading:
+                found[segment.scope] = found.get(segment.scope, 0) + end - start
+            start = end
+            self._used[digest] = at, max(ttl_s, segment.ttl_s)
+        return found
+
+    def _lives(self, idle_s: float, ttl_s: int) -> bool:
+        return not self._expires or idle_s <= ttl_s
+
+
+def _segments_by_path(request: PromptRequest, cut: tuple[Segment, ...]) -> dict[str, Segment]:
+    """Return the segment of each part of a request, by the part's path."""
+    left = iter(cut)
+    segment = next(left)
+    by_path: dict[str, Segment] = {}
+    for part in request.parts:
+        by_path[part.path] = segment
+        if part is segment.after:
+            segment = next(left)
+    return by_path

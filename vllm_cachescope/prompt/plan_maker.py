@@ -1,0 +1,48 @@
+"""The maker of plans: a prompt's segments and where they end become spans with scope keys."""
+
+import secrets
+from collections.abc import Sequence
+
+from vllm_cachescope.prompt.plan import Plan, Span
+from vllm_cachescope.prompt.segments import Segment
+from vllm_cachescope.tenancy.owner_tags import OwnerTags
+from vllm_cachescope.tenancy.scope import Caller, Scope, ScopeKeys
+
+
+class PlanMaker:
+    """Makes the plans of prompts.
+
+    Args:
+        secret: key of the scope keys and of the owners.
+    """
+
+    def __init__(self, secret: bytes) -> None:
+        self._keys = ScopeKeys(secret)
+        self._owners = OwnerTags(secret)
+
+    def plan(self, cut: Sequence[Segment], ends: Sequence[int], caller: Caller) -> Plan:
+        """Return the plan of one prompt.
+
+        Args:
+            cut: its segments.
+            ends: where each of them ends, in tokens from the start of the prompt, ascending; the
+                last is the prompt's length, at least 1.
+            caller: on whose behalf the prompt runs.
+        """
+        nonce = secrets.token_hex(8)
+        spans: list[Span] = []
+        for segment, end in zip(cut, ends, strict=True):
+            if spans and end == spans[-1].end:
+                continue
+            unreadable = segment.scope is Scope.SESSION and caller.session is None
+            spans.append(
+                Span(
+                    end,
+                    segment.scope,
+                    self._keys.key(segment.scope, caller, nonce),
+                    segment.ttl_s,
+                    # What nobody can read again is not worth keeping.
+                    segment.covered and not unreadable,
+                )
+            )
+        return Plan(tuple(span for span in spans if span.end > 0), nonce, self._owners.of(caller))
