@@ -81,7 +81,8 @@ def _tool(old: Fingerprint, i: int, new: Fingerprint, at: int) -> Change | None:
     before, after = old.tools[i], new.tools[at]
     if before.ordered == after.ordered:
         return None
-    kind, names, fields = ChangeKind.TOOL_KEYS_REORDERED, (after.name,), tuple[str, ...]()
+    kind, fields = ChangeKind.TOOL_KEYS_REORDERED, tuple[str, ...]()
+    names: tuple[str, ...] = (after.name,)
     if before.unordered != after.unordered:
         theirs, ours = before.field_map(), after.field_map()
         kind = ChangeKind.TOOL_CHANGED
