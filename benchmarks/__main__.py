@@ -4,7 +4,15 @@ import os
 import subprocess
 import sys
 
-BENCHMARKS = ("boundaries", "cpu_tier", "diagnosis", "overhead", "remote_tier", "shared_prefix")
+BENCHMARKS = (
+    "boundaries",
+    "cpu_tier",
+    "diagnosis",
+    "envelopes",
+    "overhead",
+    "remote_tier",
+    "shared_prefix",
+)
 
 
 def main() -> int:

@@ -20,6 +20,7 @@ from demo.model import MODELS, SMALL, build
 from demo.server import Server
 from demo.session import agent_session, marked
 from vllm_cachescope.cli.serve import serve_command
+from vllm_cachescope.config import SECRET_VARIABLE
 
 T = TypeVar("T")
 
@@ -221,7 +222,7 @@ def prompt(label: str, seed: int = 0, tokens: int = 8_000) -> dict[str, Any]:
     return body
 
 
-def server(plugin: bool, *arguments: str, **config: Any) -> Server:
+def server(plugin: bool, *arguments: str, secret: str | None = None, **config: Any) -> Server:
     """Return a server of the SMALL model, with the plugin or plain; enter it to start it.
 
     Both cache prefixes on the device, and tell how much of a prompt they read.
@@ -229,6 +230,7 @@ def server(plugin: bool, *arguments: str, **config: Any) -> Server:
     Args:
         plugin: whether to serve with the plugin.
         arguments: further ones for vLLM.
+        secret: the plugin's secret; None for one that it makes up.
         config: the plugin's configuration.
     """
     model = str(build(MODELS / SMALL.name, SMALL))
@@ -251,5 +253,6 @@ def server(plugin: bool, *arguments: str, **config: Any) -> Server:
         # wait for the scheduler.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "OMP_NUM_THREADS": "1",
+        **({SECRET_VARIABLE: secret} if secret else {}),
     }
     return Server([*command, "--distributed-executor-backend", "uni"], environment)

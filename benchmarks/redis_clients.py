@@ -12,13 +12,16 @@ import redis
 
 from vllm_cachescope.config import RedisTier
 from vllm_cachescope.connectors.redis import stores
+from vllm_cachescope.connectors.redis.store import FRONT_BYTES
 from vllm_cachescope.connectors.vllm.store_factory import limits_of
 from vllm_cachescope.tenancy.owner_tags import NOBODY
-from vllm_cachescope.tiers.envelope import HEADER_BYTES
+from vllm_cachescope.tiers.envelope import Envelopes
 from vllm_cachescope.tiers.jobs import Finished, Outgoing
 from vllm_cachescope.tiers.keyspace import Keyspace, qualified, secret_digest
+from vllm_cachescope.tiers.leases import Leases
 from vllm_cachescope.tiers.remote import RemoteTier
 
+SECRET = b"the secret of the benchmarks"
 TTL_S = 300
 PATIENCE_S = 60.0
 
@@ -53,18 +56,26 @@ class Client(ABC):
 
 
 class Ours(Client):
-    """The remote tier as an engine uses it: with lookups, checksums and lifetimes, on threads of
-    its own, and with its default number of connections.
+    """The remote tier as an engine uses it: with lookups, MACs and lifetimes, on threads of its
+    own, and with its default number of connections.
 
     Args:
         url: the Redis.
         count: how many blocks there are.
         block_bytes: bytes per block.
+        name: what the result calls it.
+        envelopes: what seals the blocks; by default as a tier does that is not told to encrypt.
     """
 
-    name = "remote tier"
-
-    def __init__(self, url: str, count: int, block_bytes: int) -> None:
+    def __init__(
+        self,
+        url: str,
+        count: int,
+        block_bytes: int,
+        name: str = "remote tier",
+        envelopes: Envelopes | None = None,
+    ) -> None:
+        self.name = name
         settings = RedisTier(
             type="redis",
             url=url,
@@ -72,14 +83,23 @@ class Ours(Client):
             timeout=PATIENCE_S,
             max_inflight_bytes=count * block_bytes,
         )
-        keyspace = Keyspace({"benchmark": block_bytes})
+        keyspace = Keyspace({"benchmark": block_bytes, "name": name})
         chance = random.Random(0)
         self._keys = [qualified(NOBODY, chance.randbytes(32) + bytes(4)) for _ in range(count)]
         self.names = [keyspace.name(key) for key in self._keys]
         self._tier = RemoteTier(
             "redis",
-            stores(url, PATIENCE_S, keyspace, secret_digest(b"benchmark"), time.monotonic),
+            stores(
+                url,
+                PATIENCE_S,
+                keyspace,
+                secret_digest(SECRET),
+                Leases(SECRET),
+                time.monotonic,
+                time.time,
+            ),
             block_bytes,
+            envelopes or Envelopes(SECRET, keyspace.namespace),
             limits_of(settings),
             time.monotonic,
             random.random,
@@ -141,7 +161,7 @@ class RedisPy(Client):
         self._values = [self._client.get(name) for name in self._names]
 
     def loaded(self) -> Iterable[memoryview]:
-        return (memoryview(value)[HEADER_BYTES:] for value in self._values)
+        return (memoryview(value)[FRONT_BYTES:] for value in self._values)
 
     def close(self) -> None:
         self._client.close()
@@ -166,7 +186,7 @@ class Native(Client):
 
         self._client = LMCacheRedisClient("127.0.0.1", port, self.workers)
         self._names = [name.decode() for name in names]
-        self._slots = pages(len(names), HEADER_BYTES + block_bytes)
+        self._slots = pages(len(names), FRONT_BYTES + block_bytes)
 
     def store(self, blocks: Sequence[memoryview]) -> None:
         names = [f"native:{number}" for number in range(len(blocks))]
@@ -176,7 +196,7 @@ class Native(Client):
         self._submit(self._client.submit_batch_get, self._names, self._slots)
 
     def loaded(self) -> Iterable[memoryview]:
-        return (slot[HEADER_BYTES:] for slot in self._slots)
+        return (slot[FRONT_BYTES:] for slot in self._slots)
 
     def close(self) -> None:
         self._client.close()

@@ -59,7 +59,7 @@ SUITES = {
         "tests/engine/test_operations.py",
         "tests/engine/test_sdk.py",
     ),
-    "redis": ("tests/redis/test_replicas.py",),
+    "redis": ("tests/redis/test_replicas.py", "tests/routers"),
     "lmcache": ("tests/lmcache/test_engines.py",),
 }
 """Tests by what they drive. Each suite is a process of its own: one process has one engine."""

@@ -92,7 +92,7 @@ TIER_KEYS = Metric(
     "Chunks that a remote tier was asked for, by operation (lookup, load, store, reclaim) and "
     "outcome (hit, miss, stored, present, expired; gone: evicted since the lookup; late: not "
     "within the deadline; dropped: the queue was full or the tier down; failed; refused; damaged: "
-    "bad header or checksum, deleted).",
+    "bad MAC or lease, deleted).",
     ("tier", "operation", "outcome"),
 )
 TIER_INFLIGHT_BYTES = Metric(

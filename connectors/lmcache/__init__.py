@@ -18,6 +18,7 @@ from vllm_cachescope.connectors.lmcache.llvmlite_library import refuse_special_n
 from vllm_cachescope.connectors.lmcache.memory import Staging
 from vllm_cachescope.connectors.lmcache.store import LMCacheStore
 from vllm_cachescope.tiers.keyspace import Keyspace
+from vllm_cachescope.tiers.leases import Leases
 
 __all__ = ["parse", "stores"]
 
@@ -31,6 +32,7 @@ def stores(
     timeout_s: float,
     keyspace: Keyspace,
     secret_digest: bytes,
+    leases: Leases,
     clock: Callable[[], float],
     wall_clock: Callable[[], float],
 ) -> Callable[[], LMCacheStore]:
@@ -43,6 +45,7 @@ def stores(
         timeout_s: how long any one thing that the adapter does may take, in seconds.
         keyspace: names of the entries.
         secret_digest: tells our secret from others; see `keyspace.secret_digest`.
+        leases: grants and reads the leases of entries.
         clock: the tier's clock.
         wall_clock: Unix time in seconds, on which entries expire: that of all engines that share
             the entries.
@@ -56,6 +59,7 @@ def stores(
         timeout_s,
         keyspace.namespace,
         secret_digest,
+        leases,
         clock,
         wall_clock,
     )

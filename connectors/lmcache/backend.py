@@ -12,6 +12,7 @@ from vllm_cachescope.connectors.lmcache.memory import Staging
 from vllm_cachescope.connectors.lmcache.session import Call, Session
 from vllm_cachescope.connectors.lmcache.upkeep import Upkeep
 from vllm_cachescope.logs import logger_of
+from vllm_cachescope.tiers.leases import Leases
 from vllm_cachescope.tiers.store import StoreFailed, StoreLate
 
 logger = logger_of(__name__)
@@ -35,6 +36,7 @@ class Backend:
         timeout_s: how long any one thing may take, in seconds.
         namespace: of this engine's entries.
         secret_digest: tells our secret from others; see `keyspace.secret_digest`.
+        leases: grants and reads the leases of entries.
         clock: the tier's clock.
         wall_clock: Unix time in seconds.
 
@@ -51,12 +53,13 @@ class Backend:
         timeout_s: float,
         namespace: str,
         secret_digest: bytes,
+        leases: Leases,
         clock: Callable[[], float],
         wall_clock: Callable[[], float],
     ) -> None:
         self.staging = staging
         self.entries = Entries(
-            config, staging, namespace, timeout_s, clock, wall_clock, self.session
+            config, staging, namespace, leases, timeout_s, clock, wall_clock, self.session
         )
         self.upkeep = Upkeep(self.entries, timeout_s, clock, self.session)
         self._handshake = Handshake(staging, namespace, secret_digest, self.entries.now_ms)
@@ -138,6 +141,10 @@ class Backend:
     def shake_hands(self, session: Session, deadline: float) -> None:
         """Make sure that the tier may still run on the adapter; see `Handshake.shake`."""
         self._handshake.shake(session, deadline)
+
+    def undo_handshake(self, session: Session, deadline: float) -> None:
+        """Leave nothing of ours in the store; see `Handshake.undo`."""
+        self._handshake.undo(session, deadline)
 
     def memory(self) -> dict[str, int]:
         """Return what the adapter says of its memory, in bytes.

@@ -9,9 +9,10 @@ from lmcache.v1.distributed.l2_adapters import L2AdapterConfigBase
 
 from vllm_cachescope.connectors.lmcache.adapters import Entry, Kind, listed, name
 from vllm_cachescope.connectors.lmcache.expiries import UNREADABLE, Expiries
-from vllm_cachescope.connectors.lmcache.memory import Staging
-from vllm_cachescope.connectors.lmcache.records import batches, packed, put, unpacked
+from vllm_cachescope.connectors.lmcache.memory import Buffer, Staging
+from vllm_cachescope.connectors.lmcache.records import batches, put
 from vllm_cachescope.connectors.lmcache.session import Call, Session
+from vllm_cachescope.tiers.leases import LEASE_BYTES, Leases, claimed_end
 from vllm_cachescope.tiers.store import StoreFailed
 
 DOUBTS = 3
@@ -31,6 +32,7 @@ class Entries:
         config: the adapter's.
         staging: memory for the objects on their way.
         namespace: of this engine's entries.
+        leases: grants and reads the leases of entries, which are their records.
         timeout_s: how long any one thing may take, in seconds.
         clock: the tier's clock.
         wall_clock: Unix time in seconds.
@@ -45,6 +47,7 @@ class Entries:
         config: L2AdapterConfigBase,
         staging: Staging,
         namespace: str,
+        leases: Leases,
         timeout_s: float,
         clock: Callable[[], float],
         wall_clock: Callable[[], float],
@@ -54,6 +57,7 @@ class Entries:
         self._config = config
         self._staging = staging
         self._namespace = namespace
+        self._leases = leases
         self._timeout_s = timeout_s
         self._clock = clock
         self._wall_clock = wall_clock
@@ -116,7 +120,10 @@ class Entries:
         Raises:
             StoreFailed: if that did not work.
         """
-        records = {name(e, Kind.EXPIRY): packed(e.key, b"", at) for e, at in expires_ms.items()}
+        records = {
+            name(entry, Kind.EXPIRY): self._leases.grant(_lease_name(entry), at)
+            for entry, at in expires_ms.items()
+        }
         put(self._session(), self._staging, records, deadline)
         for entry, at in expires_ms.items():
             self.expiries.learn(entry, at)
@@ -199,11 +206,20 @@ class Entries:
             with self.blaming(session) as is_to_blame, session.loading(keys, buffers) as tasks:
                 for entry, task, buffer in zip(batch, tasks, buffers, strict=True):
                     if session.wait(task, deadline)[0]:
-                        self.expiries.learn(entry, unpacked(entry.key, buffer, 0)[0])
+                        self.expiries.learn(entry, self._end(entry, buffer))
                         with self._lock:
                             self._doubts.pop(entry, None)
                     else:
                         is_to_blame(entry)
+
+    def _end(self, entry: Entry, record: Buffer) -> int:
+        """Return when an entry with this record expires, in ms of Unix time."""
+        lease = bytes(record.view[:LEASE_BYTES])
+        if entry.namespace != self._namespace:
+            # Another secret may hold there. Such an entry is deleted here, and never served.
+            return claimed_end(lease)
+        ends_at_ms = self._leases.end(_lease_name(entry), lease)
+        return UNREADABLE if ends_at_ms is None else ends_at_ms
 
     @contextmanager
     def blaming(self, session: Session) -> Iterator[Callable[[Entry], bool]]:
@@ -236,3 +252,8 @@ class Entries:
         finally:
             if session.spoiled:
                 session.retire("an object did not load that was there")
+
+
+def _lease_name(entry: Entry) -> bytes:
+    # Namespaces are all of one length.
+    return entry.namespace.encode() + entry.key

@@ -7,7 +7,7 @@ from vllm_cachescope.cache.expiry_queue import ExpiryQueue
 from vllm_cachescope.connectors.lmcache.adapters import Entry
 
 UNREADABLE = 0
-"""The expiry of an entry whose record is damaged: it is never alive, and is dropped."""
+"""The expiry of an entry whose lease is damaged or forged: it is never alive, and is dropped."""
 
 
 class Expiries:

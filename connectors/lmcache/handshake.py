@@ -1,17 +1,23 @@
 """The handshake with a store behind an adapter: it keeps, it deletes, its secret is ours."""
 
+import hashlib
+import struct
 from collections.abc import Callable
 
 from lmcache.v1.distributed.api import ObjectKey
 
 from vllm_cachescope.connectors.lmcache.adapters import Entry, Kind, name
 from vllm_cachescope.connectors.lmcache.memory import Staging
-from vllm_cachescope.connectors.lmcache.records import packed, put, unpacked
+from vllm_cachescope.connectors.lmcache.records import put
 from vllm_cachescope.connectors.lmcache.session import Session
 from vllm_cachescope.tiers.store import ForeignSecret, StoreFailed, StoreUnfit
 
 SECRET_S = 60.0
 """How long the digest of a secret outlives the last engine that has it, in seconds."""
+
+_RECORD = struct.Struct("<Q32s8s")
+"""When it expires, in ms of Unix time; the digest of a secret; a checksum of the two. There is no
+MAC: engines with another secret must be able to read it."""
 
 
 class Handshake:
@@ -64,8 +70,16 @@ class Handshake:
             session.drop([secret], deadline)
             if session.lookup([secret], deadline)[0]:
                 raise StoreUnfit("it does not delete: nothing in it would ever expire")
-            content = packed(Kind.SECRET, self._secret_digest, now_ms + int(SECRET_S * 1000))
-            put(session, self._staging, {secret: content}, deadline)
+            record = _packed(now_ms + int(SECRET_S * 1000), self._secret_digest)
+            put(session, self._staging, {secret: record}, deadline)
+
+    def undo(self, session: Session, deadline: float) -> None:
+        """Delete what `shake` leaves in the store. No engine may use the namespace.
+
+        Raises:
+            StoreFailed: if it does not answer.
+        """
+        session.drop([session.canary, self._secret], deadline)
 
     def _read_digest(
         self, session: Session, secret: ObjectKey, deadline: float
@@ -73,5 +87,16 @@ class Handshake:
         buffers = self._staging.records.take(1)
         with session.loading([secret], buffers) as tasks:
             if session.wait(tasks[0], deadline)[0]:
-                return unpacked(Kind.SECRET, buffers[0], len(self._secret_digest))
+                return _unpacked(bytes(buffers[0].view[: _RECORD.size]))
         raise StoreFailed("the digest of a secret does not load")
+
+
+def _packed(until_ms: int, digest: bytes) -> bytes:
+    checksum = hashlib.sha256(b"%d %b" % (until_ms, digest)).digest()
+    return _RECORD.pack(until_ms, digest, checksum)
+
+
+def _unpacked(record: bytes) -> tuple[int, bytes]:
+    """Return what a record says; one that is damaged has expired."""
+    until_ms, digest, _ = _RECORD.unpack(record)
+    return (until_ms, digest) if record == _packed(until_ms, digest) else (0, digest)

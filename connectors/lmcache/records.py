@@ -1,51 +1,15 @@
-"""Small objects beside the values: when an entry expires, and whose secret an engine uses.
-
-Such an object is a header like a value's (see `envelope`), which says when it expires, and a few
-bytes behind it, if any.
-"""
+"""Small objects beside the values: the leases of entries, and whose secret an engine uses."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeVar
 
 from lmcache.v1.distributed.api import ObjectKey
 
-from vllm_cachescope.connectors.lmcache.expiries import UNREADABLE
-from vllm_cachescope.connectors.lmcache.memory import AT_ONCE, Buffer, Staging
+from vllm_cachescope.connectors.lmcache.memory import AT_ONCE, Staging
 from vllm_cachescope.connectors.lmcache.session import Session
-from vllm_cachescope.tiers import envelope
-from vllm_cachescope.tiers.envelope import HEADER_BYTES
 from vllm_cachescope.tiers.store import StoreFailed
 
 T = TypeVar("T")
-
-
-def packed(key: bytes, content: bytes, expires_ms: int) -> bytes:
-    """Return a small object.
-
-    Args:
-        key: what the object belongs to; `unpacked` needs the same.
-        content: what it holds.
-        expires_ms: when it expires, in ms of Unix time.
-    """
-    lifetime = envelope.Lifetime(0, expires_ms)
-    return envelope.header(key, memoryview(content), lifetime) + content
-
-
-def unpacked(key: bytes, found: Buffer, length: int) -> tuple[int, bytes]:
-    """Return when a small object expires, in ms of Unix time, and what it holds; `UNREADABLE` and
-    nothing if the object is damaged.
-
-    Args:
-        key: see `packed`.
-        found: the object as it was loaded.
-        length: how many bytes it holds behind the header.
-    """
-    content = bytes(found.view[HEADER_BYTES : HEADER_BYTES + length])
-    try:
-        lifetime = envelope.check(key, bytes(found.view[:HEADER_BYTES]), memoryview(content))
-    except envelope.BadEnvelope:
-        return UNREADABLE, b""
-    return lifetime.expires_at_ms, content
 
 
 def put(

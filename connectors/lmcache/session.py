@@ -336,7 +336,7 @@ class Session:
         finally:
             os.close(self._wake_read)
             os.close(self._wake_write)
-            # An adapter that has been closed writes to no buffer; and if one does, the checksum of
+            # An adapter that has been closed writes to no buffer; and if one does, the MAC of
             # what is stored or loaded there by then shows it.
             with self._lock:
                 for task in tasks:

@@ -1,7 +1,7 @@
 """The store of blocks behind one of LMCache's adapters.
 
-An entry is two objects: the value, which is a header and the block behind it, and a record of when
-the entry expires. Without a record that has time left there is no entry. The value is written once,
+An entry is two objects: the value, which is a header and the block behind it, and a record, which
+is its lease. Without a record that has time left there is no entry. The value is written once,
 before its record. The record is written again when the entry is used: the adapters can only replace
 whole objects, and a block is too much to write for each use.
 """
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from vllm_cachescope.connectors.lmcache.adapters import Kind, name
 from vllm_cachescope.connectors.lmcache.backend import Backend
 from vllm_cachescope.tiers.envelope import HEADER_BYTES
-from vllm_cachescope.tiers.store import Store, StoreFailed, StoreUnfit, Value, Written
+from vllm_cachescope.tiers.store import Misfit, Store, StoreFailed, StoreUnfit, Value, Written
 
 
 class LMCacheStore(Store):
@@ -45,13 +45,17 @@ class LMCacheStore(Store):
             self.backend.shake_hands(session, deadline)
         return self.backend.memory()
 
+    def secret_digests(self, deadline: float) -> None:
+        session = self.backend.connect(self, deadline)
+        self.backend.undo_handshake(session, deadline)
+
     def find(self, keys: Sequence[bytes], deadline: float) -> list[bool]:
         entries = self.backend.entries
         return entries.present([entries.entry(key) for key in keys], deadline)
 
     def read(
         self, keys: Sequence[bytes], slots: Sequence[memoryview], deadline: Callable[[], float]
-    ) -> Iterator[bytes | None]:
+    ) -> Iterator[bytes | Misfit | None]:
         staging, entries = self.backend.staging, self.backend.entries
         session = self.backend.session()
         wanted = [entries.entry(key) for key in keys]
@@ -77,7 +81,7 @@ class LMCacheStore(Store):
                         yield bytes(buffer.view[:HEADER_BYTES])
                     elif is_to_blame(wanted[i]):
                         session.check_alive(deadline())
-                        yield b""
+                        yield Misfit.UNREADABLE
                     else:
                         raise StoreFailed("it may have suffered from a value that did not load")
 

@@ -8,6 +8,7 @@ from vllm_cachescope.connectors.redis.server_clock import ServerClock
 from vllm_cachescope.connectors.redis.store import RedisStore
 from vllm_cachescope.connectors.redis.topology import Topology
 from vllm_cachescope.tiers.keyspace import Keyspace
+from vllm_cachescope.tiers.leases import Leases
 
 __all__ = ["parse", "stores"]
 
@@ -17,16 +18,28 @@ def stores(
     timeout_s: float,
     keyspace: Keyspace,
     secret_digest: bytes,
+    leases: Leases,
     clock: Callable[[], float],
+    wall_clock: Callable[[], float],
     quotas: Quotas | None = None,
+    password: str | None = None,
 ) -> Callable[[], RedisStore]:
-    """Return what makes a store for each thread of a tier; see `RedisStore`.
+    """Return what makes a store for each thread of a tier; see `address.parse` and `RedisStore`.
 
     Raises:
         ValueError: if ``url`` is none.
     """
-    address = parse(url)
+    address = parse(url, password)
     topology, server_clock = Topology(address), ServerClock()
     return lambda: RedisStore(
-        address, topology, keyspace, secret_digest, timeout_s, clock, quotas, server_clock
+        address,
+        topology,
+        keyspace,
+        secret_digest,
+        leases,
+        timeout_s,
+        clock,
+        wall_clock,
+        quotas,
+        server_clock,
     )

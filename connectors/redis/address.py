@@ -12,7 +12,7 @@ Further options of redis-py's connections stand in the query, as in ``?ssl_ca_ce
 Sentinels' own credentials are ``sentinel_username`` and ``sentinel_password`` there.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
@@ -82,12 +82,25 @@ class Address:
         )
 
 
-def parse(url: str) -> Address:
+def parse(url: str, password: str | None = None) -> Address:
     """Return the address in ``url``.
 
+    Args:
+        url: the address.
+        password: the password of the servers; None for the one in ``url``, if any.
+
     Raises:
-        ValueError: if it is none.
+        ValueError: if it is none, or there are two passwords.
     """
+    address = _parsed(url)
+    if password is None:
+        return address
+    if address.options.get("password") is not None:
+        raise ValueError("there are two passwords, one of them in it; leave that one out")
+    return replace(address, options={**address.options, "password": password})
+
+
+def _parsed(url: str) -> Address:
     if not url.startswith(tuple(f"{scheme}://" for scheme in SCHEMES)):
         # Not shown: what stands before a "://" that is missing may hold the password.
         raise ValueError(f"there is no address of this scheme; allowed: {', '.join(SCHEMES)}")

@@ -9,19 +9,30 @@ from vllm_cachescope.cache.quotas import SHOWN_ORGS, Quotas
 from vllm_cachescope.connectors.redis.address import Address
 from vllm_cachescope.connectors.redis.channel import Refusal, Reply, command
 from vllm_cachescope.connectors.redis.connections import Connections
+from vllm_cachescope.connectors.redis.renewal import AT_ONCE, renewals
 from vllm_cachescope.connectors.redis.server_clock import ServerClock
 from vllm_cachescope.connectors.redis.shared_usage import SharedUsage
 from vllm_cachescope.connectors.redis.topology import Node, Topology
 from vllm_cachescope.tiers.envelope import HEADER_BYTES
-from vllm_cachescope.tiers.keyspace import Keyspace, names_of
+from vllm_cachescope.tiers.keyspace import HANDSHAKES, Keyspace, names_of
+from vllm_cachescope.tiers.leases import LEASE_BYTES, Leases
 from vllm_cachescope.tiers.store import (
     ForeignSecret,
+    Misfit,
     Store,
     StoreFailed,
     StoreUnfit,
     Value,
     Written,
 )
+
+FRONT_BYTES = HEADER_BYTES + LEASE_BYTES
+"""What stands in front of a payload: its header, and the lease of the entry."""
+
+CLOCKS_APART_MS = 60_000
+"""How far the clocks of engines may be apart, in ms. The server expires entries itself, so they
+end in time whatever the clocks say; an entry that somebody keeps there ends so much later than its
+lease."""
 
 WINDOW_BYTES = 2 << 20
 """Bytes of values asked for ahead. The server buffers them; a few keep the wire busy."""
@@ -45,8 +56,10 @@ class RedisStore(Store):
         topology: shared with the tier's other threads.
         keyspace: names of the entries.
         secret_digest: tells our secret from others; see `keyspace.secret_digest`.
+        leases: grants and reads the leases of entries.
         timeout_s: how long connecting to one node may take, in seconds.
         clock: the tier's clock.
+        wall_clock: Unix time in seconds, in which leases end.
         quotas: what each organisation may hold; None for anything.
         server_clock: shared with the tier's other threads.
     """
@@ -57,8 +70,10 @@ class RedisStore(Store):
         topology: Topology,
         keyspace: Keyspace,
         secret_digest: bytes,
+        leases: Leases,
         timeout_s: float,
         clock: Callable[[], float],
+        wall_clock: Callable[[], float],
         quotas: Quotas | None,
         server_clock: ServerClock,
     ) -> None:
@@ -68,8 +83,10 @@ class RedisStore(Store):
         self._is_cluster = address.cluster
         self._keyspace = keyspace
         self._secret_digest = secret_digest
+        self._leases = leases
         self._timeout_s = timeout_s
         self._clock = clock
+        self._wall_clock = wall_clock
         self._quotas = quotas
         self._usage = (
             None
@@ -95,10 +112,30 @@ class RedisStore(Store):
             known["used_bytes"] += int(info.get("used_memory", 0))
             known["capacity_bytes"] += int(info.get("maxmemory", 0))
         self._shake_hands(deadline)
+        self._try_to_renew(deadline)
         if self._usage is not None and self._quotas is not None:
             held = Counter(self._usage.held(deadline)).most_common(SHOWN_ORGS)
             known["orgs"] = {org.hex(): count * self._quotas.entry_bytes for org, count in held}
         return known
+
+    def secret_digests(self, deadline: float) -> set[bytes] | None:
+        self.connect(deadline)
+        if self._is_cluster:
+            self._connections.discover(deadline)
+        for node in self._topology.nodes:
+            self._info(node, deadline)
+        digests: set[bytes] = set()
+        # It may not let us list names, or hold too many of them.
+        try:
+            for node in self._topology.nodes:
+                for names in self._scan(node, HANDSHAKES, deadline):
+                    replies = self._connections.ask_each(
+                        {name: command(b"GET", name) for name in names}, deadline
+                    )
+                    digests.update(reply for reply in replies.values() if isinstance(reply, bytes))
+        except StoreFailed:
+            return None
+        return digests
 
     def find(self, keys: Sequence[bytes], deadline: float) -> list[bool]:
         names = [self._keyspace.name(key) for key in keys]
@@ -108,7 +145,7 @@ class RedisStore(Store):
 
     def read(
         self, keys: Sequence[bytes], slots: Sequence[memoryview], deadline: Callable[[], float]
-    ) -> Iterator[bytes | None]:
+    ) -> Iterator[bytes | Misfit | None]:
         names = [self._keyspace.name(key) for key in keys]
         nodes = [self._topology.node_of(name) for name in names]
         ahead = max(1, WINDOW_BYTES // slots[0].nbytes)
@@ -121,30 +158,39 @@ class RedisStore(Store):
                     self._connections.channel(nodes[j], latest).send(
                         [command(b"PTTL", names[j]), command(b"GET", names[j])], latest
                     )
-                yield self._value(nodes[i], slot, latest)
+                yield self._value(names[i], nodes[i], slot, latest)
             whole = True
         finally:
             if not whole:
                 self.close()
 
-    def _value(self, node: Node, slot: memoryview, deadline: float) -> bytes | None:
+    def _value(
+        self, name: bytes, node: Node, slot: memoryview, deadline: float
+    ) -> bytes | Misfit | None:
         channel = self._connections.channel(node, deadline)
         left_ms = self._connections.settle(channel.reply(deadline), node)
-        length = self._connections.settle(channel.value_length(deadline), node)
+        length = channel.value_length(deadline)
+        if isinstance(length, Refusal) and length.code == "WRONGTYPE":
+            return Misfit.TYPE
+        length = cast(int | None, self._connections.settle(length, node))
         if length is None:
             return None
-        assert isinstance(length, int)
-        if length != HEADER_BYTES + slot.nbytes:
+        if length != FRONT_BYTES + slot.nbytes:
             channel.skip(length, deadline)
-            head = b""
-        else:
-            found = bytearray(HEADER_BYTES)
-            channel.receive(memoryview(found), deadline)
-            channel.receive(slot, deadline)
-            head = bytes(found)
+            channel.end_value(deadline)
+            return Misfit.LENGTH
+        front = bytearray(FRONT_BYTES)
+        channel.receive(memoryview(front), deadline)
+        channel.receive(slot, deadline)
         channel.end_value(deadline)
-        # Ours always expire. One that does not was tampered with and would stay for ever.
-        return b"" if left_ms == -1 else head
+        if left_ms == -1:
+            return Misfit.UNLIMITED
+        ends_at_ms = self._leases.end(name, bytes(front[HEADER_BYTES:]))
+        if ends_at_ms is None:
+            return Misfit.UNLEASED
+        if ends_at_ms + CLOCKS_APART_MS <= self._wall_clock() * 1000:
+            return Misfit.OVERDUE
+        return bytes(front[:HEADER_BYTES])
 
     def write(self, values: Sequence[Value], deadline: float) -> list[Written]:
         present = self.find([value.key for value in values], deadline)
@@ -189,11 +235,12 @@ class RedisStore(Store):
                 continue
             name = self._keyspace.name(value.key)
             node = self._topology.node_of(name)
-            before = b"*6\r\n$3\r\nSET\r\n$%d\r\n%b\r\n$%d\r\n%b" % (
+            before = b"*6\r\n$3\r\nSET\r\n$%d\r\n%b\r\n$%d\r\n%b%b" % (
                 len(name),
                 name,
-                len(value.head) + value.payload.nbytes,
+                FRONT_BYTES + value.payload.nbytes,
                 value.head,
+                self._lease(name, lifetime_ms),
             )
             px = b"%d" % lifetime_ms
             # Two replicas may store a block at once: the second one finds it there.
@@ -216,15 +263,16 @@ class RedisStore(Store):
 
     def touch(self, keys: Sequence[tuple[bytes, float]], deadline: float) -> None:
         now = self._clock()
-        left_ms = {
-            self._keyspace.name(key): b"%d" % int((until - now) * 1000)
-            for key, until in keys
-            if until > now
-        }
-        commands = {name: command(b"PEXPIRE", name, ms, b"GT") for name, ms in left_ms.items()}
+        until = {self._keyspace.name(key): at for key, at in keys if at > now}
+        left_ms = {name: int((at - now) * 1000) for name, at in until.items()}
+        leases = {name: (ms, self._lease(name, ms)) for name, ms in left_ms.items()}
+        commands = dict(renewals(leases, 1 if self._is_cluster else AT_ONCE))
         self._connections.ask_each(commands, deadline)
         if self._usage is not None and keys:
             self._usage.touch(keys, deadline)
+
+    def _lease(self, name: bytes, left_ms: int) -> bytes:
+        return self._leases.grant(name, int(self._wall_clock() * 1000) + left_ms)
 
     def drop(self, keys: Sequence[bytes], deadline: float) -> int:
         names = [self._keyspace.name(key) for key in keys]
@@ -307,6 +355,19 @@ class RedisStore(Store):
                 "replicas the same secret; after a change of the secret this tier starts by "
                 f"itself, {HANDSHAKE_MS // 1000} s after the last engine with the old one has gone"
             )
+
+    def _try_to_renew(self, deadline: float) -> None:
+        """Make sure that entries can live on; without a right to that they would just end early."""
+        name = self._keyspace.handshake + b" of nobody"
+        node = self._topology.node_of(name)
+        # Neither leaves anything behind where there is no such name.
+        renewal = dict(renewals({name: (1, b"")}, 1))[name]
+        channel = self._connections.channel(node, deadline)
+        channel.send([renewal, command(b"SETRANGE", name, b"0", b"")], deadline)
+        for reply in [channel.reply(deadline) for _ in range(2)]:
+            # What a full server refuses here it grants to a script.
+            if isinstance(reply, Refusal) and reply.code != "OOM":
+                self._connections.abandon(str(reply))
 
 
 def _total(replies: Iterable[Reply]) -> int:

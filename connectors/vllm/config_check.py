@@ -7,12 +7,15 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import wraps
 from multiprocessing.process import BaseProcess
 from types import SimpleNamespace, TracebackType
 from typing import Any
 
 from vllm_cachescope.config import CONNECTOR, Config, ConfigError, load
-from vllm_cachescope.connectors.vllm import store_factory
+from vllm_cachescope.config.exposure import refuse_secrets
+from vllm_cachescope.connectors.vllm import memory, private_files, store_factory
+from vllm_cachescope.connectors.vllm.findings import Finding, Status, settle
 
 _MULTI = "MultiConnector"
 
@@ -22,8 +25,9 @@ def load_checked(extra_config: Mapping[str, Any]) -> Config:
     done before a model is loaded. The command line, the engine and the API side all load it here.
 
     Raises:
-        ConfigError: if it cannot be used.
+        ConfigError: if it cannot be used, or holds secrets that others can read there.
     """
+    refuse_secrets(extra_config)
     config = load(extra_config)
     config.check(store_factory.check)
     return config
@@ -94,18 +98,92 @@ def install(require: Callable[[], None]) -> None:
     if arguments is None or hasattr(arguments.create_engine_config, "is_checked"):
         return
     arguments.create_engine_config = _checking_first(arguments.create_engine_config, require)
+    _refuse_before_logging()
     sys.excepthook = _without_traceback(sys.excepthook)
 
 
 def _checking_first(create: Callable[..., Any], require: Callable[[], None]) -> Callable[..., Any]:
+    @wraps(create)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if (own := own_transfer(self.kv_transfer_config)) is not None:
-            read(own)
-            require()
-        return create(self, *args, **kwargs)
+        own = own_transfer(self.kv_transfer_config)
+        if own is None:
+            return create(self, *args, **kwargs)
+        config = read(own)
+        require()
+        # Not in the API servers that a first one starts: its engines have taken their memory.
+        if multiprocessing.parent_process() is None:
+            settle(surroundings(own.kv_connector_extra_config, config, engines_here(self)))
+        asked = self.enable_prefix_caching
+        vllm_config = create(self, *args, **kwargs)
+        settle([prefix_caching(vllm_config, asked)])
+        return vllm_config
 
     create_engine_config.is_checked = True  # type: ignore[attr-defined]
     return create_engine_config
+
+
+def surroundings(
+    extra_config: Mapping[str, Any], config: Config, engines: int
+) -> Iterator[Finding]:
+    """Yield what can be told at once of what the configuration needs from its machine.
+
+    Args:
+        extra_config: vLLM's ``kv_connector_extra_config``.
+        config: the configuration that was read from it.
+        engines: how many engines there will be on this machine.
+    """
+    try:
+        yield memory.check(int(config.cpu_bytes), engines, memory.measure())
+    except (OSError, ValueError, KeyError) as error:
+        # No start fails because a system tells of its memory in another way.
+        yield Finding("cpu_bytes", Status.WARNING, f"how much fits cannot be told: {error!r}")
+    yield from private_files.check(extra_config, config)
+
+
+def engines_here(engine_args: Any) -> int:
+    """Return how many engines vLLM starts on this machine for its `EngineArgs`."""
+    if getattr(engine_args, "data_parallel_rank", None) is not None:
+        return 1
+    local = getattr(engine_args, "data_parallel_size_local", None)
+    return int(local or getattr(engine_args, "data_parallel_size", None) or 1)
+
+
+def prefix_caching(vllm_config: Any, asked: bool | None) -> Finding:
+    """Return whether vLLM caches prefixes at all.
+
+    Args:
+        vllm_config: what vLLM has made of its arguments.
+        asked: ``enable_prefix_caching`` as the operator gave it; None for vLLM's default.
+    """
+    key = "enable_prefix_caching"
+    if vllm_config.cache_config.enable_prefix_caching:
+        return Finding(key, Status.OK, "it is on")
+    found = {
+        None: "vLLM turns it off for this model by default, and CacheScope stands on it",
+        False: "it was turned off, and CacheScope stands on it",
+        True: "vLLM cannot cache prefixes of this model here, and CacheScope stands on that",
+    }[asked]
+    remedy = "a vLLM without the connector" if asked else "--enable-prefix-caching"
+    return Finding(key, Status.FAILURE, found, remedy)
+
+
+def _refuse_before_logging() -> None:
+    """Have vLLM refuse secrets in its arguments before it logs those arguments."""
+    for name, module in list(sys.modules.items()):
+        log = vars(module).get("log_non_default_args") if name.startswith("vllm.") else None
+        if log is not None and not hasattr(log, "is_refusing"):
+            vars(module)["log_non_default_args"] = _refusing_first(log)
+
+
+def _refusing_first(log: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(log)
+    def log_non_default_args(args: Any, *others: Any, **options: Any) -> Any:
+        if (own := own_transfer(getattr(args, "kv_transfer_config", None))) is not None:
+            refuse_secrets(own.kv_connector_extra_config)
+        return log(args, *others, **options)
+
+    log_non_default_args.is_refusing = True  # type: ignore[attr-defined]
+    return log_non_default_args
 
 
 @contextmanager

@@ -9,8 +9,9 @@ from importlib import import_module
 from types import ModuleType
 
 from vllm_cachescope.cache.quotas import Quotas
-from vllm_cachescope.config import ConfigError, RedisTier, Tier
+from vllm_cachescope.config import ConfigError, LMCacheTier, RedisTier, Tier
 from vllm_cachescope.tiers.keyspace import Keyspace
+from vllm_cachescope.tiers.leases import Leases
 from vllm_cachescope.tiers.limits import Limits
 from vllm_cachescope.tiers.store import Store
 
@@ -24,18 +25,16 @@ def check(settings: Tier) -> None:
     Raises:
         ConfigError: if there is no such store, or what it needs is not installed.
     """
-    if isinstance(settings, RedisTier):
-        redis = _connector(settings)
-        try:
-            redis.parse(settings.url.get_secret_value())
-        except ValueError as error:
-            raise ConfigError(f"tier {settings.name}: url: {error} (value not shown)") from None
-    else:
-        lmcache = _connector(settings)
-        try:
-            lmcache.parse(settings.adapter)
-        except ConfigError as error:
-            raise ConfigError(f"tier {settings.name}: {error.args[0]}") from None
+    connector = _connector(settings)
+    try:
+        if isinstance(settings, RedisTier):
+            connector.parse(settings.url.get_secret_value(), settings.password())
+        else:
+            connector.parse(settings.adapter)
+    except ConfigError as error:
+        raise ConfigError(f"tier {settings.name}: {error.args[0]}") from None
+    except ValueError as error:
+        raise ConfigError(f"tier {settings.name}: url: {error} (value not shown)") from None
 
 
 def limits_of(settings: Tier) -> Limits:
@@ -57,6 +56,7 @@ def stores(
     slot_bytes: int,
     keyspace: Keyspace,
     secret_digest: bytes,
+    leases: Leases,
     clock: Callable[[], float],
     quotas: Quotas | None,
 ) -> Callable[[], Store]:
@@ -67,6 +67,7 @@ def stores(
         slot_bytes: bytes per block.
         keyspace: names of the entries.
         secret_digest: tells our secret from others; see `keyspace.secret_digest`.
+        leases: grants and reads the leases of entries.
         clock: the tier's clock.
         quotas: what each organisation may hold, for a store that counts what it holds.
     """
@@ -74,7 +75,15 @@ def stores(
     if isinstance(settings, RedisTier):
         url = settings.url.get_secret_value()
         made = _connector(settings).stores(
-            url, settings.timeout, keyspace, secret_digest, clock, quotas
+            url,
+            settings.timeout,
+            keyspace,
+            secret_digest,
+            leases,
+            clock,
+            time.time,
+            quotas,
+            settings.password(),
         )
     else:
         made = _connector(settings).stores(
@@ -84,6 +93,7 @@ def stores(
             settings.timeout,
             keyspace,
             secret_digest,
+            leases,
             clock,
             time.time,
         )
@@ -93,6 +103,11 @@ def stores(
 def counts_usage(settings: Tier) -> bool:
     """Whether the store of a tier counts what organisations hold, for all engines at once."""
     return isinstance(settings, RedisTier)
+
+
+def is_on_disk(settings: Tier) -> bool:
+    """Whether the store of a tier is a file system, local or mounted."""
+    return isinstance(settings, LMCacheTier) and settings.adapter["type"] in ("fs", "fs_native")
 
 
 def _connector(settings: Tier) -> ModuleType:

@@ -42,7 +42,7 @@ def test_nothing_set_is_a_configuration() -> None:
         ({"regions": {"messages": {"ttl": "7m"}}}, ["regions.messages.ttl", "7m", "5m, 30m, 1h"]),
         ({"secret": "short"}, ["secret", "16"]),
         ({"secret": "x" * 16, "secret_file": "f"}, ["secret or secret_file, not both"]),
-        ({"tenants": {"abc": "acme"}}, ["tenants", "'abc'", "SHA-256"]),
+        ({"tenants": {"abc": "acme"}}, ["tenants: 3 characters", "SHA-256"]),
         ({"org_header": ""}, ["org_header"]),
         ({"sweep_interval": "0s"}, ["sweep_interval", "'0s'"]),
         ({"tiers": [{"type": "rediss"}]}, ["tiers.0", "'rediss'", "lmcache, redis"]),
@@ -63,6 +63,10 @@ def test_nothing_set_is_a_configuration() -> None:
         (
             {"tiers": [{"type": "redis", "url": "redis://h", "connections": 0}]},
             ["tiers.0.connections", "greater than or equal to 1"],
+        ),
+        (
+            {"tiers": [{"type": "redis", "url": "redis://h", "encrypt": "yes"}]},
+            ["tiers.0.encrypt", "valid boolean"],
         ),
         ({"quotas": {"gpu": {}}}, ["quotas.gpu", "no such tier", "device, cpu"]),
         ({"quotas": {"cpu": {"qouta": 1}}}, ["quotas.cpu.qouta", "capacity, orgs, quota, reserve"]),

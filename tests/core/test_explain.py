@@ -1,5 +1,6 @@
 import argparse
 import gzip
+import io
 import json
 import os
 import random
@@ -15,7 +16,7 @@ from vllm_cachescope.cache.miss_causes import MissCause
 from vllm_cachescope.cli import explain as command
 from vllm_cachescope.cli import main
 from vllm_cachescope.cli.block_trace import explain_blocks
-from vllm_cachescope.cli.explain import explain_file
+from vllm_cachescope.cli.explain import explain_calls
 from vllm_cachescope.cli.explanation import Explanation
 from vllm_cachescope.cli.traffic import (
     BLOCK_TOKENS,
@@ -38,7 +39,7 @@ def write(path: Path, lines: list[Any]) -> Path:
 
 
 def explained(path: Path, ttl_s: float | None = None) -> Explanation:
-    return Explanation(list(explain_file(path, ttl_s)))
+    return Explanation(list(explain_calls(read_traffic(path), ttl_s)))
 
 
 def run(*args: str) -> int:
@@ -623,8 +624,22 @@ def test_a_pipe_that_nobody_reads(awkward: list[str], options: list[str]) -> Non
 
 
 def test_an_empty_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(str(write(tmp_path / "empty.jsonl", []))) == 0
+    path = write(tmp_path / "empty.jsonl", [])
+    full = write(tmp_path / "full.jsonl", [{"model": "m", "messages": []}])
+    assert run(str(full), str(path)) == 2
+    assert f"{path}: holds no request; --allow-empty" in capsys.readouterr().err
+    assert run(str(path), "--allow-empty") == 0
     assert "0 calls" in capsys.readouterr().out
+
+
+def test_standard_input(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = json.dumps({"model": "m", "messages": [{"role": "user", "content": "Hello"}]}) + "\n"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(line.encode() * 2)))
+    assert run("-", "--json") == 0
+    calls = json.loads(capsys.readouterr().out)["calls"]
+    assert [call["source"] for call in calls] == ["-:1", "-:2"]
 
 
 def test_ignored_markers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

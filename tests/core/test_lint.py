@@ -1,4 +1,5 @@
 import argparse
+import io
 import json
 import time
 from dataclasses import replace
@@ -337,3 +338,26 @@ def test_ignored_markers() -> None:
     ]
     assert "empty" in findings[0].message
     assert "too_many" in findings[1].message
+
+
+def test_several_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = json.dumps(agent("Today is 2026-11-21.").body()) + "\n"
+    one, other = tmp_path / "one.jsonl", tmp_path / "other.jsonl"
+    one.write_text(line)
+    other.write_text(line.replace("2026-11-21", "2026-11-22"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(line.encode())))
+    assert run(str(one), str(other), "-", "--json") == 1
+    told = json.loads(capsys.readouterr().out)
+    assert told["requests"] == 3
+    dates = [found["requests"] for found in told["findings"] if found["rule"] == "date"]
+    assert sum(dates) == 3
+
+
+def test_a_file_without_a_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "empty.jsonl"
+    path.write_text("\n")
+    assert run(str(path)) == 2
+    assert f"{path}: holds no request" in capsys.readouterr().err
+    assert run(str(path), "--allow-empty") == 0

@@ -34,9 +34,11 @@ def run(
     prewarm: bool = False,
     stream_prewarm: bool = False,
     reports: tuple[Report, ...] = (REPORT,),
+    wants_tiers: bool = False,
 ) -> tuple[dict[bytes, bytes], bytes]:
     """Send a reply through, and return the headers and the body that the client got."""
     context = RequestContext(Caller("acme"), PromptRequest(protocol, "m", (), prewarm=prewarm))
+    context.wants_tiers = wants_tiers
     context.reports.update({str(i): report for i, report in enumerate(reports)})
     got: list[Message] = []
 
@@ -68,6 +70,30 @@ def test_a_message_is_rewritten_and_its_length_too() -> None:
         "cache_creation": {"ephemeral_5m_input_tokens": 16, "ephemeral_1h_input_tokens": 0},
     }
     assert data["content"] == body["content"]
+
+
+@pytest.mark.parametrize(
+    ("protocol", "details"),
+    [
+        (Protocol.MESSAGES, None),
+        (Protocol.CHAT, "prompt_tokens_details"),
+        (Protocol.COMPLETIONS, "prompt_tokens_details"),
+        (Protocol.RESPONSES, "input_tokens_details"),
+    ],
+)
+def test_a_client_may_ask_what_each_tier_had(protocol: Protocol, details: str | None) -> None:
+    body = json.dumps({"id": "1", "usage": {"prompt_tokens": 240}}).encode()
+    for asked in (True, False):
+        _, out = run(
+            protocol,
+            [body],
+            "application/json",
+            reports=(REPORT, REPORT),
+            wants_tiers=asked,
+        )
+        usage = json.loads(out)["usage"]
+        found = (usage[details] if details else usage).get("cached_tokens_details")
+        assert found == ({"device": 128, "cpu": 64} if asked else None)
 
 
 def test_several_prompts_add_up() -> None:

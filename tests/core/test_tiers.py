@@ -1,49 +1,9 @@
 """What remote tiers share, without a store."""
 
-import random
-
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from vllm_cachescope.tiers.breaker import Breaker
-from vllm_cachescope.tiers.envelope import HEADER_BYTES, BadEnvelope, Lifetime, check, header
 from vllm_cachescope.tiers.keyspace import Keyspace, secret_digest
-
-
-@given(
-    key=st.binary(max_size=40),
-    payload=st.binary(max_size=300),
-    ttl_s=st.integers(0, 2**32 - 1),
-    at=st.integers(0, 2**63),
-)
-def test_a_header_says_what_was_put_into_it(key, payload, ttl_s, at):
-    head = header(key, memoryview(payload), Lifetime(ttl_s, at))
-    assert len(head) == HEADER_BYTES
-    assert check(key, head, memoryview(payload)) == Lifetime(ttl_s, at)
-
-
-def test_no_bit_of_a_value_can_flip_unnoticed():
-    payload = random.Random(1).randbytes(50)
-    whole = header(b"key", memoryview(payload), Lifetime(300)) + payload
-    for bit in range(len(whole) * 8):
-        value = bytearray(whole)
-        value[bit // 8] ^= 1 << bit % 8
-        with pytest.raises(BadEnvelope):
-            check(b"key", bytes(value[:HEADER_BYTES]), memoryview(value)[HEADER_BYTES:])
-
-
-def test_a_value_belongs_to_its_key_and_is_of_its_length():
-    payload = memoryview(b"payload")
-    head = header(b"key", payload, Lifetime(300))
-    for key, found, content in (
-        (b"kez", head, payload),
-        (b"key", head, payload[:-1]),
-        (b"key", head[:-1], payload),
-        (b"key", b"", payload),
-    ):
-        with pytest.raises(BadEnvelope):
-            check(key, found, content)
 
 
 def test_names_differ_with_everything_that_makes_blocks_differ():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from vllm_cachescope.connectors.vllm.engine.versions import TRIED, warn_if_untried
+from vllm_cachescope.connectors.vllm.versions import TRIED, warn_if_untried
 
 
 @pytest.mark.parametrize("version", [f"{tried}.0" for tried in TRIED] + ["0.33.1+cpu"])

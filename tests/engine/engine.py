@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.engine.clock import VARIABLE, Clock
+from tests.engine.config_files import in_file
 from vllm_cachescope.cache.report import Report
 from vllm_cachescope.prompt.plan import PLAN_KEY, Plan, Span, seal
 from vllm_cachescope.tenancy.owner_tags import OwnerTags
@@ -103,12 +104,14 @@ class Ask:
         tokens: the prompt.
         params: its `kv_transfer_params`; None for none.
         max_tokens: tokens to generate.
+        salt: its `cache_salt`; empty for none.
         adapter: directory of the LoRA adapter to generate with; None for none.
     """
 
     tokens: list[int]
     params: dict[str, Any] | None
     max_tokens: int = 8
+    salt: str = ""
     adapter: Path | None = None
 
 
@@ -180,11 +183,9 @@ class Engine:
                 "kv_connector": "DrivenConnector",
                 "kv_connector_module_path": "tests.engine.clock",
                 "kv_role": "kv_both",
-                "kv_connector_extra_config": {
-                    "cpu_bytes": cpu_chunks * BLOCK_BYTES,
-                    "secret": SECRET,
-                    **(config or {}),
-                },
+                "kv_connector_extra_config": in_file(
+                    {"cpu_bytes": cpu_chunks * BLOCK_BYTES, "secret": SECRET, **(config or {})}
+                ),
             },
             **{"dtype": "float32", "num_gpu_blocks_override": DEVICE_BLOCKS + 1, **options},
         )
@@ -218,7 +219,7 @@ class Engine:
         self, tokens: list[int], max_tokens: int = 8, adapter: Path | None = None
     ) -> list[int]:
         """Return what the engine generates for ``tokens`` when nothing is cached."""
-        (answer,) = self.run(Ask(tokens, FORGED, max_tokens, adapter))
+        (answer,) = self.run(Ask(tokens, FORGED, max_tokens, adapter=adapter))
         assert answer.read == 0
         return answer.tokens
 
@@ -232,7 +233,7 @@ class Engine:
         self._answers[request_id] = Answer()
         self._engine.add_request(
             request_id,
-            {"prompt_token_ids": ask.tokens},
+            {"prompt_token_ids": ask.tokens} | ({"cache_salt": ask.salt} if ask.salt else {}),
             SamplingParams(
                 temperature=0.0,
                 max_tokens=ask.max_tokens,
@@ -281,6 +282,24 @@ class Engine:
             (tier, ttl_s): entries
             for tier, ttl_s, entries in self.connector.cachescope.resident()
             if entries
+        }
+
+    def event_hashes(self) -> dict[str, set[int]]:
+        """Return the hashes of what the device and the CPU tier hold, as KV events write them."""
+        from vllm.v1.core.kv_cache_utils import get_block_hash, maybe_convert_block_hash
+
+        cpu = self.connector.connector_scheduler.manager.primary_tier
+        keys = {
+            "GPU": [
+                block.block_hash
+                for block in self.scheduler.kv_cache_manager.block_pool.blocks
+                if block.block_hash is not None
+            ],
+            "CPU": cpu._policy.ready(),  # noqa: SLF001 — vLLM has no public list
+        }
+        return {
+            medium: {maybe_convert_block_hash(get_block_hash(key)) for key in keys}
+            for medium, keys in keys.items()
         }
 
     def free_chunks(self) -> int:

@@ -20,6 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from demo.server import Server
 from tests.engine import forks
 from tests.engine.clock import VARIABLE, Clock
+from tests.engine.config_files import in_file
 from tests.engine.engine import SECRET
 
 ROOT = Path(__file__).parents[2]
@@ -56,7 +57,7 @@ def plugin(**config: Any) -> list[str]:
         "kv_connector": "DrivenConnector",
         "kv_connector_module_path": "tests.engine.clock",
         "kv_role": "kv_both",
-        "kv_connector_extra_config": own | config,
+        "kv_connector_extra_config": in_file(own | config),
     }
     return ["--kv-transfer-config", json.dumps(transfer)]
 
@@ -78,7 +79,19 @@ def serve(
     as_user: bool = False,
     module: str = "vllm.entrypoints.openai.api_server",
 ) -> Iterator[str]:
-    """Serve ``model`` under the name `MODEL`; yield the server's URL.
+    """Serve ``model`` as `server` does; yield the server's URL."""
+    with server(model, arguments, environment, as_user, module) as started:
+        yield started.url
+
+
+def server(
+    model: Path,
+    arguments: list[str],
+    environment: dict[str, str],
+    as_user: bool = False,
+    module: str = "vllm.entrypoints.openai.api_server",
+) -> Server:
+    """Return a server of ``model`` under the name `MODEL`; enter it to start it.
 
     Args:
         model: the model's directory.
@@ -103,8 +116,7 @@ def serve(
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if set(ONE_PROCESS) <= set(arguments) else "1",
     }
     server_class = Server if as_user else ForkedServer
-    with server_class(command, ENVIRONMENT | own | environment) as server:
-        yield server.url
+    return server_class(command, ENVIRONMENT | own | environment)
 
 
 @dataclass(frozen=True, slots=True)

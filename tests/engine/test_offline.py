@@ -10,6 +10,7 @@ import pytest
 
 from tests.engine import forks, marked_prompts
 from tests.engine.clock import VARIABLE, Clock
+from tests.engine.config_files import in_file
 from tests.engine.engine import BLOCK, FORGED, SECRET, org_plan, sealed
 from tests.engine.server import ENVIRONMENT, ONE_PROCESS
 from vllm_cachescope import PromptCache
@@ -40,7 +41,7 @@ def ask(model: str, runner: str, has_plugin: bool, path: str) -> None:
         "kv_connector": "DrivenConnector",
         "kv_connector_module_path": "tests.engine.clock",
         "kv_role": "kv_both",
-        "kv_connector_extra_config": {"cpu_bytes": "64MiB", "secret": SECRET},
+        "kv_connector_extra_config": in_file({"cpu_bytes": "64MiB", "secret": SECRET}),
     }
     llm = LLM(
         model,

@@ -72,13 +72,15 @@ def test_health(api: Api) -> None:
         assert tier["address"] and tier["orgs"]["name:named"] > 0
 
 
-def test_the_command(api: Api, capsys, monkeypatch) -> None:
+def test_the_command(api: Api, capsys, monkeypatch, tmp_path) -> None:
+    token = tmp_path / "token"
+    token.write_text(OPERATOR_TOKEN + "\n")
     monkeypatch.delenv("CACHESCOPE_OPERATOR_TOKEN", raising=False)
     created(api, NAMED_KEY, "commanded", "s")
     here = ["--url", api.url]
     assert main(["purge", "--org", "named", *here]) == 1
     assert "operator token" in capsys.readouterr().err
-    assert main(["purge", "--org", "named", *here, "--token", OPERATOR_TOKEN]) == 0
+    assert main(["purge", "--org", "named", *here, "--token-file", str(token)]) == 0
     said = capsys.readouterr().out
     assert said.startswith(f"{api.url}: entries forgotten: device ") and ", cpu " in said
     monkeypatch.setenv("CACHESCOPE_OPERATOR_TOKEN", OPERATOR_TOKEN)

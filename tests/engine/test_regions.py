@@ -3,9 +3,11 @@
 import fcntl
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -84,6 +86,35 @@ def test_other_peoples_files_stay(tmp_path):
     before = names(tmp_path)
     assert shm_regions.remove_stale(tmp_path) == []
     assert names(tmp_path) == before
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "link", "directory", "socket"])
+def test_what_others_put_in_the_way_of_a_lock_stops_nothing(tmp_path, kind):
+    path = tmp_path / f"vllm_offload_{shm_regions.PREFIX}trap.lock"
+    target = tmp_path / "another's file"
+    target.write_bytes(b"kept")
+    if kind == "FIFO":
+        os.mkfifo(path)
+    elif kind == "link":
+        path.symlink_to(target)
+    elif kind == "directory":
+        path.mkdir()
+    elif kind == "another's":
+        if os.geteuid():
+            pytest.skip("only root can make a file of another user")
+        path.touch()
+        os.chown(path, 12345, 12345)
+    else:
+        with closing(socket.socket(socket.AF_UNIX)) as trap:
+            trap.bind(str(path))
+    region = tmp_path / f"vllm_offload_{shm_regions.PREFIX}stale.mmap"
+    region.write_bytes(b"KV")
+    region.with_suffix(".lock").touch()
+    # Neither of the two waits, and the rest is looked after.
+    assert shm_regions.remove_stale(tmp_path) == [region]
+    with pytest.raises(OSError, match="trap"):
+        shm_regions.claim(f"{shm_regions.PREFIX}trap", tmp_path)
+    assert target.read_bytes() == b"kept" and os.path.lexists(path)
 
 
 def test_every_file_of_a_region_goes(tmp_path):

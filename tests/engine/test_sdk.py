@@ -197,6 +197,21 @@ def test_cold_warm_and_from_memory(api, ask):
     assert ask(api, name) == warm
 
 
+def test_a_client_may_ask_what_each_tier_had(api):
+    client = api.anthropic("key of the curious")
+    header = {"x-cachescope-usage": "tiers"}
+    client.messages.create(**messages_body("tiers"))
+    api.empty_device()
+    for tier in ("cpu", "device"):
+        usage = client.messages.create(**messages_body("tiers"), extra_headers=header).usage
+        read = usage.cache_read_input_tokens
+        assert usage.model_dump()["cached_tokens_details"] == {tier: read} and read > 0
+    with pytest.raises(anthropic.BadRequestError, match=r"x-cachescope-usage.*tiers"):
+        client.messages.create(
+            **messages_body("tiers"), extra_headers={"x-cachescope-usage": "all"}
+        )
+
+
 @pytest.mark.parametrize("ask", ASKS)
 def test_another_organisation_reads_nothing(api, ask):
     name = f"secrets, {ask.__name__}"

@@ -11,12 +11,14 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 from starlette.datastructures import State
 
 from tests.engine.clock import Clock
+from tests.engine.config_files import in_file
 from tests.engine.engine import BLOCK_BYTES, SECRET
-from tests.engine.server import ENVIRONMENT, MODEL, OPERATOR_TOKEN, SMALL, Api, serve
+from tests.engine.server import ENVIRONMENT, MODEL, OPERATOR_TOKEN, SMALL, Api, serve, server
 from vllm_cachescope.config import CONNECTOR, ConfigError
 from vllm_cachescope.connectors.vllm import config_check, shm_regions
 from vllm_cachescope.connectors.vllm.api_server import attachment
@@ -49,13 +51,18 @@ def start(model: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
 @pytest.mark.engine
 def test_vllms_own_command_stops_with_one_message(tiny_model: Path) -> None:
     before = set(Path("/dev/shm").glob("vllm_offload_*"))
-    with ThreadPoolExecutor() as pool:
-        misspelt = pool.submit(start, tiny_model, *transfer(cpu_bites=1))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        shown = pool.submit(start, tiny_model, *transfer(secret="sesame of the tests"))
+        too_large = pool.submit(start, tiny_model, *transfer(cpu_bytes="100TiB"))
         # How much a chunk takes is known to the engine only.
         too_small = pool.submit(start, tiny_model, *transfer(cpu_bytes=4096))
         alone = pool.submit(start, tiny_model, "--middleware", NAME)
     for ended, expected in (
-        (misspelt.result(), "cpu_bites: there is no such key (value 1); allowed: chunk_tokens, "),
+        (
+            shown.result(),
+            "secret: a secret may not stand where command lines and logs show it (value not shown)",
+        ),
+        (too_large.result(), "cpu_bytes: 100.0 TiB does not fit: /dev/shm has "),
         (
             too_small.result(),
             "cpu_bytes: 4096 holds not even one chunk; "
@@ -67,14 +74,15 @@ def test_vllms_own_command_stops_with_one_message(tiny_model: Path) -> None:
         assert ended.returncode == 1
         found = re.findall("^CacheScope configuration: (.*)$", said, re.MULTILINE)
         assert len(found) == 1 and found[0].startswith(expected), found
-        assert "Traceback" not in said
+        assert "Traceback" not in said and "sesame" not in said
     shm_regions.remove_stale()
     assert set(Path("/dev/shm").glob("vllm_offload_*")) <= before
 
 
 @pytest.mark.engine
 def test_it_works_inside_vllms_multi_connector(tiny_model: Path, tmp_path: Path) -> None:
-    argument, own = transfer(secret=SECRET, cpu_bytes="64MiB", operator_token=OPERATOR_TOKEN)
+    config = {"secret": SECRET, "cpu_bytes": "64MiB", "operator_token": OPERATOR_TOKEN}
+    argument, own = transfer(**in_file(config))
     several = {
         "kv_connector": "MultiConnector",
         "kv_role": "kv_both",
@@ -90,6 +98,37 @@ def test_it_works_inside_vllms_multi_connector(tiny_model: Path, tmp_path: Path)
         operator = {"authorization": f"Bearer {OPERATOR_TOKEN}"}
         purged = api.post("/cachescope/purge", {"all": True}, key=None, **operator).json()
         assert purged["purged"] == {"device": 3, "cpu": 3}
+
+
+@pytest.mark.engine
+def test_a_real_start_shows_no_secret_and_waits_for_no_store(tiny_model: Path) -> None:
+    config = {
+        "secret": "sesame, the secret",
+        "operator_token": "sesame, the operator's token",
+        "cpu_bytes": "64MiB",
+        "sweep_interval": "1s",
+        # Nobody listens there.
+        "tiers": [
+            {"type": "redis", "url": "redis://user:sesame-1@127.0.0.1:9/0"},
+            {"type": "redis", "name": "other", "url": "redis://127.0.0.1:9/0?password=sesame-2"},
+        ],
+    }
+    arguments = [*transfer(**in_file(config)), *SMALL]
+    environment = {"VLLM_LOGGING_LEVEL": "DEBUG", "CACHESCOPE_REDIS_PASSWORD": ""}
+    with server(tiny_model, arguments, environment) as started:
+        prompt = {"model": MODEL, "prompt": list(range(300, 500)), "max_tokens": 1}
+        httpx.post(f"{started.url}/v1/completions", json=prompt).raise_for_status()
+        shown = [httpx.get(f"{started.url}{path}").text for path in ("/metrics", "/server_info")]
+        for token in (config["operator_token"], "sesame, of another"):
+            headers = {"authorization": f"Bearer {token}"}
+            for path in ("health", "breaks"):
+                answer = httpx.get(f"{started.url}/cachescope/{path}", headers=headers)
+                shown.append(answer.text)
+        log = started.log_tail(1_000_000)
+    for name in ("redis", "other"):
+        assert f"Tier {name} at redis://127.0.0.1:9/0 is left alone" in log
+    assert "redis://127.0.0.1:9/0" in shown[2] and "Traceback" not in log
+    assert "sesame" not in "".join([log, *shown])
 
 
 OURS = SimpleNamespace(kv_connector=CONNECTOR, kv_connector_extra_config={})

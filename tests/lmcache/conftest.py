@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from tests.lmcache.side import LMCacheSide, Wall
+from tests.lmcache.side import LMCacheSide
 from tests.redis.servers import REDIS_SERVER, RedisServer
+from tests.redis.wall import Wall
 from vllm_cachescope.connectors.lmcache import upkeep
 
 

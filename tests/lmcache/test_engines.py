@@ -131,6 +131,29 @@ def test_one_prompt_is_read_from_memory_redis_and_files(cluster: Cluster):
     assert answer.tokens == expected
 
 
+def test_vllms_own_count_by_source_knows_files_from_other_stores(cluster: Cluster):
+    pytest.importorskip("vllm.v1.metrics.cache_hit_source", reason="vLLM has it from 0.32 on")
+    sources = ("disk", "external_unspecified", "host")
+
+    def counted() -> list[float]:
+        metric = "vllm:prompt_tokens_cached_by_source"
+        return [cluster.first.call("counter", metric, source) for source in sources]
+
+    tokens, files = draw_tokens(random.Random(2), 8 * BLOCK + 7), cluster.in_files()
+    near = cluster.blocks_near()
+    cluster.first.run(ask(tokens))
+    wait_until(lambda: len(cluster.in_files() - files) == len(cluster.blocks_near() - near) == 8)
+    wait_until(lambda: len(cluster.behind_resp()) >= 8)
+    cluster.resp.client.flushall()
+    cluster.near.client.delete(*(cluster.blocks_near() - near))
+    cluster.first.call("empty")
+    before = counted()
+    (answer,) = cluster.first.run(ask(tokens))
+    assert answer.outcome("read_files") == 8 * BLOCK
+    grown = [now - then for now, then in zip(counted(), before, strict=True)]
+    assert grown == [8 * BLOCK, 0, 0]
+
+
 def test_a_new_process_reads_what_an_old_one_left(cluster: Cluster):
     """One prompt is left in files, and one behind the RESP adapter."""
     left = {name: draw_tokens(random.Random(name), 10 * BLOCK + 7) for name in ("files", "resp")}

@@ -10,14 +10,16 @@ from types import SimpleNamespace
 import pytest
 
 from tests.lmcache.conftest import anywhere, everywhere, in_files
-from tests.lmcache.side import LMCacheSide, Wall
+from tests.lmcache.side import LMCacheSide
 from tests.redis.engine_side import SLOT, content, keys
 from tests.redis.servers import wait_until
+from tests.redis.wall import Wall
 from vllm_cachescope.cache.quotas import Quotas
 from vllm_cachescope.cli.main import main
-from vllm_cachescope.config import CONNECTOR, ConfigError, OrgQuota
+from vllm_cachescope.config import CONNECTOR, ConfigError, OrgQuota, load
 from vllm_cachescope.connectors.lmcache import adapters, upkeep
-from vllm_cachescope.connectors.vllm import config_check
+from vllm_cachescope.connectors.vllm import config_check, remote_stores
+from vllm_cachescope.connectors.vllm.findings import Status
 from vllm_cachescope.tiers.envelope import HEADER_BYTES
 from vllm_cachescope.tiers.local_usage import LocalUsage
 
@@ -408,14 +410,27 @@ def test_a_mistake_names_the_key_the_value_and_what_is_allowed(adapter, says):
     assert "sesame" not in str(caught.value)
 
 
-def test_a_mistake_in_an_adapter_stops_the_start(capsys):
+def test_a_mistake_in_an_adapter_stops_the_start(capsys, monkeypatch):
+    monkeypatch.setenv("CACHESCOPE_SECRET", "a secret of tests")
     tier = {"type": "lmcache", "name": "files", "adapter": {"type": "fs", "path": "/x"}}
     transfer = SimpleNamespace(
         kv_connector=CONNECTOR,
-        kv_connector_extra_config={"secret": "a secret of tests", "tiers": [tier]},
+        kv_connector_extra_config={"tiers": [tier]},
     )
     with pytest.raises(ConfigError, match="tier files: adapter: base_path must be") as caught:
         config_check.read(transfer)
-    assignments = ["secret=a secret of tests", f"tiers={json.dumps([tier])}"]
-    assert main(["serve", "m", *(f"--set={one}" for one in assignments)]) == 2
+    assert main(["serve", "m", "--set", f"tiers={json.dumps([tier])}"]) == 2
     assert capsys.readouterr().err == f"{caught.value}\n"
+
+
+def test_a_check_leaves_nothing_there(tmp_path):
+    adapter = {"type": "fs", "base_path": str(tmp_path / "files")}
+    tiers = [{"type": "lmcache", "adapter": adapter}]
+    config = load({"secret": "a secret of the tests", "tiers": tiers})
+    told = remote_stores.check(config.tiers[0], config)
+    assert told.status is Status.OK and " answers; " in told.found
+    assert list((tmp_path / "files").iterdir()) == []
+    (tmp_path / "full").write_text("no directory")
+    adapter["base_path"] = str(tmp_path / "full")
+    config = load({"secret": "a secret of the tests", "tiers": tiers})
+    assert remote_stores.check(config.tiers[0], config).status is Status.FAILURE

@@ -9,10 +9,13 @@ from dataclasses import dataclass, replace
 from vllm_cachescope.cache.quotas import Quotas
 from vllm_cachescope.connectors import redis
 from vllm_cachescope.tenancy.owner_tags import NOBODY
+from vllm_cachescope.tiers.envelope import EncryptedEnvelopes, Envelopes
 from vllm_cachescope.tiers.expiry import expiry
 from vllm_cachescope.tiers.inquiries import Lookup
+from vllm_cachescope.tiers.inventory import Inventory
 from vllm_cachescope.tiers.jobs import Finished, Outgoing
 from vllm_cachescope.tiers.keyspace import Keyspace, qualified, secret_digest
+from vllm_cachescope.tiers.leases import Leases
 from vllm_cachescope.tiers.limits import Limits
 from vllm_cachescope.tiers.local_usage import LocalUsage
 from vllm_cachescope.tiers.remote import RemoteTier
@@ -73,29 +76,46 @@ class EngineSide:
         secret: bytes = SECRET,
         quotas: Quotas | None = None,
         local_usage: LocalUsage | None = None,
+        wall: Callable[[], float] = time.time,
+        encrypt: bool = False,
+        inventory: Inventory | None = None,
         **limits: object,
     ) -> None:
+        self.wall = wall
         self.quotas = quotas
-        self.keyspace = Keyspace({"model": identity})
+        self.keyspace = Keyspace({"model": identity, "encrypted": encrypt})
+        namespace = self.keyspace.namespace
+        self.envelopes = (
+            EncryptedEnvelopes(secret, namespace, SLOT) if encrypt else Envelopes(secret, namespace)
+        )
         self.limits = replace(LIMITS, **limits)
         self.memory = memoryview(bytearray(self.limits.inflight_bytes * 2))
         self.tier = RemoteTier(
             "redis",
-            self._stores(url, secret_digest(secret)),
+            self._stores(url, secret),
             SLOT,
+            self.envelopes,
             self.limits,
             time.monotonic,
             random.random,
             local_usage,
+            inventory,
         )
         self.tier.start()
         self._requests = 0
         self._jobs = 0
         self.finished: dict[int, Finished] = {}
 
-    def _stores(self, url: str, secret_digest: bytes) -> Callable[[], Store]:
+    def _stores(self, url: str, secret: bytes) -> Callable[[], Store]:
         return redis.stores(
-            url, self.limits.timeout_s, self.keyspace, secret_digest, time.monotonic, self.quotas
+            url,
+            self.limits.timeout_s,
+            self.keyspace,
+            secret_digest(secret),
+            Leases(secret),
+            time.monotonic,
+            self.wall,
+            self.quotas,
         )
 
     def slot(self, index: int) -> memoryview:

@@ -1,12 +1,16 @@
 """The tier on a Redis Cluster of three nodes."""
 
 import subprocess
+import time
 
 import pytest
 import redis
 
-from tests.redis.engine_side import EngineSide, keys
+from tests.redis.engine_side import SECRET, EngineSide, keys
 from tests.redis.servers import wait_until
+from vllm_cachescope.connectors.redis.store import FRONT_BYTES
+from vllm_cachescope.tiers.envelope import HEADER_BYTES
+from vllm_cachescope.tiers.leases import Leases
 
 
 @pytest.fixture
@@ -29,6 +33,9 @@ def test_lifetimes_and_deletions(nodes, side):
     side.use(keys(20), 3600)
     client = redis.RedisCluster("127.0.0.1", nodes[0].port)
     wait_until(lambda: all(client.pttl(side.name(key)) > 3_500_000 for key in keys(20)))
+    for name in map(side.name, keys(20)):
+        lease = client.getrange(name, HEADER_BYTES, FRONT_BYTES - 1)
+        assert Leases(SECRET).end(name, lease) > (time.time() + 3500) * 1000
     client.set(side.name(keys(20)[3]), b"damaged", ex=100)
     assert set(side.get_exact(keys(20)).keys) == set(keys(20)) - {keys(20)[3]}
     wait_until(lambda: not client.exists(side.name(keys(20)[3])))

@@ -120,7 +120,7 @@ def test_entries_are_misses_from_the_moment_they_are_purged(server, start_engine
 
 
 def test_a_store_that_is_down_or_forbids_it_is_named_with_the_reason(server, start_engine_side):
-    rights = "~cachescope:* +set +get +exists +pexpire +pttl +unlink"
+    rights = "~cachescope:* +set +get +exists +pexpire +pttl +unlink +eval +setrange"
     server.client.execute_command(f"ACL SETUSER kv on >pw {rights}")
     side = start_engine_side(f"redis://kv:pw@127.0.0.1:{server.port}")
     fill(side)

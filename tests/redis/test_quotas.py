@@ -183,7 +183,7 @@ def test_a_purge_is_counted(server, start_engine_side):
 
 
 def test_without_the_rights_it_stores_all_the_same_and_says_so(server, start_engine_side, caplog):
-    rights = "~cachescope:* +set +get +exists +pexpire +pttl +unlink"
+    rights = "~cachescope:* +set +get +exists +pexpire +pttl +unlink +eval +setrange"
     server.client.execute_command(f"ACL SETUSER kv on >pw {rights}")
     url = f"redis://kv:pw@127.0.0.1:{server.port}"
     side = start_engine_side(url, quotas=QUOTA)

@@ -92,7 +92,8 @@ def test_a_tier_outlives_the_engine_unless_it_hashes_differently(
     conversation: Conversation, start, tmp_path_factory
 ) -> None:
     server = RedisServer(tmp_path_factory.mktemp("redis"))
-    tier = {"type": "redis", "url": server.url, "load_deadline": "2s", "timeout": "2s"}
+    waits = {"load_deadline": "2s", "timeout": "2s"}
+    tier = {"type": "redis", "url": server.url, "encrypt": True, **waits}
     try:
         old = start([tier])
         conversation.turn(old)

@@ -7,7 +7,8 @@ import pytest
 
 from tests.redis.engine_side import SLOT, content, keys
 from tests.redis.servers import wait_until
-from vllm_cachescope.tiers.envelope import HEADER_BYTES
+from vllm_cachescope.connectors.redis.store import FRONT_BYTES
+from vllm_cachescope.tiers.inventory import Inventory
 from vllm_cachescope.tiers.keyspace import secret_digest
 
 
@@ -92,6 +93,26 @@ def test_what_is_there_already_is_not_sent_again(server, start_engine_side):
     assert all(server.client.pttl(a.name(key)) > 590_000 for key in keys(20))
 
 
+def test_routers_are_told_what_an_engine_stored_until_it_hears_that_it_is_gone(
+    server, start_engine_side
+):
+    inventories = [Inventory(time.monotonic) for _ in range(2)]
+    a, b = (start_engine_side(server.url, inventory=inventory) for inventory in inventories)
+    for side in (a, b):
+        side.put(keys(4))
+    assert a.tier.take_changes() == [(keys(4), False)]
+    assert b.tier.take_changes() == []
+    server.client.delete(a.name(keys(4)[1]))
+    damaged = a.name(keys(4)[2])
+    server.client.setrange(damaged, FRONT_BYTES, b"damaged")
+    assert set(a.get(keys(4)).keys) == {keys(4)[0], keys(4)[3]}
+    assert [change for change in a.tier.take_changes() if change.removed] == [
+        ([keys(4)[1]], True),
+        ([keys(4)[2]], True),
+    ]
+    assert a.tier.held() == [keys(4)[0], keys(4)[3]]
+
+
 def test_two_engines_that_store_the_same_at_once(server, start_engine_side):
     sides = [start_engine_side(server.url) for _ in range(2)]
     for _ in range(5):
@@ -106,9 +127,9 @@ def test_a_value_is_a_header_and_the_block(server, start_engine_side):
     key = keys(1)[0]
     side.put([key])
     value = server.client.get(side.name(key))
-    assert len(value) == HEADER_BYTES + SLOT
+    assert len(value) == FRONT_BYTES + SLOT
     assert value[:4] == b"CSKV"
-    assert value[HEADER_BYTES:] == content(key)
+    assert value[FRONT_BYTES:] == content(key)
 
 
 def test_over_a_unix_socket(server, start_engine_side):
@@ -118,7 +139,7 @@ def test_over_a_unix_socket(server, start_engine_side):
 
 
 def test_with_a_user_that_may_do_no_more_than_it_must(server, start_engine_side):
-    rights = "~cachescope:* +set +get +exists +pexpire +pttl +unlink"
+    rights = "~cachescope:* +set +get +exists +pexpire +pttl +unlink +eval +setrange"
     server.client.execute_command(f"ACL SETUSER kv on >pw {rights}")
     side = start_engine_side(f"redis://kv:pw@127.0.0.1:{server.port}")
     side.put(keys(5))

@@ -9,7 +9,7 @@
                                 the caller's own, anyone's for the operator
 ==============================  =================================================================
 
-The operator is whoever presents `Config.operator_token` as an API key.
+The operator is whoever presents `Config.operators_token` as an API key.
 """
 
 import hmac
@@ -57,7 +57,7 @@ class Operations:
         engines: Engines,
         purge_renderings: Callable[[str | None, str | None], None],
     ) -> None:
-        self._operator_token = config.operator_token
+        self._operator_token = config.operators_token()
         self._directory = directory
         self._tags = OwnerTags(config.secret_bytes())
         self._diagnoser = diagnoser
@@ -111,7 +111,7 @@ class Operations:
         if token is None or presented is None:
             return False
         # A header's characters are the bytes that came.
-        return hmac.compare_digest(token.get_secret_value().encode(), presented.encode("latin-1"))
+        return hmac.compare_digest(token, presented.encode("latin-1"))
 
     async def _health(self, is_operator: bool) -> Answer:
         """Answer 200 whatever state the tiers are in: without them requests run all the same."""

@@ -1,6 +1,7 @@
 """Writes what the cache did into a reply's usage, and leaves every other byte alone."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -148,14 +149,16 @@ class Reply:
         reports = self._context.reports.values()
         if not reports:
             return None
-        created: dict[int, int] = {}
+        created: Counter[int] = Counter()
+        by_tier: Counter[str] = Counter()
         for report in reports:
-            for ttl_s, tokens in report.created_by_ttl.items():
-                created[ttl_s] = created.get(ttl_s, 0) + tokens
+            created.update(report.created_by_ttl)
+            by_tier.update(report.read_by_tier)
         return Usage(
             prompt_tokens=sum(report.prompt_tokens for report in reports),
             read=sum(report.read_tokens for report in reports),
             created_by_ttl=created,
+            read_by_tier=by_tier if self._context.wants_tiers else None,
         )
 
 

@@ -40,6 +40,7 @@ class RequestContext:
         request: the request as the cache sees it; None on a path whose body is not read: its
             prompt is cached as a whole.
         body: the body as the server sees it, without cache markers.
+        wants_tiers: whether the client wants to be told what was read from which tier.
         rendering: the task in which the adapter renders the beginnings of the prompt; None before
             it is started.
         reports: the engine's report on each of the request's prompts, by the prompt's nonce. The
@@ -53,6 +54,7 @@ class RequestContext:
     caller: Caller
     request: PromptRequest | None = None
     body: Mapping[str, Any] = field(default_factory=dict)
+    wants_tiers: bool = False
     rendering: Task[Any] | None = None
     reports: dict[str, Report] = field(default_factory=dict)
     timings: dict[str, PromptTiming] = field(default_factory=dict)

@@ -24,6 +24,9 @@ from vllm_cachescope.wire.errors import error_body
 
 logger = logger_of(__name__)
 
+USAGE_HEADER = "x-cachescope-usage"
+"""A client that sends ``tiers`` here is told in its usage how many tokens each tier had."""
+
 
 class RequestHandler:
     """Serves the requests of one server.
@@ -75,6 +78,7 @@ class RequestHandler:
     ) -> None:
         raw, replayed = await read_body(scope, receive)
         try:
+            wants_tiers = _wants_tiers(headers)
             body = await read_incoming(raw, protocol, self._services.config)
         except BadRequest as error:
             await JSONResponse(error_body(protocol, error), 400)(scope, replayed, send)
@@ -87,7 +91,7 @@ class RequestHandler:
         if body.raw is not None:
             scope, replayed = with_body(scope, receive, body.raw)
         caller = self._services.directory.caller(headers, body.request.session)
-        context = RequestContext(caller, body.request, body.forwarded)
+        context = RequestContext(caller, body.request, body.forwarded, wants_tiers)
         # Opened now only for a client that wants to hear of it: fingerprints of a long prompt take
         # some milliseconds, which the first token of other requests need not wait for.
         pending = None
@@ -185,3 +189,14 @@ class RequestHandler:
             self._services.diagnoser.close(pending, reports, reply.id, timings)
         except Exception:
             logger.exception("The request could not be diagnosed")
+
+
+def _wants_tiers(headers: Mapping[str, str]) -> bool:
+    """Tell whether the client asks for what was read by tier.
+
+    Raises:
+        BadRequest: if it asks for something else.
+    """
+    if (value := headers.get(USAGE_HEADER)) not in (None, "tiers"):
+        raise BadRequest(USAGE_HEADER, value, "tiers")
+    return value is not None

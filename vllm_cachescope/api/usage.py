@@ -16,6 +16,7 @@ class Usage:
         prompt_tokens: all tokens of the prompts.
         read: tokens read from the cache, from whatever tier.
         created_by_ttl: tokens computed and put into the cache, by lifetime in seconds.
+        read_by_tier: what was read, by the name of the tier; None if the client did not ask for it.
 
     Raises:
         ValueError: if a count is negative, or their sum is more than the prompt.
@@ -24,6 +25,7 @@ class Usage:
     prompt_tokens: int
     read: int
     created_by_ttl: Mapping[int, int]
+    read_by_tier: Mapping[str, int] | None = None
 
     def __post_init__(self) -> None:
         if min(self.read, self.uncached, *self.created_by_ttl.values()) < 0:
@@ -38,6 +40,12 @@ class Usage:
     def uncached(self) -> int:
         """Tokens neither read from the cache nor put into it."""
         return self.prompt_tokens - self.read - self.created
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """The tokens read by tier, as a field of a usage; empty if nobody asked for it."""
+        by_tier = self.read_by_tier
+        return {} if by_tier is None else {"cached_tokens_details": dict(by_tier)}
 
     def created_within(self, ttl_s: int) -> int:
         """Tokens put into the cache for at most ``ttl_s`` seconds."""
@@ -59,6 +67,7 @@ def write_messages(usage: dict[str, Any], counts: Usage) -> None:
         "ephemeral_5m_input_tokens": short,
         "ephemeral_1h_input_tokens": counts.created - short,
     }
+    usage |= counts.details
 
 
 def write_chat(usage: dict[str, Any], counts: Usage) -> None:
@@ -67,6 +76,7 @@ def write_chat(usage: dict[str, Any], counts: Usage) -> None:
     usage["prompt_tokens_details"] = {
         **(details if isinstance(details, dict) else {}),
         "cached_tokens": counts.read,
+        **counts.details,
         "cache_write_tokens": counts.created,
     }
 
@@ -82,6 +92,7 @@ def write_responses(usage: dict[str, Any], counts: Usage) -> None:
     usage["input_tokens_details"] = {
         **(details if isinstance(details, dict) else {}),
         "cached_tokens": counts.read,
+        **counts.details,
         "cache_write_tokens": counts.created,
         "cache_write_tokens_details": {
             "ttl_30m_tokens": short,

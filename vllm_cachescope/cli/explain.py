@@ -5,26 +5,22 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from vllm_cachescope.cli import traffic_files
 from vllm_cachescope.cli.block_trace import explain_blocks
 from vllm_cachescope.cli.console import show
 from vllm_cachescope.cli.explanation import Explained, Explanation, explain
 from vllm_cachescope.cli.shared_prefixes import SharedPrefixes
-from vllm_cachescope.cli.traffic import BlockCall, Call, TrafficError, read_traffic
+from vllm_cachescope.cli.traffic import BlockCall, Call, TrafficError
 from vllm_cachescope.durations import parse_duration
 from vllm_cachescope.prompt.ignored_marker import IgnoredMarker
 
 _SHOWN_CHANGES = 10
 _SHOWN_IGNORED = 20
-_FILE_HELP = (
-    "JSON lines of request bodies, of envelopes around them, or of a text or block trace; "
-    ".gz is unpacked"
-)
 
 
 def add_command(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -34,9 +30,9 @@ def add_command(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
         help="say where the prefixes of recorded traffic broke, and why",
         description="Read recorded requests and say at each where its prefix broke, and why. "
         "Counts are estimates, at four bytes a token. Exit code: 0; 1 if there are more "
-        "unexpected breaks than --max-breaks; 2 if a file cannot be read.",
+        "unexpected breaks than --max-breaks; 2 if a file cannot be read, or holds no request.",
     )
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help=_FILE_HELP)
+    traffic_files.add_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print every call as JSON")
     parser.add_argument("--max-breaks", type=_count, metavar="N", help="unexpected breaks to allow")
     parser.add_argument(
@@ -63,8 +59,8 @@ def run(args: argparse.Namespace) -> int:
     explanation = Explanation()
     prefixes = SharedPrefixes(args.ttl)
     try:
-        for path in args.files:
-            explanation.calls.extend(explain_file(path, args.ttl, prefixes))
+        for _, calls in traffic_files.read(args):
+            explanation.calls.extend(explain_calls(calls, args.ttl, prefixes))
     except (OSError, TrafficError) as error:
         print(f"cachescope explain: {error}", file=sys.stderr)
         return 2
@@ -76,21 +72,18 @@ def run(args: argparse.Namespace) -> int:
     return int(args.max_breaks is not None and unexpected > args.max_breaks)
 
 
-def explain_file(
-    path: Path, ttl_s: float | None = None, prefixes: SharedPrefixes | None = None
+def explain_calls(
+    calls: Sequence[Call] | Sequence[BlockCall],
+    ttl_s: float | None = None,
+    prefixes: SharedPrefixes | None = None,
 ) -> Iterator[Explained]:
-    """Explain the calls in a file.
+    """Explain the calls of one file.
 
     Args:
-        path: a file that `read_traffic` reads.
+        calls: what `read_traffic` has read.
         prefixes: what the calls of other files have left; None for nothing.
         ttl_s: see `explanation.explain` and `block_trace.explain_blocks`.
-
-    Raises:
-        OSError: if the file cannot be read.
-        TrafficError: on a line that cannot be understood.
     """
-    calls: Sequence[Call] | Sequence[BlockCall] = read_traffic(path)
     if calls and isinstance(calls[0], BlockCall):
         yield from explain_blocks((c for c in calls if isinstance(c, BlockCall)), ttl_s)
     else:

@@ -4,14 +4,14 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
-from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 
+from vllm_cachescope.cli import traffic_files
 from vllm_cachescope.cli.console import show
 from vllm_cachescope.cli.lint_rules import Finding, Severity, lint
-from vllm_cachescope.cli.traffic import Call, TrafficError, read_traffic
+from vllm_cachescope.cli.traffic import BlockCall, Call, TrafficError
 
 
 def add_command(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -20,11 +20,10 @@ def add_command(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
         "lint",
         help="find what will break the prefixes of recorded requests",
         description="Look for volatile content in the tools and system prompts of recorded "
-        "requests. Exit code: 0; 1 if there is any warning; 2 if the file cannot be read.",
+        "requests. Exit code: 0; 1 if there is any warning; 2 if a file cannot be "
+        "read, or holds no request.",
     )
-    parser.add_argument(
-        "file", type=Path, metavar="FILE", help="JSON lines of requests, as for explain"
-    )
+    traffic_files.add_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     parser.set_defaults(run=run)
 
@@ -32,10 +31,11 @@ def add_command(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
 def run(args: argparse.Namespace) -> int:
     """Run ``cachescope lint`` and return its exit code."""
     try:
-        traffic = read_traffic(args.file)
-        calls = [call for call in traffic if isinstance(call, Call)]
-        if len(calls) < len(traffic):
-            raise TrafficError(f"{args.file}: holds hashes of blocks, and no text to look at")
+        calls: list[Call] = []
+        for path, traffic in traffic_files.read(args):
+            calls += (call for call in traffic if isinstance(call, Call))
+            if any(isinstance(call, BlockCall) for call in traffic):
+                raise TrafficError(f"{path}: holds hashes of blocks, and no text to look at")
     except (OSError, TrafficError) as error:
         print(f"cachescope lint: {error}", file=sys.stderr)
         return 2

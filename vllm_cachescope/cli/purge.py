@@ -2,14 +2,14 @@
 
 import argparse
 import json
-import os
 import sys
 import urllib.error
 import urllib.request
+from pathlib import Path
 from typing import Any
 
-TOKEN_VARIABLE = "CACHESCOPE_OPERATOR_TOKEN"
-"""Environment variable the token is taken from where the command line names none."""
+from vllm_cachescope.config import ConfigError
+from vllm_cachescope.config.secret import OPERATOR_VARIABLE, secret_text
 
 DEFAULT_URL = "http://localhost:8000"
 
@@ -45,10 +45,14 @@ def add_command(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
         help=f"a server's address, once for each server (default: {DEFAULT_URL})",
     )
     parser.add_argument(
-        "--token",
-        metavar="TOKEN",
-        help=f"the operator token, or the organisation's own API key (default: {TOKEN_VARIABLE})",
+        "--token-file",
+        metavar="FILE",
+        type=Path,
+        help="file with the operator token, or with the organisation's own API key (default: the "
+        f"variable {OPERATOR_VARIABLE})",
     )
+    # Not an abbreviation of the other one: others would see the token in the list of processes.
+    parser.add_argument("--token", help=argparse.SUPPRESS)
     parser.set_defaults(run=lambda arguments: _run(parser, arguments))
 
 
@@ -59,7 +63,15 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
         parser.error("say what: --org NAME, --session ID or both, or --all")
     if arguments.all:
         body = {"all": True}
-    token = arguments.token or os.environ.get(TOKEN_VARIABLE)
+    if arguments.token is not None:
+        parser.error(
+            "--token: a token may not stand on a command line, which others can read; allowed: "
+            f"--token-file, or the variable {OPERATOR_VARIABLE}"
+        )
+    try:
+        token = secret_text(None, arguments.token_file, "token", OPERATOR_VARIABLE, shortest=1)
+    except ConfigError as error:
+        parser.error(f"--{error.args[0].replace('token_file', 'token-file', 1)}")
     reached = [purge(url, body, token) for url in arguments.url or [DEFAULT_URL]]
     return 0 if all(reached) else 1
 

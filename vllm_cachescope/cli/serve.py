@@ -5,18 +5,18 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
-import yaml
-
+from vllm_cachescope.cli import launch
+from vllm_cachescope.cli.launch import LaunchError
 from vllm_cachescope.config import CONNECTOR, ConfigError
-from vllm_cachescope.config.files import one_line
 from vllm_cachescope.connectors.vllm import config_check
+from vllm_cachescope.connectors.vllm.findings import Status, settle
 
-_TRANSFER_CONFIG = ("--kv-transfer-config", "--kv_transfer_config")
+_SECRET_ARGUMENTS = ("--api-key", "--api_key", "--hf-token", "--hf_token")
+"""Arguments of vLLM's own that hold secrets."""
 
 
 def add_command(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -26,23 +26,13 @@ def add_command(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
     """
     parser = subparsers.add_parser(
         "serve",
-        usage="cachescope serve MODEL [--cachescope FILE] [--set KEY=VALUE ...] [vLLM arguments]",
+        usage=f"cachescope serve {launch.USAGE}",
         help="serve a model with vLLM and CacheScope",
         description="Prints the vLLM command that serves MODEL with CacheScope, and runs it. "
         "Every argument that is not listed here goes to vLLM unchanged.",
         allow_abbrev=False,
     )
-    parser.add_argument("model", metavar="MODEL", help="name or path of the model")
-    parser.add_argument(
-        "--cachescope", metavar="FILE", type=Path, help="configuration, YAML or JSON"
-    )
-    parser.add_argument(
-        "--set",
-        metavar="KEY=VALUE",
-        action="append",
-        default=[],
-        help="one key of the configuration, its value in YAML; overrides the file",
-    )
+    launch.add_arguments(parser)
     parser.add_argument(
         "--dry-run", action="store_true", help="print the command without running it"
     )
@@ -53,17 +43,20 @@ def run(args: argparse.Namespace) -> int:
     """Run ``cachescope serve``. Return 2 on a mistake and 0 on a dry run; otherwise vLLM takes
     this process over."""
     try:
-        extra_config = read_settings(args.cachescope, args.set)
-        config_check.load_checked(extra_config)
+        described = launch.read(args)
+        config = config_check.load_checked(described.extra_config)
+        launch.require_vllm()
+        found = config_check.surroundings(described.extra_config, config, engines=1)
+        # vLLM makes the same check, and logs the warnings.
+        settle(finding for finding in found if finding.status is Status.FAILURE)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
-    for taken in _TRANSFER_CONFIG:
-        if any(a == taken or a.startswith(taken + "=") for a in args.vllm_arguments):
-            print(f"cachescope serve sets {taken} itself; leave it out", file=sys.stderr)
-            return 2
-    command = serve_command(args.model, extra_config, args.vllm_arguments)
-    print(shlex.join(command), flush=True)
+    except LaunchError as error:
+        print(f"cachescope serve: {error}", file=sys.stderr)
+        return 2
+    command = serve_command(described.model, described.extra_config, described.vllm_arguments)
+    print(shlex.join(without_secrets(command)), flush=True)
     if args.dry_run:
         return 0
     # In place of this process: signals and the exit status are vLLM's own.
@@ -71,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def serve_command(
-    model: str, extra_config: dict[str, Any], vllm_arguments: Sequence[str]
+    model: str, extra_config: Mapping[str, Any], vllm_arguments: Sequence[str]
 ) -> list[str]:
     """Return the command that serves ``model`` with vLLM and CacheScope.
 
@@ -94,6 +87,21 @@ def serve_command(
     ]
 
 
+def without_secrets(command: Sequence[str]) -> list[str]:
+    """Return ``command`` with ``***`` in place of the secrets in vLLM's own arguments."""
+    shown: list[str] = []
+    is_secret = False
+    for argument in command:
+        name, equals, _ = argument.partition("=")
+        if argument.startswith("--"):
+            # One argument may have several values.
+            is_secret = name in _SECRET_ARGUMENTS
+            shown.append(f"{name}=***" if is_secret and equals else argument)
+        else:
+            shown.append("***" if is_secret else argument)
+    return shown
+
+
 def _launcher() -> list[str]:
     """Return vLLM's own command.
 
@@ -105,40 +113,3 @@ def _launcher() -> list[str]:
     except metadata.PackageNotFoundError:
         return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
     return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
-
-
-def read_settings(file: Path | None, assignments: Sequence[str]) -> dict[str, Any]:
-    """Return the ``kv_connector_extra_config`` for a file and assignments such as
-    ``regions.tools.ttl=1h``.
-
-    Raises:
-        ConfigError: on an assignment that is none, or that contradicts an earlier one.
-    """
-    settings: dict[str, Any] = {} if file is None else {"config_file": str(file.resolve())}
-    for assignment in assignments:
-        key, equals, value = assignment.partition("=")
-        *parents, last = key.split(".")
-        if not equals or not all((*parents, last)):
-            raise ConfigError(f"--set {assignment}: write KEY=VALUE, as in regions.tools.ttl=1h")
-        target = settings
-        for parent in parents:
-            target = target.setdefault(parent, {})
-            if not isinstance(target, dict):
-                raise ConfigError(
-                    f"--set {assignment}: {parent} has a value already, and no keys; "
-                    "allowed: one of the two"
-                )
-        target[last] = _parsed(assignment, value)
-    return settings
-
-
-def _parsed(assignment: str, text: str) -> Any:
-    """Return the value ``text`` of an assignment; vLLM gets it as JSON."""
-    try:
-        value = yaml.safe_load(text)
-        json.dumps(value)
-    except (TypeError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(
-            f"--set {assignment}: its value is not valid: {one_line(error)}"
-        ) from None
-    return value

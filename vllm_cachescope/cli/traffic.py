@@ -1,7 +1,7 @@
 """Reads recorded traffic: request bodies, text traces, block traces.
 
-A file holds one JSON object a line, gzipped if its name ends in ``.gz``. The keys of a line show
-which format it has:
+A file holds one JSON object a line, gzipped if its name ends in ``.gz``; ``-`` is standard input.
+The keys of a line show which format it has:
 
 - the body of a Messages, Chat, Responses or Completions request;
 - an envelope around such a body: ``body`` or ``request``, with ``timestamp``, ``session_id``,
@@ -16,8 +16,10 @@ import codecs
 import gzip
 import json
 import re
+import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -32,6 +34,8 @@ from vllm_cachescope.wire.extras import extra_fields
 
 BLOCK_TOKENS = 512
 """Tokens per hash id in Mooncake's traces."""
+
+STANDARD_INPUT = Path("-")
 
 _TTLS = Config().allowed_ttls  # those that a server accepts by default
 _MAX_SECONDS = 253_402_300_800.0  # the year 10000: no time of day is later
@@ -62,7 +66,8 @@ _ROLE = re.compile(r"(system|developer|user|assistant|tool): ")
 
 
 class TrafficError(ValueError):
-    """A line that is none of the known formats, or a request the server would have refused."""
+    """A line that is none of the known formats, or a request the server would have refused; a file
+    without any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +112,9 @@ class BlockCall:
 
 def read_traffic(path: Path) -> list[Call] | list[BlockCall]:
     """Return the calls in a file, in the order in which they were made.
+
+    Args:
+        path: the file; ``-`` for standard input.
 
     Raises:
         OSError: if the file cannot be read.
@@ -200,7 +208,7 @@ def _is_chat(body: Mapping[str, Any], messages: list[Any]) -> bool:
 
 
 def _records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
+    with _opened(path) as lines:
         for number, raw in enumerate(_lines(lines, path), 1):
             source = f"{path}:{number}"
             if number == 1:
@@ -214,6 +222,12 @@ def _records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             if not isinstance(record, Mapping):
                 raise TrafficError(f"{source}: not an object")
             yield source, record
+
+
+def _opened(path: Path) -> AbstractContextManager[Iterable[bytes]]:
+    if path == STANDARD_INPUT:
+        return nullcontext(sys.stdin.buffer)
+    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
 
 
 def _lines(lines: Iterable[bytes], path: Path) -> Iterator[bytes]:

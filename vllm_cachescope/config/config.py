@@ -13,12 +13,14 @@ from vllm_cachescope.config.quotas import LOCAL_TIERS, OrgQuota, TierQuotas, che
 from vllm_cachescope.config.regions import Regions
 from vllm_cachescope.config.secret import (
     MIN_SECRET,
+    OPERATOR_VARIABLE,
     SECRET_VARIABLE,
     chosen_secret,
     made_up_secret,
+    secret_text,
 )
 from vllm_cachescope.config.tenants import Tenants, read_tenants
-from vllm_cachescope.config.tiers import AnyTier, Tier
+from vllm_cachescope.config.tiers import AnyTier, RedisTier, Tier
 from vllm_cachescope.config.values import Duration, Model
 from vllm_cachescope.durations import format_duration
 from vllm_cachescope.prompt.request import Region
@@ -43,10 +45,13 @@ class Config(Model):
         org_header: header in which a trusted gateway names the organisation; None to trust none.
         operator_token: bearer token that lets its holder see and manage every organisation's
             entries at the server's ``/cachescope`` paths; None for nobody.
+        operator_token_file: file the token is read from, instead of `operator_token`.
         sweep_interval: how often an idle engine drops expired blocks.
         diffs: diffs of what broke a prefix, for the operator; None to keep no prompt text.
         tiers: tiers behind the CPU tier, looked up in this order.
         quotas: what organisations may hold, by the name of a tier.
+        self_describing_kv_events: whether KV events of the CPU tier and remote ones carry the
+            blocks' tokens, as routers need them; it matters only where vLLM publishes KV events.
     """
 
     cpu_bytes: Annotated[ByteSize, Field(gt=0)] = ByteSize(2**30)
@@ -60,15 +65,19 @@ class Config(Model):
     tenants_file: Path | None = None
     org_header: Annotated[str, Field(min_length=1)] | None = None
     operator_token: Annotated[SecretStr, Field(min_length=MIN_SECRET)] | None = None
+    operator_token_file: Path | None = None
     sweep_interval: Duration = 5
     diffs: DiffSettings | None = None
     tiers: tuple[AnyTier, ...] = ()
     quotas: dict[str, TierQuotas] = Field(default_factory=dict)
+    self_describing_kv_events: Annotated[bool, Field(strict=True)] = True
 
     @model_validator(mode="after")
     def _keys_agree(self) -> Self:
         if self.secret is not None and self.secret_file is not None:
             raise ValueError("set secret or secret_file, not both")
+        if self.operator_token is not None and self.operator_token_file is not None:
+            raise ValueError("set operator_token or operator_token_file, not both")
         names = [*LOCAL_TIERS, *(tier.name for tier in self.tiers)]
         if len(set(names)) < len(names):
             raise ValueError(f"tiers: two tiers have one name: {', '.join(names)}")
@@ -109,6 +118,7 @@ class Config(Model):
                 "secret: there is none, and engines that share a tier must have the same; set "
                 f"secret, secret_file or {SECRET_VARIABLE}"
             )
+        self.operators_token()
         if self.diffs is not None:
             self.diffs.check()
         for settings in self.tiers:
@@ -126,6 +136,31 @@ class Config(Model):
                 f"secret: there is none; set secret, secret_file or {SECRET_VARIABLE}"
             )
         return secret
+
+    def operators_token(self) -> bytes | None:
+        """Return the operator's token from the configuration, its file or the environment; None if
+        there is none.
+
+        Raises:
+            ConfigError: if its file cannot be read, or the token is too short.
+        """
+        token = secret_text(
+            self.operator_token, self.operator_token_file, "operator_token", OPERATOR_VARIABLE
+        )
+        return None if token is None else token.encode()
+
+    def secret_files(self) -> dict[str, Path]:
+        """Return the files that hold nothing but a secret, by the keys that name them."""
+        files = {
+            "secret_file": self.secret_file,
+            "operator_token_file": self.operator_token_file,
+            **{
+                f"tier {tier.name}: password_file": tier.password_file
+                for tier in self.tiers
+                if isinstance(tier, RedisTier)
+            },
+        }
+        return {key: path for key, path in files.items() if path is not None}
 
     def org_quotas(self, tier: str) -> dict[str, OrgQuota]:
         """Return the quotas of the organisations that `quotas` names for ``tier``, by their ids.

@@ -1,6 +1,7 @@
 """The files that a configuration names."""
 
 import json
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,24 @@ def read_data(path: Path, key: str) -> Any:
     try:
         return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (json.JSONDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{key}: {path} is not valid: {one_line(error)}") from None
+        raise ConfigError(f"{key}: {path} is not valid: {problem(error)}") from None
 
 
-def one_line(error: Exception) -> str:
-    """Return what ``error`` says in one line; a YAML error has several."""
+def problem(error: Exception) -> str:
+    """Return what ``error`` says in one line, and where. A YAML error also quotes the text, which
+    may be a secret."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"{error.problem} (line {mark.line + 1}, column {mark.column + 1})"
     return " ".join(str(error).split())
+
+
+def open_mode(path: Path) -> int | None:
+    """Return the mode of a file that others can read, or its group can write; None of one that is
+    private.
+
+    Raises:
+        OSError: if there is no such file.
+    """
+    mode = stat.S_IMODE(path.stat().st_mode)
+    return mode if mode & 0o027 else None

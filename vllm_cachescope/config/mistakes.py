@@ -10,7 +10,9 @@ from vllm_cachescope.config.tiers import TIERS
 _Location = tuple[int | str, ...]
 
 _UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
-_SECRETS = ("secret", "operator_token", "tiers")  # a tier's address may hold a password
+_TENANTS = ("tenants", "tenants_file")
+_HIDDEN = ("secret", "operator_token", "tiers", *_TENANTS)
+"""What may hold a secret: a tier's address a password; where digests belong, stand API keys."""
 
 
 def describe(error: ValidationError, model: Any = None, prefix: _Location = ()) -> str:
@@ -24,10 +26,13 @@ def describe(error: ValidationError, model: Any = None, prefix: _Location = ()) 
     messages = []
     for detail in error.errors():
         location = prefix + detail["loc"]
-        is_secret = bool(location) and location[0] in _SECRETS
-        shown = "not shown" if is_secret else repr(detail["input"])
+        is_unknown = detail["type"] in _UNKNOWN_KEY
+        # A key that is misspelt may be that of a secret, too.
+        is_plain = not is_unknown or isinstance(detail["input"], int | float | None)
+        is_hidden = bool(location) and (location[0] in _HIDDEN or not is_plain)
+        shown = "not shown" if is_hidden else repr(detail["input"])
         message = detail["msg"].removeprefix("Value error, ")
-        if detail["type"] in _UNKNOWN_KEY:
+        if is_unknown:
             allowed = ", ".join(sorted(_keys_beside(model, location)))
             message = f"there is no such key (value {shown}); allowed: {allowed}"
         elif location:
@@ -41,6 +46,8 @@ def _key(location: _Location) -> str:
     if location[:1] == ("tiers",):
         # pydantic puts a tier's type after its number, as if it were a key.
         location = location[:2] + location[3:]
+    elif location and location[0] in _TENANTS:
+        location = location[:1]
     return ".".join(str(name) for name in location if name != "[key]")
 
 

@@ -1,4 +1,4 @@
-"""The secret: key of the scope keys and of every hash kept."""
+"""The secret, key of the scope keys and of every hash kept, and where secrets are read from."""
 
 import os
 import secrets
@@ -11,6 +11,9 @@ from vllm_cachescope.config.files import read_text
 
 SECRET_VARIABLE = "CACHESCOPE_SECRET"
 """Environment variable the secret is taken from where the configuration names none."""
+
+OPERATOR_VARIABLE = "CACHESCOPE_OPERATOR_TOKEN"
+"""Environment variable the operator's token is taken from where the configuration names none."""
 
 MIN_SECRET = 16
 """Fewest characters of the secret, and of the operator's token."""
@@ -43,17 +46,36 @@ def chosen_secret(secret: SecretStr | None, file: Path | None) -> bytes | None:
     Raises:
         ConfigError: if the file cannot be read, or the secret is too short.
     """
-    if secret is not None:
-        return secret.get_secret_value().encode()
-    if file is not None:
-        return _long_enough(read_text(file, "secret_file").strip(), f"secret_file: {file}")
-    variable = os.environ.get(SECRET_VARIABLE)
-    if not variable or made_up_secret() is not None:
+    if secret is None and file is None and made_up_secret() is not None:
         return None
-    return _long_enough(variable, f"secret: {SECRET_VARIABLE}")
+    chosen = secret_text(secret, file, "secret", SECRET_VARIABLE)
+    return None if chosen is None else chosen.encode()
 
 
-def _long_enough(secret: str, place: str) -> bytes:
-    if len(secret) < MIN_SECRET:
-        raise ConfigError(f"{place} holds {len(secret)} characters; allowed: {MIN_SECRET} or more")
-    return secret.encode()
+def secret_text(
+    value: SecretStr | None, file: Path | None, key: str, variable: str, shortest: int = MIN_SECRET
+) -> str | None:
+    """Return the secret that ``key`` names, from the configuration, its file or the environment, in
+    this order; None if there is none.
+
+    Args:
+        value: what the configuration itself holds.
+        file: the file that ``{key}_file`` names.
+        key: the key, for messages.
+        variable: the environment variable.
+        shortest: fewest characters.
+
+    Raises:
+        ConfigError: if the file cannot be read, or the secret is too short.
+    """
+    if value is not None:
+        return value.get_secret_value()
+    if file is not None:
+        place, text = f"{key}_file: {file}", read_text(file, f"{key}_file").strip()
+    elif text := os.environ.get(variable, ""):
+        place = f"{key}: {variable}"
+    else:
+        return None
+    if len(text) < shortest:
+        raise ConfigError(f"{place} holds {len(text)} characters; allowed: {shortest} or more")
+    return text

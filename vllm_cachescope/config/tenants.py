@@ -12,7 +12,10 @@ from vllm_cachescope.config.mistakes import describe
 
 def _digest(text: str) -> str:
     if len(text) != 64 or set(text) - set("0123456789abcdef"):
-        raise ValueError("not the SHA-256 of an API key: write 64 lower-case hex digits")
+        raise ValueError(
+            f"{len(text)} characters are not the SHA-256 of an API key: write 64 lower-case hex "
+            "digits"
+        )
     return text
 
 

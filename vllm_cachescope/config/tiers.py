@@ -1,9 +1,11 @@
 """The settings of the tiers behind the CPU tier, each in a store that engines may share."""
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ByteSize, Field, SecretStr, field_validator
 
+from vllm_cachescope.config.secret import secret_text
 from vllm_cachescope.config.values import Model, TierName, Wait
 
 
@@ -24,6 +26,7 @@ class _Tier(Model):
         failures: failures in a row after which the tier is left alone.
         first_probe: seconds until a tier that is left alone is tried again; doubled each time.
         longest_probe: longest time between two tries, in seconds.
+        encrypt: whether the blocks are encrypted in the store.
     """
 
     name: TierName
@@ -35,6 +38,7 @@ class _Tier(Model):
     failures: Annotated[int, Field(strict=True, ge=1)] = 2
     first_probe: Wait = 0.5
     longest_probe: Wait = 15.0
+    encrypt: Annotated[bool, Field(strict=True)] = False
 
 
 class RedisTier(_Tier):
@@ -43,11 +47,23 @@ class RedisTier(_Tier):
     Attributes:
         url: the address: ``redis://``, ``rediss://``, ``unix://``, ``redis+sentinel://``,
             ``redis+cluster://`` and the last two with ``rediss``.
+        password_file: file the password is read from; without one, the environment counts.
     """
 
     type: Literal["redis"]
     name: TierName = "redis"
     url: Annotated[SecretStr, Field(min_length=1)]
+    password_file: Path | None = None
+
+    def password(self) -> str | None:
+        """Return the password from its file or the environment (``CACHESCOPE_REDIS_PASSWORD`` for
+        the tier ``redis``); None if it is in neither.
+
+        Raises:
+            ConfigError: if the file cannot be read, or is empty.
+        """
+        variable = f"CACHESCOPE_{self.name.upper()}_PASSWORD"
+        return secret_text(None, self.password_file, "password", variable, shortest=1)
 
 
 class LMCacheTier(_Tier):

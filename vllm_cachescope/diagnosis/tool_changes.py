@@ -81,8 +81,9 @@ def _tool(old: Fingerprint, i: int, new: Fingerprint, at: int) -> Change | None:
     before, after = old.tools[i], new.tools[at]
     if before.ordered == after.ordered:
         return None
-    kind, fields = ChangeKind.TOOL_KEYS_REORDERED, tuple[str, ...]()
+    kind = ChangeKind.TOOL_KEYS_REORDERED
     names: tuple[str, ...] = (after.name,)
+    fields: tuple[str, ...] = ()
     if before.unordered != after.unordered:
         theirs, ours = before.field_map(), after.field_map()
         kind = ChangeKind.TOOL_CHANGED

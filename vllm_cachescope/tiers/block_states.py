@@ -8,6 +8,7 @@ from enum import Enum
 from cachetools import FIFOCache
 
 from vllm_cachescope.cache.miss_causes import MissCause
+from vllm_cachescope.tiers.inventory import Inventory
 
 REMEMBERED_BLOCKS = 100_000
 """How many blocks' states are remembered for each tier: some 20 MB."""
@@ -19,7 +20,7 @@ class BlockState(Enum):
     Attributes:
         HELD: the store holds it.
         GONE: the store held it and does not any more: it has expired, or the store evicted it.
-        DAMAGED: what the store held failed its checksum, and was dropped there.
+        DAMAGED: what the store held was damaged or forged, and was dropped there.
         LATE: it was found, and did not arrive by the load's deadline.
         CROWDED: it was found, and too much was being loaded already.
         UNREAD: it was found, and the store failed before it could be read.
@@ -59,7 +60,7 @@ class Absence:
 
 ABSENCES = {
     BlockState.GONE: Absence(MissCause.EVICTED),
-    BlockState.DAMAGED: Absence(MissCause.EVICTED, detail="it was damaged, and deleted"),
+    BlockState.DAMAGED: Absence(MissCause.EVICTED, detail="it was damaged or forged, and deleted"),
     BlockState.LATE: Absence(MissCause.TIMED_OUT),
     BlockState.CROWDED: Absence(MissCause.TIMED_OUT, detail="too much was being loaded"),
     BlockState.UNREAD: Absence(MissCause.TIER_UNAVAILABLE),
@@ -70,20 +71,28 @@ ABSENCES = {
 }
 """The absence that each state but `BlockState.HELD` explains."""
 
+_ABSENT = (BlockState.GONE, BlockState.DAMAGED, BlockState.CUT)
+"""The states of blocks that the store does not hold."""
+
 
 class BlockStates:
     """The states of the blocks that an engine heard of most recently. Safe for several threads.
 
     Args:
+        inventory: is told which blocks the store does not hold; None if nobody asks.
         limit: how many blocks are remembered.
     """
 
-    def __init__(self, limit: int = REMEMBERED_BLOCKS) -> None:
+    def __init__(self, inventory: Inventory | None = None, limit: int = REMEMBERED_BLOCKS) -> None:
+        self._inventory = inventory
         self._states: FIFOCache[bytes, BlockState] = FIFOCache(limit)
         self._lock = threading.Lock()
 
     def note(self, keys: Iterable[bytes], state: BlockState) -> None:
         """Note the state that ``keys`` are in now."""
+        keys = list(keys)
+        if self._inventory is not None and state in _ABSENT:
+            self._inventory.gone(keys)
         with self._lock:
             for key in keys:
                 self._states[key] = state
@@ -94,6 +103,9 @@ class BlockStates:
         Blocks that it held become `BlockState.GONE`. The others keep their state, which explains
         the miss better: `BlockState.DROPPED`, say, tells that a block was never stored.
         """
+        keys = list(keys)
+        if self._inventory is not None:
+            self._inventory.gone(keys)
         with self._lock:
             for key in keys:
                 if self._states.get(key) is BlockState.HELD:

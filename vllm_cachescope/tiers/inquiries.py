@@ -295,6 +295,8 @@ class Inquiries:
             store.touch(list(touched.items()), tier.timeout_at())
             if tier.local_usage is not None:
                 tier.local_usage.touch(touched.items())
+            if tier.inventory is not None:
+                tier.inventory.touch(touched.items())
         tier.counts.add("reclaim", "expired", store.take_expired())
 
     def _find(self, store: Store, questions: list[tuple[Inquiry, list[bytes]]]) -> None:

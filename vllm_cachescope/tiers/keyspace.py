@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm_cachescope.tenancy.owner_tags import NOBODY, TAG_BYTES
 
-FORMAT = 2
+FORMAT = 3
 """Grows with every change to keys or values; engines of different formats share nothing."""
 
 
@@ -46,6 +46,11 @@ class Keyspace:
     def handshake(self) -> bytes:
         """The name under which engines leave the digest of their secret."""
         return self._prefix + b"secret"
+
+
+HANDSHAKES = f"cachescope:{FORMAT}:*:secret".encode()
+"""A pattern for the names under which engines leave the digests of their secrets, of whatever
+model."""
 
 
 def qualified(owner: bytes, block: bytes) -> bytes:

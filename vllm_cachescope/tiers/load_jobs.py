@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from vllm_cachescope.logs import logger_of
-from vllm_cachescope.tiers import envelope
 from vllm_cachescope.tiers.block_states import BlockState
 from vllm_cachescope.tiers.context import TierContext
+from vllm_cachescope.tiers.envelope import BadEnvelope
 from vllm_cachescope.tiers.jobs import Finished, LoadJob
-from vllm_cachescope.tiers.store import Store, StoreFailed, StoreLate
+from vllm_cachescope.tiers.store import Misfit, Store, StoreFailed, StoreLate
 from vllm_cachescope.tiers.transfers import Transfers
 
 logger = logger_of(__name__)
@@ -32,7 +32,7 @@ class _Batch:
 
     Attributes:
         loaded: keys that are loaded, each with its TTL in seconds.
-        damaged: keys whose values failed their checksum.
+        damaged: keys whose values must not be used: damaged or forged.
         failures: all keys that are not loaded, and why.
     """
 
@@ -62,6 +62,8 @@ class LoadJobs(Transfers[LoadJob]):
         self._requests: Counter[str] = Counter()
         # When the last value arrived, of whatever load. Threads replace it without the lock.
         self._arrived_at = float("-inf")
+        # The kinds of unusable values that the log has told of. Under the lock.
+        self._told: set[str] = set()
 
     @property
     def room_bytes(self) -> int:
@@ -168,22 +170,39 @@ class LoadJobs(Transfers[LoadJob]):
         Raises:
             StoreFailed: if the store stops answering; the rest of the slots is not touched again.
         """
-        heads = store.read(keys, slots, lambda: self._latest(job))
-        for key, slot, head in zip(keys, slots, heads, strict=True):
-            self._arrived_at = self._tier.clock()
-            if head is None:
-                batch.failures[key] = BlockState.GONE
-                continue
-            try:
-                batch.loaded.append((key, envelope.check(key, head, slot).ttl_s))
-            except envelope.BadEnvelope as error:
-                logger.warning("Tier %s: a value is unusable: %s", self._tier.name, error)
-                batch.damaged.append(key)
-                batch.failures[key] = BlockState.DAMAGED
+        with self._tier.envelopes.landing(slots) as payloads:
+            heads = store.read(keys, payloads, lambda: self._latest(job))
+            for key, slot, payload, head in zip(keys, slots, payloads, heads, strict=True):
+                self._arrived_at = self._tier.clock()
+                if head is None:
+                    batch.failures[key] = BlockState.GONE
+                    continue
+                try:
+                    if isinstance(head, Misfit):
+                        raise BadEnvelope(head.value)
+                    ttl_s = self._tier.envelopes.open(key, head, payload, slot)
+                    batch.loaded.append((key, ttl_s))
+                except BadEnvelope as error:
+                    self._tell(str(error))
+                    batch.damaged.append(key)
+                    batch.failures[key] = BlockState.DAMAGED
         self._tier.availability.answered()
         self._tier.availability.reads.succeeded()
         if batch.damaged:
             store.drop(batch.damaged, self._tier.timeout_at())
+
+    def _tell(self, kind: str) -> None:
+        """Log the first unusable value of a kind: whoever writes one may write a million."""
+        with self._lock:
+            known = kind in self._told
+            self._told.add(kind)
+        if not known:
+            logger.warning(
+                "Tier %s: a value is unusable, and deleted: %s. cachescope_tier_keys_total counts "
+                "further ones (outcome damaged)",
+                self._tier.name,
+                kind,
+            )
 
     def _note(self, batch: _Batch) -> None:
         gone = (key for key, state in batch.failures.items() if state is BlockState.GONE)

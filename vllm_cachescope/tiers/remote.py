@@ -21,7 +21,9 @@ from typing import Any
 from vllm_cachescope.tiers.availability import Availability
 from vllm_cachescope.tiers.block_states import Absence, BlockState, BlockStates
 from vllm_cachescope.tiers.context import TierContext
+from vllm_cachescope.tiers.envelope import Envelopes
 from vllm_cachescope.tiers.inquiries import Inquiries, Lookup
+from vllm_cachescope.tiers.inventory import Change, Inventory
 from vllm_cachescope.tiers.jobs import Finished, LoadJob, Outgoing, Purge
 from vllm_cachescope.tiers.key_counts import KeyCounts
 from vllm_cachescope.tiers.limits import Limits
@@ -45,11 +47,13 @@ class RemoteTier:
         name: the tier's name.
         new_store: makes a store for one thread; must not connect yet.
         slot_bytes: bytes per block.
+        envelopes: seals and opens the values.
         limits: what the tier may cost.
         clock: seconds, never running backwards; also the clock of all deadlines.
         random: a number in [0, 1).
         local_usage: finds the entries that are too many; None if there are no quotas, or the store
             counts itself.
+        inventory: is kept up to date with what this engine has stored; None if nobody asks.
     """
 
     def __init__(
@@ -57,10 +61,12 @@ class RemoteTier:
         name: str,
         new_store: Callable[[], Store],
         slot_bytes: int,
+        envelopes: Envelopes,
         limits: Limits,
         clock: Callable[[], float],
         random: Callable[[], float],
         local_usage: LocalUsage | None = None,
+        inventory: Inventory | None = None,
     ) -> None:
         self.name = name
         self.address = new_store().address
@@ -71,12 +77,14 @@ class RemoteTier:
             name,
             new_store,
             slot_bytes,
+            envelopes,
             limits,
             clock,
             self._availability,
-            BlockStates(),
+            BlockStates(inventory),
             KeyCounts(),
             local_usage,
+            inventory,
         )
         self._inquiries = Inquiries(self._tier)
         self._load_jobs = LoadJobs(self._tier)
@@ -229,6 +237,21 @@ class RemoteTier:
             part.join(deadline)
         if self._load_jobs.busy or self._store_jobs.busy:
             raise RuntimeError(f"tier {self.name}: a transfer does not end")
+
+    # What routers are told.
+
+    @property
+    def has_changes(self) -> bool:
+        """Whether `take_changes` returns anything."""
+        return self._tier.inventory is not None and self._tier.inventory.has_changes
+
+    def take_changes(self) -> list[Change]:
+        """Return what of this engine's entries came and went since the last time."""
+        return [] if self._tier.inventory is None else self._tier.inventory.take_changes()
+
+    def held(self) -> list[bytes]:
+        """Return the keys of this engine's entries, as far as they are kept for routers."""
+        return [] if self._tier.inventory is None else self._tier.inventory.held()
 
     # Statistics and health.
 

@@ -32,6 +32,17 @@ class Written(Enum):
     EXPIRED = "expired"
 
 
+class Misfit(Enum):
+    """Why what a store holds under a key cannot be a value of ours, whatever its header says."""
+
+    LENGTH = "it has another length"
+    TYPE = "it is no string"
+    UNLIMITED = "the store would keep it for ever"
+    UNLEASED = "its lease is damaged, or was not granted under this secret"
+    OVERDUE = "the store keeps it past the end of its lease, or this engine's clock is ahead"
+    UNREADABLE = "it does not load although it is there"
+
+
 @dataclass(frozen=True, slots=True)
 class Value:
     """A value to be written.
@@ -39,7 +50,7 @@ class Value:
     Attributes:
         key: owner, block hash and group; see `keyspace.qualified`.
         head: the header; see `envelope`.
-        payload: the block's bytes, in the memory they are in.
+        payload: the block's bytes, or their ciphertext, in the memory they are in.
         expires_at: when it expires, on the tier's clock, in seconds.
     """
 
@@ -90,6 +101,17 @@ class Store(ABC):
         """
 
     @abstractmethod
+    def secret_digests(self, deadline: float) -> set[bytes] | None:
+        """Return the digests of the secrets of all engines that use the store, of whatever model
+        (see `keyspace.secret_digest`); None where that cannot be told. Leaves nothing there: it is
+        called on a store with a namespace of its own, instead of everything else.
+
+        Raises:
+            StoreFailed: if it does not answer.
+            StoreUnfit: if no tier may run on it.
+        """
+
+    @abstractmethod
     def find(self, keys: Sequence[bytes], deadline: float) -> list[bool]:
         """Return which of ``keys`` the store holds.
 
@@ -100,11 +122,12 @@ class Store(ABC):
     @abstractmethod
     def read(
         self, keys: Sequence[bytes], slots: Sequence[memoryview], deadline: Callable[[], float]
-    ) -> Iterator[bytes | None]:
+    ) -> Iterator[bytes | Misfit | None]:
         """Read values, each payload straight into its slot; yield their headers in order.
 
-        A slot may be written to until the iterator moves on from it, and never afterwards: what
-        it holds is valid only once its header was yielded and checked.
+        A slot may be written to from when the iterator moves on to it until it moves on from it,
+        and at no other time: several keys may have the same slot. What it holds is valid only once
+        its header was yielded and checked.
 
         Args:
             keys: the keys.
@@ -112,8 +135,8 @@ class Store(ABC):
             deadline: returns the deadline, which moves while values arrive. Asked for each value.
 
         Yields:
-            The header; None where there is no such value (any more); ``b""`` where what is there
-            cannot be a value: it has another length, or no expiry.
+            The header; None where there is no such value (any more); a `Misfit` where what is
+            there cannot be one, or must not be served any more.
 
         Raises:
             StoreFailed: if it stops answering; the slots not reached are then not touched again.

@@ -4,11 +4,10 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
 
 from vllm_cachescope.logs import logger_of
-from vllm_cachescope.tiers import envelope
 from vllm_cachescope.tiers.block_states import BlockState
 from vllm_cachescope.tiers.context import TierContext
 from vllm_cachescope.tiers.jobs import Finished, Outgoing, Purge, StoreJob
-from vllm_cachescope.tiers.store import Store, StoreFailed, Value, Written
+from vllm_cachescope.tiers.store import Store, StoreFailed, Written
 from vllm_cachescope.tiers.transfers import Transfers
 
 logger = logger_of(__name__)
@@ -18,7 +17,7 @@ PURGE_S = 60.0
 
 WRITE_BATCH_BYTES = 8 << 20
 """Bytes that the thread stores at once: so many that the pauses between batches, in which the
-thread waits for answers and makes the next checksums, hardly count."""
+thread waits for answers and seals the next values, hardly count."""
 
 _STATES = {Written.REFUSED: BlockState.REFUSED, Written.EXPIRED: BlockState.GONE}
 """The states of blocks that were to be written, where that is not `BlockState.HELD`."""
@@ -148,6 +147,8 @@ class StoreJobs(Transfers[StoreJob]):
             reason = str(error)
         if self._tier.local_usage is not None:
             self._tier.local_usage.purged(purge.prefix)
+        if self._tier.inventory is not None:
+            self._tier.inventory.purged(purge.prefix)
         self._tier.counts.add("evict", "purge", entries)
         with self._lock:
             # `end_purges` may have ended it meanwhile.
@@ -160,9 +161,14 @@ class StoreJobs(Transfers[StoreJob]):
         blocks = job.blocks[first:last]
         written: list[Written] = []
         try:
-            written = store.write(_values(blocks), self._tier.timeout_at())
+            with self._tier.envelopes.sealing(blocks) as values:
+                written = store.write(values, self._tier.timeout_at())
             self._note(store, blocks, written)
-            self._keep_quotas(store, blocks, written)
+            stored = _expiries(blocks, written, Written.STORED)
+            if self._tier.inventory is not None:
+                self._tier.inventory.stored(stored)
+                self._tier.inventory.touch(_expiries(blocks, written, Written.PRESENT))
+            self._keep_quotas(store, stored)
         except StoreFailed as error:
             self._tier.availability.failed(str(error))
         except Exception:
@@ -174,10 +180,10 @@ class StoreJobs(Transfers[StoreJob]):
             counts["store", "failed"] = len(blocks)
             self._tier.states.note((block.key for block in blocks), BlockState.UNSTORED)
         self._tier.counts.update(counts)
-        stored = written.count(Written.STORED)
+        new = written.count(Written.STORED)
         with self._lock:
-            job.nbytes += stored * self._tier.slot_bytes
-            job.complete &= stored + written.count(Written.PRESENT) == len(blocks)
+            job.nbytes += new * self._tier.slot_bytes
+            job.complete &= new + written.count(Written.PRESENT) == len(blocks)
             self._settle(job, len(blocks))
 
     def _note(self, store: Store, blocks: Sequence[Outgoing], written: Sequence[Written]) -> None:
@@ -193,17 +199,15 @@ class StoreJobs(Transfers[StoreJob]):
         else:
             availability.writes.succeeded()
 
-    def _keep_quotas(
-        self, store: Store, blocks: Sequence[Outgoing], written: Sequence[Written]
-    ) -> None:
-        """Evict what organisations hold beyond their quotas, if the store has not done it."""
+    def _keep_quotas(self, store: Store, stored: Sequence[tuple[bytes, float]]) -> None:
+        """Evict what organisations hold beyond their quotas, if the store has not done it.
+
+        Args:
+            store: the store.
+            stored: keys that were just stored, each with when it expires, in seconds.
+        """
         evicted = store.take_evicted()
         if self._tier.local_usage is not None:
-            stored = [
-                (block.key, block.expires_at)
-                for block, result in zip(blocks, written, strict=True)
-                if result is Written.STORED
-            ]
             over = self._tier.local_usage.stored(stored, self._tier.clock())
             if over:
                 store.drop(over, self._tier.timeout_at())
@@ -212,15 +216,14 @@ class StoreJobs(Transfers[StoreJob]):
         self._tier.counts.add("evict", "quota", len(evicted))
 
 
-def _values(blocks: Sequence[Outgoing]) -> list[Value]:
+def _expiries(
+    blocks: Sequence[Outgoing], written: Sequence[Written], outcome: Written
+) -> list[tuple[bytes, float]]:
+    """Return the keys of the blocks with ``outcome``, each with when it expires, in seconds."""
     return [
-        Value(
-            block.key,
-            envelope.header(block.key, block.slot, envelope.Lifetime(block.ttl_s)),
-            block.slot,
-            block.expires_at,
-        )
-        for block in blocks
+        (block.key, block.expires_at)
+        for block, result in zip(blocks, written, strict=True)
+        if result is outcome
     ]
 
 

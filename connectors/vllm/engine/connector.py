@@ -1,7 +1,7 @@
 """The KV connector: vLLM's OffloadingConnector with scopes, lifetimes and reports."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -9,6 +9,7 @@ import vllm
 from cachetools import FIFOCache
 from prometheus_client import Counter, Gauge
 from vllm.config import VllmConfig
+from vllm.distributed.kv_events import KVCacheEvent
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorRole
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorPromMetrics,
@@ -40,9 +41,10 @@ from vllm_cachescope.connectors.vllm.engine.scheduler import (
     EngineSettings,
 )
 from vllm_cachescope.connectors.vllm.engine.stats import Gauges, move_remote_counts
+from vllm_cachescope.connectors.vllm.engine.tier_events import TierEvents
 from vllm_cachescope.connectors.vllm.engine.tiers.cpu import CPU
 from vllm_cachescope.connectors.vllm.engine.tiers.device import DEVICE
-from vllm_cachescope.connectors.vllm.engine.versions import warn_if_untried
+from vllm_cachescope.connectors.vllm.versions import warn_if_untried
 from vllm_cachescope.logs import logger_of
 from vllm_cachescope.metrics import TotalCounter
 from vllm_cachescope.prompt.plan import PLAN_KEY
@@ -126,8 +128,10 @@ class CacheScopeConnector(OffloadingConnector):
 
     def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
         super().bind_kv_cache_manager(kv_cache_manager)
+        assert self.connector_scheduler is not None
+        self._events = TierEvents(self.connector_scheduler)
         self.cachescope = CacheScopeConnectorScheduler(
-            self._settings, kv_cache_manager, self._offloading, self.clock
+            self._settings, kv_cache_manager, self._offloading, self.clock, self._events
         )
         places = {
             # One of the device's blocks is vLLM's own.
@@ -175,6 +179,7 @@ class CacheScopeConnector(OffloadingConnector):
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         self.cachescope.on_step_scheduled(scheduler_output)
+        self._events.collect()
         meta = super().build_connector_meta(scheduler_output)
         self.cachescope.on_schedule_end()
         return meta
@@ -198,6 +203,9 @@ class CacheScopeConnector(OffloadingConnector):
         if report is None:
             return params
         return {**(params or {}), PLAN_KEY: report.to_wire()}
+
+    def take_events(self) -> Iterable[KVCacheEvent]:
+        return self._events.take()
 
     def has_pending_push_work(self) -> bool:
         # One step more, so that the metrics show what an idle engine has dropped.
@@ -279,7 +287,7 @@ class CacheScopeConnector(OffloadingConnector):
     def command_sweep(self) -> int:
         """Drop everything that has expired; return how many entries."""
         expired = self.cachescope.sweep()
-        self._has_unreported_drops |= expired > 0
+        self._has_unreported_drops |= expired > 0 or self._events.waiting
         return expired
 
     def command_report(self, nonce: str) -> dict[str, Any] | None:

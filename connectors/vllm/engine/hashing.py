@@ -63,7 +63,9 @@ def _scoped(original: Callable[..., Any]) -> Callable[..., Any]:
         scope_key = plan_of(request).span_of(end_token_idx).key
         if (adapter := adapter_of(request)) is not None:
             scope_key = f"{scope_key}:{adapter}"
-        return (*(keys or ()), (PLAN_KEY, scope_key)), next_mm_idx
+        # As bytes, and ASCII: KV events publish it. Routers take a string for the hash of a
+        # picture, and Dynamo drops every event that has bytes which are no UTF-8.
+        return (*(keys or ()), (PLAN_KEY, scope_key.encode())), next_mm_idx
 
     generate_block_hash_extra_keys.is_scoped = True  # type: ignore[attr-defined]
     return generate_block_hash_extra_keys

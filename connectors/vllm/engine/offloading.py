@@ -37,6 +37,8 @@ def for_offloading(vllm_config: VllmConfig, config: Config) -> VllmConfig:
     transfer.kv_connector_extra_config = {
         "spec_name": ScopeOffloadingSpec.__name__,
         "spec_module_path": ScopeOffloadingSpec.__module__,
+        # Inert while KV events are off.
+        "self_describing_kv_events": config.self_describing_kv_events,
         "cpu_bytes_to_use": int(config.cpu_bytes),
         "eviction_policy": "ScopePolicy",
         "cache_policy_module_path": "vllm_cachescope.connectors.vllm.engine.tiers.cpu",

@@ -3,7 +3,7 @@ reports on each prompt."""
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ from vllm_cachescope.connectors.vllm.engine.prompt_plans import (
 from vllm_cachescope.connectors.vllm.engine.prompt_reporter import PromptReporter
 from vllm_cachescope.connectors.vllm.engine.prompts import Prompt, Prompts
 from vllm_cachescope.connectors.vllm.engine.stats import Counts
+from vllm_cachescope.connectors.vllm.engine.tier_events import TierEvents
 from vllm_cachescope.connectors.vllm.engine.tiers.base import TierParent
 from vllm_cachescope.connectors.vllm.engine.tiers.cpu import CPU
 from vllm_cachescope.connectors.vllm.engine.tiers.remote import remote_tiers
@@ -66,6 +67,7 @@ class CacheScopeConnectorScheduler(TierParent):
         kv_cache: vLLM's manager of the device's blocks.
         offloading: vLLM's manager of the tiers behind it; its primary tier runs `ScopePolicy`.
         clock: seconds, never running backwards: lifetimes run on it.
+        events: the KV events of the tiers behind the device.
 
     Attributes:
         counts: the counts since the metrics were last reported.
@@ -78,7 +80,9 @@ class CacheScopeConnectorScheduler(TierParent):
         kv_cache: KVCacheManager,
         offloading: TieringOffloadingManager,
         clock: Callable[[], float],
+        events: TierEvents,
     ) -> None:
+        self._events = events
         self._layout = settings.layout
         self._cpu_quotas = settings.quotas.get(CPU)
         self._clock = clock
@@ -369,13 +373,18 @@ class CacheScopeConnectorScheduler(TierParent):
 
     def on_prefix_cache_reset(self) -> None:
         self._local.on_prefix_cache_reset()
+        self._events.on_prefix_cache_reset()
 
     def on_evicted(self, key: bytes, ttl_s: int, reason: EvictionReason) -> None:
         self._local.on_cpu_evicted(key, ttl_s, reason)
 
-    def on_promoted(self, tier: str, request_id: str, loaded: Iterable[tuple[bytes, int]]) -> None:
+    def on_promoted(
+        self, tier: str, request_id: str, loaded: Collection[tuple[bytes, int]]
+    ) -> None:
         prompt = self._prompts.get(request_id)
         now = self._clock()
+        if prompt is not None and prompt.request is not None:
+            self._events.note_loaded(prompt.request, {key for key, _ in loaded})
         for key, ttl_s in loaded:
             if prompt is not None:
                 prompt.promoted[key] = tier

@@ -1,7 +1,7 @@
 """The contract between the tiers and the scheduler side."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Collection
 
 from vllm.v1.kv_offload.base import OffloadKey, ReqContext
 from vllm.v1.request import Request
@@ -100,6 +100,8 @@ class TierParent(ABC):
         do not count: the scheduler side has them dropped itself."""
 
     @abstractmethod
-    def on_promoted(self, tier: str, request_id: str, loaded: Iterable[tuple[bytes, int]]) -> None:
+    def on_promoted(
+        self, tier: str, request_id: str, loaded: Collection[tuple[bytes, int]]
+    ) -> None:
         """A remote tier has loaded ``(key, ttl_s)`` into the CPU tier for a request, which may be
         over by now. Called before vLLM is told."""

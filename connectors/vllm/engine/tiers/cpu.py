@@ -112,6 +112,10 @@ class ScopePolicy(CachePolicy):
             self.drop(key, EvictionReason.QUOTA if key in own else EvictionReason.CAPACITY)
         return evicted
 
+    def ready(self) -> list[OffloadKey]:
+        """Return the keys that can be read now."""
+        return [key for key, chunk in self._chunks.items() if chunk.is_ready]
+
     def excess(self) -> list[bytes]:
         """Return the keys that organisations hold beyond their quotas, the oldest of each, without
         those in the middle of a transfer."""

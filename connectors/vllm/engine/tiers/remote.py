@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vllm.v1.kv_offload.base import (
+    Locality,
     LookupResult,
     Medium,
+    OffloadingEvent,
     OffloadKey,
     ReqContext,
     RequestOffloadingContext,
@@ -21,13 +23,21 @@ from vllm_cachescope.cache.quotas import read_quotas
 from vllm_cachescope.config import Config, Tier
 from vllm_cachescope.connectors.vllm.engine.kv_identity import kv_identity
 from vllm_cachescope.connectors.vllm.engine.tiers.base import TierParent
-from vllm_cachescope.connectors.vllm.store_factory import counts_usage, limits_of, stores
+from vllm_cachescope.connectors.vllm.store_factory import (
+    counts_usage,
+    is_on_disk,
+    limits_of,
+    stores,
+)
 from vllm_cachescope.prompt.plan import Plan
 from vllm_cachescope.tenancy.owner_tags import org_of
+from vllm_cachescope.tiers.envelope import EncryptedEnvelopes, Envelopes
 from vllm_cachescope.tiers.expiry import expiry
 from vllm_cachescope.tiers.inquiries import Lookup
+from vllm_cachescope.tiers.inventory import Inventory
 from vllm_cachescope.tiers.jobs import Outgoing
 from vllm_cachescope.tiers.keyspace import Keyspace, qualified, secret_digest, split
+from vllm_cachescope.tiers.leases import Leases
 from vllm_cachescope.tiers.local_usage import LocalUsage
 from vllm_cachescope.tiers.remote import RemoteTier
 
@@ -68,7 +78,7 @@ class RemoteTierManager(SecondaryTierManager):
         framework_options: passed on to vLLM's class.
     """
 
-    medium: ClassVar[Medium | None] = None
+    medium: ClassVar[Medium | None] = Medium.STORAGE
     _parent: TierParent
 
     def __init__(
@@ -83,8 +93,14 @@ class RemoteTierManager(SecondaryTierManager):
     ) -> None:
         super().__init__(offloading_spec, primary_kv_view, settings.name, **framework_options)
         self.name = settings.name
+        # Other engines can read it as well.
+        self.locality = Locality.REMOTE
+        # In the words of vLLM's `CacheHitSource`, which 0.31 does not have yet.
+        self.cache_hit_source = "disk" if is_on_disk(settings) else "external_unspecified"  # type: ignore[assignment, misc]
         self._memory = primary_kv_view.cast("B")
-        keyspace = Keyspace(kv_identity(model, offloading_spec.config))
+        identity = kv_identity(model, offloading_spec.config)
+        keyspace = Keyspace({**identity, "encrypted": settings.encrypt})
+        secret = config.secret_bytes()
         self._quotas = quotas = read_quotas(config, settings.name, self._block_size_bytes)
         self.tier = RemoteTier(
             settings.name,
@@ -92,15 +108,22 @@ class RemoteTierManager(SecondaryTierManager):
                 settings,
                 self._block_size_bytes,
                 keyspace,
-                secret_digest(config.secret_bytes()),
+                secret_digest(secret),
+                Leases(secret),
                 time.monotonic,
                 quotas,
             ),
             self._block_size_bytes,
+            EncryptedEnvelopes(secret, keyspace.namespace, self._block_size_bytes)
+            if settings.encrypt
+            else Envelopes(secret, keyspace.namespace),
             limits_of(settings),
             time.monotonic,
             random.random,
             None if quotas is None or counts_usage(settings) else LocalUsage(quotas),
+            Inventory(time.monotonic)
+            if offloading_spec.kv_events_config.enable_kv_cache_events
+            else None,
         )
         self._uses: dict[str, _Use] = {}
         self.tier.start()
@@ -180,6 +203,29 @@ class RemoteTierManager(SecondaryTierManager):
                 )
             )
         return results
+
+    @property
+    def has_changes(self) -> bool:
+        """Whether `take_events` returns anything."""
+        return self.tier.has_changes
+
+    def take_events(self) -> Iterable[OffloadingEvent]:
+        return [self._event(*change) for change in self.tier.take_changes()]
+
+    def inventory(self) -> OffloadingEvent:
+        """Return the event that announces all entries anew, and drop those that wait."""
+        self.tier.take_changes()
+        return self._event(self.tier.held(), removed=False)
+
+    def _event(self, keys: Iterable[bytes], removed: bool) -> OffloadingEvent:
+        return OffloadingEvent(
+            keys=[OffloadKey(split(key)[1]) for key in keys],
+            medium=Medium.STORAGE,
+            removed=removed,
+            locality=self.locality,
+            ownership=self.name,
+            removal_expected=True,
+        )
 
     def on_request_finished(self, req_context: ReqContext) -> None:
         self._uses.pop(req_context.req_id, None)

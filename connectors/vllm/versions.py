@@ -8,13 +8,22 @@ TRIED = ("0.31", "0.32", "0.33")
 logger = logger_of(__name__)
 
 
+def was_tried(version: str) -> bool:
+    """Whether somebody has run CacheScope on this vLLM, by its major and minor version.
+
+    Args:
+        version: vLLM's version, such as ``"0.32.0+cpu"``.
+    """
+    return ".".join(version.split(".")[:2]) in TRIED
+
+
 def warn_if_untried(version: str) -> None:
     """Log a warning if nobody has run CacheScope on this vLLM.
 
     Args:
         version: vLLM's version, such as ``"0.32.0+cpu"``.
     """
-    if ".".join(version.split(".")[:2]) not in TRIED:
+    if not was_tried(version):
         logger.warning(
             "CacheScope was never run on vLLM %s, but on %s. A hook that is missing is said at "
             "start-up; watch cachescope_prompt_tokens_total all the same",

@@ -1,0 +1,19 @@
+"""Files that hold the configurations of tests: a secret may not stand on a command line."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_DIRECTORY = Path(__file__).parents[2] / ".cache" / "configs"
+
+
+def in_file(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the ``kv_connector_extra_config`` that names a private file with ``config``."""
+    text = json.dumps(config)
+    path = _DIRECTORY / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+    _DIRECTORY.mkdir(parents=True, exist_ok=True)
+    path.touch(mode=0o600)
+    path.write_text(text)
+    return {"config_file": str(path)}
