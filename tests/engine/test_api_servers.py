@@ -58,7 +58,7 @@ def message(client: httpx.Client, body: dict[str, Any], name: str) -> Any:
 
 def test_metrics_add_up(api: Api, processes: dict[int, httpx.Client]) -> None:
     answers = [
-        message(client, agent_body("metrics"), f"{rank} {turn}")
+        message(client, agent_body("metrics", temperature=0), f"{rank} {turn}")
         for turn in range(4)
         for rank, client in processes.items()
     ]
