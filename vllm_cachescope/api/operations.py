@@ -96,7 +96,8 @@ class Operations:
                 raise Refused(401, "authentication_error", "unknown API key")
             if operation == BREAKS:
                 breaks = self._diagnoser.breaks.recent(org)
-                return Answer({"breaks": [seen.to_dict(is_operator) for seen in breaks]})
+                listed = [seen.to_dict(is_operator) for seen in breaks]
+                return Answer({"breaks": listed} | self._diagnoser.peers.to_dict())
             return await self._purge(
                 PurgeRequest.read(await read_body(), org, self._directory), org
             )
@@ -135,9 +136,10 @@ class Operations:
     async def _purge(self, request: PurgeRequest, caller_org: str | None) -> Answer:
         orgs, session = request.orgs, request.session
         purged = Purged()
-        for prefix in [self._tags.prefix(org, session) for org in orgs] or [b""]:
-            purged.add(await self._engines.purge(prefix))
         everyone: list[str | None] = [None]
+        for org in orgs or everyone:
+            prefix = b"" if org is None else self._tags.prefix(org, session)
+            purged.add(await self._engines.purge(prefix, org, session))
         requests = 0
         for org in orgs or everyone:
             requests += self._diagnoser.purge(org, session)
