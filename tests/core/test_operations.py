@@ -42,7 +42,9 @@ class Recorded(Engines):
             raise TimeoutError
         return [self._tiers]
 
-    async def purge(self, prefix: bytes) -> Purged:
+    async def purge(
+        self, prefix: bytes, org: str | None = None, session: str | None = None
+    ) -> Purged:
         if not self._answers:
             raise TimeoutError
         self.purged.append(prefix)

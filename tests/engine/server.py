@@ -77,15 +77,23 @@ class ForkedServer(Server):
 
 @contextmanager
 def serve(
-    model: Path, arguments: list[str], environment: dict[str, str], as_user: bool = False
+    model: Path,
+    arguments: list[str],
+    environment: dict[str, str],
+    as_user: bool = False,
+    module: str = "vllm.entrypoints.openai.api_server",
 ) -> Iterator[str]:
     """Serve ``model`` as `server` does; yield the server's URL."""
-    with server(model, arguments, environment, as_user) as started:
+    with server(model, arguments, environment, as_user, module) as started:
         yield started.url
 
 
 def server(
-    model: Path, arguments: list[str], environment: dict[str, str], as_user: bool = False
+    model: Path,
+    arguments: list[str],
+    environment: dict[str, str],
+    as_user: bool = False,
+    module: str = "vllm.entrypoints.openai.api_server",
 ) -> Server:
     """Return a server of ``model`` under the name `MODEL`; enter it to start it.
 
@@ -94,9 +102,10 @@ def server(
         arguments: further arguments of the server.
         environment: further variables of its environment.
         as_user: whether to start vLLM as a user does, instead of with a fork.
+        module: the module that is the server.
     """
     command = [
-        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+        *(sys.executable, "-m", module),
         *("--model", str(model), "--served-model-name", MODEL),
         *("--dtype", "float32", "--enforce-eager", "--max-model-len", "8192"),
         *("--num-gpu-blocks-override", "400", "--max-num-seqs", "8"),
@@ -167,7 +176,12 @@ class Api:
 
 @contextmanager
 def serve_scoped(
-    model: Path, scratch: Path, *options: str, as_user: bool = False, **config: Any
+    model: Path,
+    scratch: Path,
+    *options: str,
+    as_user: bool = False,
+    module: str = "vllm.entrypoints.openai.api_server",
+    **config: Any,
 ) -> Iterator[Api]:
     """Serve ``model`` with the plugin, on a clock of its own.
 
@@ -176,12 +190,13 @@ def serve_scoped(
         scratch: where the clock's file goes.
         options: further options of the server.
         as_user: whether to start vLLM as a user does, instead of with a fork.
+        module: the module that is the server.
         config: further keys of the plugin's configuration.
     """
     path = scratch / "server clock"
     clock = Clock(path)
     arguments = [*plugin(**config), *options]
-    with serve(model, arguments, {VARIABLE: str(path)}, as_user) as url:
+    with serve(model, arguments, {VARIABLE: str(path)}, as_user, module) as url:
         yield Api(url, clock)
 
 

@@ -22,6 +22,7 @@ class Client:
     """An engine client that notes the parameters it is given."""
 
     vllm_config = SimpleNamespace(cache_config=SimpleNamespace(block_size=16))
+    renderer = MagicMock()
 
     def __init__(self) -> None:
         self.given: list[Any] = []

@@ -103,7 +103,8 @@ class Operations:
                 )
             if operation == BREAKS:
                 breaks = self._diagnoser.breaks.recent(org)
-                return Answer({"breaks": [seen.to_dict(is_operator) for seen in breaks]})
+                listed = [seen.to_dict(is_operator) for seen in breaks]
+                return Answer({"breaks": listed} | self._diagnoser.peers.to_dict())
             request = PurgeRequest.read(await read_body(), org, self._directory)
             if org is not None:
                 self._charge(org)
@@ -159,10 +160,10 @@ class Operations:
     async def _purge(self, request: PurgeRequest, caller_org: str | None) -> Answer:
         orgs, session = request.orgs, request.session
         purged = Purged()
-        prefixes = [prefix for org in orgs for prefix in self._tags.prefixes(org, session)]
-        for prefix in prefixes or [b""]:
-            purged.add(await self._engines.purge(prefix))
         everyone: list[str | None] = [None]
+        for org in orgs or everyone:
+            for prefix in [b""] if org is None else self._tags.prefixes(org, session):
+                purged.add(await self._engines.purge(prefix, org, session))
         requests = 0
         for org in orgs or everyone:
             requests += self._diagnoser.purge(org, session)

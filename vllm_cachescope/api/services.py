@@ -12,6 +12,7 @@ from vllm_cachescope.api.diffs import Diffs
 from vllm_cachescope.api.engines import Engines
 from vllm_cachescope.api.ignored_markers import IgnoredMarkers
 from vllm_cachescope.api.operations import Operations
+from vllm_cachescope.api.peers import ALONE, Peers
 from vllm_cachescope.config import Config
 from vllm_cachescope.logs import logger_of
 from vllm_cachescope.tenancy.caller import CallerDirectory, api_key
@@ -32,6 +33,7 @@ class Server:
         purge_renderings: drops what the server keeps of rendered prompts of an organisation, or of
             a session of it; with None, of everyone.
         registry: where its metrics are.
+        peers: its API processes, of which this is one.
     """
 
     config: Config
@@ -41,6 +43,7 @@ class Server:
     engines: Engines
     purge_renderings: Callable[[str | None, str | None], None]
     registry: CollectorRegistry = REGISTRY
+    peers: Peers = ALONE
 
 
 def directory_of(config: Config, api_keys: Collection[str]) -> CallerDirectory:
@@ -104,7 +107,14 @@ class Services:
             registry=server.registry,
             model_name=server.model_name,
             account_of=directory.account,
+            peers=server.peers,
         )
+
+        def forget(org: str | None, session: str | None) -> None:
+            diagnoser.purge(org, session)
+            server.purge_renderings(org, session)
+
+        server.engines.on_purge(forget)
         operations = Operations(
             config, directory, diagnoser, server.engines, server.purge_renderings, time.monotonic
         )

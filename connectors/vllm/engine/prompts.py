@@ -80,6 +80,7 @@ class Prompt:
         is_counted: whether the prompt's tokens are in the metrics.
         purged: the scopes whose blocks were purged while the prompt ran. The prompt leaves none of
             them behind.
+        adapter: what its LoRA adapter is; None if it has none.
     """
 
     plan: Plan
@@ -93,6 +94,7 @@ class Prompt:
     promoted: dict[bytes, str] = field(default_factory=dict)
     is_counted: bool = False
     purged: set[Scope] = field(default_factory=set)
+    adapter: str | None = None
 
     def is_purged(self, block_end: int) -> bool:
         """Whether the block that ends at ``block_end`` was purged while the prompt ran."""
@@ -114,9 +116,10 @@ class Prompts:
         self._finished: dict[str, Prompt] = {}
         self._by_nonce: FIFOCache[str, Prompt] = FIFOCache(MAX_PROMPTS)
 
-    def add(self, request: Request, plan: Plan) -> None:
-        """Note that a request runs."""
-        prompt = self._running[request.request_id] = Prompt(plan, request)
+    def add(self, request: Request, plan: Plan, adapter: str | None) -> None:
+        """Note that a request runs, with the LoRA ``adapter`` that `hashing.adapter_of` returns."""
+        prompt = Prompt(plan, request, adapter=adapter)
+        self._running[request.request_id] = prompt
         if plan.nonce:
             # Further samples of a prompt (n > 1) have its nonce and read what the first sample
             # computed. The prompt counts once, as its first sample found the cache.
@@ -147,6 +150,17 @@ class Prompts:
     def drop_finished(self) -> None:
         """Note that vLLM has stored the last blocks of the requests that are over."""
         self._finished.clear()
+
+    def disown(self, adapter: int) -> None:
+        """Note that the weights of a LoRA adapter, by vLLM's number of it, have changed under the
+        prompts that run with it."""
+        for prompt in self._running.values():
+            request = prompt.request
+            if request is None or (lora := request.lora_request) is None:
+                continue
+            if lora.lora_int_id == adapter:
+                prompt.purged = (b"",)
+                request.skip_reading_prefix_cache = True
 
     def purge(self, prefix: bytes) -> None:
         """Note that blocks whose owner begins with ``prefix`` were purged."""

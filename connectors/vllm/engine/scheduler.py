@@ -123,7 +123,7 @@ class CacheScopeConnectorScheduler(TierParent):
         if not plan.nonce and carries_plan(request):
             self.counts.refused_plans += 1
         offload_covered(request, plan)
-        self._prompts.add(request, plan)
+        self._prompts.add(request, plan, hashing.adapter_of(request))
         self._note_change(plan)
 
     def set_local_tokens(self, request: Request, tokens: int) -> None:
@@ -213,6 +213,11 @@ class CacheScopeConnectorScheduler(TierParent):
             for row in report.rows:
                 self.counts.tokens[row.outcome, row.scope.label, row.ttl_s] += row.tokens
         return report if prompt.plan.nonce else None
+
+    def on_adapter_replaced(self, adapter: int) -> None:
+        """A LoRA adapter, by vLLM's number of it, is no longer what it was. Requests that run with
+        it go on, and leave no block behind."""
+        self._prompts.disown(adapter)
 
     # What the API process and the metrics ask.
 
