@@ -159,7 +159,7 @@ class Prompts:
             if request is None or (lora := request.lora_request) is None:
                 continue
             if lora.lora_int_id == adapter:
-                prompt.purged = (b"",)
+                prompt.purge(b"")
                 request.skip_reading_prefix_cache = True
 
     def purge(self, prefix: bytes) -> None:
