@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[2]
 MODEL = "toy"
 OPERATOR_TOKEN = "the operator of the tests"
 NAMED_KEY = "key of the named"
+OTHER_NAMED_KEY = "key of the other named"
 ONE_PROCESS = ("--distributed-executor-backend", "uni")
 """For scheduler and worker: a server is up sooner than with one for each."""
 
@@ -51,7 +52,10 @@ def plugin(**config: Any) -> list[str]:
         "secret": SECRET,
         "sweep_interval": "1s",
         "operator_token": OPERATOR_TOKEN,
-        "tenants": {sha256(NAMED_KEY.encode()).hexdigest(): "named"},
+        "tenants": {
+            sha256(key.encode()).hexdigest(): name
+            for key, name in ((NAMED_KEY, "named"), (OTHER_NAMED_KEY, "other"))
+        },
     }
     transfer = {
         "kv_connector": "DrivenConnector",

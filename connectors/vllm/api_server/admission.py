@@ -19,8 +19,8 @@ from vllm_cachescope.connectors.vllm.api_server.planning import Planner
 from vllm_cachescope.connectors.vllm.plan_transport import take_report, with_plan, without_plan
 from vllm_cachescope.logs import logger_of
 from vllm_cachescope.prompt.plan import Plan, Span
+from vllm_cachescope.tenancy.caller import CallerDirectory
 from vllm_cachescope.tenancy.scope import Caller, Scope
-from vllm_cachescope.tenancy.shares import AccountOf
 
 logger = logger_of(__name__)
 
@@ -32,13 +32,15 @@ class Admission:
         state: the API server's state.
         config: the configuration.
         secret: key of the scope keys and of the plans' MACs.
-        account_of: returns who answers for an organisation, by its id.
+        directory: the organisations, and what they may share.
     """
 
-    def __init__(self, state: Any, config: Config, secret: bytes, account_of: AccountOf) -> None:
+    def __init__(
+        self, state: Any, config: Config, secret: bytes, directory: CallerDirectory
+    ) -> None:
         self._engine = state.engine_client
         self._secret = secret
-        self._planner = Planner(state, config, secret, account_of)
+        self._planner = Planner(state, config, secret, directory)
         media_ids.confine(self._engine.renderer, secret)
         self._block_size: int = self._engine.vllm_config.cache_config.block_size
         self._generate = self._engine.generate

@@ -17,7 +17,7 @@ from vllm_cachescope.api.services import Server, directory_of
 from vllm_cachescope.connectors.vllm import config_check, engine_rpc, shm_regions
 from vllm_cachescope.connectors.vllm.api_server.admission import Admission
 from vllm_cachescope.logs import logger_of
-from vllm_cachescope.tiers.store_jobs import PURGE_S
+from vllm_cachescope.tiers.purges import PURGE_S
 
 ANSWER_S = 10.0
 """How long an engine may take to answer a command, in seconds: longer than a long step."""
@@ -49,8 +49,8 @@ def connect(state: Any) -> Server:
     client = state.engine_client
     config = config_check.read(client.vllm_config.kv_transfer_config)
     api_keys = [key for key in (state.args.api_key or [envs.VLLM_API_KEY]) if key]
-    accounts = directory_of(config, api_keys).account
-    admission = Admission(state, config, config.secret_bytes(), accounts)
+    directory = directory_of(config, api_keys)
+    admission = Admission(state, config, config.secret_bytes(), directory)
     # vLLM kills its engine without letting it clean up. When this process ends, which does the
     # killing, the engine is gone.
     atexit.register(shm_regions.remove_stale)

@@ -51,7 +51,7 @@ from vllm_cachescope.prompt.plan import PLAN_KEY
 from vllm_cachescope.prompt.request import Region
 from vllm_cachescope.tiers.jobs import Purge
 
-MAX_PURGES = 64
+MAX_PURGES = 4096
 """How many purges can be asked about: the most recent ones."""
 
 logger = logger_of(__name__)
@@ -280,7 +280,9 @@ class CacheScopeConnector(OffloadingConnector):
     def command_purged(self, purge_id: str) -> dict[str, tuple[int, str | None]] | None:
         """Return for each remote tier how many entries a purge has deleted there, and why some may
         be left (None if none are); None while the purge is under way."""
-        purges = self._purges.get(purge_id, {})
+        if (purges := self._purges.get(purge_id)) is None:
+            reason = "what became of the purge is not known any more; purge again"
+            return {remote.name: (0, reason) for remote in self.cachescope.remotes}
         if not all(purge.over for purge in purges.values()):
             return None
         return {name: (purge.entries, purge.reason) for name, purge in purges.items()}

@@ -11,6 +11,7 @@ from vllm.v1.request import Request
 from vllm_cachescope.cache.miss_causes import CacheMiss
 from vllm_cachescope.connectors.vllm.engine.block_layout import Group
 from vllm_cachescope.prompt.plan import Plan
+from vllm_cachescope.tenancy.scope import Scope
 
 MAX_PROMPTS = 4096
 """How many prompts' reports can be asked for: the most recent ones."""
@@ -77,8 +78,8 @@ class Prompt:
         registered: tokens whose blocks are in the ledger.
         promoted: name of the tier that a key was loaded from into the CPU tier, by key.
         is_counted: whether the prompt's tokens are in the metrics.
-        purged: beginnings of the owners that were purged while the prompt ran. The prompt leaves
-            no block of theirs behind.
+        purged: the scopes whose blocks were purged while the prompt ran. The prompt leaves none of
+            them behind.
         adapter: what its LoRA adapter is; None if it has none.
     """
 
@@ -92,12 +93,18 @@ class Prompt:
     registered: int = 0
     promoted: dict[bytes, str] = field(default_factory=dict)
     is_counted: bool = False
-    purged: tuple[bytes, ...] = ()
+    purged: set[Scope] = field(default_factory=set)
     adapter: str | None = None
 
     def is_purged(self, block_end: int) -> bool:
         """Whether the block that ends at ``block_end`` was purged while the prompt ran."""
-        return bool(self.purged) and self.plan.owner_of(block_end).startswith(self.purged)
+        return bool(self.purged) and self.plan.span_of(block_end).scope in self.purged
+
+    def purge(self, prefix: bytes) -> None:
+        """Note that blocks whose owner begins with ``prefix`` were purged, if it has such."""
+        for span in self.plan.spans:
+            if self.plan.owner_in(span).startswith(prefix):
+                self.purged.add(span.scope)
 
 
 class Prompts:
@@ -152,10 +159,10 @@ class Prompts:
             if request is None or (lora := request.lora_request) is None:
                 continue
             if lora.lora_int_id == adapter:
-                prompt.purged = (b"",)
+                prompt.purge(b"")
                 request.skip_reading_prefix_cache = True
 
     def purge(self, prefix: bytes) -> None:
         """Note that blocks whose owner begins with ``prefix`` were purged."""
         for prompt in chain(self._running.values(), self._finished.values()):
-            prompt.purged = tuple({*prompt.purged, prefix})
+            prompt.purge(prefix)

@@ -35,7 +35,7 @@ from vllm_cachescope.connectors.vllm.engine.tiers.base import TierParent
 from vllm_cachescope.connectors.vllm.engine.tiers.cpu import CPU
 from vllm_cachescope.connectors.vllm.engine.tiers.remote import remote_tiers
 from vllm_cachescope.prompt.plan import Plan
-from vllm_cachescope.tenancy.owner_tags import NOBODY, org_of, owner_at
+from vllm_cachescope.tenancy.owner_tags import NOBODY
 from vllm_cachescope.tiers.keyspace import qualified
 
 
@@ -312,7 +312,7 @@ class CacheScopeConnectorScheduler(TierParent):
 
     def _note_change(self, plan: Plan) -> None:
         """Note that a prompt's blocks came into the cache, into use, or out of it."""
-        self._local.note_change(map(org_of, (plan.owner, NOBODY)))
+        self._local.note_change({plan.owner_in(span) for span in plan.spans})
 
     # What the tiers ask and tell; see `TierParent`.
 
@@ -337,8 +337,8 @@ class CacheScopeConnectorScheduler(TierParent):
             return False
         if self._cpu_quotas is None:
             return True
-        org, chunks = org_of(prompt.plan.owner_of(end)), self.quota_chunks(prompt.plan, end)
-        return self._cpu_quotas.over(org, chunks) == 0
+        account = self._cpu_quotas.account_of(prompt.plan.owner_of(end))
+        return self._cpu_quotas.over(account, self.quota_chunks(prompt.plan, end)) == 0
 
     def ttl_and_owner(self, key: OffloadKey, context: ReqContext) -> tuple[int, bytes]:
         prompt, end = self._prompts.locate(key, context)
@@ -374,7 +374,7 @@ class CacheScopeConnectorScheduler(TierParent):
             size = group.tokens_per_block
             for start, end, span in plan.ranges(size):
                 blocks = max(0, end // size - max(start, tokens) // size)
-                newcomers[org_of(owner_at(span.scope, plan.owner))] += group.kept(blocks)
+                newcomers[plan.owner_in(span)] += group.kept(blocks)
         whole = len(request.block_hashes) * self._layout.tokens_per_hash
         wanted = {key for _, key, _ in self._layout.blocks_of_all(request, 0, whole)}
         self._local.make_room(newcomers, wanted)
