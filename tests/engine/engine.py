@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.config_files import in_file
 from tests.engine.clock import VARIABLE, Clock
-from tests.engine.config_files import in_file
 from vllm_cachescope.cache.report import Report
 from vllm_cachescope.prompt.plan import PLAN_KEY, Plan, Span, seal
 from vllm_cachescope.tenancy.owner_tags import OwnerTags

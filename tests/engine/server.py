@@ -18,9 +18,9 @@ import openai
 from prometheus_client.parser import text_string_to_metric_families
 
 from demo.server import Server
+from tests.config_files import in_file
 from tests.engine import forks
 from tests.engine.clock import VARIABLE, Clock
-from tests.engine.config_files import in_file
 from tests.engine.engine import SECRET
 
 ROOT = Path(__file__).parents[2]

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from tests.config_files import in_file
 from tests.engine import forks, marked_prompts
 from tests.engine.clock import VARIABLE, Clock
-from tests.engine.config_files import in_file
 from tests.engine.engine import BLOCK, FORGED, SECRET, org_plan, sealed
 from tests.engine.server import ENVIRONMENT, ONE_PROCESS
 from vllm_cachescope import PromptCache

@@ -15,8 +15,8 @@ import httpx
 import pytest
 from starlette.datastructures import State
 
+from tests.config_files import in_file
 from tests.engine.clock import Clock
-from tests.engine.config_files import in_file
 from tests.engine.engine import BLOCK_BYTES, SECRET
 from tests.engine.server import ENVIRONMENT, MODEL, OPERATOR_TOKEN, SMALL, Api, serve, server
 from vllm_cachescope.config import CONNECTOR, ConfigError
