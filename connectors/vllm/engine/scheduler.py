@@ -20,6 +20,7 @@ from vllm_cachescope.cache.quotas import Quotas
 from vllm_cachescope.cache.report import Report
 from vllm_cachescope.connectors.vllm.engine import hashing
 from vllm_cachescope.connectors.vllm.engine.block_layout import BlockLayout
+from vllm_cachescope.connectors.vllm.engine.checkpoints import move_checkpoint
 from vllm_cachescope.connectors.vllm.engine.local_tiers import LocalTiers
 from vllm_cachescope.connectors.vllm.engine.miss_explainer import MissExplainer
 from vllm_cachescope.connectors.vllm.engine.prompt_plans import (
@@ -173,21 +174,10 @@ class CacheScopeConnectorScheduler(TierParent):
     def on_schedule_end(self, scheduler_output: SchedulerOutput) -> None:
         """vLLM has offloaded the blocks of the step and of requests that were over before it."""
         if self._layout.has_checkpoints:
-            self._move_checkpoints(scheduler_output.num_scheduled_tokens)
+            for prompt in map(self._prompts.get, scheduler_output.num_scheduled_tokens):
+                move_checkpoint(prompt, self._layout)
         self._prompts.drop_finished()
         self._local.enforce_quotas()
-
-    def _move_checkpoints(self, scheduled: Mapping[str, int]) -> None:
-        """Have vLLM keep windows at the next checkpoint of the prompts that have reached one: it
-        knows of one at a time."""
-        for request_id in scheduled:
-            prompt = self._prompts.get(request_id)
-            if prompt is None or prompt.request is None:
-                continue
-            if prompt.registered >= prompt.request.shared_prefix_boundary:
-                following = self._layout.checkpoint(prompt.plan, prompt.registered)
-                if following:
-                    prompt.request.shared_prefix_boundary = following
 
     def on_step_end(self) -> None:
         """A step has been computed."""
