@@ -101,7 +101,8 @@ def running_fleet(scratch: Path) -> Iterator[Fleet]:
     try:
         for worker in workers:
             worker.events.await_first(
-                lambda engine=worker.engine: engine.run(Ask([300] * 200, None))
+                # Each time other tokens: what is cached already is not told again.
+                lambda number, engine=worker.engine: engine.run(Ask([300 + number] * 200, None))
             )
             worker.empty()
             worker.events.forget()
