@@ -12,7 +12,7 @@ from tests.engine.engine import BLOCK, MAX_TOKENS_PER_STEP, Ask, Engine, draw_to
 from tests.engine.lora import build_adapter
 from tests.redis.pair import ask
 from tests.redis.replica import Replica
-from tests.redis.servers import RedisServer, wait_until
+from tests.redis.servers import RedisServer, entries, wait_until
 from vllm_cachescope.connectors.vllm import shm_regions
 
 pytestmark = pytest.mark.engine
@@ -40,7 +40,7 @@ def engines(server, tmp_path_factory) -> Iterator[tuple[Replica, Replica]]:
 
 
 def stored(server: RedisServer) -> int:
-    return len(server.client.keys("*00000000"))
+    return len(entries(server))
 
 
 def test_an_adapter_reads_what_its_own_weights_have_computed(engines, server, tmp_path):

@@ -265,7 +265,7 @@ class CacheScopeConnector(OffloadingConnector):
         return [*local, *(remote.tier.health() for remote in self.cachescope.remotes)]
 
     def command_purge(
-        self, prefix: bytes, purge_id: str, org: str | None, session: str | None
+        self, prefix: bytes, purge_id: str, org: str | None = None, session: str | None = None
     ) -> dict[str, int]:
         """Purge all entries whose owner begins with ``prefix``; return how many the device and
         the CPU tier held. Remote tiers take longer: `command_purged` tells of them under
