@@ -9,6 +9,7 @@ import gc
 import itertools
 import random
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import pytest
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
@@ -316,7 +317,8 @@ def test_the_connector_refuses_to_run_without_its_hook(engine, monkeypatch, repl
             config, KVConnectorRole.SCHEDULER, engine.scheduler.kv_cache_config
         )
     gc.collect()
-    assert shm_regions.remove_stale()
+    shm_regions.remove_stale()
+    assert not list(Path("/dev/shm").glob(f"*without a hook {replacement.__name__}*"))
 
 
 def test_the_connector_refuses_a_vllm_without_the_function(engine, monkeypatch):
