@@ -105,6 +105,10 @@ def running_fleet(scratch: Path) -> Iterator[Fleet]:
                 lambda number, engine=worker.engine: engine.run(Ask([300 + number] * 200, None))
             )
             worker.empty()
+            # What was told before the first event that arrived is read by the time that this is.
+            worker.run(Ask([299] * 200, None))
+            wait_until(lambda worker=worker: worker.agrees() and any(worker.resident.values()))
+            worker.empty()
             worker.events.forget()
         yield Fleet(server, *workers)
     finally:
