@@ -26,7 +26,8 @@ test: setup lint ## the checks and the suite, on a real engine
 
 thorough: setup ## the long forms of tests: more examples, larger bodies, longer trouble
 	$(BIN)/pytest -n auto --hypothesis-profile=thorough -m 'slow or not slow' tests/core
-	$(BIN)/pytest -m slow tests/engine tests/redis
+	$(BIN)/pytest -m slow tests/redis
+	$(BIN)/pytest -m slow tests/engine
 
 lint: setup ## ruff, mypy --strict, and which room may import which
 	$(BIN)/ruff check .

@@ -9,10 +9,12 @@ from vllm_cachescope.cache.quotas import SHOWN_ORGS, Quotas
 from vllm_cachescope.connectors.redis.address import Address
 from vllm_cachescope.connectors.redis.channel import Refusal, Reply, command
 from vllm_cachescope.connectors.redis.connections import Connections
+from vllm_cachescope.connectors.redis.owner_index import NoIndex, OwnerIndex
 from vllm_cachescope.connectors.redis.renewal import AT_ONCE, renewals
 from vllm_cachescope.connectors.redis.server_clock import ServerClock
 from vllm_cachescope.connectors.redis.shared_usage import SharedUsage
 from vllm_cachescope.connectors.redis.topology import Node, Topology
+from vllm_cachescope.tenancy.owner_tags import org_of
 from vllm_cachescope.tiers.envelope import HEADER_BYTES
 from vllm_cachescope.tiers.keyspace import HANDSHAKES, Keyspace, names_of
 from vllm_cachescope.tiers.leases import LEASE_BYTES, Leases
@@ -93,6 +95,7 @@ class RedisStore(Store):
             if quotas is None
             else SharedUsage(quotas, keyspace, clock, server_clock, self._connections.ask_node_of)
         )
+        self._owners = OwnerIndex(keyspace, clock, server_clock, self._connections.ask_node_of)
         self._evicted: list[bytes] = []
 
     def alive(self) -> bool:
@@ -115,7 +118,10 @@ class RedisStore(Store):
         self._try_to_renew(deadline)
         if self._usage is not None and self._quotas is not None:
             held = Counter(self._usage.held(deadline)).most_common(SHOWN_ORGS)
-            known["orgs"] = {org.hex(): count * self._quotas.entry_bytes for org, count in held}
+            known["orgs"] = {
+                org_of(account).hex(): entries * self._quotas.entry_bytes
+                for account, entries in held
+            }
         return known
 
     def secret_digests(self, deadline: float) -> set[bytes] | None:
@@ -201,6 +207,10 @@ class RedisStore(Store):
         absent = [i for i, there in enumerate(present) if not there]
         results = [Written.PRESENT] * len(values)
         try:
+            entered = [(values[i].key, values[i].expires_at) for i in absent]
+            if absent and (refusal := self._owners.enter(entered, deadline)):
+                self.refusal = refusal
+                return [Written.PRESENT if there else Written.REFUSED for there in present]
             sent = self._send_values(values, absent, deadline)
             for i in absent:
                 results[i] = self._written(sent[i], deadline) if i in sent else Written.EXPIRED
@@ -268,6 +278,8 @@ class RedisStore(Store):
         leases = {name: (ms, self._lease(name, ms)) for name, ms in left_ms.items()}
         commands = dict(renewals(leases, 1 if self._is_cluster else AT_ONCE))
         self._connections.ask_each(commands, deadline)
+        if keys:
+            self._owners.touch(keys, deadline)
         if self._usage is not None and keys:
             self._usage.touch(keys, deadline)
 
@@ -283,17 +295,31 @@ class RedisStore(Store):
 
     def purge(self, prefix: bytes, deadline: float) -> int:
         self.connect(deadline)
+
+        def soon() -> float:
+            return min(deadline, self._clock() + self._timeout_s)
+
         entries = 0
+        if prefix:
+            with suppress(NoIndex):
+                for names in self._owners.find(prefix, soon):
+                    entries += self._forget(names, soon())
+                if self._owners.is_whole(soon):
+                    return entries
+        # Everything, or what may have left the index.
         for node in self._topology.nodes:
             for names in self._scan(node, names_of(prefix), deadline):
-                soon = min(deadline, self._clock() + self._timeout_s)
-                replies = self._unlink(names, soon)
-                if None in replies:
-                    raise StoreFailed("entries are moving between nodes of the Cluster; try again")
-                entries += _total(replies)
-                if self._usage is not None:
-                    self._usage.dropped(names, soon)
+                entries += self._forget(names, soon())
         return entries
+
+    def _forget(self, names: Sequence[bytes], deadline: float) -> int:
+        """Delete entries of whatever model; return how many there were."""
+        replies = self._unlink(names, deadline)
+        if None in replies:
+            raise StoreFailed("entries are moving between nodes of the Cluster; try again")
+        if self._usage is not None:
+            self._usage.dropped(names, deadline)
+        return _total(replies)
 
     def take_evicted(self) -> list[bytes]:
         keys, self._evicted = self._evicted, []

@@ -16,14 +16,18 @@ def install() -> None:
     setattr(EngineCore, _METHOD, _pass_on)
 
 
+def connector_of(core: Any, method: str) -> Any:
+    """Return the connector of an `EngineCore` that has ``method``; None if none has."""
+    connector = core.scheduler.connector
+    # It may be one of several, in vLLM's `MultiConnector`.
+    candidates = [connector, *getattr(connector, "_connectors", ())]
+    return next((one for one in candidates if hasattr(one, method)), None)
+
+
 def _pass_on(core: Any, command: str, args: list[Any]) -> Any:
     # In one list: vLLM lets through no more arguments than the method has parameters.
-    connector, name = core.scheduler.connector, f"command_{command}"
-    # It may be one of several, in vLLM's `MultiConnector`.
-    for own in getattr(connector, "_connectors", ()):
-        if hasattr(own, name):
-            connector = own
-    return getattr(connector, name)(*args)
+    name = f"command_{command}"
+    return getattr(connector_of(core, name), name)(*args)
 
 
 async def call(engine_client: Any, command: str, *args: Any) -> list[Any]:

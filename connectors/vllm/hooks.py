@@ -157,6 +157,34 @@ HOOKS = (
         },
     ),
     Hook(
+        "media ids",
+        "the server does not start",
+        {},
+        {
+            "renderers/base.py": (
+                "await self._process_multimodal_async(",
+                'mm_uuids=prompt.get("multi_modal_uuids")',
+            ),
+        },
+    ),
+    Hook(
+        "LoRA adapters",
+        _STOPS,
+        {
+            ("v1/engine/core.py", "EngineCore.add_lora"): "self lora_request",
+            ("v1/engine/core.py", "EngineCore.list_loras"): "self",
+            ("lora/utils.py", "get_adapter_absolute_path"): "lora_path",
+        },
+    ),
+    Hook(
+        "names in remote tiers",
+        _STOPS,
+        {
+            ("config/utils.py", "get_hash_factors"): "config ignored_factors",
+            ("config/utils.py", "normalize_value"): "x",
+        },
+    ),
+    Hook(
         "rendering",
         "breakpoints in the history are found by tokenising more",
         {

@@ -98,10 +98,11 @@ def _version() -> Finding:
 def _hashes(config: Config | None) -> Finding:
     """Return whether vLLM's block hashes follow scope keys, by hashing some blocks."""
     from vllm_cachescope.connectors.vllm.engine import hashing
+    from vllm_cachescope.connectors.vllm.engine.adapters import Adapters
 
     default = (config or Config()).regions.of(Region.MESSAGES)
     try:
-        hashing.enforce(secrets.token_bytes(32), default)
+        hashing.enforce(secrets.token_bytes(32), default, Adapters())
     except hashing.HookNotInForce as error:
         return Finding("scoped hashes", Status.FAILURE, str(error), "a vLLM that is listed")
     return Finding("scoped hashes", Status.OK, "blocks of different scopes have different hashes")

@@ -49,6 +49,7 @@ def test_a_check_names_the_hook_that_does_not_bind(tmp_path: Path) -> None:
     found = {it.subject: it for it in hooks.check(tmp_path) if it.status is not Status.OK}
     assert {name: it.status for name, it in found.items()} == {
         "hook: device tier": Status.FAILURE,
+        "hook: media ids": Status.FAILURE,
         "hook: rendering": Status.WARNING,
     }
     assert "has no BlockPool.evict_blocks" in found["hook: device tier"].found

@@ -49,6 +49,27 @@ def test_organisations_that_anyone_can_make_up_share_an_account() -> None:
         assert directory.account(org) == org
 
 
+@pytest.mark.parametrize(
+    ("directory", "writers", "others"),
+    [
+        (DIRECTORY, ["name:acme"], [ANONYMOUS, "key:1"]),
+        (CallerDirectory(SECRET, {}, None), ["key:1", ANONYMOUS], []),
+        (CallerDirectory(SECRET, {}, "x-org"), ["header:acme"], [ANONYMOUS, "key:1"]),
+        (CallerDirectory(SECRET, {}, None, is_closed=True), ["key:1"], [ANONYMOUS]),
+        (
+            CallerDirectory(SECRET, {sha256("k"): "acme"}, None, global_writers={"key:1"}),
+            ["key:1"],
+            ["name:acme", ANONYMOUS],
+        ),
+        (CallerDirectory(SECRET, {}, None, global_writers=()), [], ["key:1", ANONYMOUS]),
+    ],
+    ids=["listed", "nobody listed", "gateway", "server's keys", "chosen", "nobody"],
+)
+def test_who_may_write_what_everyone_shares(directory, writers, others) -> None:
+    assert all(map(directory.may_write_global, writers))
+    assert not any(map(directory.may_write_global, others))
+
+
 def test_unlisted_keys_are_organisations_of_their_own_and_not_shown() -> None:
     one = DIRECTORY.caller({"x-api-key": "key-3"}, None).org
     two = DIRECTORY.caller({"x-api-key": "key-4"}, None).org

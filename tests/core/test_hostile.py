@@ -33,7 +33,9 @@ class Nothing(Engines):
     async def health(self) -> list[list[dict[str, Any]]]:
         return []
 
-    async def purge(self, prefix: bytes) -> Purged:
+    async def purge(
+        self, prefix: bytes, org: str | None = None, session: str | None = None
+    ) -> Purged:
         return Purged()
 
 

@@ -1,5 +1,7 @@
 """TtlReplay: refreshed on use, over when they are over, on every tier alike."""
 
+import time
+
 from vllm_cachescope.cache.eviction import LifetimeShare
 from vllm_cachescope.cache.ledger import Ledger
 
@@ -88,3 +90,17 @@ def test_too_few_victims_is_none_and_changes_nothing() -> None:
     policy.use(b"b", 300, 1)
     assert policy.victims(2, 5, must_stay=lambda key: key == b"b") is None
     assert policy.victims(2, 5, must_stay=lambda key: False) == [b"a", b"b"]
+
+
+def test_a_purge_costs_what_it_finds() -> None:
+    ledger = Ledger()
+    for i in range(30_000):
+        ledger.touch(b"%d" % i, 300, 0, b"acme    session%d" % (i % 10))
+    began = time.perf_counter()
+    for i in range(1_000):
+        assert ledger.purge(b"acme    made %03d" % i) == []
+    # Thirty thousand looks a purge would be some seconds.
+    assert time.perf_counter() - began < 0.5
+    assert len(ledger.purge(b"acme    session3")) == 3_000
+    assert len(ledger.purge(b"acme    ")) == 27_000
+    assert len(ledger) == 0

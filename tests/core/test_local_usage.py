@@ -4,6 +4,7 @@ import random
 
 from vllm_cachescope.cache.quotas import Quotas
 from vllm_cachescope.config import OrgQuota
+from vllm_cachescope.tenancy.owner_tags import UNLISTED_TAG
 from vllm_cachescope.tiers.expiry import expiry
 from vllm_cachescope.tiers.local_usage import LocalUsage
 
@@ -33,6 +34,18 @@ def test_an_organisation_over_its_quota_loses_its_oldest() -> None:
     assert usage.stored(blocks(ACME, 4, used_at=3), 3) == names(ACME, 3)
     assert usage.stored(blocks(ACME, 4, 5, 6, used_at=4), 4) == names(ACME, 2, 1)
     assert usage.shown(5) == {ACME[:8].hex(): 30, ZETA[:8].hex(): 20}
+
+
+def test_organisations_that_anyone_can_make_up_are_one() -> None:
+    usage = LocalUsage(Quotas(10, OrgQuota(quota=30, reserve=30), {}))
+    made_up = [b"\x80unlist%d--------" % i for i in range(4)]
+    usage.stored(blocks(ACME, 1, 2), 0)
+    for i, owner in enumerate(made_up[:3]):
+        assert usage.stored(blocks(owner, 1, used_at=i), i) == []
+    assert usage.stored(blocks(made_up[3], 1, used_at=3), 3) == names(made_up[0], 1)
+    assert usage.shown(4) == {UNLISTED_TAG.hex(): 30, ACME[:8].hex(): 20}
+    usage.purged(made_up[3][:8])
+    assert usage.shown(4)[UNLISTED_TAG.hex()] == 20
 
 
 def test_a_prompt_stored_in_parts_keeps_its_beginning() -> None:

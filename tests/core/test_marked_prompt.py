@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.config_files import in_file
 from vllm_cachescope import Breakpoint, Cached, Prompt
 from vllm_cachescope.config import CONNECTOR, ConfigError
 from vllm_cachescope.connectors.vllm.offline.planner import OfflinePlanner
@@ -22,7 +23,7 @@ VOCABULARY = ("aba", "ab", "ba", " a", "a", "b", " ")
 
 def planner(**config: Any) -> OfflinePlanner:
     transfer = SimpleNamespace(
-        kv_connector=CONNECTOR, kv_connector_extra_config={"secret": SECRET, **config}
+        kv_connector=CONNECTOR, kv_connector_extra_config=in_file({"secret": SECRET, **config})
     )
     cache = SimpleNamespace(block_size=16)
     return OfflinePlanner(SimpleNamespace(kv_transfer_config=transfer, cache_config=cache))

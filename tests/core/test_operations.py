@@ -12,6 +12,7 @@ from vllm_cachescope.api.diagnoser import Diagnoser
 from vllm_cachescope.api.engines import Engines, Purged
 from vllm_cachescope.api.http_request import joined_headers
 from vllm_cachescope.api.operations import Operations
+from vllm_cachescope.api.purge_budget import BURST
 from vllm_cachescope.cache.report import EngineId, Outcome, Report, Row
 from vllm_cachescope.config import Config, load
 from vllm_cachescope.prompt.request import Protocol
@@ -41,7 +42,9 @@ class Recorded(Engines):
             raise TimeoutError
         return [self._tiers]
 
-    async def purge(self, prefix: bytes) -> Purged:
+    async def purge(
+        self, prefix: bytes, org: str | None = None, session: str | None = None
+    ) -> Purged:
         if not self._answers:
             raise TimeoutError
         self.purged.append(prefix)
@@ -82,6 +85,7 @@ def ask(diagnoser, renderings):
             diagnoser,
             engines or Recorded(),
             lambda *purged: renderings.append(purged),
+            lambda: 0.0,
         )
         sent = dict(headers or {}) | ({"x-api-key": key} if key else {})
 
@@ -105,7 +109,7 @@ def made(config: dict[str, object]) -> Config:
         ({"all": True}, [b""]),
         ({"org": "acme"}, [OWNERS.prefix("name:acme")]),
         ({"org": "name:acme"}, [OWNERS.prefix("name:acme")]),
-        ({"org": "key:0123"}, [OWNERS.prefix("key:0123")]),
+        ({"org": "key:0123"}, [OWNERS.prefix("key:0123"), OWNERS.prefix("key:0123", None, False)]),
         ({"org": "global"}, [bytes(8)]),
         ({"org": "acme", "session": "s"}, [OWNERS.prefix("name:acme", "s")]),
         ({"session": "s"}, [OWNERS.prefix("anonymous", "s")]),
@@ -115,7 +119,7 @@ async def test_the_operator_may_purge_anything(ask, body, prefixes) -> None:
     engines = Recorded()
     status, answer = await ask("POST", "/cachescope/purge", body, TOKEN, engines)
     assert (status, engines.purged) == (200, prefixes)
-    assert answer["purged"] == {"device": 1, "cpu": 2}
+    assert answer["purged"] == {"device": len(prefixes), "cpu": 2 * len(prefixes)}
 
 
 async def test_a_name_may_be_a_tenants_and_a_gateways(ask) -> None:
@@ -144,18 +148,20 @@ async def test_an_organisation_may_purge_its_own(ask, renderings, body, prefix) 
 @pytest.mark.parametrize(
     ("body", "key", "status", "says"),
     [
-        ({"all": True}, "acme's key", 403, "operator token"),
-        ({"org": "zeta"}, "acme's key", 404, "'zeta' is no organisation"),
+        ({"all": True}, "acme's key", 403, "only the operator"),
+        # Which organisations there are is not a tenant's to know.
+        ({"org": "zeta"}, "acme's key", 403, "this key is of name:acme"),
         ({"org": "name:zeta"}, "acme's key", 403, "this key is of name:acme"),
-        ({"org": "global"}, "acme's key", 403, "operator token"),
-        ({"org": "anonymous"}, "acme's key", 403, "operator token"),
-        ({"org": "acme"}, "another key", 403, "this key is of key:"),
-        ({"all": True}, None, 403, "operator token"),
+        ({"org": "global"}, "acme's key", 403, "only the operator"),
+        ({"org": "anonymous"}, "acme's key", 403, "only the operator"),
+        ({"org": "acme"}, "another key", 401, "present operator_token"),
+        ({"org": "zeta"}, "another key", 401, "present operator_token"),
+        ({"all": True}, None, 401, "present operator_token"),
         ({"org": "anonymous"}, None, 401, "operator token"),
         ({"session": "s"}, None, 401, "operator token"),
-        ({"all": True}, TOKEN + "x", 403, "operator token"),
-        ({"all": True}, TOKEN[:-1], 403, "operator token"),
-        ({"org": "zeta"}, TOKEN, 404, "tenants"),
+        ({"all": True}, TOKEN + "x", 401, "present operator_token"),
+        ({"all": True}, TOKEN[:-1], 401, "present operator_token"),
+        ({"org": "zeta"}, TOKEN, 404, "GET /cachescope/breaks list"),
         ({}, TOKEN, 400, "does not say what"),
         ({"all": False}, TOKEN, 400, "does not say what"),
         ({"all": 1}, TOKEN, 400, "does not say what"),
@@ -176,16 +182,45 @@ async def test_what_is_wrong_or_not_the_callers_is_refused(ask, body, key, statu
     assert says in answer["error"]["message"]
 
 
+async def test_an_account_that_purges_without_end_is_told_to_wait(diagnoser) -> None:
+    settings, engines, now = made({}), Recorded(), [0.0]
+    directory = CallerDirectory(SECRET.encode(), settings.tenant_names(), None)
+    operations = Operations(
+        settings, directory, diagnoser, engines, lambda *_: None, lambda: now[0]
+    )
+
+    async def purge(key: str) -> Any:
+        async def read_body() -> bytes:
+            return b'{"session": "made up"}'
+
+        return await operations.answer(
+            "POST", "/cachescope/purge", {"x-api-key": key}, True, read_body
+        )
+
+    answers = [await purge("acme's key") for _ in range(BURST + 1)]
+    assert {answer.status_code for answer in answers[:-1]} == {200}
+    refused = answers[-1]
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+    assert json.loads(bytes(refused.body))["error"]["type"] == "rate_limit_error"
+    assert len(engines.purged) == BURST
+    now[0] += 1
+    assert (await purge("acme's key")).status_code == 200
+    # Keys that anyone can make up share one budget; the operator needs none.
+    made_up = [(await purge(f"key {i}")).status_code for i in range(BURST + 1)]
+    assert made_up == [200] * BURST + [429]
+    assert {(await purge(TOKEN)).status_code for _ in range(2 * BURST)} == {200}
+
+
 async def test_without_a_token_in_the_configuration_nobody_is_the_operator(ask) -> None:
     for key in (None, "", "None", TOKEN):
         engines = Recorded()
         options = {"engines": engines, "operator_token": None}
         status, _ = await ask("POST", "/cachescope/purge", {"all": True}, key, **options)
-        assert (status, engines.purged) == (403, [])
+        assert (status, engines.purged) == (401, [])
 
 
 @pytest.mark.parametrize(
-    ("sent", "status"), [("ein langer schlüssel", 200), ("ein langer schlussel", 403)]
+    ("sent", "status"), [("ein langer schlüssel", 200), ("ein langer schlussel", 401)]
 )
 async def test_the_operators_token_is_compared_byte_by_byte(ask, sent, status) -> None:
     headers = joined_headers({"headers": [(b"X-API-Key", sent.encode())]})

@@ -17,7 +17,7 @@ callers = st.builds(Caller, names, st.none() | names)
 def identity(scope: Scope, caller: Caller) -> tuple[object, ...]:
     """Whose a block is, said without hashing."""
     if scope is Scope.GLOBAL:
-        return ()
+        return ("everyone", caller.org)
     if scope is Scope.ORG or caller.session is None:
         return (caller.org,)
     return (caller.org, caller.session)

@@ -30,7 +30,7 @@ def test_generated_tokens_are_as_narrow_as_the_end_and_not_covered() -> None:
 
 @pytest.mark.parametrize(
     ("block_end", "owner"),
-    [(100, bytes(16)), (300, b"acme    " + bytes(8)), (350, b"acme    s1      ")],
+    [(100, bytes(8) + b"acme    "), (300, b"acme    " + bytes(8)), (350, b"acme    s1      ")],
 )
 def test_a_blocks_owner_is_as_narrow_as_its_span(block_end: int, owner: bytes) -> None:
     assert replace(PLAN, owner=b"acme    s1      ").owner_of(block_end) == owner

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.config_files import in_file
 from tests.engine.clock import VARIABLE, Clock
-from tests.engine.config_files import in_file
 from vllm_cachescope.cache.report import Report
 from vllm_cachescope.prompt.plan import PLAN_KEY, Plan, Span, seal
 from vllm_cachescope.tenancy.owner_tags import OwnerTags
@@ -105,12 +105,14 @@ class Ask:
         params: its `kv_transfer_params`; None for none.
         max_tokens: tokens to generate.
         salt: its `cache_salt`; empty for none.
+        adapter: directory of the LoRA adapter to generate with; None for none.
     """
 
     tokens: list[int]
     params: dict[str, Any] | None
     max_tokens: int = 8
     salt: str = ""
+    adapter: Path | None = None
 
 
 @dataclass(slots=True)
@@ -215,9 +217,11 @@ class Engine:
         (answer,) = self.run(Ask(tokens, sealed(plan), max_tokens))
         return answer
 
-    def uncached(self, tokens: list[int], max_tokens: int = 8) -> list[int]:
+    def uncached(
+        self, tokens: list[int], max_tokens: int = 8, adapter: Path | None = None
+    ) -> list[int]:
         """Return what the engine generates for ``tokens`` when nothing is cached."""
-        (answer,) = self.run(Ask(tokens, FORGED, max_tokens))
+        (answer,) = self.run(Ask(tokens, FORGED, max_tokens, adapter=adapter))
         assert answer.read == 0
         return answer.tokens
 
@@ -239,8 +243,13 @@ class Engine:
                 extra_args=extra,
                 output_kind=RequestOutputKind.CUMULATIVE,
             ),
+            lora_request=None if ask.adapter is None else _lora(ask.adapter),
         )
         return request_id
+
+    def load_adapter(self, directory: Path) -> None:
+        """Load a LoRA adapter, in place of one that was loaded from there."""
+        assert self._engine.add_lora(_lora(directory, load_inplace=True))
 
     def step(self) -> bool:
         """Run one step of the engine; return whether there is more to do."""
@@ -340,3 +349,9 @@ class Engine:
             for sample in family.samples
             if sample.name == f"{name}_total" and {*values} <= {*sample.labels.values()}
         )
+
+
+def _lora(directory: Path, **options: Any) -> Any:
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest("adapter", 1, str(directory), **options)

@@ -18,15 +18,16 @@ import openai
 from prometheus_client.parser import text_string_to_metric_families
 
 from demo.server import Server
+from tests.config_files import in_file
 from tests.engine import forks
 from tests.engine.clock import VARIABLE, Clock
-from tests.engine.config_files import in_file
 from tests.engine.engine import SECRET
 
 ROOT = Path(__file__).parents[2]
 MODEL = "toy"
 OPERATOR_TOKEN = "the operator of the tests"
 NAMED_KEY = "key of the named"
+OTHER_NAMED_KEY = "key of the other named"
 ONE_PROCESS = ("--distributed-executor-backend", "uni")
 """For scheduler and worker: a server is up sooner than with one for each."""
 
@@ -51,7 +52,10 @@ def plugin(**config: Any) -> list[str]:
         "secret": SECRET,
         "sweep_interval": "1s",
         "operator_token": OPERATOR_TOKEN,
-        "tenants": {sha256(NAMED_KEY.encode()).hexdigest(): "named"},
+        "tenants": {
+            sha256(key.encode()).hexdigest(): name
+            for key, name in ((NAMED_KEY, "named"), (OTHER_NAMED_KEY, "other"))
+        },
     }
     transfer = {
         "kv_connector": "DrivenConnector",
@@ -73,15 +77,23 @@ class ForkedServer(Server):
 
 @contextmanager
 def serve(
-    model: Path, arguments: list[str], environment: dict[str, str], as_user: bool = False
+    model: Path,
+    arguments: list[str],
+    environment: dict[str, str],
+    as_user: bool = False,
+    module: str = "vllm.entrypoints.openai.api_server",
 ) -> Iterator[str]:
     """Serve ``model`` as `server` does; yield the server's URL."""
-    with server(model, arguments, environment, as_user) as started:
+    with server(model, arguments, environment, as_user, module) as started:
         yield started.url
 
 
 def server(
-    model: Path, arguments: list[str], environment: dict[str, str], as_user: bool = False
+    model: Path,
+    arguments: list[str],
+    environment: dict[str, str],
+    as_user: bool = False,
+    module: str = "vllm.entrypoints.openai.api_server",
 ) -> Server:
     """Return a server of ``model`` under the name `MODEL`; enter it to start it.
 
@@ -90,9 +102,10 @@ def server(
         arguments: further arguments of the server.
         environment: further variables of its environment.
         as_user: whether to start vLLM as a user does, instead of with a fork.
+        module: the module that is the server.
     """
     command = [
-        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+        *(sys.executable, "-m", module),
         *("--model", str(model), "--served-model-name", MODEL),
         *("--dtype", "float32", "--enforce-eager", "--max-model-len", "8192"),
         *("--num-gpu-blocks-override", "400", "--max-num-seqs", "8"),
@@ -163,7 +176,12 @@ class Api:
 
 @contextmanager
 def serve_scoped(
-    model: Path, scratch: Path, *options: str, as_user: bool = False, **config: Any
+    model: Path,
+    scratch: Path,
+    *options: str,
+    as_user: bool = False,
+    module: str = "vllm.entrypoints.openai.api_server",
+    **config: Any,
 ) -> Iterator[Api]:
     """Serve ``model`` with the plugin, on a clock of its own.
 
@@ -172,12 +190,13 @@ def serve_scoped(
         scratch: where the clock's file goes.
         options: further options of the server.
         as_user: whether to start vLLM as a user does, instead of with a fork.
+        module: the module that is the server.
         config: further keys of the plugin's configuration.
     """
     path = scratch / "server clock"
     clock = Clock(path)
     arguments = [*plugin(**config), *options]
-    with serve(model, arguments, {VARIABLE: str(path)}, as_user) as url:
+    with serve(model, arguments, {VARIABLE: str(path)}, as_user, module) as url:
         yield Api(url, clock)
 
 

@@ -9,11 +9,11 @@ from vllm import PoolingParams, SamplingParams
 
 from tests.engine.engine import KEYS, OWNERS, SECRET
 from vllm_cachescope.api.request_context import RequestContext, current_request
+from vllm_cachescope.api.services import directory_of
 from vllm_cachescope.config import load
 from vllm_cachescope.connectors.vllm.api_server.admission import Admission
 from vllm_cachescope.prompt.plan import PLAN_KEY, Span, unseal
 from vllm_cachescope.tenancy.scope import Caller, Scope
-from vllm_cachescope.tenancy.shares import own_account
 
 ACME = Caller("name:acme")
 
@@ -22,6 +22,7 @@ class Client:
     """An engine client that notes the parameters it is given."""
 
     vllm_config = SimpleNamespace(cache_config=SimpleNamespace(block_size=16))
+    renderer = MagicMock()
 
     def __init__(self) -> None:
         self.given: list[Any] = []
@@ -36,7 +37,8 @@ class Client:
 @pytest.fixture
 def client() -> Client:
     state = MagicMock(engine_client=Client())
-    Admission(state, load({"secret": SECRET}), SECRET.encode(), own_account)
+    config = load({"secret": SECRET})
+    Admission(state, config, SECRET.encode(), directory_of(config, api_keys=()))
     return state.engine_client
 
 

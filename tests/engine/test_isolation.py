@@ -9,6 +9,7 @@ import gc
 import itertools
 import random
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import pytest
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
@@ -31,6 +32,7 @@ from tests.engine.engine import (
 )
 from vllm_cachescope.connectors.vllm import shm_regions
 from vllm_cachescope.connectors.vllm.engine import hashing
+from vllm_cachescope.connectors.vllm.engine.adapters import Adapters
 from vllm_cachescope.prompt.plan import PLAN_KEY, Plan, seal
 from vllm_cachescope.prompt.segments import RegionDefault
 from vllm_cachescope.tenancy.caller import ANONYMOUS
@@ -315,13 +317,14 @@ def test_the_connector_refuses_to_run_without_its_hook(engine, monkeypatch, repl
             config, KVConnectorRole.SCHEDULER, engine.scheduler.kv_cache_config
         )
     gc.collect()
-    assert shm_regions.remove_stale()
+    shm_regions.remove_stale()
+    assert not list(Path("/dev/shm").glob(f"*without a hook {replacement.__name__}*"))
 
 
 def test_the_connector_refuses_a_vllm_without_the_function(engine, monkeypatch):
     monkeypatch.delattr(kv_cache_utils, "generate_block_hash_extra_keys")
     with pytest.raises(hashing.HookNotInForce, match="has no"):
-        hashing.enforce(SECRET.encode(), RegionDefault(Scope.ORG, 300))
+        hashing.enforce(SECRET.encode(), RegionDefault(Scope.ORG, 300), Adapters())
 
 
 def test_scope_keys_differ_between_secrets(engine):

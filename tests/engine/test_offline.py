@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from tests.config_files import in_file
 from tests.engine import forks, marked_prompts
 from tests.engine.clock import VARIABLE, Clock
-from tests.engine.config_files import in_file
 from tests.engine.engine import BLOCK, FORGED, SECRET, org_plan, sealed
 from tests.engine.server import ENVIRONMENT, ONE_PROCESS
 from vllm_cachescope import PromptCache
@@ -35,6 +35,7 @@ global for an hour, the other blocks are each organisation's for five minutes.""
 def ask(model: str, runner: str, has_plugin: bool, path: str) -> None:
     """Put prompts to an `LLM`; write what each of them read to ``path``."""
     from vllm import LLM, PoolingParams, SamplingParams
+    from vllm.sampling_params import BeamSearchParams
 
     transfer = {
         "kv_connector": "DrivenConnector",
@@ -74,6 +75,10 @@ def ask(model: str, runner: str, has_plugin: bool, path: str) -> None:
         found["no plan"] = [read(HANDBOOK, {"compressed_token_type_ids": None})]
     llm.reset_prefix_cache()
     found["again"] = [read(HANDBOOK)]
+    if runner == "generate":
+        beams = BeamSearchParams(beam_width=3, max_tokens=4)
+        (output,) = llm.beam_search([{"prompt_token_ids": HANDBOOK}], beams)
+        found["beams"] = [beam.tokens for beam in output.sequences]
     if not has_plugin:
         with pytest.raises(ConfigError, match='"kv_connector": "CacheScopeConnector"'):
             PromptCache(llm)
@@ -101,6 +106,7 @@ def test_an_llm_reads_what_plain_vllm_reads(
         process.join(300)
         assert process.exitcode == 0
     plain, ours = (json.loads(path.read_text()) for path in paths.values())
+    assert plain.pop("beams", None) == ours.pop("beams", None)
     assert plain == {"read": READ, "again": [0]}
     marked = ours.pop("marked")
     assert {name: marked.pop(name) for name in TOLD} == TOLD

@@ -1,10 +1,12 @@
 """A purge forgets just what it names, on every tier, whatever runs meanwhile."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 
 from tests.engine.engine import BLOCK, CPU_CHUNKS, OWNERS, Ask, draw_tokens, org_plan, plan, sealed
+from vllm_cachescope.connectors.vllm.engine.prompts import Prompt
 from vllm_cachescope.tenancy.scope import Caller, Scope
 
 pytestmark = pytest.mark.engine
@@ -111,6 +113,32 @@ def test_a_prompt_that_waits_when_its_blocks_are_purged(engine):
     pool = engine.scheduler.kv_cache_manager.block_pool
     assert len(pool.cached_block_hash_to_block) == 0
     assert engine.free_chunks() == CPU_CHUNKS
+
+
+def test_a_purge_is_noted_only_where_it_has_something_to_purge(engine, prompt):
+    """Twenty thousand purges must cost the next step nothing."""
+    running = Prompt(mixed(CALLERS[0], prompt), None)
+    for i in range(20_000):
+        running.purge(OWNERS.prefix("zeta", f"made up {i}"))
+        running.purge(OWNERS.prefix("acme", f"made up {i}"))
+    assert running.purged == set()
+    running.purge(OWNERS.prefix("acme", "s1"))
+    assert running.purged == {Scope.SESSION}
+    running.purge(b"")
+    assert running.purged == set(Scope)
+    ends = [GLOBAL * BLOCK, len(prompt)]
+    assert all(map(running.is_purged, ends))
+
+
+def test_a_purge_that_is_not_known_any_more_is_not_over(engine):
+    """With a remote tier, whose entries nobody can answer for."""
+    remotes = engine.connector.cachescope.remotes
+    remotes.append(SimpleNamespace(name="redis"))
+    try:
+        answer = engine.connector.command_purged("long ago")
+    finally:
+        remotes.clear()
+    assert answer is not None and "purge again" in answer["redis"][1]
 
 
 def test_what_was_purged_is_known_to_have_been(engine, prompt):

@@ -3,6 +3,7 @@ reserved for another stays."""
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from hashlib import sha256
 
 import pytest
@@ -183,6 +184,39 @@ def test_what_everyone_shares_counts_as_one_organisations(engine, chance):
     assert held(engine, "device", "global") <= QUOTA["device"]
     assert held(engine, "cpu", "global") <= QUOTA["cpu"]
     assert ask(engine, "quiet", quiet).read == BLOCKS * BLOCK
+
+
+@pytest.mark.parametrize("tier", ["device", "cpu"])
+def test_organisations_that_anyone_can_make_up_share_one_quota(engine, chance, tier):
+    (quiet,) = prompts(chance, 1)
+    ask(engine, "quiet", quiet)
+    made_up = [f"key:{i}" for i in range(12)]
+    for org in made_up:
+        (tokens,) = prompts(chance, 1)
+        owner = OWNERS.of(Caller(org), is_listed=False)
+        engine.run(Ask(tokens, sealed(replace(org_plan(org, tokens), owner=owner))))
+    tags = [OWNERS.prefix(org, is_listed=False).hex() for org in made_up]
+    health = {state["name"]: state["orgs"] for state in engine.call("command_health")}
+    held_together = sum(health[tier].get(tag, 0) for tag in tags) // BLOCK_BYTES
+    assert QUOTA[tier] - BLOCKS < held_together <= QUOTA[tier]
+    assert held(engine, tier, "quiet") == BLOCKS
+
+
+def test_a_writer_keeps_what_another_writer_cannot_push_out(engine, chance):
+    """Each has the quota of what everyone shares for itself."""
+    (handbook,) = prompts(chance, 1)
+
+    def share(org: str, tokens: list[int]) -> Answer:
+        everyones = plan(Caller(org), (len(tokens), Scope.GLOBAL, 300))
+        (answer,) = engine.run(Ask(tokens, sealed(everyones)))
+        return answer
+
+    share("one", handbook)
+    for tokens in prompts(chance, 20):
+        share("other", tokens)
+    assert share("third", handbook).outcome("read_device") == BLOCKS * BLOCK
+    engine.call("empty_device")
+    assert share("third", handbook).outcome("read_cpu") == BLOCKS * BLOCK
 
 
 def test_random_tenants_under_quotas(engine, chance):

@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.engine.bodies import EPHEMERAL, HOUR, block, text
 from tests.engine.engine import BLOCK
-from tests.engine.server import MODEL
+from tests.engine.server import MODEL, NAMED_KEY, OTHER_NAMED_KEY
 from vllm_cachescope.metrics import METRICS
 
 pytestmark = pytest.mark.engine
@@ -443,14 +443,34 @@ def test_sessions_of_one_organisation_share_what_is_the_organisations(api):
         headers = {"X-CacheScope-Session": session}
         return of_messages(api.post("/v1/messages", body, key, **headers).json()["usage"]).read
 
-    assert ask("s1", "key of acme") == 0
-    everything = ask("s1", "key of acme")
-    of_the_org = ask("s2", "key of acme")
-    of_all = ask("s1", "key of zeta")
+    assert ask("s1", NAMED_KEY) == 0
+    everything = ask("s1", NAMED_KEY)
+    of_the_org = ask("s2", NAMED_KEY)
+    of_all = ask("s1", OTHER_NAMED_KEY)
     assert 2 * BLOCK <= of_all < of_the_org < everything
     api.empty_device()
-    assert ask("s3", "key of acme") == of_the_org
-    assert ask("s2", "key of zeta") == of_the_org, "s1 of zeta has left zeta's own"
+    assert ask("s3", NAMED_KEY) == of_the_org
+    assert ask("s2", OTHER_NAMED_KEY) == of_the_org, "s1 of zeta has left zeta's own"
+
+
+def test_what_a_client_that_is_no_writer_marks_global_is_its_organisations(api):
+    body = messages_body("junk")
+    body["system"][0]["cache_control"] = {**HOUR, "scope": "global"}
+    reasons = api.metrics("cachescope_ignored_markers_total", "reason")
+    name, labels = "cachescope_prompt_tokens_total", ("outcome", "scope", "ttl")
+    before = api.metrics(name, *labels)
+
+    def ask(key):
+        return of_messages(api.post("/v1/messages", body, key).json()["usage"])
+
+    counts = [ask(key) for key in ("made up", "made up, too", "made up", NAMED_KEY)]
+    assert [count.read > 0 for count in counts] == [False, False, True, False]
+    assert api.metrics("cachescope_ignored_markers_total", "reason") - reasons == {
+        ("not_a_writer",): 3
+    }
+    written = Counter({("created", "global", "1h"): counts[3].long})
+    found = api.await_metrics(name, labels, before + written)
+    assert +Counter({k: n for k, n in (found - before).items() if k[1] == "global"}) == written
 
 
 def test_an_organisation_is_its_api_key(api):
@@ -718,7 +738,7 @@ def test_the_metrics_tell_scope_and_lifetime(api):
     before = api.metrics(name, "outcome", "scope", "ttl")
     body = messages_body("labelled")
     body["system"][0]["cache_control"] = {**HOUR, "scope": "global"}
-    counts = of_messages(api.anthropic().messages.create(**body).usage)
+    counts = of_messages(api.anthropic(NAMED_KEY).messages.create(**body).usage)
     expected = Counter(
         {
             ("created", "global", "1h"): counts.long,

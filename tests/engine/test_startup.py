@@ -15,8 +15,8 @@ import httpx
 import pytest
 from starlette.datastructures import State
 
+from tests.config_files import in_file
 from tests.engine.clock import Clock
-from tests.engine.config_files import in_file
 from tests.engine.engine import BLOCK_BYTES, SECRET
 from tests.engine.server import ENVIRONMENT, MODEL, OPERATOR_TOKEN, SMALL, Api, serve, server
 from vllm_cachescope.config import CONNECTOR, ConfigError
@@ -50,7 +50,7 @@ def start(model: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
 
 @pytest.mark.engine
 def test_vllms_own_command_stops_with_one_message(tiny_model: Path) -> None:
-    before = set(Path("/dev/shm").glob("vllm_offload_*"))
+    before = set(Path("/dev/shm").glob("vllm_offload_*.mmap*"))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         shown = pool.submit(start, tiny_model, *transfer(secret="sesame of the tests"))
         too_large = pool.submit(start, tiny_model, *transfer(cpu_bytes="100TiB"))
@@ -76,7 +76,7 @@ def test_vllms_own_command_stops_with_one_message(tiny_model: Path) -> None:
         assert len(found) == 1 and found[0].startswith(expected), found
         assert "Traceback" not in said and "sesame" not in said
     shm_regions.remove_stale()
-    assert set(Path("/dev/shm").glob("vllm_offload_*")) <= before
+    assert set(Path("/dev/shm").glob("vllm_offload_*.mmap*")) <= before
 
 
 @pytest.mark.engine

@@ -10,7 +10,7 @@ import pytest
 from demo.model import MODELS, TINY, build
 from tests.engine.engine import BLOCK, Ask, draw_tokens, org_plan, sealed
 from tests.redis.replica import Replica
-from tests.redis.servers import REDIS_SERVER, RedisServer, wait_until
+from tests.redis.servers import REDIS_SERVER, RedisServer, entries, wait_until
 from vllm_cachescope.connectors.vllm import shm_regions
 
 pytestmark = [
@@ -46,7 +46,7 @@ class Cluster:
 
     def blocks_near(self) -> set[bytes]:
         """Return the names of the blocks in the near Redis."""
-        return set(self.near.client.keys("*00000000"))
+        return entries(self.near)
 
     def behind_resp(self) -> set[bytes]:
         """Return the names of the values behind the RESP adapter."""

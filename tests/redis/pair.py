@@ -11,7 +11,7 @@ from typing import Any
 from demo.model import MODELS, TINY, build
 from tests.engine.engine import BLOCK, BLOCK_BYTES, Ask, draw_tokens, org_plan, sealed
 from tests.redis.replica import Replica
-from tests.redis.servers import Proxy, RedisServer, wait_until
+from tests.redis.servers import Proxy, RedisServer, entries, wait_until
 from vllm_cachescope.connectors.vllm import shm_regions
 
 GREEDY, GREEDY_BLOCKS = "name:greedy", 8
@@ -38,8 +38,8 @@ class Pair:
     _chance: random.Random = field(default_factory=lambda: random.Random(0))
 
     def names(self) -> list[bytes]:
-        """Return the names of the blocks the server holds; they end with a group's number."""
-        return self.server.client.keys("*00000000")
+        """Return the names of the blocks the server holds."""
+        return list(entries(self.server))
 
     def replace_b(self) -> None:
         """Kill the second engine and start another one in its place, in a fresh interpreter."""

@@ -1,6 +1,7 @@
 """Real engines in processes of their own, which share a Redis."""
 
 import multiprocessing
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -64,8 +65,9 @@ class Replica:
         """Return the answers to what was begun."""
         return self._receive()
 
-    def call(self, command: str, *arguments: Any) -> Any:
-        """Call a method of the test engine, of its connector (``command_…``), or of its clock."""
+    def call(self, command: str | Callable[..., Any], *arguments: Any) -> Any:
+        """Call a method of the test engine, of its connector (``command_…``), or of its clock; or
+        a function of a module, with the engine as its first argument."""
         self._send(command, *arguments)
         return self._receive()
 
@@ -81,7 +83,7 @@ class Replica:
         self._process.kill()
         self._process.join()
 
-    def _send(self, command: str, *arguments: Any) -> None:
+    def _send(self, command: str | Callable[..., Any], *arguments: Any) -> None:
         self.ready()
         self._pipe.send((command, arguments))
 
@@ -102,6 +104,9 @@ def _serve(
         while not pipe.poll(0.001):
             engine.step()
         command, arguments = pipe.recv()
+        if callable(command):
+            pipe.send(command(engine, *arguments))
+            continue
         targets = {"command": engine.connector, "advance": engine.clock}
         target = targets.get(command.partition("_")[0], engine)
         pipe.send(getattr(target, command)(*arguments))

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import redis
 
+from vllm_cachescope.tiers.keyspace import names_of
+
 REDIS_SERVER = shutil.which(os.environ.get("REDIS_SERVER", "redis-server"))
 """Path of the server to test with; ``REDIS_SERVER=valkey-server`` tests with Valkey."""
 
@@ -22,6 +24,11 @@ def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])
+
+
+def entries(server: "RedisServer") -> set[bytes]:
+    """Return the names of the tiers' entries in a server, without what stands beside them."""
+    return set(server.client.scan_iter(names_of(b"")))
 
 
 def wait_until(condition: Callable[[], object], timeout_s: float = 10.0) -> None:

@@ -10,7 +10,7 @@ from demo.model import MODELS, TINY, build
 from tests.engine.bodies import EPHEMERAL, conversation
 from tests.engine.engine import BLOCK_BYTES
 from tests.engine.server import SMALL, Api, breaks, named, serve_scoped
-from tests.redis.servers import RedisServer, wait_until
+from tests.redis.servers import RedisServer, entries, wait_until
 
 pytestmark = pytest.mark.engine
 
@@ -46,7 +46,7 @@ class Deployment:
         return tokens
 
     def names(self) -> list[bytes]:
-        return self.server.client.keys("*00000000")
+        return list(entries(self.server))
 
     def crowd_out(self, name: str) -> None:
         """Have others use the first engine's memory until nothing else is left in it."""

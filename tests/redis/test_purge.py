@@ -3,11 +3,12 @@
 import pytest
 import redis
 
-from tests.redis.engine_side import SECRET, EngineSide, keys
+from tests.redis.engine_side import SECRET, SLOT, EngineSide, keys
 from tests.redis.servers import Proxy, wait_until
 from vllm_cachescope.tenancy.owner_tags import NOBODY, OwnerTags
 from vllm_cachescope.tenancy.scope import Caller
 from vllm_cachescope.tiers.jobs import Purge
+from vllm_cachescope.tiers.keyspace import FORMAT, OwnerNames
 
 OWNERS = OwnerTags(SECRET)
 HELD = {
@@ -75,18 +76,67 @@ def test_other_models_are_purged_as_well_and_other_secrets_organisations_are_not
     assert len(theirs.get_exact(their_acme).keys) == 5
 
 
-def test_a_large_store_is_looked_through_in_steps(server, start_engine_side):
-    side = start_engine_side(server.url)
-    fill(side)
+def fill_with_others(server, count: int = 20_000) -> None:
     with server.client.pipeline(transaction=False) as pipeline:
-        for i in range(20_000):
+        for i in range(count):
             pipeline.set(f"filler {i}", "x")
         pipeline.execute()
-    assert purge(side, OWNERS.prefix("acme")).entries == 40
-    commands = server.client.info("commandstats")
-    assert 20 <= commands["cmdstat_scan"]["calls"] <= 40
-    assert "cmdstat_keys" not in commands
-    assert server.client.dbsize() == 20_000 + 9 + 1
+
+
+def scans(server) -> int:
+    stats = server.client.info("commandstats")
+    assert "cmdstat_keys" not in stats
+    return stats.get("cmdstat_scan", {"calls": 0})["calls"]
+
+
+def test_a_purge_looks_at_nothing_but_the_owners_entries(server, start_engine_side):
+    side = start_engine_side(server.url)
+    fill(side)
+    fill_with_others(server)
+    for prefix, entries in ((OWNERS.prefix("acme", "made up"), 0), (OWNERS.prefix("acme"), 40)):
+        assert purge(side, prefix).entries == entries
+        assert scans(server) == 0
+    # Everything is looked through in steps.
+    assert purge(side, b"").entries == 9
+    assert 20 <= scans(server) <= 40
+    assert sum(1 for _ in server.client.scan_iter("filler*")) == 20_000
+
+
+@pytest.mark.parametrize("lost", ["evicted", "begun by another server"])
+def test_an_index_that_may_have_lost_something_is_not_trusted(server, start_engine_side, lost):
+    """A purge never claims what it does not know."""
+    side = start_engine_side(server.url)
+    fill(side)
+    if lost == "evicted":
+        server.client.config_set("maxmemory-policy", "volatile-lru")
+        full = server.client.info("memory")["used_memory"]
+        server.client.config_set("maxmemory", full - 2 * SLOT)
+        server.client.set("filler", "x")
+        server.client.config_set("maxmemory", 0)
+        assert server.client.info("stats")["evicted_keys"] > 0
+    else:
+        # As a replica that has been made the primary, or one that was restarted with its data.
+        names = OwnerNames(side.keyspace.namespace.encode())
+        server.client.set(names.began, "the id of another server", keepttl=True)
+    for name in server.client.scan_iter(f"cachescope:{FORMAT}:*:entries:*"):
+        server.client.delete(name)
+    left = {key for key in everything() if server.client.exists(side.name(key))}
+    mine = {key for key in left if key.startswith(OWNERS.prefix("acme"))}
+    assert purge(side, OWNERS.prefix("acme")).entries == len(mine) > 30
+    assert {key for key in everything() if server.client.exists(side.name(key))} == left - mine
+
+
+def test_what_a_user_without_rights_to_the_index_stores_is_purged_as_well(
+    server, start_engine_side
+):
+    rights = "~cachescope:* +set +get +exists +pexpire +pttl +unlink +eval +setrange"
+    server.client.execute_command(f"ACL SETUSER kv on >pw {rights}")
+    knowing = start_engine_side(server.url)
+    fill(knowing)
+    unindexed = keys(6, "unindexed", OWNERS.of(Caller("acme")))
+    start_engine_side(f"redis://kv:pw@127.0.0.1:{server.port}").put(unindexed)
+    assert purge(knowing, OWNERS.prefix("acme")).entries == 46
+    assert len(knowing.get_exact(held_by(NOBODY)).keys) == 4
 
 
 def test_what_waits_to_be_stored_is_not_stored(server, start_engine_side):

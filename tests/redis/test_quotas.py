@@ -10,8 +10,9 @@ from tests.redis.servers import wait_until
 from vllm_cachescope.cache.quotas import Quotas
 from vllm_cachescope.config import OrgQuota
 from vllm_cachescope.connectors.redis.server_clock import CLOCK_S, ServerClock
-from vllm_cachescope.tenancy.owner_tags import NOBODY, OwnerTags
+from vllm_cachescope.tenancy.owner_tags import NOBODY, UNLISTED_TAG, OwnerTags
 from vllm_cachescope.tenancy.scope import Caller
+from vllm_cachescope.tiers.keyspace import names_of
 from vllm_cachescope.tiers.local_usage import LocalUsage
 
 OWNERS = OwnerTags(SECRET)
@@ -130,7 +131,7 @@ def test_a_use_of_what_is_not_there_counts_for_nothing(server, start_engine_side
     side.use(mine(ACME, 0))
     side.put(mine(ZETA, 0))
     assert not server.client.exists(usage(side, ACME))
-    assert server.client.zcard(side.keyspace.usage_orgs) == 1
+    assert server.client.zcard(side.keyspace.accounts) == 1
 
 
 def test_what_has_expired_does_not_count(server, start_engine_side):
@@ -163,7 +164,24 @@ def test_over_the_capacity_reserves_are_spared(server, start_engine_side):
     assert held(side, ZETA, range(2)) == [0, 1]
     assert held(side, third, range(1)) == []
     assert held(side, ACME, range(len(others)))[-1] == others[-1]
-    assert server.client.dbsize() <= 30 + 5 + 5
+    assert sum(1 for _ in server.client.scan_iter(names_of(b""))) <= 30 + 5
+
+
+def test_organisations_that_anyone_can_make_up_share_one_quota(server, start_engine_side):
+    sides = [start_engine_side(server.url, quotas=QUOTA) for _ in range(2)]
+    made_up = [OWNERS.of(Caller(f"key:{i}", "s"), is_listed=False) for i in range(12)]
+    sides[0].put(mine(ZETA, 0))
+    for i, owner in enumerate(made_up):
+        sides[i % 2].put(mine(owner, i))
+    left = [i for i, owner in enumerate(made_up) if held(sides[0], owner, range(i, i + 1))]
+    assert left == [8, 9, 10, 11]
+    assert held(sides[0], ZETA, range(1)) == [0]
+    together = start_engine_side(server.url, quotas=QUOTA).tier.health()["orgs"]
+    assert together[UNLISTED_TAG.hex()] == 20 * SLOT
+    # A purge still finds one of them, and counts what it has deleted.
+    done = sides[0].tier.purge(made_up[9][:8])
+    wait_until(lambda: done.over)
+    assert (done.entries, server.client.zcard(sides[0].keyspace.usage(UNLISTED_TAG))) == (5, 15)
 
 
 def test_a_purge_is_counted(server, start_engine_side):

@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry
 from demo.model import MODELS, TINY, build
 from tests.engine.engine import BLOCK, Ask, draw_tokens, org_plan, sealed
 from tests.redis.replica import Replica
-from tests.redis.servers import RedisServer, wait_until
+from tests.redis.servers import RedisServer, entries, wait_until
 from vllm_cachescope.api.diagnoser import Diagnoser
 from vllm_cachescope.api.request_context import PromptTiming
 from vllm_cachescope.connectors.vllm import shm_regions
@@ -97,11 +97,11 @@ def test_a_tier_outlives_the_engine_unless_it_hashes_differently(
     try:
         old = start([tier])
         conversation.turn(old)
-        wait_until(lambda: len(server.client.keys("*00000000")) == 6)
+        wait_until(lambda: len(entries(server)) == 6)
         old.stop()
         new = start([tier])
         assert conversation.turn(new).expected
-        wait_until(lambda: len(server.client.keys("*00000000")) == 12)
+        wait_until(lambda: len(entries(server)) == 12)
         new.stop()
         other = start([tier], PYTHONHASHSEED="7")
         seen = conversation.turn(other)

@@ -216,7 +216,7 @@ def _connections(pair: Pair) -> int:
 
 
 def _regions() -> set[Path]:
-    return set(Path("/dev/shm").glob("vllm_offload_*"))
+    return set(Path("/dev/shm").glob("vllm_offload_*.mmap*"))
 
 
 def _growth(sizes: list[int]) -> float:

@@ -9,7 +9,7 @@ from demo.model import MODELS, TINY, build
 from tests.engine.engine import BLOCK, draw_tokens
 from tests.redis.pair import ask
 from tests.redis.replica import Replica
-from tests.redis.servers import RedisServer, wait_until
+from tests.redis.servers import RedisServer, entries, wait_until
 from vllm_cachescope.connectors.vllm import shm_regions
 
 pytestmark = pytest.mark.engine
@@ -52,7 +52,7 @@ def test_only_an_engine_of_the_same_kind_finds_anything(start, tmp_path):
         engines = {name: start(name, server.url) for name in OTHERS}
         tokens = draw_tokens(random.Random(1), 6 * BLOCK + 7)
         first.run(ask(tokens))
-        wait_until(lambda: len(server.client.keys("*00000000")) == 6)
+        wait_until(lambda: len(entries(server)) == 6)
         # The answers that count are each engine's own.
         for name, engine in engines.items():
             expected = engine.call("uncached", tokens)

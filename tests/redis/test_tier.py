@@ -6,10 +6,11 @@ import time
 import pytest
 
 from tests.redis.engine_side import SLOT, content, keys
-from tests.redis.servers import wait_until
+from tests.redis.servers import entries, wait_until
 from vllm_cachescope.connectors.redis.store import FRONT_BYTES
+from vllm_cachescope.tenancy.owner_tags import NOBODY
 from vllm_cachescope.tiers.inventory import Inventory
-from vllm_cachescope.tiers.keyspace import secret_digest
+from vllm_cachescope.tiers.keyspace import OwnerNames, secret_digest
 
 
 def test_another_engine_reads_what_one_has_stored(server, start_engine_side):
@@ -56,7 +57,7 @@ def test_an_expired_value_is_a_miss(server, start_engine_side):
         server.client.pexpire(side.name(key), 1)
     wait_until(lambda: not server.client.exists(side.name(keys(2)[0])))
     assert side.get(keys(2)).keys == {}
-    wait_until(lambda: server.client.keys() == [side.keyspace.handshake])
+    wait_until(lambda: not entries(server))
 
 
 def test_a_use_lets_a_value_live_on_without_writing_it_again(server, start_engine_side):
@@ -78,7 +79,9 @@ def test_a_use_of_what_is_not_there_leaves_nothing_behind(server, start_engine_s
     side = start_engine_side(server.url)
     side.use(keys(5))
     side.put(keys(1, "later"))
-    assert set(server.client.keys()) == {side.keyspace.handshake, side.name(keys(1, "later")[0])}
+    assert entries(server) == {side.name(keys(1, "later")[0])}
+    index = OwnerNames(side.keyspace.namespace.encode())
+    assert server.client.zcard(index.entries(NOBODY[:8], NOBODY[8:])) == 1
 
 
 def test_what_is_there_already_is_not_sent_again(server, start_engine_side):
@@ -151,7 +154,7 @@ def test_a_full_queue_drops_what_does_not_fit(server, start_engine_side):
     job = side.put(keys(12))
     assert not side.finished[job].complete
     assert side.tier.take_stats()["store", "dropped"] == 4
-    assert len(server.client.keys()) == 8 + 1
+    assert len(entries(server)) == 8
 
 
 def test_more_hits_than_may_be_under_way_are_misses(server, start_engine_side):
@@ -205,7 +208,7 @@ def test_closing_leaves_no_threads_and_no_connections(server, start_engine_side)
     side = start_engine_side(server.url)
     side.put(keys(10))
     side.get(keys(10))
-    assert len(set(threading.enumerate()) - before) == 4
+    assert len(set(threading.enumerate()) - before) == 5
     side.close()
     assert set(threading.enumerate()) <= before
     wait_until(lambda: len(server.client.client_list()) <= clients)

@@ -8,7 +8,7 @@ from pathlib import Path
 from demo.model import MODELS, TINY, build
 from tests.engine.engine import BLOCK_BYTES, Answer, Ask
 from tests.redis.replica import Replica
-from tests.redis.servers import RedisServer, wait_until
+from tests.redis.servers import RedisServer, entries, wait_until
 from tests.routers.stream import EventStream
 from vllm_cachescope.connectors.vllm import shm_regions
 
@@ -67,7 +67,7 @@ class Fleet:
 
     def stored(self) -> set[int]:
         """Return the hashes of what the Redis holds, as KV events write them."""
-        names = self.server.client.keys("*00000000")
+        names = entries(self.server)
         return {int(name[-24:-8], 16) for name in names}
 
     def told(self) -> set[int]:
@@ -101,8 +101,13 @@ def running_fleet(scratch: Path) -> Iterator[Fleet]:
     try:
         for worker in workers:
             worker.events.await_first(
-                lambda engine=worker.engine: engine.run(Ask([300] * 200, None))
+                # Each time other tokens: what is cached already is not told again.
+                lambda number, engine=worker.engine: engine.run(Ask([300 + number] * 200, None))
             )
+            worker.empty()
+            # What was told before the first event that arrived is read by the time that this is.
+            worker.run(Ask([299] * 200, None))
+            wait_until(lambda worker=worker: worker.agrees() and any(worker.resident.values()))
             worker.empty()
             worker.events.forget()
         yield Fleet(server, *workers)

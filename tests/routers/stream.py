@@ -15,6 +15,8 @@ from tests.routers.dynamo import DynamoReader
 from tests.routers.llmd import LlmdReader
 from tests.routers.reader import Event
 
+_TRIES = 50
+
 
 class EventStream:
     """Subscribes to an engine that is yet to start.
@@ -51,10 +53,14 @@ class EventStream:
         """All readers."""
         return self.llmd, self.dynamo, self.aibrix
 
-    def await_first(self, provoke: Callable[[], Any]) -> None:
-        """Call ``provoke`` until the engine's events arrive. What came before is lost."""
-        while not self._socket.poll(200):
-            provoke()
+    def await_first(self, provoke: Callable[[int], Any]) -> None:
+        """Call ``provoke`` with one number after another until the engine's events arrive. What
+        came before is lost: a subscriber may come too late for the first ones."""
+        for number in range(_TRIES):
+            if self._socket.poll(200):
+                break
+            provoke(number)
+        assert self._socket.poll(0), "the engine tells nothing"
         self._next = int.from_bytes(self._socket.recv_multipart()[1], "big") + 1
 
     def forget(self) -> None:

@@ -11,6 +11,7 @@ from prometheus_client import REGISTRY, CollectorRegistry
 from vllm_cachescope.api.break_log import Break, BreakLog
 from vllm_cachescope.api.diagnostics import anthropic_diagnostics, openai_diagnostics
 from vllm_cachescope.api.diffs import Diffs
+from vllm_cachescope.api.peers import ALONE, Peers
 from vllm_cachescope.api.request_context import PromptTiming
 from vllm_cachescope.cache.report import EngineId, Report
 from vllm_cachescope.diagnosis.attribution import EngineReport
@@ -45,6 +46,7 @@ class PendingDiagnosis:
         block_tokens: tokens per block of the engine.
         reports: the engine's report on each of the request's prompts, by the prompt's nonce.
             Filled in while the request runs.
+        peers: the API processes of the server, any of which may have had the earlier request.
     """
 
     caller: Caller
@@ -55,6 +57,7 @@ class PendingDiagnosis:
     diagnosis: Diagnosis
     block_tokens: int
     reports: Mapping[str, Report]
+    peers: Peers
 
     def answer(self, read_tokens: int | None = None) -> dict[str, Any] | None:
         """Return the diagnostics for the response, in the protocol's own shape; None for none.
@@ -68,9 +71,12 @@ class PendingDiagnosis:
             compared = measure(
                 compared, EngineReport(prompt, read_tokens, self.block_tokens), self.named
             )
+        alone = self.peers.count == 1
         if self.request.protocol is Protocol.MESSAGES:
-            return anthropic_diagnostics(self.request, compared)
-        return openai_diagnostics(self.request, compared, read_tokens=read_tokens)
+            return anthropic_diagnostics(self.request, compared, is_known_here=alone)
+        return openai_diagnostics(
+            self.request, compared, read_tokens=read_tokens, is_known_here=alone
+        )
 
 
 class Diagnoser:
@@ -83,11 +89,13 @@ class Diagnoser:
         wall_clock: seconds since the epoch.
         diffs: where to write what changed; None to keep no prompt text.
         registry: where the counters are registered.
+        peers: the API processes of the server, of which this is one.
         model_name: the model's name in vLLM's own metrics.
         account_of: returns who answers for an organisation, by its id.
 
     Attributes:
         breaks: the breaks among what was diagnosed.
+        peers: the API processes of the server.
     """
 
     def __init__(
@@ -100,7 +108,9 @@ class Diagnoser:
         registry: CollectorRegistry = REGISTRY,
         model_name: str = "",
         account_of: AccountOf = own_account,
+        peers: Peers = ALONE,
     ) -> None:
+        self.peers = peers
         self.breaks = BreakLog(registry, model_name, account_of)
         self._model_name = model_name
         self._secret = secret
@@ -168,6 +178,7 @@ class Diagnoser:
             self._block_tokens,
             # Not `reports or {}`: an empty one will be filled in.
             {} if reports is None else reports,
+            self.peers,
         )
 
     def close(

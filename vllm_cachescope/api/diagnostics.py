@@ -34,7 +34,11 @@ _OPENAI_AREAS = {
 
 
 def anthropic_diagnostics(
-    request: PromptRequest, diagnosis: Diagnosis | None, *, pending: bool = False
+    request: PromptRequest,
+    diagnosis: Diagnosis | None,
+    *,
+    pending: bool = False,
+    is_known_here: bool = True,
 ) -> dict[str, Any] | None:
     """Return the ``diagnostics`` of a Messages response.
 
@@ -44,6 +48,7 @@ def anthropic_diagnostics(
             once the engine has counted from `measure`; None if the caller's organisation has no
             such request.
         pending: whether the response has to go out before the comparison is done.
+        is_known_here: whether a request that is not known here is known nowhere.
 
     Returns:
         None if nothing was asked for or nothing diverged.
@@ -53,22 +58,27 @@ def anthropic_diagnostics(
     if pending:
         return {"cache_miss_reason": None}
     if diagnosis is None:
-        return {"cache_miss_reason": {"type": "previous_message_not_found"}}
+        reason = "previous_message_not_found" if is_known_here else "unavailable"
+        return {"cache_miss_reason": {"type": reason}}
     areas = {_anthropic_area(change) for change in diagnosis.changes} - {None}
     first = next((area for area in _ANTHROPIC_ORDER if area in areas), None)
     if first is None:
         return None if not areas else {"cache_miss_reason": {"type": "unavailable"}}
     if first == "params":
         return {"cache_miss_reason": {"type": "unavailable"}}
-    reason = {
+    changed = {
         "type": f"{first}_changed",
         "cache_missed_input_tokens": diagnosis.missed_tokens,
     }
-    return {"cache_miss_reason": reason}
+    return {"cache_miss_reason": changed}
 
 
 def openai_diagnostics(
-    request: PromptRequest, diagnosis: Diagnosis | None, *, read_tokens: int | None = None
+    request: PromptRequest,
+    diagnosis: Diagnosis | None,
+    *,
+    read_tokens: int | None = None,
+    is_known_here: bool = True,
 ) -> dict[str, Any] | None:
     """Return the ``prompt_cache_diagnostics`` of a response.
 
@@ -78,6 +88,7 @@ def openai_diagnostics(
             `diagnose_against`, and once the engine has counted from `measure`; None if the
             caller's organisation has no such response.
         read_tokens: tokens read from the cache, once known.
+        is_known_here: whether a response that is not known here is known nowhere.
 
     Returns:
         None if nothing was asked for.
@@ -85,7 +96,7 @@ def openai_diagnostics(
     if not request.diagnose:
         return None
     if diagnosis is None:
-        return {"type": "comparison_response_not_found"}
+        return {"type": "comparison_response_not_found" if is_known_here else "unavailable"}
     reason = next((r for change in diagnosis.changes if (r := _openai_reason(change))), None)
     diverges = any(change.diverges for change in diagnosis.changes)
     # In the package a `reason` is "the reason prompt cache reuse did not occur"

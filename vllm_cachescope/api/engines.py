@@ -1,6 +1,7 @@
 """The engines behind an API server, as its operations need them."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +26,7 @@ class Purged:
 
 
 class Engines(ABC):
-    """All engines behind the server. Both methods ask each of them, from the event loop."""
+    """All engines behind the server. The methods ask each of them, from the event loop."""
 
     @abstractmethod
     async def health(self) -> list[list[dict[str, Any]]]:
@@ -36,12 +37,21 @@ class Engines(ABC):
         """
 
     @abstractmethod
-    async def purge(self, prefix: bytes) -> Purged:
+    async def purge(
+        self, prefix: bytes, org: str | None = None, session: str | None = None
+    ) -> Purged:
         """Purge on every tier the entries whose owner's tags begin with ``prefix``.
 
         Args:
             prefix: from `OwnerTags.prefix`; empty for all entries.
+            org: the organisation that it is of; None for all.
+            session: the session that it is of; None for all of the organisation's.
 
         Raises:
             TimeoutError: if an engine does not answer.
         """
+
+    def on_purge(self, forget: Callable[[str | None, str | None], object]) -> None:  # noqa: B027
+        """Have ``forget`` called with the organisation and the session (None for all) of each
+        purge that another API process of the server carries out. Where there is but one process
+        there is nothing to do."""

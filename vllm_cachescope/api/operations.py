@@ -6,7 +6,7 @@
 ``GET /cachescope/breaks``      the latest breaks: the caller's organisation's, everyone's to the
                                 operator
 ``POST /cachescope/purge``      drop the entries of an organisation or a session on every tier:
-                                the caller's own, anyone's for the operator
+                                the caller's own, within `purge_budget`; anyone's for the operator
 ==============================  =================================================================
 
 The operator is whoever presents `Config.operators_token` as an API key.
@@ -14,16 +14,18 @@ The operator is whoever presents `Config.operators_token` as an API key.
 
 import hmac
 from collections.abc import Awaitable, Callable, Mapping
+from math import ceil
 from typing import Any
 
 from vllm_cachescope.api.answers import Answer, Refused
 from vllm_cachescope.api.diagnoser import Diagnoser
 from vllm_cachescope.api.engines import Engines, Purged
+from vllm_cachescope.api.purge_budget import BURST, PER_SECOND, PurgeBudget
 from vllm_cachescope.api.purge_request import PurgeRequest
 from vllm_cachescope.config import Config
 from vllm_cachescope.logs import logger_of
-from vllm_cachescope.tenancy.caller import ANONYMOUS, CallerDirectory, api_key
-from vllm_cachescope.tenancy.owner_tags import EVERYONE, OwnerTags
+from vllm_cachescope.tenancy.caller import ANONYMOUS, UNLISTED, CallerDirectory, api_key
+from vllm_cachescope.tenancy.owner_tags import EVERYONE, UNLISTED_TAG, OwnerTags
 
 logger = logger_of(__name__)
 
@@ -47,6 +49,7 @@ class Operations:
         diagnoser: keeps what is known of requests, and their breaks.
         engines: the engines.
         purge_renderings: as in `Server`.
+        clock: seconds, never running backwards.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class Operations:
         diagnoser: Diagnoser,
         engines: Engines,
         purge_renderings: Callable[[str | None, str | None], None],
+        clock: Callable[[], float],
     ) -> None:
         self._operator_token = config.operators_token()
         self._directory = directory
@@ -63,6 +67,7 @@ class Operations:
         self._diagnoser = diagnoser
         self._engines = engines
         self._purge_renderings = purge_renderings
+        self._budget = PurgeBudget(clock)
 
     async def answer(
         self,
@@ -93,13 +98,17 @@ class Operations:
             if operation == HEALTH:
                 return await self._health(is_operator)
             if not is_operator and not is_known:
-                raise Refused(401, "authentication_error", "unknown API key")
+                raise Refused(
+                    401, "authentication_error", "this server does not know the API key presented"
+                )
             if operation == BREAKS:
                 breaks = self._diagnoser.breaks.recent(org)
-                return Answer({"breaks": [seen.to_dict(is_operator) for seen in breaks]})
-            return await self._purge(
-                PurgeRequest.read(await read_body(), org, self._directory), org
-            )
+                listed = [seen.to_dict(is_operator) for seen in breaks]
+                return Answer({"breaks": listed} | self._diagnoser.peers.to_dict())
+            request = PurgeRequest.read(await read_body(), org, self._directory)
+            if org is not None:
+                self._charge(org)
+            return await self._purge(request, org)
         except Refused as refused:
             return refused.answer()
         except TimeoutError:
@@ -130,14 +139,31 @@ class Operations:
     def _orgs_by_tag(self) -> dict[str, str]:
         """Return the organisations that are known here by their tags in hex."""
         orgs = {ANONYMOUS, EVERYONE, *self._directory.named_orgs(), *self._diagnoser.orgs()}
-        return {self._tags.prefix(org).hex(): org for org in orgs}
+        by_tag = {tag.hex(): org for org in orgs for tag in self._tags.prefixes(org)}
+        return by_tag | {UNLISTED_TAG.hex(): UNLISTED}
+
+    def _charge(self, org: str) -> None:
+        """Take a purge out of the budget of an organisation.
+
+        Raises:
+            Refused: if there is none left.
+        """
+        if wait_s := self._budget.take(self._directory.account(org)):
+            raise Refused(
+                429,
+                "rate_limit_error",
+                f"an organisation may purge {BURST} times at once and {PER_SECOND:g} times a "
+                "second after that; purge the organisation instead of its sessions, or later",
+                {"retry-after": str(ceil(wait_s))},
+            )
 
     async def _purge(self, request: PurgeRequest, caller_org: str | None) -> Answer:
         orgs, session = request.orgs, request.session
         purged = Purged()
-        for prefix in [self._tags.prefix(org, session) for org in orgs] or [b""]:
-            purged.add(await self._engines.purge(prefix))
         everyone: list[str | None] = [None]
+        for org in orgs or everyone:
+            for prefix in [b""] if org is None else self._tags.prefixes(org, session):
+                purged.add(await self._engines.purge(prefix, org, session))
         requests = 0
         for org in orgs or everyone:
             requests += self._diagnoser.purge(org, session)

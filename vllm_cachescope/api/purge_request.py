@@ -67,21 +67,14 @@ def _parse(raw: bytes) -> dict[str, Any]:
 
 
 def _orgs(body: Mapping[str, Any], caller_org: str | None, directory: CallerDirectory) -> list[str]:
-    if body.get("all"):
-        if caller_org is not None:
-            raise _not_the_operator("everything")
-        return []
-    if (name := body.get("org")) is None:
-        orgs = [ANONYMOUS if caller_org is None else caller_org]
-    elif not (orgs := directory.named(name)):
-        raise Refused(
-            404,
-            "not_found_error",
-            f"org: {name!r} is no organisation; allowed: a name in tenants, or an id as "
-            "GET /cachescope/breaks shows it",
-        )
+    name = body.get("org")
     if caller_org is None:
-        return orgs
+        return _named(body, directory)
+    if body.get("all"):
+        raise _not_the_operator(caller_org, "everything", directory)
+    if name is not None and caller_org not in directory.named(name):
+        # Whether there is such an organisation is not the caller's to know.
+        raise _not_the_operator(caller_org, f"entries of {name!r}", directory)
     if caller_org == ANONYMOUS:
         # What everyone without a key shares is nobody's own.
         raise Refused(
@@ -89,15 +82,33 @@ def _orgs(body: Mapping[str, Any], caller_org: str | None, directory: CallerDire
             "authentication_error",
             "present the operator token, or the API key whose entries are to be forgotten",
         )
-    if caller_org not in orgs:
-        raise _not_the_operator(f"of {name!r}; this key is of {caller_org}")
     return [caller_org]
 
 
-def _not_the_operator(what: str) -> Refused:
+def _named(body: Mapping[str, Any], directory: CallerDirectory) -> list[str]:
+    """Return the organisations that the operator names; none for everything."""
+    if body.get("all"):
+        return []
+    if not (orgs := directory.named(name := body.get("org", ANONYMOUS))):
+        raise Refused(
+            404,
+            "not_found_error",
+            f"org: {name!r} is no organisation; allowed: a name in tenants, or an id as "
+            "GET /cachescope/health (orgs) and GET /cachescope/breaks list them",
+        )
+    return orgs
+
+
+def _not_the_operator(caller_org: str, what: str, directory: CallerDirectory) -> Refused:
+    if caller_org != ANONYMOUS and directory.is_listed(caller_org):
+        return Refused(
+            403,
+            "permission_error",
+            f"only the operator may purge {what}; this key is of {caller_org}",
+        )
     return Refused(
-        403,
-        "permission_error",
-        f"only who presents the operator token (operator_token in the configuration) may purge "
-        f"entries {what}",
+        401,
+        "authentication_error",
+        f"only the operator may purge {what}: present operator_token of the configuration as the "
+        "bearer token; what was presented is another, or nothing",
     )

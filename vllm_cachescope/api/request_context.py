@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_cachescope.cache.report import Report
+from vllm_cachescope.prompt.plan import Plan
 from vllm_cachescope.prompt.request import PromptRequest
 from vllm_cachescope.tenancy.scope import Caller
 
@@ -46,6 +47,7 @@ class RequestContext:
         reports: the engine's report on each of the request's prompts, by the prompt's nonce. The
             first token brings an estimate, the last one the engine's own count.
         timings: each of the request's prompts with its times, by the same nonce.
+        plans: the plan of each of the request's prompts, by the same nonce.
         fetching: the task that fetches the reports of a request whose client has disconnected;
             None if there is none.
     """
@@ -57,6 +59,7 @@ class RequestContext:
     rendering: Task[Any] | None = None
     reports: dict[str, Report] = field(default_factory=dict)
     timings: dict[str, PromptTiming] = field(default_factory=dict)
+    plans: dict[str, Plan] = field(default_factory=dict)
     fetching: Task[None] | None = None
 
 

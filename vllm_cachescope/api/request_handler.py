@@ -3,6 +3,7 @@ the usage into the reply, and diagnoses the request."""
 
 import asyncio
 from collections.abc import Mapping
+from dataclasses import replace
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -18,6 +19,7 @@ from vllm_cachescope.api.session_queue import SessionQueue
 from vllm_cachescope.diagnosis.fingerprint import Fingerprint
 from vllm_cachescope.errors import BadRequest
 from vllm_cachescope.logs import logger_of
+from vllm_cachescope.prompt.global_scope import without_global
 from vllm_cachescope.prompt.request import Protocol
 from vllm_cachescope.wire import protocol_of
 from vllm_cachescope.wire.errors import error_body
@@ -87,10 +89,13 @@ class RequestHandler:
         if body is None:
             await self._app(scope, replayed, send)
             return
+        directory = self._services.directory
+        caller = directory.caller(headers, body.request.session)
+        if not directory.may_write_global(caller.org):
+            body = replace(body, request=without_global(body.request))
         self._services.ignored_markers.count(body.request)
         if body.raw is not None:
             scope, replayed = with_body(scope, receive, body.raw)
-        caller = self._services.directory.caller(headers, body.request.session)
         context = RequestContext(caller, body.request, body.forwarded, wants_tiers)
         # Opened now only for a client that wants to hear of it: fingerprints of a long prompt take
         # some milliseconds, which the first token of other requests need not wait for.

@@ -12,8 +12,12 @@ from vllm_cachescope.api.diffs import Diffs
 from vllm_cachescope.api.engines import Engines
 from vllm_cachescope.api.ignored_markers import IgnoredMarkers
 from vllm_cachescope.api.operations import Operations
+from vllm_cachescope.api.peers import ALONE, Peers
 from vllm_cachescope.config import Config
+from vllm_cachescope.logs import logger_of
 from vllm_cachescope.tenancy.caller import CallerDirectory, api_key
+
+logger = logger_of(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +33,7 @@ class Server:
         purge_renderings: drops what the server keeps of rendered prompts of an organisation, or of
             a session of it; with None, of everyone.
         registry: where its metrics are.
+        peers: its API processes, of which this is one.
     """
 
     config: Config
@@ -38,6 +43,7 @@ class Server:
     engines: Engines
     purge_renderings: Callable[[str | None, str | None], None]
     registry: CollectorRegistry = REGISTRY
+    peers: Peers = ALONE
 
 
 def directory_of(config: Config, api_keys: Collection[str]) -> CallerDirectory:
@@ -48,10 +54,14 @@ def directory_of(config: Config, api_keys: Collection[str]) -> CallerDirectory:
         api_keys: the API keys that it insists on; none if it lets anyone in.
 
     Raises:
-        ConfigError: if the file of tenants cannot be used.
+        ConfigError: if the file of tenants cannot be used, or a writer is no organisation.
     """
     return CallerDirectory(
-        config.secret_bytes(), config.tenant_names(), config.org_header, is_closed=bool(api_keys)
+        config.secret_bytes(),
+        config.tenant_names(),
+        config.org_header,
+        is_closed=bool(api_keys),
+        global_writers=config.global_writer_ids(),
     )
 
 
@@ -85,6 +95,10 @@ class Services:
         config = server.config
         secret = config.secret_bytes()
         directory = directory_of(config, server.api_keys)
+        if directory.anyone_writes_global:
+            logger.info(
+                "Any client may share as global, since no tenants are listed; see global_writers"
+            )
         diffs = None if config.diffs is None else Diffs(config.diffs, time.monotonic)
         diagnoser = Diagnoser(
             secret,
@@ -93,9 +107,16 @@ class Services:
             registry=server.registry,
             model_name=server.model_name,
             account_of=directory.account,
+            peers=server.peers,
         )
+
+        def forget(org: str | None, session: str | None) -> None:
+            diagnoser.purge(org, session)
+            server.purge_renderings(org, session)
+
+        server.engines.on_purge(forget)
         operations = Operations(
-            config, directory, diagnoser, server.engines, server.purge_renderings
+            config, directory, diagnoser, server.engines, server.purge_renderings, time.monotonic
         )
         ignored_markers = IgnoredMarkers(server.registry, server.model_name)
         return cls(config, server.api_keys, directory, diagnoser, operations, ignored_markers)

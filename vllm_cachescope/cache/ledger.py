@@ -1,7 +1,7 @@
 """The ledger of cached blocks: on which tiers each one is, and until when."""
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from vllm_cachescope.cache.eviction import LifetimeShare
@@ -39,10 +39,11 @@ class Ledger:
     def __init__(self) -> None:
         self._entries: dict[bytes, Entry] = {}
         self._by_ttl: dict[int, OrderedDict[bytes, Entry]] = {}
-        self._by_org: dict[bytes, set[bytes]] = {}
+        # Keys by owner, by organisation: a purge costs what it finds, and not what there is.
+        self._by_org: dict[bytes, dict[bytes, set[bytes]]] = {}
         self._resident: Counter[tuple[str, int]] = Counter()
         self._held: dict[str, Counter[bytes]] = {}
-        self._orders: dict[str, LifetimeShare] = {}
+        self._orders: dict[str, tuple[LifetimeShare, Callable[[bytes], bytes]]] = {}
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -50,9 +51,17 @@ class Ledger:
     def __contains__(self, key: bytes) -> bool:
         return key in self._entries
 
-    def follow(self, tier: str, order: LifetimeShare) -> None:
-        """From here on keep the blocks that ``tier`` holds in ``order``, by their last use."""
-        self._orders[tier] = order
+    def follow(
+        self, tier: str, order: LifetimeShare, account_of: Callable[[bytes], bytes] = org_of
+    ) -> None:
+        """From here on keep the blocks that ``tier`` holds in ``order``, by their last use.
+
+        Args:
+            tier: the tier's name.
+            order: the order.
+            account_of: returns the account that blocks of an owner count towards.
+        """
+        self._orders[tier] = order, account_of
 
     def get(self, key: bytes) -> Entry | None:
         """Return the entry of ``key``, expired or not, or None."""
@@ -76,7 +85,7 @@ class Ledger:
         if entry is None:
             entry = Entry(ttl_s, now + ttl_s, owner)
             self._entries[key] = entry
-            self._by_org.setdefault(org_of(owner), set()).add(key)
+            self._by_org.setdefault(org_of(owner), {}).setdefault(owner, set()).add(key)
             self._class(ttl_s)[key] = entry
             return True
         if ttl_s > entry.ttl_s:
@@ -89,9 +98,9 @@ class Ledger:
         else:
             self._by_ttl[entry.ttl_s].move_to_end(key)
         entry.expires_at = now + entry.ttl_s
-        for tier, order in self._orders.items():
+        for tier, (order, account_of) in self._orders.items():
             if tier in entry.tiers:
-                order.use(key, entry.ttl_s, now, org_of(entry.owner))
+                order.use(key, entry.ttl_s, now, account_of(entry.owner))
         return False
 
     def place(self, key: bytes, tier: str) -> None:
@@ -100,9 +109,10 @@ class Ledger:
         if tier not in entry.tiers:
             entry.tiers.add(tier)
             self._count(tier, entry, 1)
-            if (order := self._orders.get(tier)) is not None:
+            if tier in self._orders:
+                order, account_of = self._orders[tier]
                 used_at = entry.expires_at - entry.ttl_s
-                order.use(key, entry.ttl_s, used_at, org_of(entry.owner))
+                order.use(key, entry.ttl_s, used_at, account_of(entry.owner))
 
     def displace(self, key: bytes, tier: str) -> None:
         """Note that ``tier`` no longer holds ``key``; drop the entry if no other tier does."""
@@ -127,14 +137,18 @@ class Ledger:
         return expired
 
     def purge(self, prefix: bytes) -> list[tuple[bytes, Entry]]:
-        """Remove and return every entry whose owner begins with ``prefix``."""
-        orgs = [org_of(prefix)] if prefix else list(self._by_org)
-        purged = [
-            (key, entry)
-            for org in orgs
-            for key in self._by_org.get(org, ())
-            if (entry := self._entries[key]).owner.startswith(prefix)
-        ]
+        """Remove and return every entry whose owner begins with ``prefix``: nothing, an
+        organisation's tag, or a whole owner."""
+        if len(prefix) == len(NOBODY):
+            keys = self._by_org.get(org_of(prefix), {}).get(prefix, set())
+            purged = [(key, self._entries[key]) for key in keys]
+        else:
+            purged = [
+                (key, self._entries[key])
+                for org in ([prefix] if prefix else self._by_org)
+                for keys in self._by_org.get(org, {}).values()
+                for key in keys
+            ]
         for key, entry in purged:
             self._drop_everywhere(key, entry)
         return purged
@@ -174,13 +188,15 @@ class Ledger:
 
     def _displaced(self, key: bytes, entry: Entry, tier: str) -> None:
         self._count(tier, entry, -1)
-        if (order := self._orders.get(tier)) is not None:
-            order.remove(key)
+        if tier in self._orders:
+            self._orders[tier][0].remove(key)
 
     def _drop(self, key: bytes, entry: Entry) -> None:
         del self._entries[key]
         del self._by_ttl[entry.ttl_s][key]
-        org = org_of(entry.owner)
-        self._by_org[org].remove(key)
-        if not self._by_org[org]:
-            del self._by_org[org]
+        org, owner = org_of(entry.owner), entry.owner
+        self._by_org[org][owner].remove(key)
+        if not self._by_org[org][owner]:
+            del self._by_org[org][owner]
+            if not self._by_org[org]:
+                del self._by_org[org]

@@ -3,7 +3,15 @@
 from collections.abc import Mapping
 
 from vllm_cachescope.config import Config, OrgQuota
-from vllm_cachescope.tenancy.owner_tags import OwnerTags
+from vllm_cachescope.tenancy.caller import UNLISTED
+from vllm_cachescope.tenancy.owner_tags import (
+    NOBODY,
+    TAG_BYTES,
+    UNLISTED_TAG,
+    OwnerTags,
+    is_unlisted,
+    org_of,
+)
 
 SHOWN_ORGS = 20
 """The health of a tier names so many organisations, those that hold most."""
@@ -12,9 +20,14 @@ SHOWN_ORGS = 20
 class Quotas:
     """The quotas and reserves of one tier.
 
+    Entries are counted by account. An organisation has one of its own; unlisted organisations,
+    which anyone can make up, share one, but for those that ``orgs`` names. Of what everyone shares
+    each writer's part is an account, with the quota and the reserve of ``global``.
+
     Args:
         entry_bytes: bytes per entry of the tier.
-        default: quota and reserve of an organisation that ``orgs`` does not name.
+        default: quota and reserve of an organisation that ``orgs`` does not name. Unlisted ones
+            have no reserve together, unless ``orgs`` has one for `UNLISTED_TAG`.
         orgs: quotas and reserves by the organisations' tags.
         capacity: bytes that all organisations together may hold; None if the tier itself keeps to
             its capacity.
@@ -28,27 +41,45 @@ class Quotas:
         capacity: int | None = None,
     ) -> None:
         self._default = _entries(default, entry_bytes)
-        self._orgs = {org: _entries(quota, entry_bytes) for org, quota in orgs.items()}
+        unlisted = {UNLISTED_TAG: OrgQuota(quota=default.quota)}
+        self._orgs = {
+            org: _entries(quota, entry_bytes) for org, quota in (unlisted | dict(orgs)).items()
+        }
         self.entry_bytes = entry_bytes
         self.capacity = None if capacity is None else capacity // entry_bytes
         self.has_reserves = any(reserve for _, reserve in (self._default, *self._orgs.values()))
 
-    def quota(self, org: bytes) -> int | None:
-        """Return how many entries ``org`` may hold; None for any number."""
-        return self._orgs.get(org, self._default)[0]
+    def account_of(self, owner: bytes) -> bytes:
+        """Return the account of a block, or of an entry in a store.
 
-    def reserve(self, org: bytes) -> int:
-        """Return how many entries of ``org`` are not evicted for other organisations."""
-        return self._orgs.get(org, self._default)[1]
+        Args:
+            owner: its owner, or a key that begins with it. A store's keys do not say who wrote what
+                everyone shares; all of that is one account there.
+        """
+        org = self._account(org_of(owner))
+        if org != org_of(NOBODY):
+            return org
+        return org + self._account(owner[TAG_BYTES : 2 * TAG_BYTES])
 
-    def counts(self, org: bytes) -> bool:
-        """Whether the entries of ``org`` must be counted."""
-        return self.capacity is not None or self.quota(org) is not None
+    def quota(self, account: bytes) -> int | None:
+        """Return how many entries ``account`` may hold; None for any number."""
+        return self._orgs.get(org_of(account), self._default)[0]
 
-    def over(self, org: bytes, held: int) -> int:
-        """Return by how much ``held`` entries of ``org`` exceed its quota; 0 if they do not."""
-        quota = self.quota(org)
+    def reserve(self, account: bytes) -> int:
+        """Return how many entries of ``account`` are not evicted for others."""
+        return self._orgs.get(org_of(account), self._default)[1]
+
+    def counts(self, account: bytes) -> bool:
+        """Whether the entries of ``account`` must be counted."""
+        return self.capacity is not None or self.quota(account) is not None
+
+    def over(self, account: bytes, held: int) -> int:
+        """Return by how much ``held`` entries of ``account`` exceed its quota; 0 if they do not."""
+        quota = self.quota(account)
         return 0 if quota is None else max(0, held - quota)
+
+    def _account(self, org: bytes) -> bytes:
+        return UNLISTED_TAG if is_unlisted(org) and org not in self._orgs else org
 
 
 def read_quotas(config: Config, tier: str, entry_bytes: int) -> Quotas | None:
@@ -61,7 +92,11 @@ def read_quotas(config: Config, tier: str, entry_bytes: int) -> Quotas | None:
     if quotas is None:
         return None
     tags = OwnerTags(config.secret_bytes())
-    orgs = {tags.prefix(org): quota for org, quota in config.org_quotas(tier).items()}
+    orgs = {
+        tag: quota
+        for org, quota in config.org_quotas(tier).items()
+        for tag in ([UNLISTED_TAG] if org == UNLISTED else tags.prefixes(org))
+    }
     return Quotas(entry_bytes, quotas.of(None), orgs, quotas.capacity)
 
 

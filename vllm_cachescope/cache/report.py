@@ -51,8 +51,9 @@ class EngineId:
         rank: the engine's number among those behind one API server, from 0.
         epoch: made up when the engine starts. Two epochs of one rank mean that the engine was
             restarted in between, and its device and CPU tier emptied.
-        hashing: a digest of the settings that block hashes depend on. Engines with different
-            digests find none of each other's blocks in a tier that they share.
+        hashing: a digest of the settings that block hashes depend on, and of the prompt's LoRA
+            adapter. Engines with different digests find none of each other's blocks in a tier that
+            they share.
         tiers: names of the tiers that the engine shares with other engines.
     """
 

@@ -24,7 +24,8 @@ from vllm_cachescope.config.tiers import AnyTier, RedisTier, Tier
 from vllm_cachescope.config.values import Duration, Model
 from vllm_cachescope.durations import format_duration
 from vllm_cachescope.prompt.request import Region
-from vllm_cachescope.tenancy.caller import organisations
+from vllm_cachescope.tenancy.caller import UNLISTED, organisations
+from vllm_cachescope.tenancy.owner_tags import EVERYONE
 
 
 class Config(Model):
@@ -42,6 +43,8 @@ class Config(Model):
         markers: what becomes of a wrong cache marker: refused, or ignored.
         tenants: names of organisations by the SHA-256 of their API key, in hex.
         tenants_file: YAML or JSON file with the same mapping.
+        global_writers: organisations that may share as ``global``; None for those that are listed,
+            or for anyone where none are.
         org_header: header in which a trusted gateway names the organisation; None to trust none.
         operator_token: bearer token that lets its holder see and manage every organisation's
             entries at the server's ``/cachescope`` paths; None for nobody.
@@ -63,6 +66,7 @@ class Config(Model):
     markers: MarkerPolicy = MarkerPolicy()
     tenants: Tenants = Field(default_factory=dict)
     tenants_file: Path | None = None
+    global_writers: tuple[str, ...] | None = None
     org_header: Annotated[str, Field(min_length=1)] | None = None
     operator_token: Annotated[SecretStr, Field(min_length=MIN_SECRET)] | None = None
     operator_token_file: Path | None = None
@@ -110,7 +114,7 @@ class Config(Model):
         Raises:
             ConfigError: on the first mistake.
         """
-        self.tenant_names()
+        self.global_writer_ids()
         for tier in self.quotas:
             self.org_quotas(tier)
         if chosen_secret(self.secret, self.secret_file) is None and self.tiers:
@@ -171,13 +175,33 @@ class Config(Model):
         of_tier, names = self.quotas.get(tier, TierQuotas()), self.tenant_names().values()
         quotas: dict[str, OrgQuota] = {}
         for name in of_tier.orgs:
-            if not (orgs := organisations(name, names, self.org_header)):
+            orgs = [name] if name == UNLISTED else organisations(name, names, self.org_header)
+            if not orgs:
                 raise ConfigError(
                     f"quotas.{tier}.orgs: {name!r} is no organisation; allowed: a name in tenants, "
-                    "'global', or an id as GET /cachescope/breaks shows it"
+                    "'global', 'unlisted', or an id as GET /cachescope/breaks shows it"
                 )
             quotas |= dict.fromkeys(orgs, of_tier.of(name))
         return quotas
+
+    def global_writer_ids(self) -> frozenset[str] | None:
+        """Return the ids of the organisations that `global_writers` names; None where it is left
+        out.
+
+        Raises:
+            ConfigError: if a name is no organisation's.
+        """
+        names = self.tenant_names().values()
+        if self.global_writers is None:
+            return None
+        found = {name: organisations(name, names, self.org_header) for name in self.global_writers}
+        for name, orgs in found.items():
+            if not orgs or name == EVERYONE:
+                raise ConfigError(
+                    f"global_writers: {name!r} is no organisation; allowed: a name in tenants, "
+                    "'anonymous', or an id as GET /cachescope/breaks shows it"
+                )
+        return frozenset(org for orgs in found.values() for org in orgs)
 
     def tenant_names(self) -> dict[str, str]:
         """Return the organisations' names by the SHA-256 of their API keys, file included.

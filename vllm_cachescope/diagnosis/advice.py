@@ -77,6 +77,8 @@ def advise_on_misses(misses: Sequence[CacheMiss]) -> str:
     if miss.cause is MissCause.EXPIRED and miss.ttl_s is not None:
         longer = "1h" if miss.ttl_s < 3600 else "a longer lifetime"
         return f"Use {longer}: the prefix expired after {format_duration(miss.ttl_s)} without use."
+    if miss.cause is MissCause.HASH_SETTINGS_DIFFER and miss.detail:
+        return f"Expect this once after each load: {miss.detail}."
     if miss.cause is MissCause.NEVER_STORED and miss.detail:
         return f"{_MISS_ADVICE[miss.cause]} ({miss.detail})."
     return f"{_MISS_ADVICE[miss.cause]}."

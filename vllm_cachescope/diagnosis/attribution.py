@@ -157,6 +157,10 @@ def _cause_elsewhere(report: EngineReport, source: PrefixSource, tokens: int) ->
             cause, where = MissCause.OTHER_REPLICA, f"it was on engine {there.rank}"
         detail = ", and ".join(filter(None, (where, no_copy)))
         return CacheMiss(cause, tokens, detail=detail or None)
+    if here.hashing != there.hashing:
+        # One engine changes its settings in nothing else.
+        detail = "the LoRA adapter was replaced"
+        return CacheMiss(MissCause.HASH_SETTINGS_DIFFER, tokens, detail=detail)
     idle_s = report.began - source.prompt.used_at
     if report.reach_s is None or idle_s <= report.reach_s:
         return None

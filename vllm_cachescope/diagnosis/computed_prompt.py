@@ -102,14 +102,13 @@ def prefix_source(prompt: ComputedPrompt, earlier: Iterable[ComputedPrompt]) -> 
         prompt: the prompt.
         earlier: other prompts of its session, the likeliest first: others are soon ruled out.
     """
-    here = (prompt.engine.rank, prompt.engine.epoch)
     best: tuple[tuple[int, bool, int, float], ComputedPrompt] | None = None
     nearest: tuple[tuple[int, int], CacheMiss | None] = (-1, 0), None
     for other in earlier:
         at_least = best[0][0] if best else 0
         shared = other.tokens.shared_tokens(prompt.tokens, at_least)
         left, why = other.left_to(prompt, shared)
-        rank = (left, (other.engine.rank, other.engine.epoch) == here, shared, other.used_at)
+        rank = (left, other.engine == prompt.engine, shared, other.used_at)
         if best is None or rank > best[0]:
             best = rank, other
         if (shared, left) > nearest[0]:

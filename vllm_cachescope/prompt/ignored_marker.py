@@ -16,6 +16,7 @@ class IgnoredReason(StrEnum):
     LONGER_TTL = "longer_ttl"
     UNKNOWN_SCOPE = "unknown_scope"
     WIDER_SCOPE = "wider_scope"
+    NOT_A_WRITER = "not_a_writer"
     TWO_DIALECTS = "two_dialects"
     OPTION = "option"
 
@@ -35,6 +36,7 @@ _WORDS = {
     IgnoredReason.LONGER_TTL: "is longer than an earlier lifetime; the earlier one is used",
     IgnoredReason.UNKNOWN_SCOPE: "is no scope; read as session",
     IgnoredReason.WIDER_SCOPE: "is wider than an earlier scope; the earlier one is used",
+    IgnoredReason.NOT_A_WRITER: "is global, which only global_writers may write; read as org",
     IgnoredReason.TWO_DIALECTS: "stands beside cache_control; the narrower reading of both is used",
     IgnoredReason.OPTION: "is no value of this option; ignored",
 }

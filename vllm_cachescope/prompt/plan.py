@@ -4,7 +4,7 @@ import hashlib
 import hmac
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vllm_cachescope.tenancy.owner_tags import NOBODY, owner_at
@@ -77,6 +77,10 @@ class Plan:
     def covered_tokens(self) -> int:
         """How many leading tokens a breakpoint covers."""
         return max((span.end for span in self.spans if span.covered), default=0)
+
+    def uncovered(self) -> "Plan":
+        """Return the plan of the same prompt of which no token is kept behind the device."""
+        return replace(self, spans=tuple(replace(span, covered=False) for span in self.spans))
 
     def quota_start(self, block_end: int) -> int:
         """Return where the tokens begin that count towards the same quota as a block does.

@@ -20,7 +20,13 @@ class PlanMaker:
         self._keys = ScopeKeys(secret)
         self._owners = OwnerTags(secret)
 
-    def plan(self, cut: Sequence[Segment], ends: Sequence[int], caller: Caller) -> Plan:
+    def plan(
+        self,
+        cut: Sequence[Segment],
+        ends: Sequence[int],
+        caller: Caller,
+        is_listed: bool = True,
+    ) -> Plan:
         """Return the plan of one prompt.
 
         Args:
@@ -28,6 +34,7 @@ class PlanMaker:
             ends: where each of them ends, in tokens from the start of the prompt, ascending; the
                 last is the prompt's length, at least 1.
             caller: on whose behalf the prompt runs.
+            is_listed: whether the caller's organisation is one that nobody can make up.
         """
         nonce = secrets.token_hex(8)
         spans: list[Span] = []
@@ -45,4 +52,5 @@ class PlanMaker:
                     segment.covered and not unreadable,
                 )
             )
-        return Plan(tuple(span for span in spans if span.end > 0), nonce, self._owners.of(caller))
+        owner = self._owners.of(caller, is_listed)
+        return Plan(tuple(span for span in spans if span.end > 0), nonce, owner)

@@ -28,6 +28,8 @@ class CallerDirectory:
         org_header: header, lower case, in which a trusted gateway names the organisation; None
             to trust no header.
         is_closed: whether the server lets only clients in whose API keys it was given.
+        global_writers: ids of the organisations that may write what everyone shares; None for all
+            that are listed, or for anyone where none are.
     """
 
     def __init__(
@@ -36,11 +38,13 @@ class CallerDirectory:
         names: Mapping[str, str],
         org_header: str | None,
         is_closed: bool = False,
+        global_writers: Collection[str] | None = None,
     ) -> None:
         self._secret = secret
         self._names = names
         self._org_header = org_header.lower() if org_header else None
         self._is_closed = is_closed
+        self._global_writers = global_writers
 
     def caller(self, headers: Mapping[str, str], body_session: str | None) -> Caller:
         """Return who makes the request.
@@ -58,6 +62,27 @@ class CallerDirectory:
         Whoever may come with as many API keys as they like gains nothing by it.
         """
         return UNLISTED if org.startswith("key:") and not self._is_closed else org
+
+    def is_listed(self, org: str) -> bool:
+        """Whether ``org`` is an organisation that nobody can make up."""
+        return self.account(org) == org
+
+    @property
+    def lists_nobody(self) -> bool:
+        """Whether the operator has said nothing of who the organisations are."""
+        return not (self._names or self._org_header or self._is_closed)
+
+    @property
+    def anyone_writes_global(self) -> bool:
+        """Whether every client may write what everyone shares."""
+        return self._global_writers is None and self.lists_nobody
+
+    def may_write_global(self, org: str) -> bool:
+        """Whether what ``org`` marks ``global`` is shared with everyone, and not with itself
+        only."""
+        if self._global_writers is not None:
+            return org in self._global_writers
+        return self.lists_nobody or (org != ANONYMOUS and self.is_listed(org))
 
     def named(self, name: str) -> list[str]:
         """Return the ids of the organisations that an operator may mean by ``name``; see

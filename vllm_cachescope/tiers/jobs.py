@@ -118,10 +118,11 @@ class StoreJob:
 
 @dataclass(slots=True, eq=False)
 class Purge:
-    """A purge of entries, which the thread that writes carries out.
+    """A purge of entries, which a thread carries out.
 
     Attributes:
         prefix: what the keys of the entries begin with: nothing, an organisation's tag, an owner.
+        batches: how many batches of stores had begun before it; see `StoreJobs.drop`.
         entries: how many entries were deleted.
         over: whether the purge is over. Other threads write ``entries`` and ``reason`` before they
             set this; nobody may read those two earlier.
@@ -129,6 +130,12 @@ class Purge:
     """
 
     prefix: bytes
+    batches: int = 0
     entries: int = 0
     over: bool = False
     reason: str | None = None
+
+    def end(self, reason: str | None) -> None:
+        """Note that the purge is over, and why some entries may be left."""
+        self.reason = reason
+        self.over = True

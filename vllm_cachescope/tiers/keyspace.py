@@ -4,12 +4,17 @@ import hashlib
 import hmac
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from vllm_cachescope.tenancy.owner_tags import NOBODY, TAG_BYTES
+from vllm_cachescope.tenancy.owner_tags import NOBODY, TAG_BYTES, org_of
 
 FORMAT = 3
 """Grows with every change to keys or values; engines of different formats share nothing."""
+
+
+MODELS = f"cachescope:{FORMAT}:models".encode()
+"""The name of the set of the models that have entries, by their namespaces."""
 
 
 class Keyspace:
@@ -24,7 +29,7 @@ class Keyspace:
         canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))
         self.namespace = hashlib.sha256(canonical.encode()).hexdigest()[:24]
         self._prefix = f"cachescope:{FORMAT}:{self.namespace}:".encode()
-        self._usage_prefix = f"cachescope:{FORMAT}:{{{self.namespace}}}:".encode()
+        self._sets_prefix = f"cachescope:{FORMAT}:{{{self.namespace}}}:".encode()
 
     def name(self, key: bytes) -> bytes:
         """Return the name of the block with ``key`` (see `qualified`)."""
@@ -32,20 +37,53 @@ class Keyspace:
         org, session = owner[:TAG_BYTES].hex(), owner[TAG_BYTES:].hex()
         return self._prefix + f"{org}:{session}:{block.hex()}".encode()
 
-    def usage(self, org: bytes) -> bytes:
-        """Return the name of the set of entries that an organisation holds. All such sets of a
+    def usage(self, account: bytes) -> bytes:
+        """Return the name of the set of the entries that count towards an account. All sets of a
         model are on one node of a Cluster."""
-        return self._usage_prefix + b"held:" + org.hex().encode()
+        return self._sets_prefix + b"held:" + account.hex().encode()
 
     @property
-    def usage_orgs(self) -> bytes:
-        """The name of the set of organisations that hold entries."""
-        return self._usage_prefix + b"orgs"
+    def accounts(self) -> bytes:
+        """The name of the set of accounts that hold entries."""
+        return self._sets_prefix + b"accounts"
 
     @property
     def handshake(self) -> bytes:
         """The name under which engines leave the digest of their secret."""
         return self._prefix + b"secret"
+
+
+@dataclass(frozen=True, slots=True)
+class OwnerNames:
+    """The names of the sets that say which of a model's entries are whose; see `owner_index`.
+
+    Attributes:
+        namespace: the model's.
+    """
+
+    namespace: bytes
+
+    def sessions(self, org: bytes) -> bytes:
+        """Return the name of the set of an organisation's sessions."""
+        return self._sets + b"sessions:" + org.hex().encode()
+
+    def entries(self, org: bytes, session: bytes) -> bytes:
+        """Return the name of the set of the blocks of an owner's entries."""
+        return self._sets + f"entries:{org.hex()}:{session.hex()}".encode()
+
+    @property
+    def began(self) -> bytes:
+        """The name under which stands which server began these sets."""
+        return self._sets + b"began"
+
+    @property
+    def _sets(self) -> bytes:
+        return b"cachescope:%d:{%b}:" % (FORMAT, self.namespace)
+
+    def entry(self, org: bytes, session: bytes, block: bytes) -> bytes:
+        """Return the name of an entry, as `Keyspace.name` does."""
+        key = f"{org.hex()}:{session.hex()}:{block.hex()}"
+        return b"cachescope:%d:%b:%b" % (FORMAT, self.namespace, key.encode())
 
 
 HANDSHAKES = f"cachescope:{FORMAT}:*:secret".encode()
@@ -54,8 +92,9 @@ model."""
 
 
 def qualified(owner: bytes, block: bytes) -> bytes:
-    """Return the key that tiers and stores know a block by: its owner, block hash and group."""
-    return owner + block
+    """Return the key that tiers and stores know a block by: its owner, block hash and group. Who
+    wrote what everyone shares is left out: whoever reads it does not know."""
+    return (NOBODY if org_of(owner) == org_of(NOBODY) else owner) + block
 
 
 def split(key: bytes) -> tuple[bytes, bytes]:
@@ -63,19 +102,17 @@ def split(key: bytes) -> tuple[bytes, bytes]:
     return key[: len(NOBODY)], key[len(NOBODY) :]
 
 
-def usage_of(name: bytes) -> tuple[bytes, bytes]:
-    """Return the set in which an entry is counted, and the entry's name there.
+def key_in(name: bytes) -> bytes:
+    """Return the key of an entry (see `qualified`) by its name, of whatever model."""
+    org, session, block = name.split(b":")[3:]
+    return bytes.fromhex((org + session + block).decode())
 
-    Args:
-        name: the entry's, as `Keyspace.name` returns it, of whatever model.
 
-    Returns:
-        The name of the organisation's set (see `Keyspace.usage`), and the entry's name in that
-        set: what its key holds besides the organisation.
-    """
-    product, version, namespace, org, session, block = name.split(b":")
-    usage = b":".join((product, version, b"{" + namespace + b"}", b"held", org))
-    return usage, bytes.fromhex((session + block).decode())
+def usage_beside(name: bytes, account: bytes) -> bytes:
+    """Return the name of the set of an account (see `Keyspace.usage`) of the model that an entry's
+    name is of."""
+    product, version, namespace = name.split(b":")[:3]
+    return b":".join((product, version, b"{" + namespace + b"}", b"held", account.hex().encode()))
 
 
 def names_of(prefix: bytes) -> bytes:

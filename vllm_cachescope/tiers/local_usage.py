@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from vllm_cachescope.cache.expiry_queue import ExpiryQueue
 from vllm_cachescope.cache.quotas import SHOWN_ORGS, Quotas
-from vllm_cachescope.tenancy.owner_tags import org_of
+from vllm_cachescope.tenancy.owner_tags import NOBODY, org_of
 
 
 class LocalUsage:
@@ -22,7 +22,7 @@ class LocalUsage:
 
     def __init__(self, quotas: Quotas) -> None:
         self._quotas = quotas
-        self._orgs: defaultdict[bytes, ExpiryQueue[bytes, float]] = defaultdict(ExpiryQueue)
+        self._accounts: defaultdict[bytes, ExpiryQueue[bytes, float]] = defaultdict(ExpiryQueue)
         self._lock = threading.Lock()
 
     def stored(self, entries: Iterable[tuple[bytes, float]], now: float) -> list[bytes]:
@@ -36,16 +36,17 @@ class LocalUsage:
             now: current time in seconds.
         """
         with self._lock:
-            orgs = set()
+            accounts = set()
             for key, expires_at in entries:
-                held = self._orgs[org_of(key)]
+                account = self._quotas.account_of(key)
+                held = self._accounts[account]
                 held.set(key, max(expires_at, held.time_of(key) or expires_at))
-                orgs.add(org_of(key))
+                accounts.add(account)
             self._drop_expired(now)
             evicted: list[bytes] = []
-            for org in orgs & self._orgs.keys():
-                held = self._orgs[org]
-                evicted += [held.pop()[0] for _ in range(self._quotas.over(org, len(held)))]
+            for account in accounts & self._accounts.keys():
+                held = self._accounts[account]
+                evicted += [held.pop()[0] for _ in range(self._quotas.over(account, len(held)))]
             return evicted + self._over_capacity()
 
     def touch(self, entries: Iterable[tuple[bytes, float]]) -> None:
@@ -56,14 +57,16 @@ class LocalUsage:
         """
         with self._lock:
             for key, expires_at in entries:
-                held = self._orgs.get(org_of(key))
+                held = self._accounts.get(self._quotas.account_of(key))
                 if held is not None and (known := held.time_of(key)) is not None:
                     held.set(key, max(expires_at, known))
 
     def purged(self, prefix: bytes) -> None:
         """Count the entries no longer whose owner begins with ``prefix``."""
         with self._lock:
-            for held in self._orgs.values():
+            account = self._quotas.account_of(prefix.ljust(len(NOBODY), b"\0"))
+            reached = {account} & self._accounts.keys() if prefix else self._accounts.keys()
+            for held in map(self._accounts.__getitem__, reached):
                 for key in [key for key in held if key.startswith(prefix)]:
                     held.drop(key)
 
@@ -75,18 +78,18 @@ class LocalUsage:
         """
         with self._lock:
             self._drop_expired(now)
-            held = Counter({org: len(entries) for org, entries in self._orgs.items()})
+            held = Counter({account: len(entries) for account, entries in self._accounts.items()})
         return {
-            org.hex(): entries * self._quotas.entry_bytes
-            for org, entries in held.most_common(SHOWN_ORGS)
+            org_of(account).hex(): entries * self._quotas.entry_bytes
+            for account, entries in held.most_common(SHOWN_ORGS)
         }
 
     def _drop_expired(self, now: float) -> None:
-        for org, held in list(self._orgs.items()):
+        for account, held in list(self._accounts.items()):
             for _ in held.pop_expired(now):
                 pass
             if not held:
-                del self._orgs[org]
+                del self._accounts[account]
 
     def _over_capacity(self) -> list[bytes]:
         """Return the keys of what all organisations together hold beyond the capacity, and count
@@ -97,25 +100,25 @@ class LocalUsage:
         """
         if self._quotas.capacity is None:
             return []
-        over = sum(map(len, self._orgs.values())) - self._quotas.capacity
+        over = sum(map(len, self._accounts.values())) - self._quotas.capacity
         evicted: list[bytes] = []
         for within_reserve in (False, True):
             if len(evicted) >= over:
                 break
-            # The organisations, each under the time of its first entry that may be evicted.
+            # The accounts, each under the time of its first entry that may be evicted.
             firsts = ExpiryQueue[bytes, float]()
-            for org in self._orgs:
-                if (first := self._first(org, within_reserve)) is not None:
-                    firsts.set(org, first)
+            for account in self._accounts:
+                if (first := self._first(account, within_reserve)) is not None:
+                    firsts.set(account, first)
             while firsts and len(evicted) < over:
-                org, _ = firsts.pop()
-                evicted.append(self._orgs[org].pop()[0])
-                if (first := self._first(org, within_reserve)) is not None:
-                    firsts.set(org, first)
+                account, _ = firsts.pop()
+                evicted.append(self._accounts[account].pop()[0])
+                if (first := self._first(account, within_reserve)) is not None:
+                    firsts.set(account, first)
         return evicted
 
-    def _first(self, org: bytes, within_reserve: bool) -> float | None:
-        """Return when the first entry of ``org`` expires; None if none may be evicted."""
-        held = self._orgs[org]
-        may_evict = within_reserve or len(held) > self._quotas.reserve(org)
+    def _first(self, account: bytes, within_reserve: bool) -> float | None:
+        """Return when the first entry of ``account`` expires; None if none may be evicted."""
+        held = self._accounts[account]
+        may_evict = within_reserve or len(held) > self._quotas.reserve(account)
         return held.first() if may_evict else None

@@ -29,6 +29,7 @@ from vllm_cachescope.tiers.key_counts import KeyCounts
 from vllm_cachescope.tiers.limits import Limits
 from vllm_cachescope.tiers.load_jobs import LoadJobs
 from vllm_cachescope.tiers.local_usage import LocalUsage
+from vllm_cachescope.tiers.purges import Purges
 from vllm_cachescope.tiers.store import Store
 from vllm_cachescope.tiers.store_jobs import StoreJobs
 
@@ -89,6 +90,7 @@ class RemoteTier:
         self._inquiries = Inquiries(self._tier)
         self._load_jobs = LoadJobs(self._tier)
         self._store_jobs = StoreJobs(self._tier)
+        self._purges = Purges(self._tier, self._store_jobs)
 
     def start(self) -> None:
         """Start the threads, and wait a moment for the store's first answer, so that what is
@@ -97,6 +99,7 @@ class RemoteTier:
         self._inquiries.start()
         self._load_jobs.start()
         self._store_jobs.start()
+        self._purges.start()
         self._availability.wait_for_first_greeting(self._tier.limits.timeout_s)
 
     @property
@@ -110,7 +113,7 @@ class RemoteTier:
 
     def _store_went_down(self, reason: str) -> None:
         # Loads and stores that wait are dropped by the scheduler's thread in its next step.
-        self._store_jobs.end_purges(reason)
+        self._purges.end(reason)
         self._inquiries.wake()
 
     # Lookups.
@@ -121,7 +124,7 @@ class RemoteTier:
         Entries that a purge under way reaches are misses, whatever the store holds still.
         """
         inquiry = self._inquiries.open(request_id)
-        if inquiry is None or inquiry.over or self._store_jobs.is_purged(key):
+        if inquiry is None or inquiry.over or self._purges.reaches(key):
             return Lookup.MISS
         return self._inquiries.ask(inquiry, key, self._load_jobs.room_bytes)
 
@@ -197,7 +200,8 @@ class RemoteTier:
             blocks: the blocks in prompt order; those at the end are dropped if there are too many.
             complete: whether these are all blocks of the job.
         """
-        self._store_jobs.submit(job_id, blocks, complete)
+        kept = [block for block in blocks if not self._purges.reaches(block.key)]
+        self._store_jobs.submit(job_id, kept, complete and len(kept) == len(blocks))
 
     def note_over_quota(self, keys: Iterable[bytes]) -> None:
         """Note that ``keys`` are not to be stored: their prompt is longer than the organisation's
@@ -205,9 +209,9 @@ class RemoteTier:
         self._tier.states.note(keys, BlockState.CUT)
 
     def purge(self, prefix: bytes) -> Purge:
-        """Begin to delete every entry whose key begins with ``prefix``. Until that is over, they
-        are misses, and none that was to be stored is stored any more."""
-        return self._store_jobs.purge(prefix)
+        """Begin to delete every entry whose key begins with ``prefix``: nothing, an organisation's
+        tag, or an owner. Until that is over, they are misses, and none of them is stored."""
+        return self._purges.begin(prefix)
 
     def finished(self) -> list[Finished]:
         """Return the loads and stores that are over since the last time. Nothing touches their
@@ -229,11 +233,11 @@ class RemoteTier:
             RuntimeError: if a thread still uses a slot.
         """
         limits, clock = self._tier.limits, self._tier.clock
-        for part in (self._load_jobs, self._store_jobs, self._inquiries):
+        for part in (self._load_jobs, self._store_jobs, self._purges, self._inquiries):
             part.stop()
-        self._store_jobs.end_purges("the engine is going down")
+        self._purges.end("the engine is going down")
         deadline = clock() + 2 * max(limits.timeout_s, limits.load_deadline_s)
-        for part in (self._inquiries, self._store_jobs, self._load_jobs):
+        for part in (self._inquiries, self._store_jobs, self._purges, self._load_jobs):
             part.join(deadline)
         if self._load_jobs.busy or self._store_jobs.busy:
             raise RuntimeError(f"tier {self.name}: a transfer does not end")

@@ -173,8 +173,8 @@ class Store(ABC):
     @abstractmethod
     def purge(self, prefix: bytes, deadline: float) -> int:
         """Delete every entry of ours, of whatever model, whose key begins with ``prefix``, the
-        beginning of an owner (see `owner_tags`); return how many there were. May take long: it is
-        called on the thread that writes, which writes nothing meanwhile.
+        beginning of an owner (see `owner_tags`); return how many there were. May take long. This
+        engine writes no such entry meanwhile.
 
         Raises:
             StoreFailed: if it is not known that all are gone.

@@ -1,19 +1,16 @@
-"""The stores and purges under way, and the thread that writes."""
+"""The stores under way, and the thread that writes."""
 
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 
 from vllm_cachescope.logs import logger_of
 from vllm_cachescope.tiers.block_states import BlockState
 from vllm_cachescope.tiers.context import TierContext
-from vllm_cachescope.tiers.jobs import Finished, Outgoing, Purge, StoreJob
+from vllm_cachescope.tiers.jobs import Finished, Outgoing, StoreJob
 from vllm_cachescope.tiers.store import Store, StoreFailed, Written
 from vllm_cachescope.tiers.transfers import Transfers
 
 logger = logger_of(__name__)
-
-PURGE_S = 60.0
-"""How long a purge may take, in seconds; the store answers each of its steps within the timeout."""
 
 WRITE_BATCH_BYTES = 8 << 20
 """Bytes that the thread stores at once: so many that the pauses between batches, in which the
@@ -24,16 +21,14 @@ _STATES = {Written.REFUSED: BlockState.REFUSED, Written.EXPIRED: BlockState.GONE
 
 
 class StoreJobs(Transfers[StoreJob]):
-    """The stores and purges under way; see `Transfers`.
+    """The stores under way; see `Transfers`.
 
-    One thread writes, and purges as well, so that nothing is written during a purge. The queue is
-    bounded by ``Limits.inflight_bytes``: what does not fit is dropped at once, and counted.
+    One thread writes. The queue is bounded by ``Limits.inflight_bytes``: what does not fit is
+    dropped at once, and counted.
     """
 
     def __init__(self, tier: TierContext) -> None:
         super().__init__(tier, ["write"], WRITE_BATCH_BYTES)
-        # Under the lock.
-        self._purges: deque[Purge] = deque()
 
     def submit(self, job_id: int, blocks: Sequence[Outgoing], complete: bool) -> None:
         """Begin to store blocks. Those that there is no room for, or all if the store cannot be
@@ -64,39 +59,19 @@ class StoreJobs(Transfers[StoreJob]):
             self._jobs.append(job)
             self._work.notify()
 
-    def purge(self, prefix: bytes) -> Purge:
-        """Begin to delete every entry whose key begins with ``prefix``. What was to be stored
-        under such a key is dropped."""
-        purge = Purge(prefix)
-        availability = self._tier.availability
+    def drop(self, prefix: bytes) -> int:
+        """Drop what was to be stored under keys that begin with ``prefix``. Return how many batches
+        the thread has begun: in one of them it may be writing such a key; see
+        `wait_for_batches`."""
         with self._lock:
             for job in list(self._jobs):
                 self._drop_blocks(job, lambda block: block.key.startswith(prefix), "dropped")
-            # A store that fails right after this check has `end_purges` called, which waits for
-            # the lock and ends this purge too.
-            if availability.usable and not self._stopping:
-                self._purges.append(purge)
-                self._work.notify()
-            else:
-                _end(purge, availability.reason or "it has not answered yet")
-        return purge
+            return self._begun
 
-    def is_purged(self, key: bytes) -> bool:
-        """Whether a purge under way reaches ``key``."""
-        if not self._purges:
-            return False
+    def wait_for_batches(self, begun: int) -> None:
+        """Wait until the first ``begun`` batches are over; each of them has a deadline."""
         with self._lock:
-            return any(key.startswith(purge.prefix) for purge in self._purges)
-
-    def end_purges(self, reason: str) -> None:
-        """End the purges that no thread can carry out. Called on any thread."""
-        with self._lock:
-            for purge in self._purges:
-                _end(purge, reason)
-            self._purges.clear()
-
-    def _has_work(self) -> bool:
-        return bool(self._jobs or self._purges)
+            self._idle.wait_for(lambda: self._begun - self._batches >= begun)
 
     def _drop_overdue(self) -> None:
         if not self._tier.availability.usable:
@@ -126,36 +101,6 @@ class StoreJobs(Transfers[StoreJob]):
         return Finished(job.job_id, job.complete, (), None, job.nbytes, seconds)
 
     # The thread that writes.
-
-    def _work_once(self, store: Store) -> None:
-        with self._lock:
-            purge = self._purges[0] if self._purges else None
-        if purge is not None:
-            self._carry_out(store, purge)
-        else:
-            super()._work_once(store)
-
-    def _carry_out(self, store: Store, purge: Purge) -> None:
-        entries, reason = 0, None
-        try:
-            entries = store.purge(purge.prefix, self._tier.clock() + PURGE_S)
-        except StoreFailed as error:
-            reason = str(error)
-        except Exception as error:
-            logger.exception("Tier %s: a purge failed", self._tier.name)
-            store.close()
-            reason = str(error)
-        if self._tier.local_usage is not None:
-            self._tier.local_usage.purged(purge.prefix)
-        if self._tier.inventory is not None:
-            self._tier.inventory.purged(purge.prefix)
-        self._tier.counts.add("evict", "purge", entries)
-        with self._lock:
-            # `end_purges` may have ended it meanwhile.
-            if purge in self._purges:
-                self._purges.remove(purge)
-                purge.entries = entries
-                _end(purge, reason)
 
     def _move(self, store: Store, job: StoreJob, first: int, last: int) -> None:
         blocks = job.blocks[first:last]
@@ -225,8 +170,3 @@ def _expiries(
         for block, result in zip(blocks, written, strict=True)
         if result is outcome
     ]
-
-
-def _end(purge: Purge, reason: str | None) -> None:
-    purge.reason = reason
-    purge.over = True

@@ -43,7 +43,7 @@ class Transfers(ABC, Generic[Job]):
         self._work = threading.Condition(self._lock)
         self._idle = threading.Condition(self._lock)
         self._jobs: deque[Job] = deque()
-        self._batches = 0
+        self._batches = self._begun = 0
         self._nbytes = 0
         self._stopping = False
         self._threads = [
@@ -125,9 +125,6 @@ class Transfers(ABC, Generic[Job]):
     def _result(self, job: Job) -> Finished:
         """Return the result of a job that is over."""
 
-    def _has_work(self) -> bool:
-        return bool(self._jobs)
-
     def _drop_queued(self) -> None:
         """Drop what no thread has taken. Needs the lock."""
         for job in list(self._jobs):
@@ -170,7 +167,7 @@ class Transfers(ABC, Generic[Job]):
                         availability.failed(str(error))
                 continue
             with self._lock:
-                self._work.wait_for(lambda: self._stopping or self._has_work())
+                self._work.wait_for(lambda: self._stopping or self._jobs)
             # Servers close connections that idle.
             if store.alive():
                 return not self._stopping
@@ -186,6 +183,7 @@ class Transfers(ABC, Generic[Job]):
             if last == len(job):
                 self._jobs.popleft()
             self._batches += 1
+            self._begun += 1
         try:
             self._move(store, job, first, last)
         finally:

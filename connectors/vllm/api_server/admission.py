@@ -14,12 +14,13 @@ from vllm_cachescope.api.request_context import PromptTiming, RequestContext, cu
 from vllm_cachescope.cache.report import Report, estimate
 from vllm_cachescope.config import Config
 from vllm_cachescope.connectors.vllm import engine_rpc
+from vllm_cachescope.connectors.vllm.api_server import media_ids
 from vllm_cachescope.connectors.vllm.api_server.planning import Planner
 from vllm_cachescope.connectors.vllm.plan_transport import take_report, with_plan, without_plan
 from vllm_cachescope.logs import logger_of
 from vllm_cachescope.prompt.plan import Plan, Span
+from vllm_cachescope.tenancy.caller import CallerDirectory
 from vllm_cachescope.tenancy.scope import Caller, Scope
-from vllm_cachescope.tenancy.shares import AccountOf
 
 logger = logger_of(__name__)
 
@@ -31,13 +32,16 @@ class Admission:
         state: the API server's state.
         config: the configuration.
         secret: key of the scope keys and of the plans' MACs.
-        account_of: returns who answers for an organisation, by its id.
+        directory: the organisations, and what they may share.
     """
 
-    def __init__(self, state: Any, config: Config, secret: bytes, account_of: AccountOf) -> None:
+    def __init__(
+        self, state: Any, config: Config, secret: bytes, directory: CallerDirectory
+    ) -> None:
         self._engine = state.engine_client
         self._secret = secret
-        self._planner = Planner(state, config, secret, account_of)
+        self._planner = Planner(state, config, secret, directory)
+        media_ids.confine(self._engine.renderer, secret)
         self._block_size: int = self._engine.vllm_config.cache_config.block_size
         self._generate = self._engine.generate
         self._engine.generate = self.generate
@@ -114,6 +118,8 @@ class Admission:
         tokens = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
         if not tokens:
             return None
+        if (begun := _begun(context, tokens)) is not None:
+            return begun
         caller = context.caller
         if session_id is not None:
             caller = replace(caller, session=session_id)
@@ -125,6 +131,7 @@ class Admission:
             max((span.end for span in readable), default=0),
             time.monotonic(),
         )
+        context.plans[plan.nonce] = plan
         return plan
 
     def _plan_whole(self, caller: Caller, prompt: Any) -> Plan | None:
@@ -151,6 +158,20 @@ class Admission:
         for data in answers:
             if data is not None:
                 context.reports[plan.nonce] = Report.from_wire(data)
+
+
+def _begun(context: RequestContext, tokens: list[int]) -> Plan | None:
+    """Return the plan of the prompt that a beam search began with, if ``tokens`` are that prompt
+    and a beam; None otherwise. Each step of a beam search comes as a prompt of its own, and the
+    client has sent, and is told of, one."""
+    if not context.body.get("use_beam_search"):
+        return None
+    begun = [
+        (len(timing.tokens), nonce)
+        for nonce, timing in context.timings.items()
+        if len(timing.tokens) < len(tokens) and tokens[: len(timing.tokens)] == timing.tokens
+    ]
+    return context.plans[max(begun)[1]] if begun else None
 
 
 def _shared_spans(plan: Plan) -> tuple[Span, ...]:

@@ -5,17 +5,19 @@ import atexit
 import secrets
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from vllm import envs
 
 from vllm_cachescope.api.engines import Engines, Purged
 from vllm_cachescope.api.middleware import CacheScopeMiddleware
+from vllm_cachescope.api.peers import ALONE, Peers
 from vllm_cachescope.api.services import Server, directory_of
 from vllm_cachescope.connectors.vllm import config_check, engine_rpc, shm_regions
 from vllm_cachescope.connectors.vllm.api_server.admission import Admission
 from vllm_cachescope.logs import logger_of
-from vllm_cachescope.tiers.store_jobs import PURGE_S
+from vllm_cachescope.tiers.purges import PURGE_S
 
 ANSWER_S = 10.0
 """How long an engine may take to answer a command, in seconds: longer than a long step."""
@@ -47,22 +49,33 @@ def connect(state: Any) -> Server:
     client = state.engine_client
     config = config_check.read(client.vllm_config.kv_transfer_config)
     api_keys = [key for key in (state.args.api_key or [envs.VLLM_API_KEY]) if key]
-    accounts = directory_of(config, api_keys).account
-    admission = Admission(state, config, config.secret_bytes(), accounts)
+    directory = directory_of(config, api_keys)
+    admission = Admission(state, config, config.secret_bytes(), directory)
     # vLLM kills its engine without letting it clean up. When this process ends, which does the
     # killing, the engine is gone.
     atexit.register(shm_regions.remove_stale)
+    parallel = client.vllm_config.parallel_config
+    peers = Peers(parallel._api_process_count, max(0, parallel._api_process_rank))
+    engines = EngineProcesses(client, peers)
     # A task that nothing refers to would be collected.
     state.cachescope_sweeper = asyncio.get_running_loop().create_task(
-        _sweep(client, config.sweep_interval)
+        engines.sweep_every(config.sweep_interval)
     )
+    if peers.count > 1 and peers.rank == 0:
+        logger.warning(
+            "This server has %d API processes. Each knows, compares and lists only the requests "
+            "that it has served itself: a client that asks for diagnostics may be told "
+            '"unavailable". --api-server-count 1 knows all of them.',
+            peers.count,
+        )
     return Server(
         config,
         model_name=client.vllm_config.model_config.served_model_name,
         block_tokens=int(client.vllm_config.cache_config.block_size),
         api_keys=api_keys,
-        engines=EngineProcesses(client),
+        engines=engines,
         purge_renderings=admission.purge_renderings,
+        peers=peers,
     )
 
 
@@ -71,10 +84,39 @@ class EngineProcesses(Engines):
 
     Args:
         client: the engine client.
+        peers: the API processes in front of them.
     """
 
-    def __init__(self, client: Any) -> None:
+    def __init__(self, client: Any, peers: Peers = ALONE) -> None:
         self._client = client
+        self._peers = peers
+        self._forget: Callable[[str | None, str | None], object] = lambda org, session: None
+        # Ids of the purges that this process has carried out, or heard of.
+        self._known_purges: set[str] = set()
+
+    def on_purge(self, forget: Callable[[str | None, str | None], object]) -> None:
+        self._forget = forget
+
+    async def sweep_every(self, interval_s: float) -> None:
+        """Have the engines drop what has expired, also while they have nothing to do, and forget
+        what other API processes have purged."""
+        while True:
+            await asyncio.sleep(interval_s)
+            try:
+                await engine_rpc.call(self._client, "sweep")
+                if self._peers.count > 1:
+                    await self._follow_purges()
+            except Exception as error:
+                # The engine may be busy going down; the server reports that itself.
+                logger.debug("Sweep failed: %s", error)
+
+    async def _follow_purges(self) -> None:
+        # Each purge goes to all engines: any of them knows of it.
+        purges, *_ = await engine_rpc.call(self._client, "purges")
+        news = [purge for purge in purges if purge[0] not in self._known_purges]
+        self._known_purges = {purge_id for purge_id, *_ in purges}
+        for _, org, session in news:
+            self._forget(org, session)
 
     async def health(self) -> list[list[dict[str, Any]]]:
         """Return the state of each tier of each engine process.
@@ -84,7 +126,9 @@ class EngineProcesses(Engines):
         """
         return await self._call("health")
 
-    async def purge(self, prefix: bytes) -> Purged:
+    async def purge(
+        self, prefix: bytes, org: str | None = None, session: str | None = None
+    ) -> Purged:
         """Purge in each engine process; wait until the remote tiers are done as well.
 
         Raises:
@@ -92,8 +136,9 @@ class EngineProcesses(Engines):
                 done within twice `PURGE_S`.
         """
         purge_id = secrets.token_hex(8)
+        self._known_purges.add(purge_id)
         entries: Counter[str] = Counter()
-        for purged in await self._call("purge", prefix, purge_id):
+        for purged in await self._call("purge", prefix, purge_id, org, session):
             entries.update(purged)
         unreached: dict[str, str] = {}
         end = time.monotonic() + 2 * PURGE_S
@@ -112,14 +157,3 @@ class EngineProcesses(Engines):
 
     async def _call(self, command: str, *args: Any) -> list[Any]:
         return await asyncio.wait_for(engine_rpc.call(self._client, command, *args), ANSWER_S)
-
-
-async def _sweep(engine: Any, interval_s: float) -> None:
-    """Have the engine drop what has expired, also while it has nothing to do."""
-    while True:
-        await asyncio.sleep(interval_s)
-        try:
-            await engine_rpc.call(engine, "sweep")
-        except Exception as error:
-            # The engine may be busy going down; the server reports that itself.
-            logger.debug("Sweep failed: %s", error)

@@ -2,18 +2,19 @@
 
 import asyncio
 from asyncio import Task
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vllm_cachescope.api.request_context import RequestContext, current_request
 from vllm_cachescope.config import Config
 from vllm_cachescope.connectors.vllm.api_server.boundaries import Boundaries, RenderedPrefix
+from vllm_cachescope.prompt.global_scope import org_default
 from vllm_cachescope.prompt.plan import Plan
 from vllm_cachescope.prompt.plan_maker import PlanMaker
 from vllm_cachescope.prompt.request import PromptRequest, Region
-from vllm_cachescope.prompt.segments import Segment, segments
+from vllm_cachescope.prompt.segments import RegionDefault, Segment, segments
+from vllm_cachescope.tenancy.caller import CallerDirectory
 from vllm_cachescope.tenancy.scope import Caller
-from vllm_cachescope.tenancy.shares import AccountOf
 
 _Rendered = tuple[tuple[Segment, ...], list[RenderedPrefix | None]]
 
@@ -25,13 +26,17 @@ class Planner:
         state: the API server's state.
         config: the configuration.
         secret: key of the scope keys.
-        account_of: returns who answers for an organisation, by its id.
+        directory: the organisations, and what they may share.
     """
 
-    def __init__(self, state: Any, config: Config, secret: bytes, account_of: AccountOf) -> None:
+    def __init__(
+        self, state: Any, config: Config, secret: bytes, directory: CallerDirectory
+    ) -> None:
+        self._directory = directory
         self._plans = PlanMaker(secret)
-        self._boundaries = Boundaries(state, self._on_tokenizing, account_of)
+        self._boundaries = Boundaries(state, self._on_tokenizing, directory.account)
         self._defaults = {region: config.regions.of(region) for region in Region}
+        self._narrow_defaults = {r: org_default(default) for r, default in self._defaults.items()}
 
     def purge_renderings(self, org: str | None, session: str | None) -> None:
         """Drop what is kept of rendered prompts of ``org``, or of one session of ``org``; with
@@ -58,9 +63,9 @@ class Planner:
     def plan_whole(self, caller: Caller, tokens: int) -> Plan:
         """Return the plan of a prompt of ``tokens`` tokens that is cached as a whole, with the
         operator's defaults."""
-        default = self._defaults[Region.MESSAGES]
+        default = self._defaults_of(caller)[Region.MESSAGES]
         whole = Segment(None, default.scope, default.ttl_s, True)
-        return self._plans.plan((whole,), [tokens], caller)
+        return self._plan((whole,), [tokens], caller)
 
     def _on_tokenizing(self) -> None:
         """The server tokenises a prompt on another thread; render its segments meanwhile."""
@@ -70,12 +75,17 @@ class Planner:
 
     def _rendering(self, context: RequestContext, request: PromptRequest) -> Task[_Rendered]:
         if context.rendering is None:
-            rendering = self._render(request, context.body, context.caller)
+            rendering = self._render(request, context)
             context.rendering = asyncio.get_running_loop().create_task(rendering)
         return context.rendering
 
-    async def _render(
-        self, request: PromptRequest, body: Mapping[str, Any], caller: Caller
-    ) -> _Rendered:
-        cut = segments(request, self._defaults)
-        return cut, await self._boundaries.prefixes(request, body, cut, caller)
+    async def _render(self, request: PromptRequest, context: RequestContext) -> _Rendered:
+        cut = segments(request, self._defaults_of(context.caller))
+        return cut, await self._boundaries.prefixes(request, context.body, cut, context.caller)
+
+    def _defaults_of(self, caller: Caller) -> Mapping[Region, RegionDefault]:
+        is_writer = self._directory.may_write_global(caller.org)
+        return self._defaults if is_writer else self._narrow_defaults
+
+    def _plan(self, cut: Sequence[Segment], ends: Sequence[int], caller: Caller) -> Plan:
+        return self._plans.plan(cut, ends, caller, self._directory.is_listed(caller.org))

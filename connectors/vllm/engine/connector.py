@@ -1,12 +1,13 @@
 """The KV connector: vLLM's OffloadingConnector with scopes, lifetimes and reports."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import vllm
 from cachetools import FIFOCache
-from prometheus_client import Counter
+from prometheus_client import Counter, Gauge
 from vllm.config import VllmConfig
 from vllm.distributed.kv_events import KVCacheEvent
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorRole
@@ -16,6 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import OffloadingConnectorStats
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
+from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -25,7 +27,8 @@ from vllm.v1.request import Request
 
 from vllm_cachescope.cache.quotas import read_quotas
 from vllm_cachescope.connectors.vllm import config_check, engine_rpc
-from vllm_cachescope.connectors.vllm.engine import hashing
+from vllm_cachescope.connectors.vllm.engine import adapters, hashing
+from vllm_cachescope.connectors.vllm.engine.adapters import Adapters
 from vllm_cachescope.connectors.vllm.engine.block_layout import read_layout
 from vllm_cachescope.connectors.vllm.engine.health import TierInfo
 from vllm_cachescope.connectors.vllm.engine.offloading import (
@@ -48,7 +51,7 @@ from vllm_cachescope.prompt.plan import PLAN_KEY
 from vllm_cachescope.prompt.request import Region
 from vllm_cachescope.tiers.jobs import Purge
 
-MAX_PURGES = 64
+MAX_PURGES = 4096
 """How many purges can be asked about: the most recent ones."""
 
 logger = logger_of(__name__)
@@ -73,8 +76,10 @@ class CacheScopeConnector(OffloadingConnector):
         if role is not KVConnectorRole.SCHEDULER:
             return
         warn_if_untried(vllm.__version__)
-        hashing.enforce(config.secret_bytes(), config.regions.of(Region.MESSAGES))
+        self._adapters = Adapters()
+        hashing.enforce(config.secret_bytes(), config.regions.of(Region.MESSAGES), self._adapters)
         engine_rpc.install()
+        adapters.install()
         assert self.connector_scheduler is not None
         offload = self.connector_scheduler.config
         strides = self._offloading.primary_tier.get_kv_memoryview().strides
@@ -98,6 +103,7 @@ class CacheScopeConnector(OffloadingConnector):
         # Whether an idle engine has dropped entries that the metrics still show.
         self._has_unreported_drops = False
         self._purges: FIFOCache[str, dict[str, Purge]] = FIFOCache(MAX_PURGES)
+        self._purge_log: FIFOCache[str, tuple[str | None, str | None]] = FIFOCache(MAX_PURGES)
 
     @property
     def _offloading(self) -> TieringOffloadingManager:
@@ -155,6 +161,9 @@ class CacheScopeConnector(OffloadingConnector):
 
     def on_new_request(self, request: Request) -> None:
         self.cachescope.on_new_request(request)
+        lora, adapter = request.lora_request, hashing.adapter_of(request)
+        if lora and adapter and not self._adapters.admit(lora, adapter):
+            self.cachescope.on_adapter_replaced(lora.lora_int_id)
         super().on_new_request(request)
 
     def get_num_new_matched_tokens(
@@ -231,11 +240,21 @@ class CacheScopeConnector(OffloadingConnector):
     ) -> KVConnectorPromMetrics:
         config = config_check.read(vllm_config.kv_transfer_config)
         translated = for_offloading(vllm_config, config)
+        # With several API servers, the engine tells each change of a gauge to one of them. vLLM
+        # 0.32 would show what each was last told, side by side.
+        gauge: Any = partial(metric_types[Gauge], multiprocess_mode="mostrecent")
+        metric_types = {**metric_types, Gauge: gauge}
         if metric_types[Counter] is Counter:  # Ray has counters of its own.
             metric_types = {**metric_types, Counter: TotalCounter}
         return super().build_prom_metrics(
             translated, metric_types, labelnames, per_engine_labelvalues
         )
+
+    def load_adapter(self, lora: LoRARequest, load: Callable[[], bool]) -> bool:
+        """Have vLLM load a LoRA adapter by its own function ``load``, and note what it loaded."""
+        loaded = self._adapters.load(lora, load)
+        self.cachescope.on_adapter_replaced(lora.lora_int_id)
+        return loaded
 
     # Commands from the API process; see `engine_rpc`.
 
@@ -245,10 +264,13 @@ class CacheScopeConnector(OffloadingConnector):
         local = [tier.health(self.cachescope.held(tier.name)) for tier in self._local_tiers]
         return [*local, *(remote.tier.health() for remote in self.cachescope.remotes)]
 
-    def command_purge(self, prefix: bytes, purge_id: str) -> dict[str, int]:
+    def command_purge(
+        self, prefix: bytes, purge_id: str, org: str | None = None, session: str | None = None
+    ) -> dict[str, int]:
         """Purge all entries whose owner begins with ``prefix``; return how many the device and
         the CPU tier held. Remote tiers take longer: `command_purged` tells of them under
-        ``purge_id``."""
+        ``purge_id``, and `command_purges` tells all API processes of ``org`` and ``session``."""
+        self._purge_log[purge_id] = org, session
         entries = self.cachescope.purge(prefix)
         self._has_unreported_drops |= any(entries.values())
         remotes = self.cachescope.remotes
@@ -258,10 +280,16 @@ class CacheScopeConnector(OffloadingConnector):
     def command_purged(self, purge_id: str) -> dict[str, tuple[int, str | None]] | None:
         """Return for each remote tier how many entries a purge has deleted there, and why some may
         be left (None if none are); None while the purge is under way."""
-        purges = self._purges.get(purge_id, {})
+        if (purges := self._purges.get(purge_id)) is None:
+            reason = "what became of the purge is not known any more; purge again"
+            return {remote.name: (0, reason) for remote in self.cachescope.remotes}
         if not all(purge.over for purge in purges.values()):
             return None
         return {name: (purge.entries, purge.reason) for name, purge in purges.items()}
+
+    def command_purges(self) -> list[tuple[str, str | None, str | None]]:
+        """Return the id, the organisation and the session (None for all) of the latest purges."""
+        return [(purge_id, *what) for purge_id, what in self._purge_log.items()]
 
     def command_sweep(self) -> int:
         """Drop everything that has expired; return how many entries."""

@@ -1,4 +1,4 @@
-"""The hashing of blocks, with the scope key of each block in its hash.
+"""The hashing of blocks, with the scope key of each block and its LoRA adapter in its hash.
 
 vLLM looks up `generate_block_hash_extra_keys` by name whenever it hashes a block, so wrapping
 that one function gives a block its scope on every tier: the prefix cache, the offloading tiers
@@ -17,6 +17,7 @@ from vllm.utils.hashing import sha256
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.request import Request
 
+from vllm_cachescope.connectors.vllm.engine.adapters import Adapters, is_unknown
 from vllm_cachescope.connectors.vllm.engine.prompt_plans import PromptPlans
 from vllm_cachescope.prompt.plan import PLAN_KEY, Plan, Span, seal
 from vllm_cachescope.prompt.segments import RegionDefault
@@ -26,6 +27,7 @@ from vllm_cachescope.tenancy.scope import Caller, Scope, ScopeKeys
 _HOOKED = "generate_block_hash_extra_keys"
 
 _plans: PromptPlans | None = None
+_adapters: Adapters | None = None
 
 
 class HookNotInForce(RuntimeError):
@@ -58,10 +60,12 @@ def _scoped(original: Callable[..., Any]) -> Callable[..., Any]:
         keys, next_mm_idx = original(request, start_token_idx, end_token_idx, start_mm_idx)
         if _plans is None:
             return keys, next_mm_idx
+        scope_key = plan_of(request).span_of(end_token_idx).key
+        if (adapter := adapter_of(request)) is not None:
+            scope_key = f"{scope_key}:{adapter}"
         # As bytes, and ASCII: KV events publish it. Routers take a string for the hash of a
         # picture, and Dynamo drops every event that has bytes which are no UTF-8.
-        scope_key = (PLAN_KEY, plan_of(request).span_of(end_token_idx).key.encode())
-        return (*(keys or ()), scope_key), next_mm_idx
+        return (*(keys or ()), (PLAN_KEY, scope_key.encode())), next_mm_idx
 
     generate_block_hash_extra_keys.is_scoped = True  # type: ignore[attr-defined]
     return generate_block_hash_extra_keys
@@ -73,22 +77,38 @@ def plan_of(request: Request) -> Plan:
     if plan is None:
         assert _plans is not None
         plan = _plans.of(request)
+        if is_unknown(adapter_of(request)):
+            plan = plan.uncovered()
         request.cachescope_plan = plan  # type: ignore[attr-defined]
     return plan
 
 
-def enforce(secret: bytes, default: RegionDefault) -> None:
+def adapter_of(request: Request) -> str | None:
+    """Return what the request's LoRA adapter is, the same whenever it is asked for; None if it has
+    none. See `Adapters.identity`."""
+    lora = request.lora_request
+    if lora is None or _adapters is None:
+        return None
+    adapter: str | None = getattr(request, "cachescope_adapter", None)
+    if adapter is None:
+        adapter = _adapters.identity(lora)
+        request.cachescope_adapter = adapter  # type: ignore[attr-defined]
+    return adapter
+
+
+def enforce(secret: bytes, default: RegionDefault, adapters: Adapters) -> None:
     """Have every block hash in this process carry a scope key from here on.
 
     Args:
         secret: key of the scope keys and of the plans' MACs.
         default: scope and TTL of prompts that come without a plan.
+        adapters: the engine's LoRA adapters.
 
     Raises:
         HookNotInForce: if hashes made by vLLM's own hasher do not differ with the scope key, or
             differ without it.
     """
-    global _plans
+    global _plans, _adapters
     install()
     # Of a scope that the probes below tell from others, whatever the operator's default is.
     _plans = PromptPlans(secret, RegionDefault(Scope.ORG, 300))
@@ -118,7 +138,7 @@ def enforce(secret: bytes, default: RegionDefault) -> None:
             "or this vLLM hashes blocks in another way. Refusing to start, since tenants would "
             "share blocks."
         )
-    _plans = PromptPlans(secret, default)
+    _plans, _adapters = PromptPlans(secret, default), adapters
 
 
 def digest(settings: Mapping[str, Any]) -> str:

@@ -172,7 +172,7 @@ class LocalTiers:
         """Evict from the device what organisations will hold beyond their quotas.
 
         Args:
-            newcomers: how many blocks are about to be computed, by organisation.
+            newcomers: how many blocks are about to be computed, by owner.
             wanted: keys that the same request reads, and that stay.
         """
         if self._device_quotas is not None:
@@ -184,12 +184,12 @@ class LocalTiers:
         """Whether `make_room` and `note_change` do anything."""
         return self._device_quotas is not None
 
-    def note_change(self, orgs: Iterable[bytes]) -> None:
-        """Note that blocks of ``orgs`` came into the prefix cache, or that requests began or ended
-        that run on them."""
+    def note_change(self, owners: Iterable[bytes]) -> None:
+        """Note that blocks of ``owners`` came into the prefix cache, or that requests began or
+        ended that run on them."""
         if self._device_quotas is not None:
-            for org in orgs:
-                self._device_quotas.note_change(org)
+            for owner in owners:
+                self._device_quotas.note_change(owner)
 
     def _evict_from_device(self, keys: Collection[bytes]) -> None:
         if not keys:

@@ -50,6 +50,11 @@ def for_offloading(vllm_config: VllmConfig, config: Config) -> VllmConfig:
 
 
 def _remote_tiers(vllm_config: VllmConfig, config: Config) -> list[dict[str, Any]]:
+    if getattr(vllm_config, "weight_transfer_config", None) is not None:
+        raise ConfigError(
+            "tiers: what they hold would outlive the weights that vLLM's weight_transfer_config "
+            "replaces in a running engine; allowed: one of the two"
+        )
     model = model_identity(vllm_config)
     return [
         {

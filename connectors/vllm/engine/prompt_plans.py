@@ -42,7 +42,7 @@ class PromptPlans:
             return plan
         key = self._keys.private_key(secrets.token_hex(16))
         span = Span(request.num_prompt_tokens, Scope.SESSION, key, REFUSED_TTL_S, covered=False)
-        return Plan((span,), nonce="")
+        return Plan((span,), nonce="", owner=self._owners.of(Caller(ANONYMOUS)))
 
     def _automatic(self, request: Request) -> Plan:
         # vLLM 0.31 knows no sessions.

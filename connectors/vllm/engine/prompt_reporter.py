@@ -3,7 +3,6 @@
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -83,16 +82,15 @@ class PromptReporter:
             attribute_tokens(prompt.plan, step, prompt.read, created),
             misses=prompt.misses,
             unasked=prompt.unasked,
-            engine=self._engine_id,
+            engine=self._engine_id(prompt.adapter),
             reach_s=None if since is None else self._clock() - since,
             computed_tokens=min(prompt.computed_tokens, prompt.plan.spans[-1].end),
             blocks=prompt.blocks,
         )
 
-    @cached_property
-    def _engine_id(self) -> EngineId:
+    def _engine_id(self, adapter: str | None) -> EngineId:
         # Not at start-up: the digest is known once vLLM has begun to hash.
-        digest = hashing.digest(self._hash_settings)
+        digest = hashing.digest({**self._hash_settings, "adapter": adapter})
         return EngineId(self._rank, self._epoch, digest, self._shared_tiers)
 
     def _external_reads(

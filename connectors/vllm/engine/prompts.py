@@ -12,6 +12,7 @@ from vllm_cachescope.cache.miss_causes import CacheMiss
 from vllm_cachescope.cache.prefix_hashes import PrefixHashes
 from vllm_cachescope.connectors.vllm.engine.block_layout import Group
 from vllm_cachescope.prompt.plan import Plan
+from vllm_cachescope.tenancy.scope import Scope
 
 MAX_PROMPTS = 4096
 """How many prompts' reports can be asked for: the most recent ones."""
@@ -80,8 +81,9 @@ class Prompt:
         blocks: the hashes of its blocks; None before it is scheduled.
         promoted: name of the tier that a key was loaded from into the CPU tier, by key.
         is_counted: whether the prompt's tokens are in the metrics.
-        purged: beginnings of the owners that were purged while the prompt ran. The prompt leaves
-            no block of theirs behind.
+        purged: the scopes whose blocks were purged while the prompt ran. The prompt leaves none of
+            them behind.
+        adapter: what its LoRA adapter is; None if it has none.
     """
 
     plan: Plan
@@ -96,11 +98,18 @@ class Prompt:
     blocks: PrefixHashes | None = None
     promoted: dict[bytes, str] = field(default_factory=dict)
     is_counted: bool = False
-    purged: tuple[bytes, ...] = ()
+    purged: set[Scope] = field(default_factory=set)
+    adapter: str | None = None
 
     def is_purged(self, block_end: int) -> bool:
         """Whether the block that ends at ``block_end`` was purged while the prompt ran."""
-        return bool(self.purged) and self.plan.owner_of(block_end).startswith(self.purged)
+        return bool(self.purged) and self.plan.span_of(block_end).scope in self.purged
+
+    def purge(self, prefix: bytes) -> None:
+        """Note that blocks whose owner begins with ``prefix`` were purged, if it has such."""
+        for span in self.plan.spans:
+            if self.plan.owner_in(span).startswith(prefix):
+                self.purged.add(span.scope)
 
 
 class Prompts:
@@ -112,9 +121,10 @@ class Prompts:
         self._finished: dict[str, Prompt] = {}
         self._by_nonce: FIFOCache[str, Prompt] = FIFOCache(MAX_PROMPTS)
 
-    def add(self, request: Request, plan: Plan) -> None:
-        """Note that a request runs."""
-        prompt = self._running[request.request_id] = Prompt(plan, request)
+    def add(self, request: Request, plan: Plan, adapter: str | None) -> None:
+        """Note that a request runs, with the LoRA ``adapter`` that `hashing.adapter_of` returns."""
+        prompt = Prompt(plan, request, adapter=adapter)
+        self._running[request.request_id] = prompt
         if plan.nonce:
             # Further samples of a prompt (n > 1) have its nonce and read what the first sample
             # computed. The prompt counts once, as its first sample found the cache.
@@ -146,7 +156,18 @@ class Prompts:
         """Note that vLLM has stored the last blocks of the requests that are over."""
         self._finished.clear()
 
+    def disown(self, adapter: int) -> None:
+        """Note that the weights of a LoRA adapter, by vLLM's number of it, have changed under the
+        prompts that run with it."""
+        for prompt in self._running.values():
+            request = prompt.request
+            if request is None or (lora := request.lora_request) is None:
+                continue
+            if lora.lora_int_id == adapter:
+                prompt.purge(b"")
+                request.skip_reading_prefix_cache = True
+
     def purge(self, prefix: bytes) -> None:
         """Note that blocks whose owner begins with ``prefix`` were purged."""
         for prompt in chain(self._running.values(), self._finished.values()):
-            prompt.purged = tuple({*prompt.purged, prefix})
+            prompt.purge(prefix)

@@ -20,6 +20,7 @@ from vllm_cachescope.cache.quotas import Quotas
 from vllm_cachescope.cache.report import Report
 from vllm_cachescope.connectors.vllm.engine import hashing
 from vllm_cachescope.connectors.vllm.engine.block_layout import BlockLayout
+from vllm_cachescope.connectors.vllm.engine.checkpoints import move_checkpoint
 from vllm_cachescope.connectors.vllm.engine.local_tiers import LocalTiers
 from vllm_cachescope.connectors.vllm.engine.miss_explainer import MissExplainer
 from vllm_cachescope.connectors.vllm.engine.prompt_plans import (
@@ -35,7 +36,7 @@ from vllm_cachescope.connectors.vllm.engine.tiers.base import TierParent
 from vllm_cachescope.connectors.vllm.engine.tiers.cpu import CPU
 from vllm_cachescope.connectors.vllm.engine.tiers.remote import remote_tiers
 from vllm_cachescope.prompt.plan import Plan
-from vllm_cachescope.tenancy.owner_tags import NOBODY, org_of, owner_at
+from vllm_cachescope.tenancy.owner_tags import NOBODY
 from vllm_cachescope.tiers.keyspace import qualified
 
 
@@ -123,7 +124,7 @@ class CacheScopeConnectorScheduler(TierParent):
         if not plan.nonce and carries_plan(request):
             self.counts.refused_plans += 1
         offload_covered(request, plan)
-        self._prompts.add(request, plan)
+        self._prompts.add(request, plan, hashing.adapter_of(request))
         self._note_change(plan)
 
     def set_local_tokens(self, request: Request, tokens: int) -> None:
@@ -173,21 +174,10 @@ class CacheScopeConnectorScheduler(TierParent):
     def on_schedule_end(self, scheduler_output: SchedulerOutput) -> None:
         """vLLM has offloaded the blocks of the step and of requests that were over before it."""
         if self._layout.has_checkpoints:
-            self._move_checkpoints(scheduler_output.num_scheduled_tokens)
+            for prompt in map(self._prompts.get, scheduler_output.num_scheduled_tokens):
+                move_checkpoint(prompt, self._layout)
         self._prompts.drop_finished()
         self._local.enforce_quotas()
-
-    def _move_checkpoints(self, scheduled: Mapping[str, int]) -> None:
-        """Have vLLM keep windows at the next checkpoint of the prompts that have reached one: it
-        knows of one at a time."""
-        for request_id in scheduled:
-            prompt = self._prompts.get(request_id)
-            if prompt is None or prompt.request is None:
-                continue
-            if prompt.registered >= prompt.request.shared_prefix_boundary:
-                following = self._layout.checkpoint(prompt.plan, prompt.registered)
-                if following:
-                    prompt.request.shared_prefix_boundary = following
 
     def on_step_end(self) -> None:
         """A step has been computed."""
@@ -213,6 +203,11 @@ class CacheScopeConnectorScheduler(TierParent):
             for row in report.rows:
                 self.counts.tokens[row.outcome, row.scope.label, row.ttl_s] += row.tokens
         return report if prompt.plan.nonce else None
+
+    def on_adapter_replaced(self, adapter: int) -> None:
+        """A LoRA adapter, by vLLM's number of it, is no longer what it was. Requests that run with
+        it go on, and leave no block behind."""
+        self._prompts.disown(adapter)
 
     # What the API process and the metrics ask.
 
@@ -307,7 +302,7 @@ class CacheScopeConnectorScheduler(TierParent):
 
     def _note_change(self, plan: Plan) -> None:
         """Note that a prompt's blocks came into the cache, into use, or out of it."""
-        self._local.note_change(map(org_of, (plan.owner, NOBODY)))
+        self._local.note_change({plan.owner_in(span) for span in plan.spans})
 
     # What the tiers ask and tell; see `TierParent`.
 
@@ -332,8 +327,8 @@ class CacheScopeConnectorScheduler(TierParent):
             return False
         if self._cpu_quotas is None:
             return True
-        org, chunks = org_of(prompt.plan.owner_of(end)), self.quota_chunks(prompt.plan, end)
-        return self._cpu_quotas.over(org, chunks) == 0
+        account = self._cpu_quotas.account_of(prompt.plan.owner_of(end))
+        return self._cpu_quotas.over(account, self.quota_chunks(prompt.plan, end)) == 0
 
     def ttl_and_owner(self, key: OffloadKey, context: ReqContext) -> tuple[int, bytes]:
         prompt, end = self._prompts.locate(key, context)
@@ -369,7 +364,7 @@ class CacheScopeConnectorScheduler(TierParent):
             size = group.tokens_per_block
             for start, end, span in plan.ranges(size):
                 blocks = max(0, end // size - max(start, tokens) // size)
-                newcomers[org_of(owner_at(span.scope, plan.owner))] += group.kept(blocks)
+                newcomers[plan.owner_in(span)] += group.kept(blocks)
         whole = len(request.block_hashes) * self._layout.tokens_per_hash
         wanted = {key for _, key, _ in self._layout.blocks_of_all(request, 0, whole)}
         self._local.make_room(newcomers, wanted)

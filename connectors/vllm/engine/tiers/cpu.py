@@ -23,7 +23,7 @@ from vllm_cachescope.cache.eviction_history import EvictionReason
 from vllm_cachescope.cache.ledger import Ledger
 from vllm_cachescope.cache.quotas import Quotas
 from vllm_cachescope.connectors.vllm.engine.tiers.base import TierParent
-from vllm_cachescope.tenancy.owner_tags import NOBODY, org_of
+from vllm_cachescope.tenancy.owner_tags import NOBODY
 
 CPU = "cpu"
 
@@ -45,7 +45,7 @@ class ScopePolicy(CachePolicy):
         self._quotas: Quotas | None = None
         # TTL and owner of the keys that are about to be inserted.
         self._missed: dict[OffloadKey, tuple[int, bytes]] = {}
-        # Organisations that may hold more than their quota.
+        # Accounts that may hold more than their quota.
         self._grown: set[bytes] = set()
 
     def bind(self, parent: TierParent, quotas: Quotas | None) -> None:
@@ -122,13 +122,13 @@ class ScopePolicy(CachePolicy):
         found: list[bytes] = []
         if self._quotas is None:
             return found
-        for org in list(self._grown):
-            if over := self._quotas.over(org, self._order.held(org)):
+        for account in list(self._grown):
+            if over := self._quotas.over(account, self._order.held(account)):
                 found += self._order.victims_of(
-                    org, over, self._parent.now(), lambda key: self._must_stay(key, set())
+                    account, over, self._parent.now(), lambda key: self._must_stay(key, set())
                 )
             else:
-                self._grown.remove(org)
+                self._grown.remove(account)
         return found
 
     def _excess_with(self, wanted: set[OffloadKey], most: int, now: float) -> set[bytes]:
@@ -138,12 +138,15 @@ class ScopePolicy(CachePolicy):
         found: set[bytes] = set()
         if self._quotas is None:
             return found
-        newcomers = Counter(self._org(key) for key in wanted if key not in self._chunks)
-        for org, more in newcomers.items():
-            over = self._quotas.over(org, self._order.held(org) + more)
+        quotas = self._quotas
+        newcomers = Counter(
+            quotas.account_of(self._owner(key)) for key in wanted if key not in self._chunks
+        )
+        for account, more in newcomers.items():
+            over = quotas.over(account, self._order.held(account) + more)
             found.update(
                 self._order.victims_of(
-                    org,
+                    account,
                     min(over, most - len(found)),
                     now,
                     lambda key: self._must_stay(key, wanted),
@@ -154,9 +157,9 @@ class ScopePolicy(CachePolicy):
     def _must_stay(self, key: bytes, protected: set[OffloadKey]) -> bool:
         return key in protected or self._chunks[OffloadKey(key)].ref_cnt != 0
 
-    def _org(self, key: OffloadKey) -> bytes:
+    def _owner(self, key: OffloadKey) -> bytes:
         entry = self._ledger.get(key)
-        return org_of(entry.owner if entry else self._missed.get(key, (1, NOBODY))[1])
+        return entry.owner if entry else self._missed.get(key, (1, NOBODY))[1]
 
     def clear(self) -> None:
         for key in list(self._chunks):
@@ -175,8 +178,9 @@ class ScopePolicy(CachePolicy):
         if self._quotas is None:
             self._order.use(key, entry.ttl_s, now)
         else:
-            self._order.use(key, entry.ttl_s, now, org_of(entry.owner))
-            self._grown.add(org_of(entry.owner))
+            account = self._quotas.account_of(entry.owner)
+            self._order.use(key, entry.ttl_s, now, account)
+            self._grown.add(account)
 
 
 class CpuTier:

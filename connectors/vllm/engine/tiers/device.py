@@ -12,7 +12,6 @@ from vllm.v1.request import Request
 from vllm_cachescope.cache.eviction import LifetimeShare
 from vllm_cachescope.cache.ledger import Ledger
 from vllm_cachescope.connectors.vllm.engine.tiers.base import TierParent
-from vllm_cachescope.tenancy.owner_tags import org_of
 
 DEVICE = "device"
 
@@ -73,18 +72,21 @@ class DeviceTier:
         evicted, self._evicted = self._evicted, []
         return [key for key in evicted if not self.holds(key)]
 
-    def keep_reserves(self, ledger: Ledger, order: LifetimeShare) -> None:
-        """From here on have vLLM pass over blocks of organisations that hold no more than their
+    def keep_reserves(
+        self, ledger: Ledger, order: LifetimeShare, account_of: Callable[[bytes], bytes]
+    ) -> None:
+        """From here on have vLLM pass over blocks of accounts that hold no more than their
         reserve, while it finds others.
 
         Args:
             ledger: knows whose a block is.
-            order: knows which organisations are spared.
+            order: knows which accounts are spared.
+            account_of: returns the account that blocks of an owner count towards.
         """
         get_new_blocks = self._pool.get_new_blocks
 
         def get_unreserved_blocks(num_blocks: int) -> list[KVCacheBlock]:
-            self._pass_over(num_blocks, ledger, order)
+            self._pass_over(num_blocks, ledger, order, account_of)
             return get_new_blocks(num_blocks)
 
         self._pool.get_new_blocks = get_unreserved_blocks  # type: ignore[method-assign]
@@ -108,7 +110,13 @@ class DeviceTier:
         self._pool.evict_blocks({block.block_id})
         del self._evicted[known:]
 
-    def _pass_over(self, wanted: int, ledger: Ledger, order: LifetimeShare) -> None:
+    def _pass_over(
+        self,
+        wanted: int,
+        ledger: Ledger,
+        order: LifetimeShare,
+        account_of: Callable[[bytes], bytes],
+    ) -> None:
         """Move the spared blocks that vLLM would take next to the end of its queue. Both the spared
         blocks and the others stay in order of last use."""
         queue = self._pool.free_block_queue
@@ -119,13 +127,13 @@ class DeviceTier:
             if block is None or block is queue.fake_free_list_tail:
                 break
             entry = None if block.block_hash is None else ledger.get(block.block_hash)
-            org = None if entry is None else org_of(entry.owner)
-            if org is not None and order.is_spared(org, taken[org]):
+            account = None if entry is None else account_of(entry.owner)
+            if account is not None and order.is_spared(account, taken[account]):
                 spared.append(block)
             else:
                 wanted -= 1
-                if org is not None:
-                    taken[org] += 1
+                if account is not None:
+                    taken[account] += 1
             block = block.next_free_block
         for block in spared:
             queue.remove(block)

@@ -29,54 +29,57 @@ class DeviceQuotas:
         self._tier = tier
         self._clock = clock
         self._order = LifetimeShare(quotas.reserve)
-        # Organisations that may hold more blocks than at the last `excess`, or use fewer of them.
+        # Accounts that may hold more blocks than at the last `excess`, or use fewer of them.
         self._changed: set[bytes] = set()
-        # Organisations that exceeded their quotas at the last `excess` with blocks in use.
+        # Accounts that exceeded their quotas at the last `excess` with blocks in use.
         self._in_use: set[bytes] = set()
-        ledger.follow(DEVICE, self._order)
+        ledger.follow(DEVICE, self._order, quotas.account_of)
         if quotas.has_reserves:
-            tier.keep_reserves(ledger, self._order)
+            tier.keep_reserves(ledger, self._order, quotas.account_of)
 
-    def note_change(self, org: bytes) -> None:
-        """Note that blocks of ``org`` came into the cache, or that requests began or ended that
+    def note_change(self, owner: bytes) -> None:
+        """Note that blocks of ``owner`` came into the cache, or that requests began or ended that
         run on them."""
-        self._changed.add(org)
+        self._changed.add(self._quotas.account_of(owner))
 
     def excess(self) -> list[bytes]:
-        """Return the keys to evict, since organisations that have changed hold too many."""
+        """Return the keys to evict, since accounts that have changed hold too many."""
         changed, self._changed = self._changed, set()
         keys: list[bytes] = []
-        for org in changed:
-            over = self._quotas.over(org, self._order.held(org))
-            oldest = self._oldest(org, over)
+        for account in changed:
+            over = self._quotas.over(account, self._order.held(account))
+            oldest = self._oldest(account, over)
             keys += oldest
             if len(oldest) < over:
-                self._in_use.add(org)
+                self._in_use.add(account)
             else:
-                self._in_use.discard(org)
+                self._in_use.discard(account)
         return keys
 
     def retry(self) -> None:
-        """Have the next `excess` look again at organisations whose blocks were in use before."""
+        """Have the next `excess` look again at accounts whose blocks were in use before."""
         self._changed |= self._in_use
 
     def excess_with(self, newcomers: Counter[bytes], wanted: Collection[bytes]) -> list[bytes]:
         """Return the keys to evict before a request computes blocks.
 
         Args:
-            newcomers: how many blocks the request will add, by organisation.
+            newcomers: how many blocks the request will add, by owner.
             wanted: keys that the request reads itself, and that stay.
         """
         keys: list[bytes] = []
-        for org, more in newcomers.items():
-            over = self._quotas.over(org, self._order.held(org) + more)
-            keys += self._oldest(org, over, wanted)
+        added: Counter[bytes] = Counter()
+        for owner, more in newcomers.items():
+            added[self._quotas.account_of(owner)] += more
+        for account, more in added.items():
+            over = self._quotas.over(account, self._order.held(account) + more)
+            keys += self._oldest(account, over, wanted)
         return keys
 
-    def _oldest(self, org: bytes, blocks: int, wanted: Collection[bytes] = ()) -> list[bytes]:
-        """Return up to ``blocks`` of the oldest keys of ``org`` whose blocks are not in use."""
+    def _oldest(self, account: bytes, blocks: int, wanted: Collection[bytes] = ()) -> list[bytes]:
+        """Return up to ``blocks`` of the oldest keys of ``account`` whose blocks are not in use."""
         if not blocks:
             return []
         return self._order.victims_of(
-            org, blocks, self._clock(), lambda key: key in wanted or not self._tier.is_free(key)
+            account, blocks, self._clock(), lambda key: key in wanted or not self._tier.is_free(key)
         )

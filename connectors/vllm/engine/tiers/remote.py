@@ -30,7 +30,6 @@ from vllm_cachescope.connectors.vllm.store_factory import (
     stores,
 )
 from vllm_cachescope.prompt.plan import Plan
-from vllm_cachescope.tenancy.owner_tags import org_of
 from vllm_cachescope.tiers.envelope import EncryptedEnvelopes, Envelopes
 from vllm_cachescope.tiers.expiry import expiry
 from vllm_cachescope.tiers.inquiries import Lookup
@@ -185,7 +184,8 @@ class RemoteTierManager(SecondaryTierManager):
         the prompt up to there exceeds the quota of its organisation by itself."""
         if self._quotas is None or plan is None:
             return False
-        return self._quotas.over(org_of(name), self._parent.quota_chunks(plan, end)) > 0
+        account = self._quotas.account_of(name)
+        return self._quotas.over(account, self._parent.quota_chunks(plan, end)) > 0
 
     def get_finished_jobs(self) -> Iterable[JobResult]:
         results = []

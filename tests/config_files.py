@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-_DIRECTORY = Path(__file__).parents[2] / ".cache" / "configs"
+_DIRECTORY = Path(__file__).parents[1] / ".cache" / "configs"
 
 
 def in_file(config: Mapping[str, Any]) -> dict[str, Any]:

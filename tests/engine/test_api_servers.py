@@ -1,0 +1,129 @@
+"""Two API processes in front of two engines: metrics add up, purges reach all of them, and what one
+of them cannot know it says."""
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.engine.bodies import EPHEMERAL, agent_body, session
+from tests.engine.server import NAMED_KEY, OPERATOR_TOKEN, SMALL, Api, serve_scoped
+
+pytestmark = pytest.mark.engine
+
+TWO = ("--api-server-count", "2", "--data-parallel-size", "2")
+
+
+@pytest.fixture(scope="module")
+def api(tiny_model, tmp_path_factory) -> Iterator[Api]:
+    scratch = tmp_path_factory.mktemp("processes")
+    # As a user does: which metrics add up is settled when their library is imported.
+    own = {"as_user": True, "module": "tests.engine.vllm_cli"}
+    with serve_scoped(tiny_model, scratch, *SMALL, *TWO, **own) as api:
+        yield api
+
+
+@pytest.fixture(scope="module")
+def processes(api: Api) -> Iterator[dict[int, httpx.Client]]:
+    """A connection to each API process, by its rank."""
+    found: dict[int, httpx.Client] = {}
+    for _ in range(200):
+        client = httpx.Client(base_url=api.url, headers={"x-api-key": NAMED_KEY}, timeout=60)
+        rank = listed(client)["api_process"]
+        if found.setdefault(rank, client) is not client:
+            client.close()
+        if len(found) == 2:
+            break
+    assert sorted(found) == [0, 1]
+    yield found
+    for client in found.values():
+        client.close()
+
+
+def listed(client: httpx.Client) -> Any:
+    answer = client.get("/cachescope/breaks").raise_for_status().json()
+    assert answer["api_processes"] == 2
+    return answer
+
+
+def message(client: httpx.Client, body: dict[str, Any], name: str) -> Any:
+    answer = client.post("/v1/messages", json=body, headers=session(name))
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def test_metrics_add_up(api: Api, processes: dict[int, httpx.Client]) -> None:
+    answers = [
+        message(client, agent_body("metrics", temperature=0), f"{rank} {turn}")
+        for turn in range(4)
+        for rank, client in processes.items()
+    ]
+    assert len({answer["content"][0]["text"] for answer in answers}) == 1
+    told = Counter()
+    for answer in answers:
+        usage = answer["usage"]
+        told["read"] += usage["cache_read_input_tokens"]
+        told["created"] += usage["cache_creation_input_tokens"]
+        told["uncached"] += usage["input_tokens"]
+    assert told["read"] > told["created"] > 0
+
+    def counted() -> Counter[str]:
+        kinds: Counter[str] = Counter()
+        samples = api.metrics("cachescope_prompt_tokens_total", "outcome")
+        for (outcome,), tokens in samples.items():
+            kinds["read" if outcome.startswith("read_") else outcome] += tokens
+        return kinds
+
+    await_equal(counted, told)
+    assert api.metrics("vllm:prompt_tokens_total").total() == told.total()
+
+    def used() -> Counter[tuple[str, str]]:
+        return api.metrics("cachescope_tier_used_bytes", "engine", "tier")
+
+    tiers = httpx.get(f"{api.url}/cachescope/health", timeout=60).json()["tiers"]
+    expected = Counter({(str(t["engine"]), t["name"]): t["used_bytes"] for t in tiers})
+    await_equal(used, +expected)
+    text = httpx.get(f"{api.url}/metrics", timeout=60).text
+    own = [
+        sample
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name.startswith("cachescope_")
+    ]
+    assert own and not any("pid" in sample.labels for sample in own)
+    capacity = [s.labels["engine"] for s in own if s.name == "cachescope_tier_capacity_bytes"]
+    assert sorted(capacity) == ["0", "0", "1", "1"]
+
+
+def test_what_another_process_had_is_unavailable(processes: dict[int, httpx.Client]) -> None:
+    first = message(processes[0], agent_body("compared"), "compared")
+    again = agent_body("compared") | {"diagnostics": {"previous_message_id": first["id"]}}
+    reason = message(processes[1], again, "compared")["diagnostics"]["cache_miss_reason"]
+    assert reason == {"type": "unavailable"}
+    assert message(processes[0], again, "compared")["diagnostics"] is None
+
+
+def test_a_purge_reaches_all_processes(processes: dict[int, httpx.Client]) -> None:
+    for rank, client in processes.items():
+        for description in ("Weighs.", "Weighs anything."):
+            body = agent_body("purged", description)
+            body["messages"][0]["content"][0]["cache_control"] = EPHEMERAL
+            message(client, body, f"purged {rank}")
+        assert listed(client)["breaks"]
+    what = {"org": "named"}
+    operator = {"x-api-key": OPERATOR_TOKEN}
+    processes[0].post("/cachescope/purge", json=what, headers=operator).raise_for_status()
+    assert not listed(processes[0])["breaks"]
+    await_equal(lambda: listed(processes[1])["breaks"], [])
+
+
+def await_equal(find: Any, expected: Any) -> None:
+    """Wait some seconds until ``find`` returns what is expected."""
+    deadline = time.monotonic() + 15
+    while (found := find()) != expected and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert found == expected
