@@ -23,7 +23,7 @@ from benchmarks.harness import Result, arguments, finish, pairs
 from demo.session import agent_session, marked
 from vllm_cachescope.cache.report import EngineId
 from vllm_cachescope.diagnosis.attribution import EngineReport
-from vllm_cachescope.diagnosis.computed_prompt import ComputedPrompt
+from vllm_cachescope.diagnosis.computed_prompt import ComputedPrompt, prefix_source
 from vllm_cachescope.diagnosis.diagnosis import conclude, diagnose
 from vllm_cachescope.diagnosis.fingerprint import Fingerprint
 from vllm_cachescope.diagnosis.fingerprinter import Fingerprinter
@@ -137,7 +137,9 @@ def milliseconds(work: Callable[[], object]) -> float:
 def computed(tokens: list[int]) -> ComputedPrompt:
     """Return what is kept of a prompt of ``tokens`` that the engine computed."""
     hashed = fingerprint_tokens(tokens, _BLOCK, _SECRET)
-    return ComputedPrompt(hashed, len(tokens), len(tokens), 300, _ENGINE, 0.0, 0.0)
+    # As many hashes of blocks, which are compared as those of tokens are.
+    length = len(tokens)
+    return ComputedPrompt(hashed, length, hashed, length, length, 300, _ENGINE, 1.0, 0.0, 0.0)
 
 
 def diagnosing(
@@ -151,16 +153,16 @@ def diagnosing(
         store = LineageStore(time.monotonic, requests=_KEPT + 1)
         for fingerprint, prompt in zip(seen, earlier, strict=True):
             node = store.observe(_CALLER, fingerprint).node
-            store.answered(_CALLER, node, prompt_tokens=fingerprint.tokens, computed=prompt)
+            store.answered(_CALLER, node, prompt_tokens=fingerprint.tokens, computed=(prompt,))
         request = parsed(scenario.body)
         gc.collect()
         start = time.thread_time()
         placement = store.observe(_CALLER, made(request))
         prompt = computed(tokens)
-        source = store.prefix_source(_CALLER, placement.node, prompt.tokens, _ENGINE, 1.0)
+        source = prefix_source(prompt, store.earlier_prompts(_CALLER, placement.node))
         report = EngineReport(len(tokens), 0, _BLOCK, source=source, engine=_ENGINE)
         found = conclude(diagnose(placement), report, placement.ancestor)
-        store.answered(_CALLER, placement.node, "id", len(tokens), prompt)
+        store.answered(_CALLER, placement.node, "id", len(tokens), (prompt,))
         times.append(1000 * (time.thread_time() - start))
         assert found.kind is scenario.kind, found
     return statistics.median(times)
@@ -175,7 +177,7 @@ def kept_bytes(bodies: list[dict[str, Any]], tokens: list[int]) -> float:
     tracemalloc.start()
     for request in requests:
         node = store.observe(_CALLER, made(request)).node
-        store.answered(_CALLER, node, prompt_tokens=len(tokens), computed=computed(tokens))
+        store.answered(_CALLER, node, prompt_tokens=len(tokens), computed=(computed(tokens),))
     gc.collect()
     taken, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()

@@ -2,6 +2,7 @@
 the tokens had been computed."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from prometheus_client import CollectorRegistry
 from vllm_cachescope.api.diagnoser import Diagnoser
 from vllm_cachescope.api.request_context import PromptTiming
 from vllm_cachescope.cache.miss_causes import CacheMiss, MissCause
+from vllm_cachescope.cache.prefix_hashes import hashes_of_blocks
 from vllm_cachescope.cache.report import EngineId, Report, Row
 from vllm_cachescope.diagnosis.outcome import NEW_CONTENT, Diagnosis
 from vllm_cachescope.prompt.request import Protocol
@@ -58,6 +60,8 @@ class Server:
         unasked: CacheMiss | None = None,
         reach_s: float | None = None,
         final: bool = True,
+        computed: int | None = None,
+        blocks: Sequence[bytes] = (),
     ) -> Diagnosis:
         """Send the conversation as it is; the engine has read ``read`` tokens of it."""
         request = READERS[Protocol.MESSAGES](self.body, (300, 3600))
@@ -67,7 +71,8 @@ class Server:
             Row("read_device", Scope.ORG, 300, read),
             Row("created", Scope.ORG, 300, length - read),
         )
-        report = Report(rows, misses, unasked, engine if final else None, reach_s)
+        hashes = hashes_of_blocks(blocks, BLOCK) if blocks else None
+        report = Report(rows, misses, unasked, engine if final else None, reach_s, computed, hashes)
         timing = PromptTiming(
             list(self.tokens),
             length if covered is None else covered,
@@ -197,6 +202,60 @@ def test_an_earlier_request_was_still_at_it(server: Server) -> None:
     seen = server.ask(began=99.0)
     assert causes(seen) == {C.NEVER_STORED: 640}
     assert "still computing" in (seen.engine[0].detail or "")
+
+
+def test_an_earlier_request_was_cut_off(server: Server) -> None:
+    server.turn(640)
+    server.ask(computed=325)
+    seen = server.ask(read=320, computed=640)
+    assert causes(seen) == {C.CUT_OFF: 304, C.PARTIAL_BLOCK: 16}
+    assert (seen.expected, seen.cause, seen.suggestion) == (True, "retry", "")
+    # What it had left, and the cache has lost, counts all the same.
+    server.turn()
+    server.ask(read=640, computed=800)
+    server.turn()
+    seen = server.ask(CacheMiss(C.EXPIRED, 160, ttl_s=300), read=640)
+    assert causes(seen) == {C.EXPIRED: 160, C.CUT_OFF: 240}
+    assert server.diagnoser.breaks.recent("acme")[0].diagnosis.cause == C.EXPIRED
+
+
+def test_what_was_cut_off_and_what_was_not_are_told_apart(server: Server) -> None:
+    """Of several earlier requests the one counts that left most, wherever the latest one ended."""
+    server.turn(640)
+    server.ask()
+    server.ask(read=320, computed=320)
+    seen = server.ask(read=320)
+    assert causes(seen) == {C.UNKNOWN: 304, C.PARTIAL_BLOCK: 16}
+
+
+def hashes(*runs: tuple[str, int]) -> list[bytes]:
+    """Return the hashes of blocks: of each run its name and how many blocks it has."""
+    return [f"{name}{i:06}".encode() for name, count in runs for i in range(count)]
+
+
+def test_the_same_tokens_in_another_scope(server: Server) -> None:
+    server.turn(640)
+    server.ask(blocks=hashes(("or", 40)))
+    server.turn()
+    seen = server.ask(read=144, blocks=hashes(("or", 9), ("se", 56)))
+    assert causes(seen) == {C.SCOPE_CHANGED: 496}
+    assert not seen.expected and "scope" in seen.suggestion
+    # Engines of other settings have other hashes for everything.
+    server.turn()
+    other = replace(SHARED_WITH, tiers=("redis",), hashing="other")
+    seen = server.ask(engine=other, blocks=hashes(("xx", 90)))
+    assert causes(seen) == {C.HASH_SETTINGS_DIFFER: 1040}
+
+
+def test_a_prompt_that_an_earlier_one_goes_on_from(server: Server) -> None:
+    """Its last token is computed, and with it the last block, though another request has it."""
+    server.turn(640)
+    server.ask()
+    server.turn(64)
+    server.ask(read=640)
+    server.body["messages"][-1]["content"] = "something else"
+    del server.tokens[656:]
+    assert causes(server.ask(read=640)) == {C.PARTIAL_BLOCK: 16}
 
 
 def test_a_template_that_renders_the_same_turns_differently(server: Server) -> None:

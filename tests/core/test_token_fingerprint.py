@@ -5,7 +5,8 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_cachescope.diagnosis.token_fingerprint import MAX_HASHES, fingerprint_tokens
+from vllm_cachescope.cache.prefix_hashes import MAX_HASHES
+from vllm_cachescope.diagnosis.token_fingerprint import fingerprint_tokens
 
 SECRET = b"a secret of the tests"
 

@@ -9,7 +9,7 @@ import httpx
 import openai
 import pytest
 
-from tests.engine.bodies import EPHEMERAL, block, conversation, session
+from tests.engine.bodies import EPHEMERAL, block, conversation, session, text
 from tests.engine.engine import BLOCK, BLOCK_BYTES
 from tests.engine.server import MODEL, OPERATOR_TOKEN, SMALL, Api, breaks, named, serve_scoped
 
@@ -121,6 +121,35 @@ def test_a_request_that_is_given_up_is_remembered_all_the_same(small: Api) -> No
     seen = named(small, key, lambda: send(small, key, later))
     assert (seen["cause"], seen["kind"]) == ("expired", "retry")
     assert seen["engine"][0]["ttl_s"] == 300
+
+
+def test_a_head_in_two_scopes(small: Api) -> None:
+    """Chat shares all of it in the organisation; Messages ends that within a block."""
+    key, name = "key of the straddling", session("s")
+    system, question = text("straddling", 60), text("straddling question", 400)
+    chat = [{"role": "system", "content": system}, {"role": "user", "content": question}]
+    body = {"model": MODEL, "max_tokens": 2}
+    small.post("/v1/chat/completions", body | {"messages": chat}, key, **name).raise_for_status()
+    parts = [
+        {"type": "text", "text": said, "cache_control": EPHEMERAL | {"scope": scope}}
+        for said, scope in ((system, "org"), (question, "session"))
+    ]
+    asked = body | {"system": parts[:1], "messages": [{"role": "user", "content": parts[1:]}]}
+    seen = named(small, key, lambda: send(small, key, asked))
+    assert (seen["cause"], seen["expected"]) == ("scope_changed", False)
+    assert "scope" in seen["suggestion"]
+
+
+def test_each_prompt_of_a_request_is_explained(small: Api) -> None:
+    key = "key of the several"
+    asked = {"model": MODEL, "prompt": [text(f"several {i}", 60) for i in range(3)]}
+    for _ in range(2):
+        small.post("/v1/completions", asked | {"max_tokens": 1}, key).raise_for_status()
+    # The text of a prompt is another prompt once a template has rendered it.
+    asked = {"model": MODEL, "input": asked["prompt"][0], "max_output_tokens": 1}
+    small.post("/v1/responses", asked, key).raise_for_status()
+    assert breaks(small, key) == []
+    assert sum(small.metrics("cachescope_unexplained_tokens_total").values()) == 0
 
 
 def as_operator(api: Api) -> list[dict]:

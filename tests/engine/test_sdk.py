@@ -781,3 +781,7 @@ def test_idle_memory_is_given_back_and_the_gauges_say_so(api):
     for tier in ("device", "cpu"):
         held = sum(count for (where, _), count in entries.items() if where == tier)
         assert since[tier, "ttl"] == held
+
+
+def test_nothing_that_these_tests_do_is_unexplained(api):
+    assert sum(api.metrics("cachescope_unexplained_tokens_total").values()) == 0

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry
@@ -14,7 +15,7 @@ from vllm_cachescope.api.peers import ALONE, Peers
 from vllm_cachescope.api.request_context import PromptTiming
 from vllm_cachescope.cache.report import EngineId, Report
 from vllm_cachescope.diagnosis.attribution import EngineReport
-from vllm_cachescope.diagnosis.computed_prompt import ComputedPrompt
+from vllm_cachescope.diagnosis.computed_prompt import ComputedPrompt, prefix_source
 from vllm_cachescope.diagnosis.diagnosis import conclude, diagnose, diagnose_against, measure
 from vllm_cachescope.diagnosis.fingerprint import Fingerprint
 from vllm_cachescope.diagnosis.fingerprinter import Fingerprinter
@@ -214,10 +215,11 @@ class Diagnoser:
             block_tokens=self._block_tokens,
             misses=tuple(miss for report in reports for miss in report.misses),
         )
-        computed = None
-        if len(reports) == len(timings) == 1:
-            computed = self._computed(reports[0], engine, timings[0])
-            found = self._with_session(pending, found, reports[0], computed, timings[0].began)
+        computed: tuple[ComputedPrompt, ...] = ()
+        if len(reports) == len(timings):
+            computed = tuple(map(self._computed, reports, timings))
+            each = tuple(map(partial(self._found, pending), reports, computed))
+            found = each[0] if len(each) == 1 else replace(found, prompts=each)
         self._lineages.answered(caller, node, response_id, found.prompt_tokens, computed)
         pending.diagnosis = conclude(pending.diagnosis, found, pending.placement.ancestor)
         unexplained = self._unexplained.labels(self._model_name, str(engine.rank))
@@ -241,41 +243,46 @@ class Diagnoser:
             self._diffs.purge(org, session)
         return self._lineages.purge(org, session)
 
-    def _with_session(
-        self,
-        pending: PendingDiagnosis,
-        found: EngineReport,
-        report: Report,
-        computed: ComputedPrompt,
-        began: float,
+    def _found(
+        self, pending: PendingDiagnosis, report: Report, computed: ComputedPrompt
     ) -> EngineReport:
-        """Complete what the engine found with what the session's other requests had left."""
+        """Return what the engine found for one prompt, with what the session's other requests had
+        left."""
         ancestor = pending.placement.ancestor
-        source = self._lineages.prefix_source(
-            pending.caller, pending.placement.node, computed.tokens, computed.engine, began
-        )
+        earlier = self._lineages.earlier_prompts(pending.caller, pending.placement.node)
+        source = prefix_source(computed, earlier)
         shared = None
-        if ancestor is not None and ancestor.computed is None:
+        if ancestor is not None and not ancestor.computed:
             # The ancestor may never have been computed: only what other requests had counts.
             shared = source.shared_tokens if source else 0
-        return replace(
-            found,
-            began=began,
+        return EngineReport(
+            prompt_tokens=report.prompt_tokens,
+            read_tokens=report.read_tokens,
+            block_tokens=self._block_tokens,
+            misses=report.misses,
+            shared_tokens=shared,
+            source=source,
+            began=computed.began,
             engine=computed.engine,
             unasked=report.unasked,
             reach_s=report.reach_s,
-            source=source,
-            shared_tokens=shared,
         )
 
-    def _computed(self, report: Report, engine: EngineId, timing: PromptTiming) -> ComputedPrompt:
-        now = self._clock()
+    def _computed(self, report: Report, timing: PromptTiming) -> ComputedPrompt:
+        assert report.engine is not None
+        now, block = self._clock(), self._block_tokens
+        computed = report.computed_tokens
+        if computed is None:
+            computed = report.prompt_tokens
         return ComputedPrompt(
-            tokens=fingerprint_tokens(timing.tokens, self._block_tokens, self._secret),
+            tokens=fingerprint_tokens(timing.tokens, block, self._secret),
+            computed_tokens=computed - computed % block,
+            blocks=report.blocks,
             covered_tokens=timing.covered_tokens,
             readable_tokens=timing.readable_tokens,
             ttl_s=max((row.ttl_s for row in report.rows), default=0),
-            engine=engine,
+            engine=report.engine,
+            began=timing.began,
             computed_at=timing.computed_at or now,
             used_at=now,
         )

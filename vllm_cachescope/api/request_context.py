@@ -21,7 +21,8 @@ class PromptTiming:
         covered_tokens: leading tokens that a breakpoint covers.
         readable_tokens: leading tokens that later requests of the session may read.
         began: when the engine was given the prompt, in seconds of `time.monotonic`.
-        computed_at: when the engine returned its first token, on the same clock; None before.
+        computed_at: when the engine returned its first token, or was told to cut the prompt off, on
+            the same clock; None before.
     """
 
     tokens: Sequence[int]

@@ -190,8 +190,8 @@ class RequestHandler:
 
     def _close(self, pending: PendingDiagnosis, context: RequestContext, reply: Reply) -> None:
         try:
-            reports, timings = context.reports.values(), context.timings.values()
-            self._services.diagnoser.close(pending, reports, reply.id, timings)
+            timings = [context.timings[nonce] for nonce in context.reports]
+            self._services.diagnoser.close(pending, context.reports.values(), reply.id, timings)
         except Exception:
             logger.exception("The request could not be diagnosed")
 

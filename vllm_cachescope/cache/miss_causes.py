@@ -12,6 +12,8 @@ class MissCause(StrEnum):
     EXPIRED = "expired"
     EVICTED = "evicted"
     NEVER_STORED = "never_stored"
+    CUT_OFF = "cut_off"
+    SCOPE_CHANGED = "scope_changed"
     TIER_UNAVAILABLE = "tier_unavailable"
     TIMED_OUT = "timed_out"
     ENGINE_RESTARTED = "engine_restarted"

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from vllm_cachescope.cache.miss_causes import CacheMiss
+from vllm_cachescope.cache.prefix_hashes import PrefixHashes
 from vllm_cachescope.prompt.plan import Plan
 from vllm_cachescope.tenancy.scope import Scope
 
@@ -75,6 +76,10 @@ class Report:
         engine: where the prompt ran; None in an estimate, which is made without the engine.
         reach_s: seconds since the oldest eviction that the engine remembers; None if it remembers
             all of them.
+        computed_tokens: leading tokens that were read or computed before the prompt was over, fewer
+            than it has where it was cut off; None if that is not known.
+        blocks: the hashes of its blocks, equal where another prompt could have read them; None if
+            they are not known.
     """
 
     rows: tuple[Row, ...]
@@ -82,6 +87,8 @@ class Report:
     unasked: CacheMiss | None = None
     engine: EngineId | None = None
     reach_s: float | None = None
+    computed_tokens: int | None = None
+    blocks: PrefixHashes | None = None
 
     def tokens(self, outcome: str) -> int:
         """Return the tokens with ``outcome``."""

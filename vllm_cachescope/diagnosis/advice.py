@@ -88,6 +88,8 @@ _MISS_ADVICE = {
     MissCause.EXPIRED: "Use a longer lifetime",
     MissCause.EVICTED: "Give the tier more memory, or fewer prompts a long lifetime",
     MissCause.NEVER_STORED: "Set a breakpoint at or after the end of what is to be reused",
+    MissCause.SCOPE_CHANGED: "Mark the same content with the same scope in every request: each "
+    "scope has cache entries of its own",
     MissCause.TIER_UNAVAILABLE: "Bring the tier back; until then its entries are misses",
     MissCause.TIMED_OUT: "Raise the tier's deadline, or relieve the tier",
     MissCause.ENGINE_RESTARTED: "Use a tier that outlives the engine",

@@ -9,8 +9,6 @@ from vllm_cachescope.diagnosis.computed_prompt import PrefixSource
 from vllm_cachescope.diagnosis.outcome import NEW_CONTENT, Diagnosis, DiagnosisKind
 
 _UNCOVERED = "not covered by a breakpoint"
-_UNREADABLE = "session scope, and the request named no session"
-_IN_FLIGHT = "an earlier request was still computing it"
 
 # An estimated number of shared tokens may be this much too high, as a fraction.
 _ESTIMATE_ERROR = 0.25
@@ -27,14 +25,15 @@ class EngineReport:
         misses: the tokens that it missed, in prompt order; see `cache.report.Report`.
         shared_tokens: exactly how many leading tokens the prompt has in common with its ancestor's;
             None to go by the estimate, or by ``source``.
-        source: the earlier prompt that its prefix should have been read from; None if there is
-            none, or if that is not known.
+        source: where its prefix should have been read from; None if there is no earlier prompt, or
+            if that is not known.
         began: when the request began, in seconds, on the clock of ``source``.
         engine: the engine that computed the prompt; must be set if ``source`` is.
         unasked: why a shared tier could not be asked for blocks that this engine never had, a
             miss of 0 tokens; None if all tiers were asked.
         reach_s: how far back the engine remembers which blocks it had, in seconds; None for since
             it started.
+        prompts: the report on each prompt of a request with several, of which this is the sum.
     """
 
     prompt_tokens: int
@@ -47,10 +46,10 @@ class EngineReport:
     engine: EngineId | None = None
     unasked: CacheMiss | None = None
     reach_s: float | None = None
+    prompts: tuple["EngineReport", ...] = ()
 
 
 def attribute_misses(
-    kind: DiagnosisKind,
     report: EngineReport,
     read: int,
     shared: int,
@@ -64,7 +63,6 @@ def attribute_misses(
     Where ``shared`` is an estimate, tokens within its error have no cause.
 
     Args:
-        kind: how the request differs from the one it goes on from.
         report: what the engine found.
         read: leading tokens that were read.
         shared: leading tokens that should have been there.
@@ -83,19 +81,12 @@ def attribute_misses(
         if end - end % source.prompt.tokens.step > same:
             behind.append(CacheMiss(MissCause.RENDERED_DIFFERENTLY, end - same))
             end = same
-        # A block that later requests may read only in part cannot be read at all.
-        readable = source.prompt.readable_tokens
-        if end > readable and end > (readable := max(read, readable - readable % block)):
-            behind.insert(0, _never_stored(end - readable, _UNREADABLE))
-            end = readable
     left = end - read
     if left and end < block:
         return [_never_stored(left, f"shorter than one block of {block} tokens"), *behind]
-    # Only whole blocks are cached, and a retry's last one is computed again: the answer starts
+    # Only whole blocks are cached, and a prompt's last one is always computed: the answer starts
     # from its last token.
-    edge = end % block or (
-        block if kind is DiagnosisKind.RETRY and end == report.prompt_tokens else 0
-    )
+    edge = end % block or (block if end == report.prompt_tokens else 0)
     if exact or left < block:
         edge = min(left, edge if exact else left)
         behind.insert(0, CacheMiss(MissCause.PARTIAL_BLOCK, edge))
@@ -113,9 +104,11 @@ def attribute_misses(
             if uncovered:
                 engine.append(_never_stored(uncovered, _UNCOVERED))
             left -= tokens
-    if left and source is not None and source.prompt.computed_at > report.began:
-        engine.append(_never_stored(left, _IN_FLIGHT))
-        left = 0
+    if source is not None and source.unleft is not None:
+        unleft = min(left, max(0, end - source.left_tokens))
+        behind.insert(0, replace(source.unleft, tokens=unleft))
+        left -= unleft
+        end -= unleft
     if covered is not None and not _elsewhere(report):
         uncovered = min(left, max(0, end - covered))
         engine += [_never_stored(uncovered, _UNCOVERED)] if uncovered else []

@@ -3,6 +3,7 @@ did."""
 
 from dataclasses import replace
 
+from vllm_cachescope.cache.miss_causes import CacheMiss
 from vllm_cachescope.diagnosis.advice import advise_on_changes, advise_on_misses
 from vllm_cachescope.diagnosis.attribution import EngineReport, attribute_misses, uncached_by_cause
 from vllm_cachescope.diagnosis.changes import Change, ChangeKind
@@ -105,9 +106,14 @@ def conclude(
     if diagnosis.missed_tokens:
         reach = _reach(diagnosis, report, known, scale)
         missed = max(0, _readable(reach, report) - max(read, shared))
-    covered = _covered(report, ancestor, scale)
-    engine = attribute_misses(diagnosis.kind, report, read, shared, covered, exact)
-    shared = read + sum(miss.tokens for miss in engine) if shared > read else shared
+    if report.prompts:
+        # Which of them goes on from which is told by their tokens.
+        engine = [miss for prompt in report.prompts for miss in _attribute_prompt(prompt)]
+    else:
+        covered = _covered(report, ancestor, scale)
+        engine = attribute_misses(report, read, shared, covered, exact)
+    if shared > read or engine:
+        shared = read + sum(miss.tokens for miss in engine)
 
     avoidable = any(miss.cause not in UNAVOIDABLE for miss in engine)
     harmless = diagnosis.kind.is_break and not missed
@@ -120,6 +126,13 @@ def conclude(
         suggestion=diagnosis.suggestion if missed else advise_on_misses(engine),
     )
     return replace(concluded, uncached=uncached_by_cause(concluded, read, engine))
+
+
+def _attribute_prompt(report: EngineReport) -> list[CacheMiss]:
+    """Return the misses of one of several prompts."""
+    shared = report.source.shared_tokens if report.source else 0
+    covered = _covered(report, None, 1.0)
+    return attribute_misses(report, report.read_tokens, shared, covered, exact=True)
 
 
 def measure(
@@ -195,6 +208,8 @@ def _shared(
     if diagnosis.kind.is_break:
         # From there on the tokens are equal, but their blocks have other hashes.
         rekeyed = [change.token for change in diagnosis.changes if change.rekeys]
+        if rekeyed and report.source is not None:
+            return report.source.left_tokens, True
         if rekeyed:
             return min(round(min(rekeyed) * scale), report.prompt_tokens), min(rekeyed) == 0
     if diagnosis.kind is DiagnosisKind.RETRY:

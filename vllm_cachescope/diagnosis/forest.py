@@ -27,8 +27,7 @@ class LineageNode:
         continued: whether a later request goes on from it unchanged.
         response_id: the id of its response, once known.
         prompt_tokens: its length in tokens as the engine counted it, once known.
-        computed: its prompt as the engine computed it, once the request is over; None where it was
-            not exactly one prompt.
+        computed: its prompts as the engine computed them, once the request is over.
     """
 
     fingerprint: Fingerprint
@@ -38,13 +37,13 @@ class LineageNode:
     continued: bool = False
     response_id: str | None = None
     prompt_tokens: int | None = None
-    computed: ComputedPrompt | None = None
+    computed: tuple[ComputedPrompt, ...] = ()
 
     @property
     def nbytes(self) -> int:
         """About how much memory it takes, in bytes."""
         named = id_bytes(self.response_id) if self.response_id is not None else 0
-        return self.fingerprint.nbytes + named + (self.computed.nbytes if self.computed else 0)
+        return self.fingerprint.nbytes + named + sum(prompt.nbytes for prompt in self.computed)
 
 
 def id_bytes(response_id: str) -> int:

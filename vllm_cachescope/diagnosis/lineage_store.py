@@ -1,14 +1,12 @@
 """The recent requests of every session, among which each new one finds its place."""
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-from vllm_cachescope.cache.report import EngineId
-from vllm_cachescope.diagnosis.computed_prompt import ComputedPrompt, PrefixSource
+from vllm_cachescope.diagnosis.computed_prompt import ComputedPrompt
 from vllm_cachescope.diagnosis.fingerprint import Fingerprint
 from vllm_cachescope.diagnosis.forest import Forest, LineageNode, id_bytes
 from vllm_cachescope.diagnosis.placement import LineagePlacement, place
-from vllm_cachescope.diagnosis.token_fingerprint import TokenFingerprint
 from vllm_cachescope.tenancy.scope import Caller
 from vllm_cachescope.tenancy.shares import AccountOf, Shares, own_account
 
@@ -101,7 +99,7 @@ class LineageStore:
         node: LineageNode,
         response_id: str | None = None,
         prompt_tokens: int | None = None,
-        computed: ComputedPrompt | None = None,
+        computed: tuple[ComputedPrompt, ...] = (),
     ) -> None:
         """Note what became of a request, once it is over.
 
@@ -110,7 +108,7 @@ class LineageStore:
             node: the request, from its `LineagePlacement`.
             response_id: the id of its response, by which a client may name it.
             prompt_tokens: the prompt's length in tokens as the engine counted it.
-            computed: the prompt as the engine computed it.
+            computed: its prompts as the engine computed them.
         """
         if prompt_tokens is not None:
             node.prompt_tokens = prompt_tokens
@@ -119,9 +117,9 @@ class LineageStore:
         if forest is None or node not in forest:
             return
         grown = 0
-        if computed is not None and node.computed is None:
+        if not node.computed:
             node.computed = computed
-            grown += computed.nbytes
+            grown += sum(prompt.nbytes for prompt in computed)
         if response_id is not None and node.response_id is None and len(response_id) <= MAX_ID:
             node.response_id = response_id
             self._by_response[caller.org, response_id] = node
@@ -139,39 +137,17 @@ class LineageStore:
         if placement.ancestor is not None and placement.node.lineage == placement.ancestor.lineage:
             placement.ancestor.superseded, placement.ancestor.continued = placement.ancestor_was
 
-    def prefix_source(
-        self,
-        caller: Caller,
-        node: LineageNode,
-        tokens: TokenFingerprint,
-        engine: EngineId,
-        began: float,
-    ) -> PrefixSource | None:
-        """Return the session's earlier prompt that a prompt's prefix should have been read from.
+    def earlier_prompts(self, caller: Caller, node: LineageNode) -> Iterator[ComputedPrompt]:
+        """Yield the prompts of the session's other requests that were computed, the latest first.
 
         Args:
-            caller: whose prompt it is.
-            node: the prompt's own request, which does not count.
-            tokens: the prompt's tokens.
-            engine: where it was computed.
-            began: when it began, on this store's clock, in seconds.
-
-        Returns:
-            None if no other prompt of the session has any leading tokens in common with it.
+            caller: whose session it is.
+            node: the request whose prompts do not count.
         """
         forest = self._find_forest(_forest_owner(caller, node.fingerprint))
-        best: PrefixSource | None = None
-        best_rank: tuple[int, bool, bool, float] | None = None
-        # The latest first: one of them is likely to have most, and the others are soon ruled out.
         for other in reversed(forest.candidates(node.fingerprint) if forest else ()):
-            if other is node or (prompt := other.computed) is None:
-                continue
-            shared = prompt.tokens.shared_tokens(tokens, best.shared_tokens if best else 0)
-            here = (prompt.engine.rank, prompt.engine.epoch) == (engine.rank, engine.epoch)
-            rank = (shared, prompt.computed_at <= began, here, prompt.used_at)
-            if shared and (best_rank is None or rank > best_rank):
-                best, best_rank = PrefixSource(prompt, shared), rank
-        return best
+            if other is not node:
+                yield from other.computed
 
     def find(self, org: str, response_id: str) -> LineageNode | None:
         """Return the request of ``org`` that was answered with ``response_id``, if still kept.

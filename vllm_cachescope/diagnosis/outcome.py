@@ -11,10 +11,16 @@ from vllm_cachescope.diagnosis.flapping import FlappingField
 NEW_CONTENT = "new_content"
 """Cause of the tokens that no earlier request had: the turns that were added."""
 
-UNAVOIDABLE = (MissCause.PARTIAL_BLOCK, MissCause.NO_CHECKPOINT, MissCause.NOT_LOOKED_UP)
+UNAVOIDABLE = (
+    MissCause.PARTIAL_BLOCK,
+    MissCause.NO_CHECKPOINT,
+    MissCause.NOT_LOOKED_UP,
+    MissCause.CUT_OFF,
+)
 """Causes that nobody can do anything about: a prompt's last block is only cached once it is full; a
-model with sliding windows or linear attention resumes prompts only where its state was kept; and a
-request for the log probabilities of its prompt has to compute all of it."""
+model with sliding windows or linear attention resumes prompts only where its state was kept; a
+request for the log probabilities of its prompt has to compute all of it; and a client that gives a
+request up leaves its prompt computed in part."""
 
 
 class DiagnosisKind(StrEnum):

@@ -23,7 +23,7 @@ from vllm_cachescope.diagnosis.prefix_match import (
     same_static,
 )
 from vllm_cachescope.diagnosis.reuse import reusable_tokens, similar_system
-from vllm_cachescope.prompt.request import Region
+from vllm_cachescope.prompt.request import Protocol, Region
 
 
 class Relation(StrEnum):
@@ -88,7 +88,8 @@ def place(forest: Forest, new: Fingerprint, now: float) -> LineagePlacement:
         new: the request.
         now: when it came, on the lineage store's clock, in seconds.
     """
-    candidates = forest.candidates(new)
+    is_raw = _is_raw(new)
+    candidates = [kept for kept in forest.candidates(new) if _is_raw(kept.fingerprint) == is_raw]
     nearest: LineageNode | None = None
     shared = PrefixMatch(0, 0, False)
     agreed = b""
@@ -109,7 +110,8 @@ def place(forest: Forest, new: Fingerprint, now: float) -> LineagePlacement:
             if shared.whole and shared.parts == len(new):
                 break  # It is the same request.
     if nearest is None:
-        return _begin_lineage(forest, Relation.FIRST, new, now)
+        relation = Relation.NEW_LINEAGE if len(forest) else Relation.FIRST
+        return _begin_lineage(forest, relation, new, now)
     # A request that an earlier one repeats in full misses nothing.
     if shared.parts < len(new):
         parent_known = shared.whole and shared.parts >= new.parent_parts
@@ -124,6 +126,11 @@ def place(forest: Forest, new: Fingerprint, now: float) -> LineagePlacement:
                 forest, Relation.COMPACTION, old, new, shared.tokens, changes, now
             )
     return _relate(forest, candidates, nearest, new, shared, now)
+
+
+def _is_raw(fingerprint: Fingerprint) -> bool:
+    """Whether the prompt is tokenised as it is sent. A template renders the same text otherwise."""
+    return fingerprint.protocol is Protocol.COMPLETIONS
 
 
 def _broken(

@@ -91,6 +91,8 @@ class Admission:
         finally:
             await outputs.aclose()
             if context is not None and plan is not None and not reported:
+                timing = context.timings[plan.nonce]
+                timing.computed_at = timing.computed_at or time.monotonic()
                 # Not awaited: the client has disconnected, and its task is cancelled.
                 self._fetch_later(context, plan)
 

@@ -92,9 +92,12 @@ class LocalTiers:
             self._ledger.place(key, CPU)
         return is_new
 
-    def drop_from_device(self, key: bytes) -> None:
-        """Drop a block from the prefix cache that is not in the ledger."""
+    def drop_purged(self, key: bytes, ttl_s: int) -> None:
+        """Drop a block from the prefix cache that is not in the ledger: its owner was purged before
+        it was computed."""
         self._device.drop([key])
+        purged = EvictionRecord(EvictionReason.PURGE, ttl_s, self._clock(), DEVICE)
+        self._history.record(key, purged)
 
     # What the tiers hold.
 

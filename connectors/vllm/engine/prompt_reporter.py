@@ -3,11 +3,13 @@
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 from vllm.v1.request import Request
 
 from vllm_cachescope.cache.eviction_history import EvictionHistory
+from vllm_cachescope.cache.prefix_hashes import hashes_of_blocks
 from vllm_cachescope.cache.report import EngineId, Outcome, Report, attribute_tokens
 from vllm_cachescope.connectors.vllm.engine import hashing
 from vllm_cachescope.connectors.vllm.engine.block_layout import BlockLayout
@@ -60,6 +62,11 @@ class PromptReporter:
             (Outcome.READ_DEVICE, prompt.local_tokens),
             *self._external_reads(prompt, request, external_tokens),
         ]
+        layout = self._layout
+        whole = request.num_prompt_tokens // layout.tokens_per_hash
+        stride = layout.tokens_per_step // layout.tokens_per_hash
+        hashes = list(islice(request.block_hashes, stride - 1, whole, stride))
+        prompt.blocks = hashes_of_blocks(hashes, layout.tokens_per_step)
         prompt.misses, prompt.unasked = self._explainer.explain(
             prompt.plan, request, prompt.local_tokens + external_tokens
         )
@@ -77,6 +84,8 @@ class PromptReporter:
             unasked=prompt.unasked,
             engine=self._engine_id(prompt.adapter),
             reach_s=None if since is None else self._clock() - since,
+            computed_tokens=min(prompt.computed_tokens, prompt.plan.spans[-1].end),
+            blocks=prompt.blocks,
         )
 
     def _engine_id(self, adapter: str | None) -> EngineId:

@@ -9,6 +9,7 @@ from vllm.v1.kv_offload.base import OffloadKey, ReqContext
 from vllm.v1.request import Request
 
 from vllm_cachescope.cache.miss_causes import CacheMiss
+from vllm_cachescope.cache.prefix_hashes import PrefixHashes
 from vllm_cachescope.connectors.vllm.engine.block_layout import Group
 from vllm_cachescope.prompt.plan import Plan
 from vllm_cachescope.tenancy.scope import Scope
@@ -76,6 +77,8 @@ class Prompt:
         unasked: why a remote tier could not be asked for that block; None if all were asked.
         created: what the prompt newly cached.
         registered: tokens whose blocks are in the ledger.
+        computed_tokens: leading tokens that were read, or computed in any step.
+        blocks: the hashes of its blocks; None before it is scheduled.
         promoted: name of the tier that a key was loaded from into the CPU tier, by key.
         is_counted: whether the prompt's tokens are in the metrics.
         purged: the scopes whose blocks were purged while the prompt ran. The prompt leaves none of
@@ -91,6 +94,8 @@ class Prompt:
     unasked: CacheMiss | None = None
     created: Creation = field(default_factory=Creation)
     registered: int = 0
+    computed_tokens: int = 0
+    blocks: PrefixHashes | None = None
     promoted: dict[bytes, str] = field(default_factory=dict)
     is_counted: bool = False
     purged: set[Scope] = field(default_factory=set)

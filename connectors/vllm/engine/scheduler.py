@@ -256,21 +256,21 @@ class CacheScopeConnectorScheduler(TierParent):
             Whether the ledger knows all of these blocks now.
         """
         per_hash = self._layout.tokens_per_hash
+        prompt.computed_tokens = max(tokens, prompt.computed_tokens)
         if tokens - prompt.registered < per_hash:
             return True
         now, all_known = self._clock(), True
         blocks = self._layout.blocks_of_all(request, prompt.registered, tokens)
         # From the last to the first, so that the end of a prefix is evicted first.
         for end, key, group in reversed(blocks):
-            on_device = self._local.on_device(key)
+            on_device, span = self._local.on_device(key), prompt.plan.span_of(end)
             if prompt.is_purged(end):
                 if on_device and key not in self._ledger:
-                    self._local.drop_from_device(key)
+                    self._local.drop_purged(key, span.ttl_s)
                 continue
             if key not in self._ledger and (known_only or not on_device):
                 all_known = False
                 continue
-            span = prompt.plan.span_of(end)
             owner = prompt.plan.owner_in(span)
             is_new = self._local.use(key, span.ttl_s, now, owner, on_device)
             if end <= request.num_prompt_tokens:
