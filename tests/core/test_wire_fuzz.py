@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.core.wire_bodies import EPHEMERAL, TTLS, bodies, hostile_bodies, hostile_json, markers
+from tests.core.wire_bodies import EPHEMERAL, TTLS, broken_bodies, hostile_bodies
 from tests.examples import examples
 from vllm_cachescope.errors import BadRequest
 from vllm_cachescope.prompt.request import PromptRequest, Protocol
@@ -47,26 +47,8 @@ def test_random_json(protocol: Protocol, body: dict[str, Any]) -> None:
     survive(protocol, body)
 
 
-@st.composite
-def broken(draw: st.DrawFn) -> tuple[Protocol, dict[str, Any]]:
-    """A well-formed body in which one value, anywhere, is replaced."""
-    protocol = draw(st.sampled_from(list(bodies)))
-    body = json.loads(json.dumps(draw(bodies[protocol])))
-    here: Any = body
-    while True:
-        keys = list(here) if isinstance(here, dict) else list(range(len(here)))
-        key = draw(st.sampled_from(keys))
-        if not isinstance(here[key], dict | list) or not here[key] or draw(st.booleans()):
-            break
-        here = here[key]
-    here[key] = draw(hostile_json | markers)
-    if isinstance(here, dict) and draw(st.booleans()):
-        here["cache_control"] = draw(markers)
-    return protocol, body
-
-
 @settings(max_examples=examples(1500), deadline=None)
-@given(broken())
+@given(broken_bodies())
 def test_one_broken_value(case: tuple[Protocol, dict[str, Any]]) -> None:
     survive(*case)
 

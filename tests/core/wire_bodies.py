@@ -1,5 +1,6 @@
 """Request bodies for the tests of the wire formats: well-formed ones, and hostile ones."""
 
+import json
 from typing import Any
 
 from hypothesis import strategies as st
@@ -157,6 +158,24 @@ bodies: dict[Protocol, st.SearchStrategy[dict[str, Any]]] = {
     Protocol.CHAT: chat_bodies,
     Protocol.RESPONSES: responses_bodies,
 }
+
+
+@st.composite
+def broken_bodies(draw: st.DrawFn) -> tuple[Protocol, dict[str, Any]]:
+    """A well-formed body in which one value, anywhere, is replaced."""
+    protocol = draw(st.sampled_from(list(bodies)))
+    body = json.loads(json.dumps(draw(bodies[protocol])))
+    here: Any = body
+    while True:
+        keys = list(here) if isinstance(here, dict) else list(range(len(here)))
+        key = draw(st.sampled_from(keys))
+        if not isinstance(here[key], dict | list) or not here[key] or draw(st.booleans()):
+            break
+        here = here[key]
+    here[key] = draw(hostile_json | markers)
+    if isinstance(here, dict) and draw(st.booleans()):
+        here["cache_control"] = draw(markers)
+    return protocol, body
 
 
 def marked(**marks: Any) -> dict[str, Any]:
