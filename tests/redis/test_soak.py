@@ -207,8 +207,8 @@ def test_long_and_troubled_work_is_exact_and_leaves_nothing_behind(pair, duratio
     # Those of this process that may have come are the proxy's: two for each connection through it.
     wait_until(lambda: threading.active_count() <= threads + 2 * CONNECTIONS)
     assert _regions() <= shared_memory
-    # Each entry goes with its lifetime. The digest of the secret stays as long as the engines; a set
-    # beside the entries may have lost its expiry where a connection was cut in between.
+    # Each entry goes with its lifetime; the digest of the secret stays as long as the engines, and
+    # a set beside the entries where a cut connection has cost it its expiry.
     wait_until(lambda: not entries(pair.server), 2 * TTL_S + 10)
 
 
