@@ -11,8 +11,8 @@ from vllm_cachescope.wire import READERS, strip
 from vllm_cachescope.wire.body import decode, encode
 
 LARGE_BYTES = 2**20
-"""From this length on, in bytes, a body is read on a thread of its own, so that the streams of others
-go on. It is about as much as a quarter of a million tokens of text."""
+"""From this length on, in bytes, a body is read on a thread of its own, so that the streams of
+others go on. It is about as much as a quarter of a million tokens of text."""
 
 
 @dataclass(frozen=True, slots=True)
