@@ -64,7 +64,18 @@ def renderings() -> list[tuple[str | None, str | None]]:
 
 
 @pytest.fixture
-def ask(diagnoser, renderings):
+def forget(diagnoser, renderings):
+    """Forget as the API process does."""
+
+    def forget(org: str | None, session: str | None) -> int:
+        renderings.append((org, session))
+        return diagnoser.purge(org, session)
+
+    return forget
+
+
+@pytest.fixture
+def ask(diagnoser, forget):
     """Ask operations with a configuration; return status and answer."""
 
     async def ask(
@@ -84,7 +95,7 @@ def ask(diagnoser, renderings):
             directory,
             diagnoser,
             engines or Recorded(),
-            lambda *purged: renderings.append(purged),
+            forget,
             lambda: 0.0,
         )
         sent = dict(headers or {}) | ({"x-api-key": key} if key else {})
@@ -186,7 +197,7 @@ async def test_an_account_that_purges_without_end_is_told_to_wait(diagnoser) -> 
     settings, engines, now = made({}), Recorded(), [0.0]
     directory = CallerDirectory(SECRET.encode(), settings.tenant_names(), None)
     operations = Operations(
-        settings, directory, diagnoser, engines, lambda *_: None, lambda: now[0]
+        settings, directory, diagnoser, engines, diagnoser.purge, lambda: now[0]
     )
 
     async def purge(key: str) -> Any:

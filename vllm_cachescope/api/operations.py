@@ -48,7 +48,8 @@ class Operations:
         directory: the organisations and what their clients present.
         diagnoser: keeps what is known of requests, and their breaks.
         engines: the engines.
-        purge_renderings: as in `Server`.
+        forget: drops what this process knows of an organisation, or of a session of it (with None
+            of everyone), and returns how many requests that were.
         clock: seconds, never running backwards.
     """
 
@@ -58,7 +59,7 @@ class Operations:
         directory: CallerDirectory,
         diagnoser: Diagnoser,
         engines: Engines,
-        purge_renderings: Callable[[str | None, str | None], None],
+        forget: Callable[[str | None, str | None], int],
         clock: Callable[[], float],
     ) -> None:
         self._operator_token = config.operators_token()
@@ -66,7 +67,7 @@ class Operations:
         self._tags = OwnerTags(config.secret_bytes())
         self._diagnoser = diagnoser
         self._engines = engines
-        self._purge_renderings = purge_renderings
+        self._forget = forget
         self._budget = PurgeBudget(clock)
 
     async def answer(
@@ -164,10 +165,7 @@ class Operations:
         for org in orgs or everyone:
             for prefix in [b""] if org is None else self._tags.prefixes(org, session):
                 purged.add(await self._engines.purge(prefix, org, session))
-        requests = 0
-        for org in orgs or everyone:
-            requests += self._diagnoser.purge(org, session)
-            self._purge_renderings(org, session)
+        requests = sum(self._forget(org, session) for org in orgs or everyone)
         by = caller_org or "the operator"
         logger.info("Purged %s for %s: %s entries", request, by, purged.entries)
         for tier, reason in purged.unreached.items():

@@ -110,13 +110,13 @@ class Services:
             peers=server.peers,
         )
 
-        def forget(org: str | None, session: str | None) -> None:
-            diagnoser.purge(org, session)
+        def forget(org: str | None, session: str | None) -> int:
             server.purge_renderings(org, session)
+            return diagnoser.purge(org, session)
 
         server.engines.on_purge(forget)
         operations = Operations(
-            config, directory, diagnoser, server.engines, server.purge_renderings, time.monotonic
+            config, directory, diagnoser, server.engines, forget, time.monotonic
         )
         ignored_markers = IgnoredMarkers(server.registry, server.model_name)
         return cls(config, server.api_keys, directory, diagnoser, operations, ignored_markers)
