@@ -10,6 +10,7 @@ from vllm.v1.kv_offload.base import (
     CanonicalKVCaches,
     OffloadingCounterMetadata,
     OffloadingGaugeMetadata,
+    OffloadingHistogramMetadata,
     OffloadingManager,
     OffloadingMetricMetadata,
     OffloadingWorker,
@@ -22,7 +23,7 @@ from vllm_cachescope.connectors.vllm import shm_regions
 from vllm_cachescope.connectors.vllm.engine.kv_identity import model_identity
 from vllm_cachescope.connectors.vllm.engine.tiers.cpu_worker import CpuCopyWorker
 from vllm_cachescope.connectors.vllm.engine.tiers.remote import RemoteTierManager
-from vllm_cachescope.metrics import METRICS
+from vllm_cachescope.metrics import ENGINE_METRICS, Metric
 
 
 def for_offloading(vllm_config: VllmConfig, config: Config) -> VllmConfig:
@@ -109,6 +110,14 @@ def make_lock_reentrant(manager: OffloadingManager) -> None:
         manager._lock = threading.RLock()  # type: ignore[attr-defined]
 
 
+def _definition(metric: Metric) -> OffloadingMetricMetadata:
+    if metric.kind == "histogram":
+        return OffloadingHistogramMetadata(metric.help, metric.labels, metric.buckets)
+    if metric.kind == "gauge":
+        return OffloadingGaugeMetadata(metric.help, metric.labels)
+    return OffloadingCounterMetadata(metric.help, metric.labels)
+
+
 class ScopeOffloadingSpec(TieringOffloadingSpec):
     """vLLM's tiering, and on the CPU platform a worker that can copy there."""
 
@@ -116,9 +125,8 @@ class ScopeOffloadingSpec(TieringOffloadingSpec):
     def build_metric_definitions(
         cls, extra_config: dict[str, Any]
     ) -> dict[str, OffloadingMetricMetadata]:
-        kinds = {"counter": OffloadingCounterMetadata, "gauge": OffloadingGaugeMetadata}
         return super().build_metric_definitions(extra_config) | {
-            metric.name: kinds[metric.kind](metric.help, metric.labels) for metric in METRICS
+            metric.name: _definition(metric) for metric in ENGINE_METRICS
         }
 
     def get_manager(self) -> OffloadingManager:
