@@ -80,8 +80,6 @@ class Report:
             than it has where it was cut off; None if that is not known.
         blocks: the hashes of its blocks, equal where another prompt could have read them; None if
             they are not known.
-        saved_s: seconds that computing what was read would have taken, at the rate at which the
-            engine was last seen to compute prompts; None before it was seen to.
     """
 
     rows: tuple[Row, ...]
@@ -91,7 +89,6 @@ class Report:
     reach_s: float | None = None
     computed_tokens: int | None = None
     blocks: PrefixHashes | None = None
-    saved_s: float | None = None
 
     def tokens(self, outcome: str) -> int:
         """Return the tokens with ``outcome``."""

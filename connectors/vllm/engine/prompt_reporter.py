@@ -9,7 +9,6 @@ from typing import Any
 from vllm.v1.request import Request
 
 from vllm_cachescope.cache.eviction_history import EvictionHistory
-from vllm_cachescope.cache.prefill_rate import PrefillRate
 from vllm_cachescope.cache.prefix_hashes import hashes_of_blocks
 from vllm_cachescope.cache.report import EngineId, Outcome, Report, attribute_tokens
 from vllm_cachescope.connectors.vllm.engine import hashing
@@ -30,7 +29,6 @@ class PromptReporter:
         rank: the engine's number among those behind one API server, from 0.
         hash_settings: the settings that block hashes depend on; see `hashing.digest`.
         shared_tiers: names of the tiers that the engine shares with others.
-        prefill_rate: how fast the engine computes prompts.
     """
 
     def __init__(
@@ -42,9 +40,7 @@ class PromptReporter:
         rank: int,
         hash_settings: Mapping[str, Any],
         shared_tiers: Sequence[str],
-        prefill_rate: PrefillRate,
     ) -> None:
-        self._prefill_rate = prefill_rate
         self._layout = layout
         self._history = history
         self._explainer = explainer
@@ -66,9 +62,6 @@ class PromptReporter:
             (Outcome.READ_DEVICE, prompt.local_tokens),
             *self._external_reads(prompt, request, external_tokens),
         ]
-        if self._prefill_rate.tokens_per_s is not None:
-            read_tokens = prompt.local_tokens + external_tokens
-            prompt.saved_s = self._prefill_rate.seconds_for(read_tokens)
         layout = self._layout
         whole = request.num_prompt_tokens // layout.tokens_per_hash
         stride = layout.tokens_per_step // layout.tokens_per_hash
@@ -93,7 +86,6 @@ class PromptReporter:
             reach_s=None if since is None else self._clock() - since,
             computed_tokens=min(prompt.computed_tokens, prompt.plan.spans[-1].end),
             blocks=prompt.blocks,
-            saved_s=prompt.saved_s,
         )
 
     def _engine_id(self, adapter: str | None) -> EngineId:

@@ -80,7 +80,6 @@ class Prompt:
         computed_tokens: leading tokens that were read, or computed in any step.
         blocks: the hashes of its blocks; None before it is scheduled.
         promoted: name of the tier that a key was loaded from into the CPU tier, by key.
-        saved_s: seconds that computing what was read would have taken; None if that is not known.
         is_counted: whether the prompt's tokens are in the metrics.
         purged: the scopes whose blocks were purged while the prompt ran. The prompt leaves none of
             them behind.
@@ -98,7 +97,6 @@ class Prompt:
     computed_tokens: int = 0
     blocks: PrefixHashes | None = None
     promoted: dict[bytes, str] = field(default_factory=dict)
-    saved_s: float | None = None
     is_counted: bool = False
     purged: set[Scope] = field(default_factory=set)
     adapter: str | None = None
