@@ -14,7 +14,7 @@ from vllm_cachescope.usage.record import RequestRecord
 REPORT = Report(
     (Row("read_cpu", Scope.ORG, 300, 32), Row("uncached", Scope.ORG, 300, 5)),
     engine=EngineId(1, "an epoch"),
-    saved_s=0.5,
+    prefill_seconds_saved=0.5,
 )
 DIAGNOSIS = Diagnosis(
     kind=DiagnosisKind.TOOLS_CHANGED,
@@ -52,8 +52,8 @@ def context(**reports: Report) -> RequestContext:
 
 
 def test_prompts_of_one_request_are_one_record(records: Records) -> None:
-    asked = context(a=REPORT, b=replace(REPORT, saved_s=0.25))
-    asked.untold["c"] = replace(REPORT, saved_s=None)
+    asked = context(a=REPORT, b=replace(REPORT, prefill_seconds_saved=0.25))
+    asked.untold["c"] = replace(REPORT, prefill_seconds_saved=None)
     asked.timings = {
         "a": PromptTiming([1], 0, 0, 10.0, 10.5),
         "b": PromptTiming([1], 0, 0, 10.0, 10.75, output_tokens=7),
@@ -81,7 +81,7 @@ def test_what_is_no_break_has_no_place(records: Records) -> None:
 
 
 def test_an_estimate_names_no_engine_and_no_cause(records: Records) -> None:
-    estimated = replace(REPORT, engine=None, saved_s=None)
+    estimated = replace(REPORT, engine=None, prefill_seconds_saved=None)
     made = records.of(context(a=estimated), replace(DIAGNOSIS, measured=False))
     assert (made.engine, made.cause, made.prefill_seconds_saved) == (None, None, None)
 

@@ -104,7 +104,11 @@ def _engine(reports: list[Report]) -> int | None:
 
 
 def _saved(reports: list[Report]) -> float | None:
-    known = [report.saved_s for report in reports if report.saved_s is not None]
+    known = [
+        report.prefill_seconds_saved
+        for report in reports
+        if report.prefill_seconds_saved is not None
+    ]
     return sum(known) if known else None
 
 
