@@ -85,8 +85,8 @@ class Report:
             than it has where it was cut off; None if that is not known.
         blocks: the hashes of its blocks, equal where another prompt could have read them; None if
             they are not known.
-        saved_s: seconds that computing what was read would have taken, at the rate at which the
-            engine was last seen to compute prompts; None before it was seen to.
+        prefill_seconds_saved: seconds that the engine would have taken to compute what was read, at
+            the rate that it had measured by then; None while it has measured none.
     """
 
     rows: tuple[Row, ...]
@@ -96,7 +96,7 @@ class Report:
     reach_s: float | None = None
     computed_tokens: int | None = None
     blocks: PrefixHashes | None = None
-    saved_s: float | None = None
+    prefill_seconds_saved: float | None = None
 
     def tokens(self, outcome: str) -> int:
         """Return the tokens with ``outcome``."""

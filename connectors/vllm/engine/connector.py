@@ -26,6 +26,7 @@ from vllm.v1.kv_offload.tiering.manager import TieringOffloadingManager
 from vllm.v1.request import Request
 
 from vllm_cachescope.cache.quotas import read_quotas
+from vllm_cachescope.config import Config
 from vllm_cachescope.connectors.vllm import config_check, engine_rpc
 from vllm_cachescope.connectors.vllm.engine import adapters, hashing
 from vllm_cachescope.connectors.vllm.engine.adapters import Adapters
@@ -57,7 +58,7 @@ from vllm_cachescope.prompt.request import Region
 from vllm_cachescope.registration import TotalCounter, TotalHistogram
 from vllm_cachescope.tenancy.org_labels import OrgLabels
 from vllm_cachescope.tiers.jobs import Purge
-from vllm_cachescope.usage.prices import Multipliers
+from vllm_cachescope.usage.prices import Multipliers, read_prices
 
 MAX_PURGES = 4096
 """How many purges can be asked about: the most recent ones."""
@@ -108,7 +109,7 @@ class CacheScopeConnector(OffloadingConnector):
                 if (quotas := read_quotas(config, tier, entry_bytes)) is not None
             },
             org_labels=OrgLabels(config.labelled_orgs(), config.secret_bytes()),
-            multipliers=Multipliers(),
+            multipliers=_multipliers(config, str(vllm_config.model_config.served_model_name)),
         )
         # Whether the metrics do not show yet what an idle engine has dropped, or noticed.
         self._has_news = False
@@ -316,3 +317,9 @@ class CacheScopeConnector(OffloadingConnector):
         """Return what has become so far of the prompt with ``nonce``; None if it is not known."""
         report = self.cachescope.report(nonce)
         return None if report is None else report.to_wire()
+
+
+def _multipliers(config: Config, model_name: str) -> Multipliers:
+    """Return what tokens of the engine's model cost that are read or created."""
+    price = None if config.prices is None else read_prices(config.prices).of(model_name)
+    return Multipliers() if price is None else price.multipliers

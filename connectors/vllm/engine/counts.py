@@ -76,8 +76,8 @@ class Counts:
         read = report.read_by_tier
         outcome = "read" if read else "created" if report.created_by_ttl else "neither"
         self.requests[outcome, org] += 1
-        if report.saved_s and read:
-            per_token_s = report.saved_s / sum(read.values())
+        if report.prefill_seconds_saved and read:
+            per_token_s = report.prefill_seconds_saved / sum(read.values())
             for tier, tokens in read.items():
                 before_s = self.saved_s.get((tier, org), 0.0)
                 self.saved_s[tier, org] = before_s + tokens * per_token_s

@@ -44,7 +44,6 @@ class PromptReporter:
         shared_tiers: Sequence[str],
         prefill_rate: PrefillRate,
     ) -> None:
-        self._prefill_rate = prefill_rate
         self._layout = layout
         self._history = history
         self._explainer = explainer
@@ -53,6 +52,7 @@ class PromptReporter:
         self._epoch = secrets.token_hex(8)
         self._hash_settings = hash_settings
         self._shared_tiers = tuple(shared_tiers)
+        self._prefill_rate = prefill_rate
 
     def note_read(self, prompt: Prompt, request: Request, external_tokens: int) -> None:
         """Note what a prompt reads when it is scheduled for the first time, and what it misses.
@@ -66,9 +66,7 @@ class PromptReporter:
             (Outcome.READ_DEVICE, prompt.local_tokens),
             *self._external_reads(prompt, request, external_tokens),
         ]
-        if self._prefill_rate.tokens_per_s is not None:
-            read_tokens = prompt.local_tokens + external_tokens
-            prompt.saved_s = self._prefill_rate.seconds_for(read_tokens)
+        prompt.prefill_rate = self._prefill_rate.tokens_per_s
         layout = self._layout
         whole = request.num_prompt_tokens // layout.tokens_per_hash
         stride = layout.tokens_per_step // layout.tokens_per_hash
@@ -85,15 +83,18 @@ class PromptReporter:
         since, step = self._history.since, self._layout.tokens_per_step
         covered = prompt.plan.covered_tokens // step * step
         created = prompt.created.ranges(self._layout.groups, covered)
+        report = attribute_tokens(prompt.plan, step, prompt.read, created)
         return replace(
-            attribute_tokens(prompt.plan, step, prompt.read, created),
+            report,
             misses=prompt.misses,
             unasked=prompt.unasked,
             engine=self._engine_id(prompt.adapter),
             reach_s=None if since is None else self._clock() - since,
             computed_tokens=min(prompt.computed_tokens, prompt.plan.spans[-1].end),
             blocks=prompt.blocks,
-            saved_s=prompt.saved_s,
+            prefill_seconds_saved=report.read_tokens / prompt.prefill_rate
+            if prompt.prefill_rate
+            else None,
         )
 
     def _engine_id(self, adapter: str | None) -> EngineId:

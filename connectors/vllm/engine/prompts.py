@@ -73,6 +73,8 @@ class Prompt:
         local_tokens: tokens that the prefix cache held at the last look-up.
         read: ``(outcome, tokens)`` of what was read when the prompt was first scheduled; None
             before.
+        prefill_rate: tokens per second that the engine was seen to compute when the prompt was
+            read; None if it was seen to compute none.
         misses: the tokens behind those that were read, up to the first unknown block.
         unasked: why a remote tier could not be asked for that block; None if all were asked.
         created: what the prompt newly cached.
@@ -80,7 +82,6 @@ class Prompt:
         computed_tokens: leading tokens that were read, or computed in any step.
         blocks: the hashes of its blocks; None before it is scheduled.
         promoted: name of the tier that a key was loaded from into the CPU tier, by key.
-        saved_s: seconds that computing what was read would have taken; None if that is not known.
         is_counted: whether the prompt's tokens are in the metrics.
         purged: the scopes whose blocks were purged while the prompt ran. The prompt leaves none of
             them behind.
@@ -91,6 +92,7 @@ class Prompt:
     request: Request | None
     local_tokens: int = 0
     read: list[tuple[str, int]] | None = None
+    prefill_rate: float | None = None
     misses: tuple[CacheMiss, ...] = ()
     unasked: CacheMiss | None = None
     created: Creation = field(default_factory=Creation)
@@ -98,7 +100,6 @@ class Prompt:
     computed_tokens: int = 0
     blocks: PrefixHashes | None = None
     promoted: dict[bytes, str] = field(default_factory=dict)
-    saved_s: float | None = None
     is_counted: bool = False
     purged: set[Scope] = field(default_factory=set)
     adapter: str | None = None
