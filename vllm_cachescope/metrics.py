@@ -5,12 +5,11 @@ of the API side by what is there. Each has vLLM's own labels ``model_name`` and 
 of its own. Where a request on the API side never reached an engine, ``engine`` is `NO_ENGINE`.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from prometheus_client import Counter
-from prometheus_client.metrics_core import Metric as Family
+ENGINE_LABELS = ("model_name", "engine")
+"""vLLM's labels, in front of each metric's own."""
 
 NO_ENGINE = "none"
 """Value of the label ``engine`` of what no engine had."""
@@ -29,20 +28,6 @@ STORE_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5
 
 STAGE_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5)
 """Bounds of the stages of a request on the API side, in seconds."""
-
-
-class TotalCounter(Counter):
-    """A counter that shows its total alone.
-
-    The client library adds a series ``…_created`` with the time at which it made the counter; next
-    to ``…_prompt_tokens_total`` that reads like a count of created tokens.
-    """
-
-    def collect(self) -> Iterable[Family]:
-        """Yield the counter's family of samples."""
-        for family in super().collect():
-            family.samples = [one for one in family.samples if not one.name.endswith("_created")]
-            yield family
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +56,10 @@ class Metric:
     def shown(self) -> str:
         """The name in Prometheus; that of a histogram without ``_bucket``, ``_sum``, ``_count``."""
         return f"{self.name}_total" if self.kind == "counter" else self.name
+
+    def labels_by(self, by_org: bool) -> tuple[str, ...]:
+        """Return the names of its own labels where metrics tell organisations apart, or do not."""
+        return (*self.labels, ORG) if by_org and self.by_org else self.labels
 
 
 # What became of prompts.
@@ -108,9 +97,10 @@ HIT_TOKENS = Metric(
 HIT_AGE = Metric(
     "cachescope_hit_age_ratio",
     "histogram",
-    "Share of its lifetime that a block had spent since its last use when a prompt read it: 0 "
-    "just used, 1 about to expire; times the TTL of the label it is seconds. Mass near 1 says "
-    "that a longer TTL would find more, mass near 0 that a shorter one would do.",
+    "Share of its lifetime that a block on the device or in the CPU tier had spent since its last "
+    "use when a prompt read it: 0 just used, 1 about to expire; times the TTL of the label it is "
+    "seconds. Mass near 1 says that a longer TTL would find more, mass near 0 that a shorter one "
+    "would do.",
     ("tier", "ttl"),
     SHARE_BUCKETS,
 )
@@ -186,8 +176,8 @@ EVICTION_IDLE = Metric(
 QUOTA_USED = Metric(
     "cachescope_quota_used_ratio",
     "gauge",
-    "How full the fullest quota of a tier is: the largest share of its quota that any "
-    "organisation holds. At 1 that organisation evicts its own entries.",
+    "How full the fullest quota of the device or the CPU tier is: the largest share of its quota "
+    "that any organisation holds. At 1 that organisation evicts its own entries.",
     ("tier",),
 )
 

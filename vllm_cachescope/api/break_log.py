@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from prometheus_client import REGISTRY, CollectorRegistry
 
 from vllm_cachescope.diagnosis.outcome import Diagnosis
-from vllm_cachescope.metrics import TotalCounter
+from vllm_cachescope.registration import TotalCounter
 from vllm_cachescope.tenancy.scope import Caller
 from vllm_cachescope.tenancy.shared_memo import SharedMemo
 from vllm_cachescope.tenancy.shares import AccountOf, own_account

@@ -24,8 +24,8 @@ from vllm_cachescope.diagnosis.lineage_store import LineageStore
 from vllm_cachescope.diagnosis.outcome import Diagnosis
 from vllm_cachescope.diagnosis.placement import LineagePlacement
 from vllm_cachescope.diagnosis.token_fingerprint import fingerprint_tokens
-from vllm_cachescope.metrics import TotalCounter
 from vllm_cachescope.prompt.request import PromptRequest, Protocol
+from vllm_cachescope.registration import TotalCounter
 from vllm_cachescope.tenancy.scope import Caller
 from vllm_cachescope.tenancy.shares import AccountOf, own_account
 from vllm_cachescope.wire.extras import extra_fields

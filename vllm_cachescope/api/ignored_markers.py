@@ -2,9 +2,9 @@
 
 from prometheus_client import CollectorRegistry
 
-from vllm_cachescope.metrics import TotalCounter
 from vllm_cachescope.prompt.ignored_marker import IgnoredReason
 from vllm_cachescope.prompt.request import PromptRequest
+from vllm_cachescope.registration import TotalCounter
 
 
 class IgnoredMarkers:

@@ -13,6 +13,7 @@ from vllm_cachescope.api.engines import Engines
 from vllm_cachescope.api.ignored_markers import IgnoredMarkers
 from vllm_cachescope.api.operations import Operations
 from vllm_cachescope.api.peers import ALONE, Peers
+from vllm_cachescope.api.recorder import Recorder
 from vllm_cachescope.config import Config
 from vllm_cachescope.logs import logger_of
 from vllm_cachescope.tenancy.caller import CallerDirectory, api_key
@@ -34,6 +35,7 @@ class Server:
             a session of it; with None, of everyone.
         registry: where its metrics are.
         peers: its API processes, of which this is one.
+        replica: its name among the servers of one operator.
     """
 
     config: Config
@@ -44,6 +46,7 @@ class Server:
     purge_renderings: Callable[[str | None, str | None], None]
     registry: CollectorRegistry = REGISTRY
     peers: Peers = ALONE
+    replica: str = ""
 
 
 def directory_of(config: Config, api_keys: Collection[str]) -> CallerDirectory:
@@ -76,6 +79,7 @@ class Services:
         diagnoser: diagnoses the requests.
         operations: answers what an operator asks.
         ignored_markers: counts the markers that requests are served without.
+        recorder: makes the records of the requests that are over.
     """
 
     config: Config
@@ -84,6 +88,7 @@ class Services:
     diagnoser: Diagnoser
     operations: Operations
     ignored_markers: IgnoredMarkers
+    recorder: Recorder
 
     @classmethod
     def of(cls, server: Server) -> "Services":
@@ -119,7 +124,15 @@ class Services:
             config, directory, diagnoser, server.engines, forget, time.monotonic
         )
         ignored_markers = IgnoredMarkers(server.registry, server.model_name)
-        return cls(config, server.api_keys, directory, diagnoser, operations, ignored_markers)
+        return cls(
+            config,
+            server.api_keys,
+            directory,
+            diagnoser,
+            operations,
+            ignored_markers,
+            Recorder(server.model_name, server.replica),
+        )
 
     def is_known(self, headers: Mapping[str, str]) -> bool:
         """Tell whether the server will let a client with these ``headers`` in."""

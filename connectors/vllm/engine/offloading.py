@@ -25,6 +25,8 @@ from vllm_cachescope.connectors.vllm.engine.tiers.cpu_worker import CpuCopyWorke
 from vllm_cachescope.connectors.vllm.engine.tiers.remote import RemoteTierManager
 from vllm_cachescope.metrics import ENGINE_METRICS, Metric
 
+_BY_ORG = "cachescope_by_org"
+
 
 def for_offloading(vllm_config: VllmConfig, config: Config) -> VllmConfig:
     """Return a copy of vLLM's configuration in which the offloading framework finds its own keys
@@ -42,6 +44,7 @@ def for_offloading(vllm_config: VllmConfig, config: Config) -> VllmConfig:
         "self_describing_kv_events": config.self_describing_kv_events,
         "cpu_bytes_to_use": int(config.cpu_bytes),
         "eviction_policy": "ScopePolicy",
+        _BY_ORG: config.org_label is not False,
         "cache_policy_module_path": "vllm_cachescope.connectors.vllm.engine.tiers.cpu",
         **({"block_size": config.chunk_tokens} if config.chunk_tokens else {}),
         **({"secondary_tiers": _remote_tiers(vllm_config, config)} if config.tiers else {}),
@@ -110,12 +113,13 @@ def make_lock_reentrant(manager: OffloadingManager) -> None:
         manager._lock = threading.RLock()  # type: ignore[attr-defined]
 
 
-def _definition(metric: Metric) -> OffloadingMetricMetadata:
+def _definition(metric: Metric, by_org: bool) -> OffloadingMetricMetadata:
+    labels = metric.labels_by(by_org)
     if metric.kind == "histogram":
-        return OffloadingHistogramMetadata(metric.help, metric.labels, metric.buckets)
+        return OffloadingHistogramMetadata(metric.help, labels, metric.buckets)
     if metric.kind == "gauge":
-        return OffloadingGaugeMetadata(metric.help, metric.labels)
-    return OffloadingCounterMetadata(metric.help, metric.labels)
+        return OffloadingGaugeMetadata(metric.help, labels)
+    return OffloadingCounterMetadata(metric.help, labels)
 
 
 class ScopeOffloadingSpec(TieringOffloadingSpec):
@@ -126,7 +130,7 @@ class ScopeOffloadingSpec(TieringOffloadingSpec):
         cls, extra_config: dict[str, Any]
     ) -> dict[str, OffloadingMetricMetadata]:
         return super().build_metric_definitions(extra_config) | {
-            metric.name: _definition(metric) for metric in ENGINE_METRICS
+            metric.name: _definition(metric, extra_config[_BY_ORG]) for metric in ENGINE_METRICS
         }
 
     def get_manager(self) -> OffloadingManager:
