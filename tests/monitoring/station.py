@@ -18,10 +18,10 @@ from monitoring.limits import Timing
 from tests.engine.bodies import EPHEMERAL, conversation, session
 from tests.engine.clock import VARIABLE, Clock
 from tests.engine.engine import BLOCK_BYTES
-from tests.engine.server import SMALL, Api, plugin, serve
+from tests.engine.server import MODEL, SMALL, Api, plugin, serve
 from tests.monitoring import faults
 from tests.monitoring.alertmanager import Alertmanager, Operator
-from tests.redis.servers import RedisServer
+from tests.redis.servers import RedisServer, wait_until
 
 FAST = Timing(
     evaluation="1s",
@@ -71,15 +71,22 @@ class Station:
         answer = self.api.post("/v1/messages", body, key, **session(name))
         assert answer.status_code == 200, answer.text
 
-    def new(self, key: str = "key of acme", words: int = 300, **mark: object) -> str:
+    def new(self, key: str = "key of acme", words: int = 300) -> str:
         """Begin a conversation like no other; return its name."""
         name = f"conversation {next(self._numbers)}"
-        self.send(conversation(name, 1, words, **(mark or {"cache_control": EPHEMERAL})), name, key)
+        self.send(conversation(name, 1, words, cache_control=EPHEMERAL), name, key)
         return name
 
     def go_on(self, name: str, turns: int = 2, key: str = "key of acme", **fields) -> None:
-        """Go on with a conversation that `new` began."""
+        """Go on with a conversation that `new` began; with 1 turn ask the same again."""
         self.send(conversation(name, turns, cache_control=EPHEMERAL) | fields, name, key)
+
+    def chat(self, content: str, **fields: object) -> None:
+        """Send a request of OpenAI's, of a conversation of its own."""
+        messages = [{"role": "user", "content": content}]
+        body = {"model": MODEL, "max_tokens": 1, "messages": messages, **fields}
+        answer = self.api.post("/v1/chat/completions", body)
+        assert answer.status_code == 200, answer.text
 
     def until(
         self, status: str, alert: str, meanwhile: Callable[[], object] = lambda: None, **labels: str
@@ -131,7 +138,7 @@ def watched(model: Path, scratch: Path) -> Iterator[Station]:
                     "orgs": {"named": {"quota": QUOTA_CHUNKS * BLOCK_BYTES}},
                 }
             },
-            # "org_label": True,
+            "org_label": True,
             "tiers": [{"type": "redis", "url": redis.url, "load_deadline": "1s"}],
         }
         option, value = plugin(**config)
@@ -149,4 +156,6 @@ def watched(model: Path, scratch: Path) -> Iterator[Station]:
                 manager.address,
             )
         )
-        yield Station(Api(url, clock), redis, prometheus, operator, brought_about)
+        station = Station(Api(url, clock), redis, prometheus, operator, brought_about)
+        wait_until(lambda: prometheus.query("cachescope_tier_up"), PATIENCE_S)
+        yield station

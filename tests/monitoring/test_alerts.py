@@ -1,12 +1,12 @@
 """Each alert is brought about by a real fault on a real server, reaches an operator through a real
-Prometheus and Alertmanager, and ends with the fault. The rules are the shipped ones, with seconds in
-place of minutes and days."""
+Prometheus and Alertmanager, and ends with the fault. The rules are the shipped ones, with seconds
+in place of minutes and days."""
 
 from contextlib import contextmanager
 
 import pytest
 
-from tests.engine.bodies import EPHEMERAL, HOUR, block
+from tests.engine.bodies import EPHEMERAL, block
 from tests.engine.server import NAMED_KEY
 from tests.monitoring.faults import ANOTHER_SECRET, FORGETFUL
 from tests.monitoring.station import Station
@@ -95,7 +95,7 @@ def test_the_engine_forgets(station: Station) -> None:
 
 @pytest.mark.slow
 def test_less_is_read_than_usually(station: Station) -> None:
-    name = station.new(cache_control=HOUR)
+    name = station.new()
     usual = "job_model:cachescope_hit_ratio:baseline > 0.8"
     while not station.prometheus.query(usual):
         station.go_on(name, 1)
