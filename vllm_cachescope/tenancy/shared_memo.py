@@ -83,6 +83,20 @@ class SharedMemo(Generic[_K, _V]):
                 if org in (None, owner)
             ]
 
+    def newest(self, org: str | None, is_wanted: Callable[[_V], bool]) -> list[_V]:
+        """Return the values of ``org``, or of all with None; of each account the most recently
+        used first, up to the first of which ``is_wanted`` says no."""
+        with self._lock:
+            accounts = list(self._values) if org is None else [self._account_of(org)]
+            found: list[_V] = []
+            for account in accounts:
+                for (owner, _), value in reversed(self._values.get(account, {}).items()):
+                    if not is_wanted(value):
+                        break
+                    if org in (None, owner):
+                        found.append(value)
+            return found
+
     def orgs(self) -> set[str]:
         """Return the organisations of which values are kept."""
         with self._lock:

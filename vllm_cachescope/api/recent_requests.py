@@ -1,0 +1,94 @@
+"""The recent requests of each organisation, for the page: newest first, since a cursor."""
+
+import itertools
+import secrets
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from vllm_cachescope.tenancy.shared_memo import SharedMemo
+from vllm_cachescope.tenancy.shares import AccountOf, own_account
+from vllm_cachescope.usage.record import RequestRecord
+
+REMEMBERED_BYTES = 48 * 2**20
+"""How much memory the records take, in bytes, about: 50,000 of them."""
+
+RECORD_BYTES = 600
+"""Memory that a record takes besides its names and rows, in bytes, about."""
+
+ROW_BYTES = 100
+"""Memory that a row of a record takes, in bytes, about."""
+
+
+class Numbered(NamedTuple):
+    """A record with its place in the list that it is from: of two, the later has the larger."""
+
+    number: int
+    record: RequestRecord
+
+
+class RecentRequests(Protocol):
+    """A list of finished requests, in the order in which they were over.
+
+    Attributes:
+        name: tells this list from all others, of another process or from before a restart:
+            numbers of one say nothing in another. Letters and digits.
+    """
+
+    name: str
+
+    def newest(
+        self, org: str | None, limit: int, after: int = 0, before: int | None = None
+    ) -> Sequence[Numbered]:
+        """Return the newest requests, newest first.
+
+        Args:
+            org: whose; None for everyone's.
+            limit: how many at most.
+            after: only those with a larger number.
+            before: only those with a smaller number; None for no bound.
+        """
+
+
+class RequestMemory:
+    """Recent requests in this process's memory, within a bound that accounts share. Safe for
+    threads.
+
+    Args:
+        account_of: returns who answers for an organisation.
+        limit: how much memory the records may take, in bytes, about.
+    """
+
+    def __init__(
+        self, account_of: AccountOf = own_account, limit: int = REMEMBERED_BYTES
+    ) -> None:
+        self.name = secrets.token_hex(6)
+        self._kept: SharedMemo[int, Numbered] = SharedMemo(limit, _nbytes, account_of)
+        self._numbers = itertools.count(1)
+
+    def add(self, record: RequestRecord) -> None:
+        """Keep the record of a request that is over."""
+        number = next(self._numbers)
+        self._kept.put(record.org, number, Numbered(number, record))
+
+    def newest(
+        self, org: str | None, limit: int, after: int = 0, before: int | None = None
+    ) -> list[Numbered]:
+        """Return the newest requests; see `RecentRequests`. Takes time for what is newer than
+        ``after``, and not for all that is kept."""
+        found = self._kept.newest(org, lambda kept: kept.number > after)
+        if before is not None:
+            found = [kept for kept in found if kept.number < before]
+        # Of several accounts, each of which is in order.
+        found.sort(key=lambda kept: -kept.number)
+        return found[:limit]
+
+    def purge(self, org: str | None, session: str | None = None) -> None:
+        """Drop the records of ``org``, or of one session of ``org``; with None, of everyone."""
+        self._kept.purge(org, lambda _, kept: session in (None, kept.record.session))
+
+
+def _nbytes(kept: Numbered) -> int:
+    record = kept.record
+    names = (record.org, record.session, record.model, record.request_id, record.path)
+    text = sum(len(name) for name in names if name is not None)
+    return RECORD_BYTES + ROW_BYTES * len(record.rows) + text
