@@ -12,6 +12,7 @@
 
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -26,9 +27,11 @@ from vllm_cachescope.api.peers import ALONE, Peers
 from vllm_cachescope.api.recent_requests import Numbered, RecentRequests
 from vllm_cachescope.api.request_details import RequestDetails
 from vllm_cachescope.api.viewer import Viewer
+from vllm_cachescope.cache.report import Outcome
 from vllm_cachescope.usage.prices import Multipliers, Prices, cost_with, cost_without
+from vllm_cachescope.usage.record import by_class
 
-MOST = 1000
+MOST = 500
 """How many requests one answer lists at most: some 10 ms of work."""
 
 _PATH = re.compile(r"(?:^|/)cachescope(?:/|/(requests|request|diff)|/page/([a-z_]+\.[a-z]+))?$")
@@ -133,26 +136,54 @@ class Page:
         )
 
     def _shown(self, one: Numbered) -> dict[str, Any]:
-        record = one.record
-        price, created = self._prices.of(record.model), record.created_by_ttl
+        """Return a request as data for JSON, without what is nothing. In one pass over its rows:
+        an answer has hundreds of requests."""
+        record, uncached = one.record, 0
+        read: Counter[str] = Counter()
+        created: Counter[int] = Counter()
+        for row in record.rows:
+            if row.outcome == Outcome.CREATED:
+                created[row.ttl_s] += row.tokens
+            elif row.outcome == Outcome.UNCACHED:
+                uncached += row.tokens
+            else:
+                read[row.outcome.removeprefix("read_")] += row.tokens
+        price, all_read = self._prices.of(record.model), sum(read.values())
         multipliers = price.multipliers if price else _BASE
-        counts = record.uncached_tokens, record.read_tokens, created
-        data = record.to_dict()
-        for known in ("cost_without", "cost_with"):
-            data.pop(known, None)
+        data = {
+            "number": one.number,
+            "at": round(record.at, 3),
+            "org": record.org,
+            "session": record.session,
+            "model": record.model,
+            "replica": record.replica or None,
+            "engine": record.engine,
+            "request_id": record.request_id,
+            "lineage": record.lineage,
+            "uncached": uncached or None,
+            "created": by_class(created) if created else None,
+            "read": read or None,
+            "output_tokens": record.output_tokens or None,
+            "prefill_seconds_saved": record.prefill_seconds_saved,
+            "ttft_s": record.ttft_s,
+            "cause": record.cause,
+            "expected": None if record.expected else False,
+            "region": record.region,
+            "path": record.path,
+            "missed_tokens": record.missed_tokens or None,
+            "equivalents": round(multipliers.equivalents(uncached, all_read, created), 2),
+        }
         if price is not None:
-            data["cost_without"] = cost_without(price, record.prompt_tokens)
-            data["cost_with"] = cost_with(price, *counts)
-        data["number"] = one.number
-        data["equivalents"] = round(multipliers.equivalents(*counts), 2)
+            prompt = uncached + all_read + created.total()
+            data["cost_without"] = cost_without(price, prompt)
+            data["cost_with"] = cost_with(price, uncached, all_read, created)
         return {key: value for key, value in data.items() if value is not None}
 
     def _detailed(self, viewer: Viewer, query: QueryParams) -> Answer:
         at_ms = _number(query.get("at"), "at", 0, 0, 2**53)
-        found = self._details.find(viewer.org, query.get("id", ""), at_ms)
-        if found is None:
-            raise Refused(404, "not_found_error", "no more is known of this request")
-        return Answer(found.to_dict(viewer.is_operator))
+        found = self._details.find(viewer.org, query.get("id", ""), at_ms / 1000)
+        shown = None if found is None else found.to_dict(viewer.is_operator)
+        return Answer({"details": shown})
 
     def _diff(self, viewer: Viewer, query: QueryParams) -> Answer:
         if not viewer.is_operator:

@@ -1,6 +1,7 @@
 """The recent requests of each organisation, for the page: newest first, since a cursor."""
 
 import itertools
+import math
 import secrets
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
@@ -58,9 +59,7 @@ class RequestMemory:
         limit: how much memory the records may take, in bytes, about.
     """
 
-    def __init__(
-        self, account_of: AccountOf = own_account, limit: int = REMEMBERED_BYTES
-    ) -> None:
+    def __init__(self, account_of: AccountOf = own_account, limit: int = REMEMBERED_BYTES) -> None:
         self.name = secrets.token_hex(6)
         self._kept: SharedMemo[int, Numbered] = SharedMemo(limit, _nbytes, account_of)
         self._numbers = itertools.count(1)
@@ -73,11 +72,12 @@ class RequestMemory:
     def newest(
         self, org: str | None, limit: int, after: int = 0, before: int | None = None
     ) -> list[Numbered]:
-        """Return the newest requests; see `RecentRequests`. Takes time for what is newer than
-        ``after``, and not for all that is kept."""
-        found = self._kept.newest(org, lambda kept: kept.number > after)
-        if before is not None:
-            found = [kept for kept in found if kept.number < before]
+        """Return the newest requests; see `RecentRequests`. Takes no time for what is older
+        than ``after`` or beyond the limit."""
+        bound = math.inf if before is None else before
+        found = self._kept.newest(
+            org, limit, lambda kept: kept.number > after, lambda kept: kept.number >= bound
+        )
         # Of several accounts, each of which is in order.
         found.sort(key=lambda kept: -kept.number)
         return found[:limit]

@@ -12,7 +12,11 @@ from vllm_cachescope.api.diffs import Diffs
 from vllm_cachescope.api.engines import Engines
 from vllm_cachescope.api.ignored_markers import IgnoredMarkers
 from vllm_cachescope.api.operations import Operations
+from vllm_cachescope.api.page import Page
 from vllm_cachescope.api.peers import ALONE, Peers
+from vllm_cachescope.api.recent_requests import RequestMemory
+from vllm_cachescope.api.request_details import RequestDetails
+from vllm_cachescope.api.viewer import Viewer, viewer_of
 from vllm_cachescope.config import Config
 from vllm_cachescope.logs import logger_of
 from vllm_cachescope.tenancy.caller import CallerDirectory, api_key
@@ -76,6 +80,8 @@ class Services:
         diagnoser: diagnoses the requests.
         operations: answers what an operator asks.
         ignored_markers: counts the markers that requests are served without.
+        page: the page; None where it is off.
+        operator_token: makes its holder the operator; None for nobody.
     """
 
     config: Config
@@ -84,6 +90,8 @@ class Services:
     diagnoser: Diagnoser
     operations: Operations
     ignored_markers: IgnoredMarkers
+    page: Page | None
+    operator_token: bytes | None
 
     @classmethod
     def of(cls, server: Server) -> "Services":
@@ -100,6 +108,8 @@ class Services:
                 "Any client may share as global, since no tenants are listed; see global_writers"
             )
         diffs = None if config.diffs is None else Diffs(config.diffs, time.monotonic)
+        requests = RequestMemory(directory.account)
+        details = RequestDetails(directory.account) if config.page else None
         diagnoser = Diagnoser(
             secret,
             server.block_tokens,
@@ -108,10 +118,15 @@ class Services:
             model_name=server.model_name,
             account_of=directory.account,
             peers=server.peers,
+            details=details,
         )
+        page = None
+        if details is not None:
+            page = Page(requests, details, diffs, server.model_name, peers=server.peers)
 
         def forget(org: str | None, session: str | None) -> int:
             server.purge_renderings(org, session)
+            requests.purge(org, session)
             return diagnoser.purge(org, session)
 
         server.engines.on_purge(forget)
@@ -119,7 +134,25 @@ class Services:
             config, directory, diagnoser, server.engines, forget, time.monotonic
         )
         ignored_markers = IgnoredMarkers(server.registry, server.model_name)
-        return cls(config, server.api_keys, directory, diagnoser, operations, ignored_markers)
+        return cls(
+            config,
+            server.api_keys,
+            directory,
+            diagnoser,
+            operations,
+            ignored_markers,
+            page,
+            config.operators_token(),
+        )
+
+    def viewer(self, headers: Mapping[str, str]) -> Viewer:
+        """Return who looks with these ``headers``.
+
+        Raises:
+            Refused: if the server does not know them.
+        """
+        known = self.is_known(headers)
+        return viewer_of(headers, known, self.directory, self.operator_token)
 
     def is_known(self, headers: Mapping[str, str]) -> bool:
         """Tell whether the server will let a client with these ``headers`` in."""

@@ -73,6 +73,13 @@ class Session {
     this.changed += 1;
   }
 
+  // Let go of what was before a moment.
+  keep(from) {
+    const kept = this.requests.filter(({ at }) => at >= from);
+    this.requests = [];
+    this.add(kept);
+  }
+
   get latest() {
     return this.requests.at(-1).at;
   }
@@ -150,6 +157,28 @@ export class Requests {
       }
     }
     return found;
+  }
+
+  clear() {
+    this.#known.clear();
+    this.sessions.clear();
+    this.count = 0;
+    this.tiers.length = 0;
+    this.from = Infinity;
+  }
+
+  // Let the oldest go, so that `most` are left, give or take some of the same moment.
+  trim(most) {
+    const all = [...this.sessions.values()].flatMap((session) => session.requests);
+    const from = all.map(({ at }) => at).sort((a, b) => b - a)[most - 1] ?? 0;
+    for (const [key, session] of this.sessions) {
+      if (session.latest < from) this.sessions.delete(key);
+      else if (session.requests[0].at < from) session.keep(from);
+    }
+    const kept = [...this.sessions.values()].flatMap((session) => session.requests);
+    this.#known = new Set(kept.map(({ list, number }) => `${list}.${number}`));
+    this.count = kept.length;
+    this.from = from;
   }
 
   #meet(tier) {

@@ -17,6 +17,10 @@ export class Server {
     this.#key = sessionStorage.getItem(KEY);
   }
 
+  get key() {
+    return this.#key;
+  }
+
   get hasKey() {
     return this.#key !== null;
   }
@@ -67,20 +71,15 @@ export class Server {
     const answer = await this.#get("requests", { before });
     const known = this.#cursors.get(answer.list);
     // Another API process answers, of which there is nothing older.
-    if (!known || known.oldest === null) return [];
+    if (!known || known.oldest === null) return { list: answer.list, requests: [] };
     known.oldest = answer.oldest;
-    return answer.requests;
+    return answer;
   }
 
   // What else is known of a request; null if nothing is.
   async details(request) {
     const at = Math.round(request.at * 1000);
-    try {
-      return await this.#get("request", { id: request.id ?? "", at });
-    } catch (error) {
-      if (error instanceof Refused && error.status === 404) return null;
-      throw error;
-    }
+    return (await this.#get("request", { id: request.id ?? "", at })).details;
   }
 
   async diff(name) {

@@ -46,7 +46,12 @@ export const clock = (at) => CLOCK.format(at * 1000);
 export const minutes = (at) => MINUTES.format(at * 1000);
 export const day = (at) => DAY.format(at * 1000);
 export const moment = (at) => `${day(at)}, ${clock(at)}`;
-export const ago = (seconds) => (seconds < 2 ? "just now" : `${duration(Math.floor(seconds))} ago`);
+// In whole units, for where there is little room.
+export const roughly = (seconds) => {
+  const [name, size] = [["d", 86400], ["h", 3600], ["min", 60]].find(([, one]) => seconds >= one) ?? ["s", 1];
+  return `${Math.floor(seconds / size)} ${name}`;
+};
+export const ago = (seconds) => (seconds < 2 ? "just now" : `${roughly(seconds)} ago`);
 
 const CAUSES = {
   first_request: "First request of the session",
