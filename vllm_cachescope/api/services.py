@@ -15,6 +15,7 @@ from vllm_cachescope.api.operations import Operations
 from vllm_cachescope.api.page import Page
 from vllm_cachescope.api.peers import ALONE, Peers
 from vllm_cachescope.api.recent_requests import RequestMemory
+from vllm_cachescope.api.recorder import Recorder
 from vllm_cachescope.api.request_details import RequestDetails
 from vllm_cachescope.api.viewer import Viewer, viewer_of
 from vllm_cachescope.config import Config
@@ -38,6 +39,7 @@ class Server:
             a session of it; with None, of everyone.
         registry: where its metrics are.
         peers: its API processes, of which this is one.
+        replica: its name among the servers of one operator.
     """
 
     config: Config
@@ -48,6 +50,7 @@ class Server:
     purge_renderings: Callable[[str | None, str | None], None]
     registry: CollectorRegistry = REGISTRY
     peers: Peers = ALONE
+    replica: str = ""
 
 
 def directory_of(config: Config, api_keys: Collection[str]) -> CallerDirectory:
@@ -80,6 +83,7 @@ class Services:
         diagnoser: diagnoses the requests.
         operations: answers what an operator asks.
         ignored_markers: counts the markers that requests are served without.
+        recorder: makes the records of the requests that are over.
         page: the page; None where it is off.
         operator_token: makes its holder the operator; None for nobody.
     """
@@ -90,6 +94,7 @@ class Services:
     diagnoser: Diagnoser
     operations: Operations
     ignored_markers: IgnoredMarkers
+    recorder: Recorder
     page: Page | None
     operator_token: bytes | None
 
@@ -120,9 +125,12 @@ class Services:
             peers=server.peers,
             details=details,
         )
+        recorder = Recorder(server.model_name, server.replica)
         page = None
         if details is not None:
             page = Page(requests, details, diffs, server.model_name, peers=server.peers)
+            recorder.add_sink(lambda record, _: requests.add(record))
+            logger.info("The page is at /cachescope")
 
         def forget(org: str | None, session: str | None) -> int:
             server.purge_renderings(org, session)
@@ -141,6 +149,7 @@ class Services:
             diagnoser,
             operations,
             ignored_markers,
+            recorder,
             page,
             config.operators_token(),
         )
