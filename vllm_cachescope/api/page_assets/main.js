@@ -10,6 +10,7 @@ import { count, organisation, sentence, tier } from "./words.js";
 
 const EVERY_MS = 2000;
 const SLOWEST_MS = 30000;
+const DRAWN_MS = 700;  // how often what is loaded is drawn while more is on its way
 const AT_FIRST = 10000;  // requests that are loaded without being asked for
 const MOST = 60000;  // requests that a tab keeps; older ones go when new ones come
 
@@ -120,13 +121,18 @@ class Board {
   // Load older requests up to what a tab has at first, an answer at a time.
   async fillUp(run, most = AT_FIRST) {
     try {
+      const changed = new Set();
+      let drawn = performance.now();
       while (run === this.run && server.hasOlder && this.requests.count < most) {
         const { list, requests } = await server.older();
-        if (run !== this.run || !requests.length) return;
-        this.draw(this.requests.add(list, requests));
-        // The page stays usable meanwhile.
-        await new Promise(requestAnimationFrame);
+        if (run !== this.run || !requests.length) break;
+        for (const key of this.requests.add(list, requests)) changed.add(key);
+        if (performance.now() - drawn < DRAWN_MS) continue;
+        this.draw(changed);
+        changed.clear();
+        drawn = performance.now();
       }
+      if (run === this.run) this.draw(changed);
     } catch (error) {
       if (run === this.run) this.failed(error);
     }

@@ -11,6 +11,7 @@ export class Sessions {
   #rows = new Map();  // by session's key
   #order = [];
   #made = BATCH;  // how many rows there may be
+  #room = { width: 0 };
   #pointed = -Infinity;
   #search = "";
   #onlyBreaks = false;
@@ -36,9 +37,7 @@ export class Sessions {
       this.#onlyBreaks = event.target.checked;
       this.#arrange();
     });
-    new ResizeObserver(() => {
-      for (const row of this.#rows.values()) row.timeline.resize();
-    }).observe(this.list);
+    new ResizeObserver(() => this.#measure()).observe(this.list);
   }
 
   // Keep the places of what is on its way.
@@ -77,6 +76,14 @@ export class Sessions {
     this.#order = [];
     this.#made = BATCH;
     this.#unpoint();
+  }
+
+  // All timelines are as wide as the first one. Rows that come change the list's height only.
+  #measure() {
+    const box = this.list.querySelector(".scroller");
+    if (!box || box.clientWidth === this.#room.width) return;
+    this.#room.width = box.clientWidth;
+    for (const row of this.#rows.values()) row.timeline.resize();
   }
 
   #wanted(session) {
@@ -130,7 +137,7 @@ export class Sessions {
     for (const session of this.#order.slice(0, this.#made)) {
       let row = this.#rows.get(session.key);
       if (!row) {
-        row = new Row(session, this.requests.tiers, this.now, this.#events());
+        row = new Row(session, this.requests.tiers, this.#room, this.now, this.#events());
         this.#rows.set(session.key, row);
         this.watcher.observe(row.element);
       }
@@ -150,6 +157,7 @@ export class Sessions {
       row.element.remove();
       this.#rows.delete(key);
     }
+    this.#measure();
   }
 
   #events() {
@@ -199,9 +207,9 @@ export class Sessions {
 }
 
 class Row {
-  constructor(session, tiers, now, events) {
+  constructor(session, tiers, room, now, events) {
     this.session = session;
-    this.timeline = new Timeline(session, tiers, events);
+    this.timeline = new Timeline(session, tiers, room, events);
     this.facts = h("p", { class: "facts" });
     const name = sessionName(session.name);
     const isNamed = session.name !== null;

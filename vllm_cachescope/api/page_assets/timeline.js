@@ -35,11 +35,14 @@ export class Timeline {
   #drawn = new Map();  // groups by index
   #seen = -1;  // the session's version that is drawn
   #frame = 0;
+  #left = 0;  // how far it is scrolled: asking for that makes the browser lay the page out
   #all = false;  // whether all lanes are shown
 
-  constructor(session, tiers, on) {
+  // `room` says how wide timelines are shown by now, in pixels.
+  constructor(session, tiers, room, on) {
     this.session = session;
     this.tiers = tiers;
+    this.room = room;
     this.on = on;
     this.active = null;  // the request that the keyboard is at
     this.inView = false;
@@ -49,7 +52,10 @@ export class Timeline {
     this.svg = s("svg", { role: "none", focusable: "false" }, this.lanes, this.axis, this.bars);
     this.box = h("div", {
       class: "scroller", role: "listbox", "aria-orientation": "horizontal",
-      onscroll: () => this.#later(),
+      onscroll: () => {
+        this.#left = this.box.scrollLeft;
+        this.#later();
+      },
       onkeydown: (event) => this.#key(event),
       onclick: (event) => this.#pointed(event, (request) => this.open(request)),
       onpointermove: (event) => this.#pointed(event, (request) => on.point(request, event), on.unpoint),
@@ -69,13 +75,13 @@ export class Timeline {
       this.#size();
       return;
     }
-    const atEnd = this.box.scrollLeft + this.box.clientWidth >= this.width - 2 * this.#pitch;
+    const atEnd = this.#left + this.room.width >= this.width - 2 * this.#pitch;
     if (this.#seen !== this.session.changed) {
       const hadFocus = this.box.contains(document.activeElement);
       this.#clear();
       this.#size();
       this.#frameLanes();
-      if (this.#seen === -1 || atEnd) this.box.scrollLeft = this.width;
+      if (this.#seen === -1 || atEnd) this.#scroll(this.width);
       this.#seen = this.session.changed;
       this.#fill();
       if (hadFocus && this.active) this.focus(this.active);
@@ -156,8 +162,7 @@ export class Timeline {
     this.heights = tallest.map((tokens) => Math.max(LOWEST, Math.ceil(tokens * this.scale)) + MARK);
     this.bases = this.heights.map((height) => (base += height));
     this.bottom = base;
-    const room = this.box.clientWidth;
-    this.#pitch = pitchFor(requests.length, room);
+    this.#pitch = pitchFor(requests.length, this.room.width);
     this.width = requests.length * this.#pitch + 8;
     this.svg.setAttribute("width", this.width);
     this.svg.setAttribute("height", this.bottom + AXIS);
@@ -186,8 +191,8 @@ export class Timeline {
 
   #fill() {
     const { requests } = this.session;
-    const from = Math.max(0, Math.floor(this.box.scrollLeft / this.#pitch) - SPARE);
-    const shown = Math.ceil(this.box.clientWidth / this.#pitch) + 2 * SPARE;
+    const from = Math.max(0, Math.floor(this.#left / this.#pitch) - SPARE);
+    const shown = Math.ceil(this.room.width / this.#pitch) + 2 * SPARE;
     const to = Math.min(requests.length, from + shown);
     for (const [index, group] of this.#drawn) {
       if (index >= from && index < to) continue;
@@ -291,10 +296,15 @@ export class Timeline {
   }
 
   #reveal(request) {
-    const x = request.index * this.#pitch;
-    const { scrollLeft, clientWidth } = this.box;
-    if (x < scrollLeft + this.#pitch) this.box.scrollLeft = Math.max(0, x - clientWidth / 3);
-    else if (x + 2 * this.#pitch > scrollLeft + clientWidth) this.box.scrollLeft = x - (2 * clientWidth) / 3;
+    const [x, shown] = [request.index * this.#pitch, this.room.width];
+    if (x < this.#left + this.#pitch) this.#scroll(x - shown / 3);
+    else if (x + 2 * this.#pitch > this.#left + shown) this.#scroll(x - (2 * shown) / 3);
+  }
+
+  #scroll(to) {
+    const left = Math.max(0, Math.min(to, this.width - this.room.width));
+    if (left === this.#left) return;
+    this.box.scrollLeft = this.#left = left;
   }
 
   #of(event) {
