@@ -59,7 +59,8 @@ class Tab:
         self.page.on("console", self._told)
 
     def _told(self, message: Any) -> None:
-        if message.type == "error" and "status of" not in message.text:
+        # What the server refuses, or does not answer, is told by the page itself.
+        if message.type == "error" and not message.text.startswith("Failed to load resource"):
             self.wrong.append(message.text)
 
     def open(self) -> "Tab":

@@ -130,40 +130,79 @@ class NoEngines(Engines):
 
 
 class Front(CacheScopeMiddleware):
-    """The API side, in front of a server that has nothing else."""
+    """The API side, in front of a server that has nothing else.
+
+    Args:
+        app: the server.
+        api_keys: the keys that it insists on.
+        config: further keys of the configuration.
+    """
+
+    def __init__(self, app: Any, api_keys: tuple[str, ...], config: dict[str, Any]) -> None:
+        super().__init__(app)
+        own = {"secret": "the secret of the crowd", "operator_token": TOKEN, "page": True}
+        self._config = load(own | config)
+        self._api_keys = api_keys
+        self.services = self._connected({"app": Starlette()})._services  # noqa: SLF001
 
     def connect(self, state: Any) -> Server:
         return Server(
-            load({"secret": "the secret of the crowd", "operator_token": TOKEN, "page": True}),
+            self._config,
             model_name="small",
             block_tokens=BLOCK,
-            api_keys=[],
+            api_keys=self._api_keys,
             engines=NoEngines(),
             purge_renderings=lambda org, session: None,
             registry=CollectorRegistry(),
         )
 
-    def add(self, records: list[RequestRecord]) -> None:
+    def add(self, *records: RequestRecord) -> None:
+        """Have requests been over."""
         for record in records:
-            self._handler._services.page._requests.add(record)  # noqa: SLF001
+            for sink in self.services.recorder._sinks:  # noqa: SLF001
+                sink(record, None)
+
+
+class Served:
+    """The page with whatever requests a test has, on a port of its own.
+
+    Args:
+        records: requests that are over.
+        api_keys: the keys that the server insists on; none if it lets anyone in.
+        config: further keys of the configuration.
+    """
+
+    def __init__(
+        self, records: list[RequestRecord], api_keys: tuple[str, ...] = (), **config: Any
+    ) -> None:
+        self.front = Front(Starlette(), api_keys, config)
+        self.front.add(*records)
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        """Serve, until `stop`."""
+        config = uvicorn.Config(self.front, port=self.port, log_level="warning", lifespan="off")
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run, daemon=True)
+        self._thread.start()
+        while not self._server.started:
+            time.sleep(0.01)
+
+    def stop(self) -> None:
+        """Serve no more."""
+        self._server.should_exit = True
+        # Open connections are of no use to anyone by now.
+        self._server.force_exit = True
+        self._thread.join(10)
 
 
 @contextmanager
-def served(records: list[RequestRecord]) -> Iterator[tuple[str, Front]]:
-    """Serve the page with ``records``; yield the server's URL, and what takes further records."""
-    front = Front(Starlette())
-    port = free_port()
-    config = uvicorn.Config(front, port=port, log_level="warning", lifespan="off")
-    server = uvicorn.Server(config)
-    app = Starlette()
-    front._connected({"app": app})  # noqa: SLF001
-    front.add(records)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
+def served(records: list[RequestRecord], *api_keys: str, **config: Any) -> Iterator[Served]:
+    """Serve the page with ``records``; see `Served`."""
+    one = Served(records, api_keys, **config)
+    one.start()
     try:
-        yield f"http://127.0.0.1:{port}", front
+        yield one
     finally:
-        server.should_exit = True
-        thread.join(10)
+        one.stop()

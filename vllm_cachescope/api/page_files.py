@@ -60,6 +60,11 @@ class PageFiles:
             if PurePath(file.name).suffix in _TYPES
         }
 
+    @property
+    def names(self) -> list[str]:
+        """The names of all files."""
+        return list(self._files)
+
     def answer(self, path: str, name: str | None, headers: Mapping[str, str]) -> Response:
         """Return the response with a file.
 

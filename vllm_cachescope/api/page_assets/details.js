@@ -29,9 +29,9 @@ export class Details {
     Object.assign(this, { request, timeline, known });
     timeline.select(request);
     this.element.hidden = false;
+    document.body.classList.add("with-details");
     // On a phone the details lie over the lower part of the page.
     if (narrow.matches) timeline.element.closest(".session").scrollIntoView({ block: "start" });
-    document.body.classList.add("with-details");
     this.#render(known ? known : undefined);
     const shown = (this.#shown += 1);
     const answer = await this.server.details(request).catch((error) => ({ failed: error.message }));

@@ -162,7 +162,10 @@ export class Sessions {
 
   #events() {
     return {
-      open: this.on.open,
+      open: (request, timeline) => {
+        this.#unpoint();
+        this.on.open(request, timeline);
+      },
       move: this.on.move,
       point: (request, event) => this.#point(request, event),
       unpoint: () => this.#unpoint(),
