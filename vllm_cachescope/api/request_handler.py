@@ -71,7 +71,12 @@ class RequestHandler:
 
         known = self._services.is_known(headers)
         answer = await self._services.operations.answer(
-            scope["method"], scope["path"], headers, known, body
+            scope["method"],
+            scope["path"],
+            headers,
+            known,
+            body,
+            QueryParams(scope["query_string"]),
         )
         await answer(scope, receive, send)
 

@@ -4,6 +4,7 @@ import hmac
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from prometheus_client import REGISTRY, CollectorRegistry
 
@@ -21,6 +22,10 @@ from vllm_cachescope.api.viewer import Viewer, viewer_of
 from vllm_cachescope.config import Config
 from vllm_cachescope.logs import logger_of
 from vllm_cachescope.tenancy.caller import CallerDirectory, api_key
+from vllm_cachescope.usage.prices import Prices, read_prices
+
+if TYPE_CHECKING:
+    from vllm_cachescope.api.ledger_service import LedgerService
 
 logger = logger_of(__name__)
 
@@ -103,7 +108,8 @@ class Services:
         """Return the services in front of ``server``.
 
         Raises:
-            ConfigError: if the directory for diffs cannot be used.
+            ConfigError: if the directory for diffs, the ledger's database or the file of prices
+                cannot be used.
         """
         config = server.config
         secret = config.secret_bytes()
@@ -126,6 +132,9 @@ class Services:
             details=details,
         )
         recorder = Recorder(server.model_name, server.replica)
+        ledger = _ledger(server, directory)
+        if ledger is not None:
+            recorder.add_sink(ledger.put)
         page = None
         if details is not None:
             page = Page(requests, details, diffs, server.model_name, peers=server.peers)
@@ -135,11 +144,19 @@ class Services:
         def forget(org: str | None, session: str | None) -> int:
             server.purge_renderings(org, session)
             requests.purge(org, session)
+            if ledger is not None:
+                ledger.purge(org, session)
             return diagnoser.purge(org, session)
 
         server.engines.on_purge(forget)
         operations = Operations(
-            config, directory, diagnoser, server.engines, forget, time.monotonic
+            config,
+            directory,
+            diagnoser,
+            server.engines,
+            forget,
+            time.monotonic,
+            None if ledger is None else ledger.answer,
         )
         ignored_markers = IgnoredMarkers(server.registry, server.model_name)
         return cls(
@@ -169,3 +186,19 @@ class Services:
         # All of them, and each to its end: how long it takes tells nothing of a key.
         matches = [hmac.compare_digest(key.encode(), presented.encode()) for key in self.api_keys]
         return not self.api_keys or any(matches)
+
+
+def _ledger(server: Server, directory: CallerDirectory) -> "LedgerService | None":
+    """Return the server's ledger; None if it keeps none.
+
+    Raises:
+        ConfigError: if the ledger's database or the file of prices cannot be used.
+    """
+    config = server.config
+    if config.ledger is None:
+        return None
+    # Not above: it needs SQLAlchemy, which is not installed everywhere.
+    from vllm_cachescope.api.ledger_service import LedgerService
+
+    prices = Prices() if config.prices is None else read_prices(config.prices)
+    return LedgerService(config.ledger, prices, directory, server.registry, server.model_name)
