@@ -14,7 +14,6 @@ from starlette.routing import Route
 from tests.page.crowd import TOKEN, Front, crowd
 from vllm_cachescope.api.break_log import Break
 from vllm_cachescope.api.page_files import PageFiles
-from vllm_cachescope.api.recent_requests import RequestMemory
 from vllm_cachescope.api.request_details import RequestDetails
 from vllm_cachescope.cache.report import Row
 from vllm_cachescope.config import load
@@ -22,6 +21,7 @@ from vllm_cachescope.diagnosis.changes import Change, ChangeKind
 from vllm_cachescope.diagnosis.outcome import Diagnosis, DiagnosisKind
 from vllm_cachescope.tenancy.scope import Caller, Scope
 from vllm_cachescope.usage.record import RequestRecord
+from vllm_cachescope.usage.request_memory import RequestMemory
 
 TENANTS = {sha256(key.encode()).hexdigest(): key[0] for key in ("a's key", "b's key")}
 

@@ -24,12 +24,15 @@ from vllm_cachescope.api.answers import Answer, Refused
 from vllm_cachescope.api.diffs import Diffs
 from vllm_cachescope.api.page_files import HEADERS, PageFiles
 from vllm_cachescope.api.peers import ALONE, Peers
-from vllm_cachescope.api.recent_requests import Numbered, RecentRequests
 from vllm_cachescope.api.request_details import RequestDetails
 from vllm_cachescope.api.viewer import Viewer
 from vllm_cachescope.cache.report import Outcome
+from vllm_cachescope.logs import logger_of
 from vllm_cachescope.usage.prices import Multipliers, Prices, cost_with, cost_without
+from vllm_cachescope.usage.recent_requests import Numbered, RecentRequests, UnavailableError
 from vllm_cachescope.usage.record import by_class
+
+logger = logger_of(__name__)
 
 MOST = 500
 """How many requests one answer lists at most: some 10 ms of work."""
@@ -117,7 +120,11 @@ class Page:
         name = self._requests.name
         after, before = _cursor(query, "after", name), _cursor(query, "before", name)
         limit = _number(query.get("limit"), "limit", MOST, 1, MOST)
-        found = self._requests.newest(viewer.org, limit + 1, after or 0, before)
+        try:
+            found = self._requests.newest(viewer.org, limit + 1, after or 0, before)
+        except UnavailableError as error:
+            logger.debug("The requests cannot be had: %s", error)
+            raise Refused(503, "api_error", "the ledger's database does not answer") from None
         listed = [self._shown(one) for one in found[:limit]]
         return Answer(
             {

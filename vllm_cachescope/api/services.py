@@ -15,7 +15,6 @@ from vllm_cachescope.api.ignored_markers import IgnoredMarkers
 from vllm_cachescope.api.operations import Operations
 from vllm_cachescope.api.page import Page
 from vllm_cachescope.api.peers import ALONE, Peers
-from vllm_cachescope.api.recent_requests import RequestMemory
 from vllm_cachescope.api.recorder import Recorder
 from vllm_cachescope.api.request_details import RequestDetails
 from vllm_cachescope.api.viewer import Viewer, viewer_of
@@ -23,6 +22,8 @@ from vllm_cachescope.config import Config
 from vllm_cachescope.logs import logger_of
 from vllm_cachescope.tenancy.caller import CallerDirectory, api_key
 from vllm_cachescope.usage.prices import Prices, read_prices
+from vllm_cachescope.usage.recent_requests import RecentRequests
+from vllm_cachescope.usage.request_memory import RequestMemory
 
 if TYPE_CHECKING:
     from vllm_cachescope.api.ledger_service import LedgerService
@@ -119,7 +120,6 @@ class Services:
                 "Any client may share as global, since no tenants are listed; see global_writers"
             )
         diffs = None if config.diffs is None else Diffs(config.diffs, time.monotonic)
-        requests = RequestMemory(directory.account)
         details = RequestDetails(directory.account) if config.page else None
         diagnoser = Diagnoser(
             secret,
@@ -132,18 +132,24 @@ class Services:
             details=details,
         )
         recorder = Recorder(server.model_name, server.replica)
-        ledger = _ledger(server, directory)
+        prices = Prices() if config.prices is None else read_prices(config.prices)
+        ledger = _ledger(server, directory, prices)
         if ledger is not None:
             recorder.add_sink(ledger.put)
-        page = None
+        page, memory = None, RequestMemory(directory.account)
         if details is not None:
-            page = Page(requests, details, diffs, server.model_name, peers=server.peers)
-            recorder.add_sink(lambda record, _: requests.add(record))
+            requests: RecentRequests = memory
+            peers = server.peers
+            if ledger is not None and ledger.keeps_requests:
+                requests, peers = ledger.requests, ALONE
+            else:
+                recorder.add_sink(lambda record, _: memory.add(record))
+            page = Page(requests, details, diffs, server.model_name, prices, peers)
             logger.info("The page is at /cachescope")
 
         def forget(org: str | None, session: str | None) -> int:
             server.purge_renderings(org, session)
-            requests.purge(org, session)
+            memory.purge(org, session)
             if ledger is not None:
                 ledger.purge(org, session)
             return diagnoser.purge(org, session)
@@ -188,11 +194,11 @@ class Services:
         return not self.api_keys or any(matches)
 
 
-def _ledger(server: Server, directory: CallerDirectory) -> "LedgerService | None":
+def _ledger(server: Server, directory: CallerDirectory, prices: Prices) -> "LedgerService | None":
     """Return the server's ledger; None if it keeps none.
 
     Raises:
-        ConfigError: if the ledger's database or the file of prices cannot be used.
+        ConfigError: if the ledger's database cannot be used.
     """
     config = server.config
     if config.ledger is None:
@@ -200,5 +206,4 @@ def _ledger(server: Server, directory: CallerDirectory) -> "LedgerService | None
     # Not above: it needs SQLAlchemy, which is not installed everywhere.
     from vllm_cachescope.api.ledger_service import LedgerService
 
-    prices = Prices() if config.prices is None else read_prices(config.prices)
     return LedgerService(config.ledger, prices, directory, server.registry, server.model_name)

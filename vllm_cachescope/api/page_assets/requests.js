@@ -39,6 +39,9 @@ const shown = (one) => {
   };
 };
 
+// A list may give the number of a request that was purged to another one.
+const idOf = ({ list, number, at }) => `${list}.${number}.${at}`;
+
 const inOrder = (a, b) => a.at - b.at || a.number - b.number;
 
 // One session's requests in order, each with its lane: its lineage, by order of appearance.
@@ -99,7 +102,7 @@ export class Requests {
   add(list, listed) {
     const fresh = new Map();
     for (const one of listed) {
-      const id = `${list}.${one.number}`;
+      const id = idOf({ ...one, list });
       if (this.#known.has(id)) continue;
       this.#known.add(id);
       const request = shown({ ...one, list });
@@ -176,7 +179,7 @@ export class Requests {
       else if (session.requests[0].at < from) session.keep(from);
     }
     const kept = [...this.sessions.values()].flatMap((session) => session.requests);
-    this.#known = new Set(kept.map(({ list, number }) => `${list}.${number}`));
+    this.#known = new Set(kept.map(idOf));
     this.count = kept.length;
     this.from = from;
   }

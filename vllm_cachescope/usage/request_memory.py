@@ -1,13 +1,12 @@
-"""The recent requests of each organisation, for the page: newest first, since a cursor."""
+"""The memory of recent requests, in a process that keeps no ledger."""
 
 import itertools
 import math
 import secrets
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
 
 from vllm_cachescope.tenancy.shared_memo import SharedMemo
 from vllm_cachescope.tenancy.shares import AccountOf, own_account
+from vllm_cachescope.usage.recent_requests import Numbered
 from vllm_cachescope.usage.record import RequestRecord
 
 REMEMBERED_BYTES = 48 * 2**20
@@ -18,36 +17,6 @@ RECORD_BYTES = 600
 
 ROW_BYTES = 100
 """Memory that a row of a record takes, in bytes, about."""
-
-
-class Numbered(NamedTuple):
-    """A record with its place in the list that it is from: of two, the later has the larger."""
-
-    number: int
-    record: RequestRecord
-
-
-class RecentRequests(Protocol):
-    """A list of finished requests, in the order in which they were over.
-
-    Attributes:
-        name: tells this list from all others, of another process or from before a restart:
-            numbers of one say nothing in another. Letters and digits.
-    """
-
-    name: str
-
-    def newest(
-        self, org: str | None, limit: int, after: int = 0, before: int | None = None
-    ) -> Sequence[Numbered]:
-        """Return the newest requests, newest first.
-
-        Args:
-            org: whose; None for everyone's.
-            limit: how many at most.
-            after: only those with a larger number.
-            before: only those with a smaller number; None for no bound.
-        """
 
 
 class RequestMemory:
