@@ -55,6 +55,7 @@ CONFIG: dict[str, Any] = {
     "ttls": [f"{TTL_S}s"],
     "regions": {"messages": {"scope": "session"}},
     "page": True,
+    "org_label": True,
     "tenants": {sha256(key.encode()).hexdigest(): org for org, key in KEYS.items()},
 }
 
