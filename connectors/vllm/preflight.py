@@ -165,6 +165,7 @@ def _model(engine_args: Any) -> Iterator[Finding]:
         vllm_config = create(engine_args)
     yield Finding("model", Status.OK, ", ".join(vllm_config.model_config.architectures))
     yield config_check.prefix_caching(vllm_config, asked)
+    yield from config_check.match_unit(vllm_config)
     yield _block_length(vllm_config)
 
 

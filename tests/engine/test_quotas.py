@@ -59,11 +59,6 @@ def engine(replica: Replica) -> Replica:
     return replica
 
 
-@pytest.fixture
-def chance(request) -> random.Random:
-    return random.Random(request.node.name)
-
-
 def prompts(chance: random.Random, count: int, blocks: int = BLOCKS) -> list[list[int]]:
     return [draw_tokens(chance, blocks * BLOCK + 3) for _ in range(count)]
 

@@ -15,6 +15,7 @@ from vllm_cachescope.api.peers import ALONE, Peers
 from vllm_cachescope.api.request_context import PromptTiming
 from vllm_cachescope.cache.report import EngineId, Report
 from vllm_cachescope.diagnosis.attribution import EngineReport
+from vllm_cachescope.diagnosis.change_places import MeasuredDivergence
 from vllm_cachescope.diagnosis.computed_prompt import ComputedPrompt, prefix_source
 from vllm_cachescope.diagnosis.diagnosis import conclude, diagnose, diagnose_against, measure
 from vllm_cachescope.diagnosis.fingerprint import Fingerprint
@@ -221,7 +222,9 @@ class Diagnoser:
             each = tuple(map(partial(self._found, pending), reports, computed))
             found = each[0] if len(each) == 1 else replace(found, prompts=each)
         self._lineages.answered(caller, node, response_id, found.prompt_tokens, computed)
-        pending.diagnosis = conclude(pending.diagnosis, found, pending.placement.ancestor)
+        pending.diagnosis = conclude(
+            pending.diagnosis, found, pending.placement.ancestor, node.fingerprint
+        )
         unexplained = self._unexplained.labels(self._model_name, str(engine.rank))
         unexplained.inc(pending.diagnosis.unknown_tokens)
         if not pending.diagnosis.expected or pending.diagnosis.kind.is_break:
@@ -255,6 +258,12 @@ class Diagnoser:
         if ancestor is not None and not ancestor.computed:
             # The ancestor may never have been computed: only what other requests had counts.
             shared = source.shared_tokens if source else 0
+        divergence = None
+        if ancestor is not None and len(ancestor.computed) == 1:
+            (old,) = ancestor.computed
+            token = old.tokens.shared_tokens(computed.tokens)
+            step = max(old.tokens.step, computed.tokens.step)
+            divergence = MeasuredDivergence(token, step)
         return EngineReport(
             prompt_tokens=report.prompt_tokens,
             read_tokens=report.read_tokens,
@@ -266,6 +275,7 @@ class Diagnoser:
             engine=computed.engine,
             unasked=report.unasked,
             reach_s=report.reach_s,
+            divergence=divergence,
         )
 
     def _computed(self, report: Report, timing: PromptTiming) -> ComputedPrompt:

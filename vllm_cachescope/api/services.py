@@ -99,7 +99,9 @@ class Services:
             logger.info(
                 "Any client may share as global, since no tenants are listed; see global_writers"
             )
-        diffs = None if config.diffs is None else Diffs(config.diffs, time.monotonic)
+        diffs = None
+        if config.diffs is not None:
+            diffs = Diffs(config.diffs, time.monotonic, directory.account)
         diagnoser = Diagnoser(
             secret,
             server.block_tokens,
