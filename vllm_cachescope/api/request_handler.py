@@ -5,6 +5,7 @@ import asyncio
 from collections.abc import Mapping
 from dataclasses import replace
 
+from starlette.datastructures import QueryParams
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -53,8 +54,8 @@ class RequestHandler:
             # The server will refuse it; nothing is done for a client it does not know.
             await self._app(scope, receive, send)
         elif protocol is None:
-            context = RequestContext(self._services.directory.caller(headers, None))
-            await self._run(context, scope, receive, send)
+            caller = self._services.directory.caller(headers, None)
+            await self._pass_on(RequestContext(caller), scope, receive, send)
         else:
             await self._serve(protocol, headers, scope, receive, send)
 
@@ -66,7 +67,12 @@ class RequestHandler:
 
         known = self._services.is_known(headers)
         answer = await self._services.operations.answer(
-            scope["method"], scope["path"], headers, known, body
+            scope["method"],
+            scope["path"],
+            headers,
+            known,
+            body,
+            QueryParams(scope["query_string"]),
         )
         await answer(scope, receive, send)
 
@@ -97,6 +103,7 @@ class RequestHandler:
         if body.raw is not None:
             scope, replayed = with_body(scope, receive, body.raw)
         context = RequestContext(caller, body.request, body.forwarded, wants_tiers)
+        context.is_recorded = self._services.recorder.is_used
         # Opened now only for a client that wants to hear of it: fingerprints of a long prompt take
         # some milliseconds, which the first token of other requests need not wait for.
         pending = None
@@ -109,6 +116,25 @@ class RequestHandler:
             await self._run(context, scope, replayed, reply.send)
         finally:
             self._diagnose(context, reply, pending, body, headers)
+
+    async def _pass_on(
+        self, context: RequestContext, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        """Serve a request whose body is not read."""
+        recorder = self._services.recorder
+        context.is_recorded = recorder.is_used
+        try:
+            await self._run(context, scope, receive, send)
+        finally:
+            if context.fetching is None:
+                recorder.record(context, None, None)
+            else:
+                self._queue.put_off(context.caller, self._record_later(context))
+
+    async def _record_later(self, context: RequestContext) -> None:
+        assert context.fetching is not None
+        await asyncio.wait([context.fetching])
+        self._services.recorder.record(context, None, None)
 
     async def _run(
         self, context: RequestContext, scope: Scope, receive: Receive, send: Send
@@ -127,8 +153,8 @@ class RequestHandler:
         body: IncomingBody,
         headers: Mapping[str, str],
     ) -> None:
-        """Diagnose a request that is over, at once where that is quick; ``pending`` is None if it
-        was put off until now."""
+        """Diagnose and record a request that is over, at once where that is quick; ``pending`` is
+        None if its diagnosis was put off until now."""
         to_open = pending is None and bool(context.reports or context.fetching)
         waits = context.fetching is not None or not self._queue.is_empty(context.caller)
         if waits or (to_open and body.is_large):
@@ -137,8 +163,7 @@ class RequestHandler:
             return
         if to_open:
             pending = self._opened(context, body, headers, None)
-        if pending is not None:
-            self._close(pending, context, reply)
+        self._close(pending, context, reply)
 
     async def _diagnose_later(
         self,
@@ -152,8 +177,7 @@ class RequestHandler:
             await asyncio.wait([context.fetching])
         if pending is None and context.reports:
             pending = await self._open(context, body, headers)
-        if pending is not None:
-            self._close(pending, context, reply)
+        self._close(pending, context, reply)
 
     # A mistake in a diagnosis costs the diagnosis, and never the request.
 
@@ -188,12 +212,17 @@ class RequestHandler:
             logger.exception("The request could not be diagnosed")
             return None
 
-    def _close(self, pending: PendingDiagnosis, context: RequestContext, reply: Reply) -> None:
-        try:
-            timings = [context.timings[nonce] for nonce in context.reports]
-            self._services.diagnoser.close(pending, context.reports.values(), reply.id, timings)
-        except Exception:
-            logger.exception("The request could not be diagnosed")
+    def _close(
+        self, pending: PendingDiagnosis | None, context: RequestContext, reply: Reply
+    ) -> None:
+        if pending is not None:
+            try:
+                timings = [context.timings[nonce] for nonce in context.reports]
+                self._services.diagnoser.close(pending, context.reports.values(), reply.id, timings)
+            except Exception:
+                logger.exception("The request could not be diagnosed")
+        diagnosis = None if pending is None else pending.diagnosis
+        self._services.recorder.record(context, diagnosis, reply.id)
 
 
 def _wants_tiers(headers: Mapping[str, str]) -> bool:

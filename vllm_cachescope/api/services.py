@@ -4,6 +4,7 @@ import hmac
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from prometheus_client import REGISTRY, CollectorRegistry
 
@@ -13,9 +14,14 @@ from vllm_cachescope.api.engines import Engines
 from vllm_cachescope.api.ignored_markers import IgnoredMarkers
 from vllm_cachescope.api.operations import Operations
 from vllm_cachescope.api.peers import ALONE, Peers
+from vllm_cachescope.api.recorder import Recorder
 from vllm_cachescope.config import Config
 from vllm_cachescope.logs import logger_of
 from vllm_cachescope.tenancy.caller import CallerDirectory, api_key
+from vllm_cachescope.usage.prices import Prices, read_prices
+
+if TYPE_CHECKING:
+    from vllm_cachescope.api.ledger_service import LedgerService
 
 logger = logger_of(__name__)
 
@@ -34,6 +40,7 @@ class Server:
             a session of it; with None, of everyone.
         registry: where its metrics are.
         peers: its API processes, of which this is one.
+        replica: its name among the servers of one operator.
     """
 
     config: Config
@@ -44,6 +51,7 @@ class Server:
     purge_renderings: Callable[[str | None, str | None], None]
     registry: CollectorRegistry = REGISTRY
     peers: Peers = ALONE
+    replica: str = ""
 
 
 def directory_of(config: Config, api_keys: Collection[str]) -> CallerDirectory:
@@ -76,6 +84,7 @@ class Services:
         diagnoser: diagnoses the requests.
         operations: answers what an operator asks.
         ignored_markers: counts the markers that requests are served without.
+        recorder: makes the records of the requests that are over.
     """
 
     config: Config
@@ -84,13 +93,15 @@ class Services:
     diagnoser: Diagnoser
     operations: Operations
     ignored_markers: IgnoredMarkers
+    recorder: Recorder
 
     @classmethod
     def of(cls, server: Server) -> "Services":
         """Return the services in front of ``server``.
 
         Raises:
-            ConfigError: if the directory for diffs cannot be used.
+            ConfigError: if the directory for diffs, the ledger's database or the file of prices
+                cannot be used.
         """
         config = server.config
         secret = config.secret_bytes()
@@ -112,16 +123,37 @@ class Services:
             peers=server.peers,
         )
 
+        recorder = Recorder(server.model_name, server.replica)
+        ledger = _ledger(server, directory)
+        if ledger is not None:
+            recorder.add_sink(ledger.put)
+
         def forget(org: str | None, session: str | None) -> int:
             server.purge_renderings(org, session)
+            if ledger is not None:
+                ledger.purge(org, session)
             return diagnoser.purge(org, session)
 
         server.engines.on_purge(forget)
         operations = Operations(
-            config, directory, diagnoser, server.engines, forget, time.monotonic
+            config,
+            directory,
+            diagnoser,
+            server.engines,
+            forget,
+            time.monotonic,
+            None if ledger is None else ledger.answer,
         )
         ignored_markers = IgnoredMarkers(server.registry, server.model_name)
-        return cls(config, server.api_keys, directory, diagnoser, operations, ignored_markers)
+        return cls(
+            config,
+            server.api_keys,
+            directory,
+            diagnoser,
+            operations,
+            ignored_markers,
+            recorder,
+        )
 
     def is_known(self, headers: Mapping[str, str]) -> bool:
         """Tell whether the server will let a client with these ``headers`` in."""
@@ -129,3 +161,19 @@ class Services:
         # All of them, and each to its end: how long it takes tells nothing of a key.
         matches = [hmac.compare_digest(key.encode(), presented.encode()) for key in self.api_keys]
         return not self.api_keys or any(matches)
+
+
+def _ledger(server: Server, directory: CallerDirectory) -> "LedgerService | None":
+    """Return the server's ledger; None if it keeps none.
+
+    Raises:
+        ConfigError: if the ledger's database or the file of prices cannot be used.
+    """
+    config = server.config
+    if config.ledger is None:
+        return None
+    # Not above: it needs SQLAlchemy, which is not installed everywhere.
+    from vllm_cachescope.api.ledger_service import LedgerService
+
+    prices = Prices() if config.prices is None else read_prices(config.prices)
+    return LedgerService(config.ledger, prices, directory, server.registry, server.model_name)
