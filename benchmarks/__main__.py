@@ -9,6 +9,7 @@ BENCHMARKS = (
     "cpu_tier",
     "diagnosis",
     "envelopes",
+    "metrics",
     "overhead",
     "remote_tier",
     "shared_prefix",
