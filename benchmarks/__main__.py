@@ -10,6 +10,7 @@ BENCHMARKS = (
     "diagnosis",
     "envelopes",
     "metrics",
+    "neighbours",
     "overhead",
     "remote_tier",
     "shared_prefix",
