@@ -5,6 +5,7 @@ import asyncio
 from collections.abc import Mapping
 from dataclasses import replace
 
+from starlette.datastructures import QueryParams
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -67,7 +68,12 @@ class RequestHandler:
 
         known = self._services.is_known(headers)
         answer = await self._services.operations.answer(
-            scope["method"], scope["path"], headers, known, body
+            scope["method"],
+            scope["path"],
+            headers,
+            known,
+            body,
+            QueryParams(scope["query_string"]),
         )
         await answer(scope, receive, send)
 

@@ -4,6 +4,7 @@ import hmac
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from prometheus_client import REGISTRY, CollectorRegistry
 
@@ -21,6 +22,10 @@ from vllm_cachescope.metrics import NO_ENGINE, QUEUED_DIAGNOSES
 from vllm_cachescope.registration import gauge
 from vllm_cachescope.tenancy.caller import CallerDirectory, api_key
 from vllm_cachescope.tenancy.org_labels import OrgLabels
+from vllm_cachescope.usage.prices import Prices, read_prices
+
+if TYPE_CHECKING:
+    from vllm_cachescope.api.ledger_service import LedgerService
 
 logger = logger_of(__name__)
 
@@ -103,7 +108,8 @@ class Services:
         """Return the services in front of ``server``.
 
         Raises:
-            ConfigError: if the directory for diffs cannot be used.
+            ConfigError: if the directory for diffs, the ledger's database or the file of prices
+                cannot be used.
         """
         config = server.config
         secret = config.secret_bytes()
@@ -124,13 +130,26 @@ class Services:
             org_labels=OrgLabels(config.labelled_orgs(), secret),
         )
 
+        recorder = Recorder(server.model_name, server.replica)
+        ledger = _ledger(server, directory)
+        if ledger is not None:
+            recorder.add_sink(ledger.put)
+
         def forget(org: str | None, session: str | None) -> int:
             server.purge_renderings(org, session)
+            if ledger is not None:
+                ledger.purge(org, session)
             return diagnoser.purge(org, session)
 
         server.engines.on_purge(forget)
         operations = Operations(
-            config, directory, diagnoser, server.engines, forget, time.monotonic
+            config,
+            directory,
+            diagnoser,
+            server.engines,
+            forget,
+            time.monotonic,
+            None if ledger is None else ledger.answer,
         )
         queued = gauge(QUEUED_DIAGNOSES, server.registry)
         return cls(
@@ -142,7 +161,7 @@ class Services:
             IgnoredMarkers(server.registry, server.model_name),
             StageTimes(server.registry, server.model_name),
             queued.labels(server.model_name, NO_ENGINE).inc,
-            Recorder(server.model_name, server.replica),
+            recorder,
         )
 
     def is_known(self, headers: Mapping[str, str]) -> bool:
@@ -151,3 +170,19 @@ class Services:
         # All of them, and each to its end: how long it takes tells nothing of a key.
         matches = [hmac.compare_digest(key.encode(), presented.encode()) for key in self.api_keys]
         return not self.api_keys or any(matches)
+
+
+def _ledger(server: Server, directory: CallerDirectory) -> "LedgerService | None":
+    """Return the server's ledger; None if it keeps none.
+
+    Raises:
+        ConfigError: if the ledger's database or the file of prices cannot be used.
+    """
+    config = server.config
+    if config.ledger is None:
+        return None
+    # Not above: it needs SQLAlchemy, which is not installed everywhere.
+    from vllm_cachescope.api.ledger_service import LedgerService
+
+    prices = Prices() if config.prices is None else read_prices(config.prices)
+    return LedgerService(config.ledger, prices, directory, server.registry, server.model_name)

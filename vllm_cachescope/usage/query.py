@@ -1,7 +1,7 @@
 """A query of the ledger: what was used in a period, by what it is asked to be split by."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Table, func, literal, select
@@ -57,6 +57,10 @@ class Query:
             raise ValueError(f"by: {wrong[0]!r} is nothing to split by; allowed: {_listed()}")
         if len(set(self.by) & set(TIMES)) > 1 or len(set(self.by)) < len(self.by):
             raise ValueError(f"by: name one of {', '.join(TIMES)} at most, and nothing twice")
+
+    def total(self) -> "Query":
+        """Return the same query of everything in one row."""
+        return replace(self, by=())
 
     @classmethod
     def read_by(cls, text: str) -> tuple[str, ...]:
