@@ -1,39 +1,68 @@
-"""The engine's metrics: names, labels, and what each one counts.
+"""The list of metrics: each one's name, labels and what it counts.
 
-The API side registers counters of its own, in `break_log`, `diagnoser` and `ignored_markers`.
+Those of the engine are filled by `connectors/vllm/engine/stats.py` and shown by vLLM itself; those
+of the API side by what is there. Each has vLLM's own labels ``model_name`` and ``engine`` in front
+of its own. Where a request on the API side never reached an engine, ``engine`` is `NO_ENGINE`.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from prometheus_client import Counter
-from prometheus_client.metrics_core import Metric as Family
+ENGINE_LABELS = ("model_name", "engine")
+"""vLLM's labels, in front of each metric's own."""
 
+NO_ENGINE = "none"
+"""Value of the label ``engine`` of what no engine had."""
 
-class TotalCounter(Counter):
-    """A counter that shows its total alone.
+ORG = "org"
+"""The label of metrics by organisation, where the operator has asked for it."""
 
-    The client library adds a series ``…_created`` with the time at which it made the counter; next
-    to ``…_prompt_tokens_total`` that reads like a count of created tokens.
-    """
+OTHER_ORG = "other"
+"""Value of the label ``org`` for every organisation that is not listed."""
 
-    def collect(self) -> Iterable[Family]:
-        """Yield the counter's family of samples."""
-        for family in super().collect():
-            family.samples = [one for one in family.samples if not one.name.endswith("_created")]
-            yield family
+SHARE_BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
+"""Bounds of what is measured in lifetimes: times a TTL they are seconds."""
+
+STORE_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+"""Bounds of what tiers do, in seconds."""
+
+STAGE_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5)
+"""Bounds of the stages of a request on the API side, in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A metric as Prometheus shows it; a counter's name gets ``_total`` there."""
+    """A metric as Prometheus shows it.
+
+    Attributes:
+        name: its name, in base units; a counter's gets ``_total`` in Prometheus.
+        kind: what Prometheus calls its type.
+        help: what it counts, in words that an operator can act on.
+        labels: the names of its labels, behind ``model_name`` and ``engine``.
+        buckets: the upper bounds of a histogram.
+        by_org: whether it has the label `ORG` as well, once the operator asks for it.
+        side: which side fills it.
+    """
 
     name: str
-    kind: Literal["counter", "gauge"]
+    kind: Literal["counter", "gauge", "histogram"]
     help: str
-    labels: tuple[str, ...]
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+    by_org: bool = False
+    side: Literal["engine", "api"] = "engine"
 
+    @property
+    def shown(self) -> str:
+        """The name in Prometheus; that of a histogram without ``_bucket``, ``_sum``, ``_count``."""
+        return f"{self.name}_total" if self.kind == "counter" else self.name
+
+    def labels_by(self, by_org: bool) -> tuple[str, ...]:
+        """Return the names of its own labels where metrics tell organisations apart, or do not."""
+        return (*self.labels, ORG) if by_org and self.by_org else self.labels
+
+
+# What became of prompts.
 
 PROMPT_TOKENS = Metric(
     "cachescope_prompt_tokens",
@@ -42,7 +71,71 @@ PROMPT_TOKENS = Metric(
     "uncached), by scope (global, org, session) and by TTL class ('none' where no breakpoint "
     "covers them).",
     ("outcome", "scope", "ttl"),
+    by_org=True,
 )
+REQUESTS = Metric(
+    "cachescope_requests",
+    "counter",
+    "Prompts by whether they read: 'read' if any of their tokens came from the cache, 'created' "
+    "if none did and some were put into it, 'neither' otherwise, as with a prompt shorter than a "
+    "block. A request with several prompts counts once for each.",
+    ("outcome",),
+    by_org=True,
+)
+QUERY_TOKENS = Metric(
+    "cachescope_query_tokens",
+    "counter",
+    "Prompt tokens that were looked up, which is all of them. The rate of "
+    "cachescope_hit_tokens_total divided by the rate of this is the hit ratio.",
+)
+HIT_TOKENS = Metric(
+    "cachescope_hit_tokens",
+    "counter",
+    "Prompt tokens read from the cache instead of computed, by the tier that had them.",
+    ("tier",),
+)
+HIT_AGE = Metric(
+    "cachescope_hit_age_ratio",
+    "histogram",
+    "Share of its lifetime that a block on the device or in the CPU tier had spent since its last "
+    "use when a prompt read it: 0 just used, 1 about to expire; times the TTL of the label it is "
+    "seconds. Mass near 1 says that a longer TTL would find more, mass near 0 that a shorter one "
+    "would do.",
+    ("tier", "ttl"),
+    SHARE_BUCKETS,
+)
+PREFILL_SECONDS_SAVED = Metric(
+    "cachescope_prefill_seconds_saved",
+    "counter",
+    "Seconds of prefill that reading from the cache saved: tokens read, at the rate at which this "
+    "engine was last seen to compute prompts (cachescope_prefill_tokens_per_second).",
+    ("tier",),
+    by_org=True,
+)
+PREFILL_RATE = Metric(
+    "cachescope_prefill_tokens_per_second",
+    "gauge",
+    "Rate at which the engine computes prompts, a moving average over its steps.",
+)
+INPUT_COST = Metric(
+    "cachescope_input_cost_tokens",
+    "counter",
+    "Cost of all input in base input tokens: caching='without' as if every token were computed "
+    "at the price of one; caching='with' as it was read (0.1), created for up to 5 minutes "
+    "(1.25), for longer (2) or computed uncached (1). Times the price of an input token both are "
+    "money, and the difference is what caching saves.",
+    ("caching",),
+    by_org=True,
+)
+REFUSED_PLANS = Metric(
+    "cachescope_refused_plans",
+    "counter",
+    "Prompts that reached the engine with a plan not made with its secret; they share nothing. "
+    "Any means that API side and engine have different secrets, or that a client forges plans.",
+)
+
+# What tiers hold, and what leaves them.
+
 RESIDENT_BYTES = Metric(
     "cachescope_resident_bytes",
     "gauge",
@@ -62,12 +155,34 @@ EVICTIONS = Metric(
     "its quota, purge, reset).",
     ("tier", "reason"),
 )
-REFUSED_PLANS = Metric(
-    "cachescope_refused_plans",
+EARLY_EVICTIONS = Metric(
+    "cachescope_early_evictions",
     "counter",
-    "Prompts that reached the engine with a plan not made with its secret; they share nothing.",
-    (),
+    "Entries that left the device or the CPU tier before their lifetime was over, by reason and "
+    "TTL class; last_copy='true' if the engine then had none left on either, so that only a "
+    "remote tier can still have one. Those last copies are promises not kept: the tier is too "
+    "small for its lifetimes.",
+    ("tier", "reason", "ttl", "last_copy"),
 )
+EVICTION_IDLE = Metric(
+    "cachescope_eviction_idle_ratio",
+    "histogram",
+    "Share of its lifetime that an entry had idled for when it left the device or the CPU tier "
+    "before its time; times the TTL of the label it is seconds. Mass near 0 is churn: entries go "
+    "before anyone could come back for them.",
+    ("tier", "reason", "ttl"),
+    SHARE_BUCKETS,
+)
+QUOTA_USED = Metric(
+    "cachescope_quota_used_ratio",
+    "gauge",
+    "How full the fullest quota of the device or the CPU tier is: the largest share of its quota "
+    "that any organisation holds. At 1 that organisation evicts its own entries.",
+    ("tier",),
+)
+
+# The state and the work of tiers.
+
 TIER_UP = Metric(
     "cachescope_tier_up",
     "gauge",
@@ -95,22 +210,127 @@ TIER_KEYS = Metric(
     "bad MAC or lease, deleted).",
     ("tier", "operation", "outcome"),
 )
+TIER_OPERATION_SECONDS = Metric(
+    "cachescope_tier_operation_seconds",
+    "histogram",
+    "Time that one operation took: of a remote tier one exchange with its store (lookup, load, "
+    "store, touch), of the CPU tier one copy (load to the device, store from it); outcome 'ok', "
+    "or 'failed' if the store gave an error or missed the deadline.",
+    ("tier", "operation", "outcome"),
+    STORE_BUCKETS,
+)
+TIER_BYTES = Metric(
+    "cachescope_tier_bytes",
+    "counter",
+    "Bytes of KV that were moved out of a tier (load) or into it (store).",
+    ("tier", "operation"),
+)
 TIER_INFLIGHT_BYTES = Metric(
     "cachescope_tier_inflight_bytes",
     "gauge",
     "Bytes queued or under way to and from a remote tier, by direction (loading, storing).",
     ("tier", "direction"),
 )
+TIER_QUEUE = Metric(
+    "cachescope_tier_queue_entries",
+    "gauge",
+    "Chunks that wait for a remote tier or are under way there, by queue (lookup, load, store, "
+    "touch). A queue that keeps growing says that the store is too slow for the traffic.",
+    ("tier", "queue"),
+)
+PROMOTIONS = Metric(
+    "cachescope_promotions",
+    "counter",
+    "Chunks brought nearer for a prompt that read them: from a remote tier to the CPU tier, or "
+    "from the CPU tier to the device, by the tiers they came from and went to.",
+    ("source", "target"),
+)
+
+# The API side.
+
+BREAKS = Metric(
+    "cachescope_breaks",
+    "counter",
+    "Requests that could not read from the cache as far as an earlier request of their session "
+    "would have let them, by cause, by the region of the prompt that changed ('none': nothing "
+    "did, the cache lost it) and by whether that is as it should be.",
+    ("cause", "region", "expected"),
+    by_org=True,
+    side="api",
+)
+LOST_TOKENS = Metric(
+    "cachescope_lost_tokens",
+    "counter",
+    "Tokens that those requests had to compute anew because of the break, by the same cause, "
+    "region and whether it was expected.",
+    ("cause", "region", "expected"),
+    by_org=True,
+    side="api",
+)
+UNEXPLAINED_TOKENS = Metric(
+    "cachescope_unexplained_tokens",
+    "counter",
+    "Tokens that were not in the cache for no known reason. Any is a bug to report.",
+    side="api",
+)
+IGNORED_MARKERS = Metric(
+    "cachescope_ignored_markers",
+    "counter",
+    "Cache markers, or fields of them, that did not count as they were written, by reason.",
+    ("reason",),
+    side="api",
+)
+STAGE_SECONDS = Metric(
+    "cachescope_stage_seconds",
+    "histogram",
+    "Time that caching itself takes of a request on the API side, by stage: 'plan' is what the "
+    "engine waited for its plan once the prompt was tokenised, 'boundaries' the rendering and "
+    "search for where breakpoints lie, of which most overlaps with tokenising, 'diagnosis' the "
+    "comparison with earlier requests, mostly after the reply.",
+    ("stage",),
+    STAGE_BUCKETS,
+    side="api",
+)
+QUEUED_DIAGNOSES = Metric(
+    "cachescope_queued_diagnoses",
+    "gauge",
+    "Requests that are answered and wait to be diagnosed.",
+    side="api",
+)
 
 METRICS = (
     PROMPT_TOKENS,
+    REQUESTS,
+    QUERY_TOKENS,
+    HIT_TOKENS,
+    HIT_AGE,
+    PREFILL_SECONDS_SAVED,
+    PREFILL_RATE,
+    INPUT_COST,
+    REFUSED_PLANS,
     RESIDENT_BYTES,
     RESIDENT_ENTRIES,
     EVICTIONS,
-    REFUSED_PLANS,
+    EARLY_EVICTIONS,
+    EVICTION_IDLE,
+    QUOTA_USED,
     TIER_UP,
     TIER_USED_BYTES,
     TIER_CAPACITY_BYTES,
     TIER_KEYS,
+    TIER_OPERATION_SECONDS,
+    TIER_BYTES,
     TIER_INFLIGHT_BYTES,
+    TIER_QUEUE,
+    PROMOTIONS,
+    BREAKS,
+    LOST_TOKENS,
+    UNEXPLAINED_TOKENS,
+    IGNORED_MARKERS,
+    STAGE_SECONDS,
+    QUEUED_DIAGNOSES,
 )
+"""All of them."""
+
+ENGINE_METRICS = tuple(metric for metric in METRICS if metric.side == "engine")
+"""Those that the engine fills."""

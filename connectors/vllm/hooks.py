@@ -13,6 +13,8 @@ from pathlib import Path
 from vllm_cachescope.connectors.vllm.findings import Finding, Status
 
 _CONNECTOR = "distributed/kv_transfer/kv_connector/v1"
+_METRICS = f"{_CONNECTOR}/offloading/metrics.py"
+_COPIES = [f"{way}_{what}" for way in ("load", "store") for what in ("bytes", "time", "size")]
 _OFFLOADING = f"{_CONNECTOR}/offloading_connector.py"
 
 
@@ -100,7 +102,17 @@ HOOKS = (
             (_OFFLOADING, "OffloadingConnector.build_prom_metrics"): (
                 "cls vllm_config metric_types labelnames per_engine_labelvalues"
             ),
+            (_METRICS, "OffloadPromMetrics.__init__"): (
+                "self vllm_config metric_types labelnames per_engine_labelvalues"
+            ),
+            (_METRICS, "OffloadPromMetrics._increase_counter"): (
+                "self metric_name value labelvalues engine_idx"
+            ),
+            (_METRICS, "OffloadPromMetrics._get_prometheus_metric"): (
+                "self metric_name labelvalues engine_idx"
+            ),
         },
+        {_METRICS: tuple(f'"vllm:kv_offload_{name}"' for name in _COPIES)},
     ),
     Hook(
         "CPU tier",

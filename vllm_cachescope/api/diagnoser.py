@@ -25,8 +25,10 @@ from vllm_cachescope.diagnosis.lineage_store import LineageStore
 from vllm_cachescope.diagnosis.outcome import Diagnosis
 from vllm_cachescope.diagnosis.placement import LineagePlacement
 from vllm_cachescope.diagnosis.token_fingerprint import fingerprint_tokens
-from vllm_cachescope.metrics import TotalCounter
+from vllm_cachescope.metrics import UNEXPLAINED_TOKENS
 from vllm_cachescope.prompt.request import PromptRequest, Protocol
+from vllm_cachescope.registration import counter
+from vllm_cachescope.tenancy.org_labels import NO_ORG_LABELS, OrgLabels
 from vllm_cachescope.tenancy.scope import Caller
 from vllm_cachescope.tenancy.shares import AccountOf, own_account
 from vllm_cachescope.wire.extras import extra_fields
@@ -93,6 +95,7 @@ class Diagnoser:
         peers: the API processes of the server, of which this is one.
         model_name: the model's name in vLLM's own metrics.
         account_of: returns who answers for an organisation, by its id.
+        org_labels: the labels of organisations in metrics.
 
     Attributes:
         breaks: the breaks among what was diagnosed.
@@ -110,9 +113,10 @@ class Diagnoser:
         model_name: str = "",
         account_of: AccountOf = own_account,
         peers: Peers = ALONE,
+        org_labels: OrgLabels = NO_ORG_LABELS,
     ) -> None:
         self.peers = peers
-        self.breaks = BreakLog(registry, model_name, account_of)
+        self.breaks = BreakLog(registry, model_name, account_of, org_labels)
         self._model_name = model_name
         self._secret = secret
         self._block_tokens = block_tokens
@@ -121,12 +125,7 @@ class Diagnoser:
         self._diffs = diffs
         self._fingerprint = Fingerprinter(secret, account_of=account_of)
         self._lineages = LineageStore(clock, account_of=account_of)
-        self._unexplained = TotalCounter(
-            "cachescope_unexplained_tokens",
-            "Tokens that were not in the cache for no known reason. Any is a bug to report.",
-            ("model_name", "engine"),
-            registry=registry,
-        )
+        self._unexplained = counter(UNEXPLAINED_TOKENS, registry)
 
     def fingerprint(
         self,

@@ -15,9 +15,13 @@ from vllm_cachescope.api.ignored_markers import IgnoredMarkers
 from vllm_cachescope.api.operations import Operations
 from vllm_cachescope.api.peers import ALONE, Peers
 from vllm_cachescope.api.recorder import Recorder
+from vllm_cachescope.api.stage_times import StageTimes
 from vllm_cachescope.config import Config
 from vllm_cachescope.logs import logger_of
+from vllm_cachescope.metrics import NO_ENGINE, QUEUED_DIAGNOSES
+from vllm_cachescope.registration import gauge
 from vllm_cachescope.tenancy.caller import CallerDirectory, api_key
+from vllm_cachescope.tenancy.org_labels import OrgLabels
 from vllm_cachescope.usage.prices import Prices, read_prices
 
 if TYPE_CHECKING:
@@ -84,6 +88,8 @@ class Services:
         diagnoser: diagnoses the requests.
         operations: answers what an operator asks.
         ignored_markers: counts the markers that requests are served without.
+        stage_times: counts what caching itself takes of requests.
+        count_queued: notes that so many more requests wait to be diagnosed.
         recorder: makes the records of the requests that are over.
     """
 
@@ -93,6 +99,8 @@ class Services:
     diagnoser: Diagnoser
     operations: Operations
     ignored_markers: IgnoredMarkers
+    stage_times: StageTimes
+    count_queued: Callable[[int], object]
     recorder: Recorder
 
     @classmethod
@@ -121,6 +129,7 @@ class Services:
             model_name=server.model_name,
             account_of=directory.account,
             peers=server.peers,
+            org_labels=OrgLabels(config.labelled_orgs(), secret),
         )
 
         recorder = Recorder(server.model_name, server.replica)
@@ -144,14 +153,16 @@ class Services:
             time.monotonic,
             None if ledger is None else ledger.answer,
         )
-        ignored_markers = IgnoredMarkers(server.registry, server.model_name)
+        queued = gauge(QUEUED_DIAGNOSES, server.registry)
         return cls(
             config,
             server.api_keys,
             directory,
             diagnoser,
             operations,
-            ignored_markers,
+            IgnoredMarkers(server.registry, server.model_name),
+            StageTimes(server.registry, server.model_name),
+            queued.labels(server.model_name, NO_ENGINE).inc,
             recorder,
         )
 

@@ -1,7 +1,7 @@
 """The order of eviction: which blocks are evicted first when a tier is full."""
 
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from heapq import heapify, heappop, heappush, heapreplace
 
 Place = tuple[int, bytes]
@@ -47,6 +47,11 @@ class LifetimeShare:
     def held(self, org: bytes) -> int:
         """Return how many blocks of ``org`` there are."""
         return self._held[org]
+
+    @property
+    def accounts(self) -> Mapping[bytes, int]:
+        """How many blocks each organisation has."""
+        return self._held
 
     def use(self, key: bytes, ttl_s: int, now: float, org: bytes = b"") -> None:
         """Add ``key``, or note that it was used at ``now`` (seconds, never running backwards)."""

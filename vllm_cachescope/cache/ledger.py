@@ -153,9 +153,9 @@ class Ledger:
             self._drop_everywhere(key, entry)
         return purged
 
-    def clear_tier(self, tier: str) -> list[tuple[bytes, int]]:
-        """Note that ``tier`` was emptied; return ``(key, ttl_s)`` of each block that it held."""
-        held = [(key, entry.ttl_s) for key, entry in self._entries.items() if tier in entry.tiers]
+    def clear_tier(self, tier: str) -> list[tuple[bytes, Entry]]:
+        """Note that ``tier`` was emptied; return each block that it held."""
+        held = [(key, entry) for key, entry in self._entries.items() if tier in entry.tiers]
         for key, _ in held:
             self.displace(key, tier)
         return held

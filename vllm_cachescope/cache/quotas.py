@@ -78,6 +78,24 @@ class Quotas:
         quota = self.quota(account)
         return 0 if quota is None else max(0, held - quota)
 
+    def fullest(self, held: Mapping[bytes, int]) -> float:
+        """Return the largest share of its quota that an account holds; 0 if none has a quota.
+
+        Args:
+            held: how many entries each account holds.
+        """
+        largest, most_of_default = 0.0, 0
+        # In few steps each: there may be ten thousand accounts, and the scheduler waits.
+        for account, entries in held.items():
+            if account[:TAG_BYTES] in self._orgs:
+                quota = self.quota(account)
+                largest = max(largest, entries / quota if quota else float(quota == 0))
+            elif entries > most_of_default:
+                most_of_default = entries
+        if (quota := self._default[0]) is not None and most_of_default:
+            largest = max(largest, most_of_default / quota if quota else 1.0)
+        return largest
+
     def _account(self, org: bytes) -> bytes:
         return UNLISTED_TAG if is_unlisted(org) and org not in self._orgs else org
 

@@ -26,6 +26,11 @@ class Outcome(StrEnum):
 _READ = "read_"  # starts the outcomes of what was read
 
 
+def tier_read(outcome: str) -> str | None:
+    """Return the name of the tier that tokens with ``outcome`` were read from; None if none was."""
+    return outcome.removeprefix(_READ) if outcome.startswith(_READ) else None
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """Tokens of one prompt that share an outcome, a scope and a TTL class.
@@ -112,8 +117,8 @@ class Report:
         """Tokens read, by the name of the tier: ``device``, ``cpu``, or that of a further tier."""
         read: Counter[str] = Counter()
         for row in self.rows:
-            if row.outcome.startswith(_READ):
-                read[row.outcome.removeprefix(_READ)] += row.tokens
+            if (tier := tier_read(row.outcome)) is not None:
+                read[tier] += row.tokens
         return dict(read)
 
     @property

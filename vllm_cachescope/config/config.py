@@ -56,6 +56,8 @@ class Config(Model):
         prices: YAML or JSON file with what tokens cost, by model; None for no costs.
         tiers: tiers behind the CPU tier, looked up in this order.
         quotas: what organisations may hold, by the name of a tier.
+        org_label: whether metrics tell organisations apart: False for not at all, True for those
+            in tenants, or the names of those that have a label of their own; the rest is ``other``.
         self_describing_kv_events: whether KV events of the CPU tier and remote ones carry the
             blocks' tokens, as routers need them; it matters only where vLLM publishes KV events.
     """
@@ -79,6 +81,7 @@ class Config(Model):
     prices: Path | None = None
     tiers: tuple[AnyTier, ...] = ()
     quotas: dict[str, TierQuotas] = Field(default_factory=dict)
+    org_label: Annotated[bool, Field(strict=True)] | tuple[str, ...] = False
     self_describing_kv_events: Annotated[bool, Field(strict=True)] = True
 
     @model_validator(mode="after")
@@ -120,6 +123,7 @@ class Config(Model):
             ConfigError: on the first mistake.
         """
         self.global_writer_ids()
+        self.labelled_orgs()
         for tier in self.quotas:
             self.org_quotas(tier)
         if chosen_secret(self.secret, self.secret_file) is None and self.tiers:
@@ -199,14 +203,42 @@ class Config(Model):
         Raises:
             ConfigError: if a name is no organisation's.
         """
-        names = self.tenant_names().values()
         if self.global_writers is None:
             return None
-        found = {name: organisations(name, names, self.org_header) for name in self.global_writers}
+        return self._org_ids("global_writers", self.global_writers)
+
+    def labelled_orgs(self) -> frozenset[str] | None:
+        """Return the ids of the organisations that have a label of their own in metrics; None if
+        metrics do not tell organisations apart.
+
+        Raises:
+            ConfigError: if `org_label` names what is no organisation, or asks for the tenants where
+                there are none.
+        """
+        names = self.tenant_names().values()
+        if self.org_label is False:
+            return None
+        if self.org_label is True:
+            if not names:
+                raise ConfigError(
+                    "org_label: true labels the organisations in tenants, and there are none; "
+                    "allowed: a list of names, as behind a gateway"
+                )
+            return frozenset(f"name:{name}" for name in names)
+        return self._org_ids("org_label", self.org_label)
+
+    def _org_ids(self, key: str, wanted: tuple[str, ...]) -> frozenset[str]:
+        """Return the ids of the organisations that a key of the configuration names.
+
+        Raises:
+            ConfigError: if one is no organisation.
+        """
+        names = self.tenant_names().values()
+        found = {name: organisations(name, names, self.org_header) for name in wanted}
         for name, orgs in found.items():
             if not orgs or name == EVERYONE:
                 raise ConfigError(
-                    f"global_writers: {name!r} is no organisation; allowed: a name in tenants, "
+                    f"{key}: {name!r} is no organisation; allowed: a name in tenants, "
                     "'anonymous', or an id as GET /cachescope/breaks shows it"
                 )
         return frozenset(org for orgs in found.values() for org in orgs)

@@ -10,6 +10,7 @@ from vllm_cachescope.tiers.inventory import Inventory
 from vllm_cachescope.tiers.key_counts import KeyCounts
 from vllm_cachescope.tiers.limits import Limits
 from vllm_cachescope.tiers.local_usage import LocalUsage
+from vllm_cachescope.tiers.operation_times import OperationTimes
 from vllm_cachescope.tiers.store import Store
 
 
@@ -27,6 +28,7 @@ class TierContext:
         availability: whether the store may be used.
         states: the states of blocks in the store.
         counts: numbers of keys by operation and outcome.
+        times: how long exchanges with the store took.
         local_usage: finds the entries that are too many; None if there are no quotas, or the store
             counts itself.
         inventory: what this engine has stored, for routers; None if KV events are off.
@@ -41,6 +43,7 @@ class TierContext:
     availability: Availability
     states: BlockStates
     counts: KeyCounts
+    times: OperationTimes
     local_usage: LocalUsage | None
     inventory: Inventory | None
 

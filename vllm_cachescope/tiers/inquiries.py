@@ -77,6 +77,7 @@ class Inquiries:
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
         self._questions: list[tuple[Inquiry, list[bytes]]] = []
+        self._asking = 0
         self._touched: dict[bytes, float] = {}
         self._stopping = False
         self._thread = threading.Thread(
@@ -91,6 +92,16 @@ class Inquiries:
         """Have the thread see whether the store is to be greeted. Called on any thread."""
         with self._lock:
             self._work.notify()
+
+    @property
+    def asking(self) -> int:
+        """How many keys the store is or will be asked for."""
+        return self._asking
+
+    @property
+    def touching(self) -> int:
+        """How many keys wait to have their lives prolonged."""
+        return len(self._touched)
 
     def stop(self) -> None:
         """Have the thread end once the store has answered; `join` waits for that."""
@@ -162,6 +173,7 @@ class Inquiries:
             return
         with self._lock:
             for inquiry in self._asked:
+                self._asking += len(inquiry.unsent)
                 self._questions.append((inquiry, inquiry.unsent))
                 inquiry.unsent = []
             self._work.notify()
@@ -258,6 +270,7 @@ class Inquiries:
             with self._lock:
                 questions, self._questions = self._questions, []
                 touched, self._touched = self._touched, {}
+            asked = sum(len(keys) for _, keys in questions)
             try:
                 # Without a greeting questions are dropped: the requests have noticed by themselves
                 # that the store is not usable.
@@ -272,6 +285,8 @@ class Inquiries:
                 logger.exception("Tier %s: a question failed", tier.name)
                 store.close()
                 tier.availability.failed(str(error), at_once=True)
+            with self._lock:
+                self._asking -= asked
         store.close()
 
     def _wait_for_work(self) -> bool:
@@ -292,7 +307,8 @@ class Inquiries:
         if questions:
             self._find(store, questions)
         if touched:
-            store.touch(list(touched.items()), tier.timeout_at())
+            with tier.times.measure("touch"):
+                store.touch(list(touched.items()), tier.timeout_at())
             if tier.local_usage is not None:
                 tier.local_usage.touch(touched.items())
             if tier.inventory is not None:
@@ -310,7 +326,8 @@ class Inquiries:
         try:
             if not store.alive():
                 store.connect(tier.timeout_at())
-            found = store.find(flat, min(inquiry.deadline for inquiry, _ in live))
+            with tier.times.measure("lookup"):
+                found = store.find(flat, min(inquiry.deadline for inquiry, _ in live))
             tier.availability.answered()
             tier.counts.add("lookup", "hit", sum(found))
             tier.counts.add("lookup", "miss", len(found) - sum(found))

@@ -129,7 +129,8 @@ class LoadJobs(Transfers[LoadJob]):
         batch = _Batch()
         had_s = self._latest(job) - self._tier.clock()
         try:
-            self._read(store, job, keys, slots, batch)
+            with self._tier.times.measure("load"):
+                self._read(store, job, keys, slots, batch)
         except StoreFailed as error:
             late = isinstance(error, StoreLate)
             unread = keys[batch.reached :]

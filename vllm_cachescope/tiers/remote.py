@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from vllm_cachescope.observations import Observations
 from vllm_cachescope.tiers.availability import Availability
 from vllm_cachescope.tiers.block_states import Absence, BlockState, BlockStates
 from vllm_cachescope.tiers.context import TierContext
@@ -29,6 +30,7 @@ from vllm_cachescope.tiers.key_counts import KeyCounts
 from vllm_cachescope.tiers.limits import Limits
 from vllm_cachescope.tiers.load_jobs import LoadJobs
 from vllm_cachescope.tiers.local_usage import LocalUsage
+from vllm_cachescope.tiers.operation_times import OperationTimes
 from vllm_cachescope.tiers.purges import Purges
 from vllm_cachescope.tiers.store import Store
 from vllm_cachescope.tiers.store_jobs import StoreJobs
@@ -84,6 +86,7 @@ class RemoteTier:
             self._availability,
             BlockStates(inventory),
             KeyCounts(),
+            OperationTimes(name),
             local_usage,
             inventory,
         )
@@ -263,6 +266,26 @@ class RemoteTier:
         """Return how many keys had which ``(operation, outcome)`` since the last time; the
         operation ``evict`` has reasons for outcomes."""
         return self._tier.counts.take()
+
+    def take_times(self) -> Observations:
+        """Return how long exchanges with the store took since the last time, in seconds, by the
+        tier's name, operation and ``ok`` or ``failed``."""
+        return self._tier.times.take()
+
+    def queues(self) -> dict[str, int]:
+        """Return how many keys wait or are under way, by what is to be done with them."""
+        slot_bytes = self._tier.slot_bytes
+        return {
+            "lookup": self._inquiries.asking,
+            "touch": self._inquiries.touching,
+            "load": self._load_jobs.nbytes // slot_bytes,
+            "store": self._store_jobs.nbytes // slot_bytes,
+        }
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes per block."""
+        return self._tier.slot_bytes
 
     def health(self) -> dict[str, Any]:
         """Return the tier's state in plain data."""

@@ -106,7 +106,10 @@ class StoreJobs(Transfers[StoreJob]):
         blocks = job.blocks[first:last]
         written: list[Written] = []
         try:
-            with self._tier.envelopes.sealing(blocks) as values:
+            with (
+                self._tier.envelopes.sealing(blocks) as values,
+                self._tier.times.measure("store"),
+            ):
                 written = store.write(values, self._tier.timeout_at())
             self._note(store, blocks, written)
             stored = _expiries(blocks, written, Written.STORED)

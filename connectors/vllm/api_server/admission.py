@@ -157,7 +157,8 @@ class Admission:
         caller = context.caller
         if session_id is not None:
             caller = replace(caller, session=session_id)
-        plan = await self._planner.plan(context, caller, tokens, prompt.get("prompt"))
+        with context.stage("plan"):
+            plan = await self._planner.plan(context, caller, tokens, prompt.get("prompt"))
         readable = plan.spans if caller.session is not None else _shared_spans(plan)
         context.timings[plan.nonce] = PromptTiming(
             tokens,

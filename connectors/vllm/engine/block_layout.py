@@ -139,6 +139,10 @@ class BlockLayout:
             for end, block_hash in zip(count(chunk, chunk), hashes, strict=False):
                 yield end - chunk, end, block_hash + suffix
 
+    def chunks_between(self, request: Request, start: int, end: int) -> int:
+        """Return how many whole chunks of the first ``end`` tokens end behind ``start``."""
+        return sum(chunk_end > start for _, chunk_end, _ in self.chunks(request, end))
+
     def keys_at(self, request: Request, end: int) -> list[bytes]:
         """Return the keys of the blocks that end at ``end`` (tokens), one of each group that has
         such a block."""
@@ -158,6 +162,17 @@ class BlockLayout:
                 block_hash = request.block_hashes[chunk_end // self.tokens_per_hash - 1]
                 found.append((chunk_end, block_hash + group.suffix))
         return found
+
+    def newcomers(self, plan: Plan, tokens: int) -> Counter[bytes]:
+        """Return how many blocks a prompt will add of which its first ``tokens`` tokens are cached,
+        by owner."""
+        added: Counter[bytes] = Counter()
+        for group in self.groups:
+            size = group.tokens_per_block
+            for start, end, span in plan.ranges(size):
+                blocks = max(0, end // size - max(start, tokens) // size)
+                added[plan.owner_in(span)] += group.kept(blocks)
+        return added
 
     def quota_chunks(self, plan: Plan, end: int) -> int:
         """Return how many chunks of a prompt count towards the quota of the chunk that ends at

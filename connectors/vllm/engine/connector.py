@@ -7,7 +7,7 @@ from typing import Any
 
 import vllm
 from cachetools import FIFOCache
-from prometheus_client import Counter, Gauge
+from prometheus_client import Counter, Gauge, Histogram
 from vllm.config import VllmConfig
 from vllm.distributed.kv_events import KVCacheEvent
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorRole
@@ -26,10 +26,12 @@ from vllm.v1.kv_offload.tiering.manager import TieringOffloadingManager
 from vllm.v1.request import Request
 
 from vllm_cachescope.cache.quotas import read_quotas
+from vllm_cachescope.config import Config
 from vllm_cachescope.connectors.vllm import config_check, engine_rpc
 from vllm_cachescope.connectors.vllm.engine import adapters, hashing
 from vllm_cachescope.connectors.vllm.engine.adapters import Adapters
 from vllm_cachescope.connectors.vllm.engine.block_layout import read_layout
+from vllm_cachescope.connectors.vllm.engine.gauges import Gauges
 from vllm_cachescope.connectors.vllm.engine.health import TierInfo
 from vllm_cachescope.connectors.vllm.engine.offloading import (
     for_offloading,
@@ -40,16 +42,23 @@ from vllm_cachescope.connectors.vllm.engine.scheduler import (
     CacheScopeConnectorScheduler,
     EngineSettings,
 )
-from vllm_cachescope.connectors.vllm.engine.stats import Gauges, move_remote_counts
+from vllm_cachescope.connectors.vllm.engine.stats import (
+    ScopePromMetrics,
+    TransferStats,
+    add_copies,
+    move_remote_counts,
+)
 from vllm_cachescope.connectors.vllm.engine.tier_events import TierEvents
 from vllm_cachescope.connectors.vllm.engine.tiers.cpu import CPU
 from vllm_cachescope.connectors.vllm.engine.tiers.device import DEVICE
 from vllm_cachescope.connectors.vllm.versions import warn_if_untried
 from vllm_cachescope.logs import logger_of
-from vllm_cachescope.metrics import TotalCounter
 from vllm_cachescope.prompt.plan import PLAN_KEY
 from vllm_cachescope.prompt.request import Region
+from vllm_cachescope.registration import TotalCounter, TotalHistogram
+from vllm_cachescope.tenancy.org_labels import OrgLabels
 from vllm_cachescope.tiers.jobs import Purge
+from vllm_cachescope.usage.prices import Multipliers, read_prices
 
 MAX_PURGES = 4096
 """How many purges can be asked about: the most recent ones."""
@@ -99,9 +108,11 @@ class CacheScopeConnector(OffloadingConnector):
                 for tier, entry_bytes in self._entry_bytes.items()
                 if (quotas := read_quotas(config, tier, entry_bytes)) is not None
             },
+            org_labels=OrgLabels(config.labelled_orgs(), config.secret_bytes()),
+            multipliers=_multipliers(config, str(vllm_config.model_config.served_model_name)),
         )
-        # Whether an idle engine has dropped entries that the metrics still show.
-        self._has_unreported_drops = False
+        # Whether the metrics do not show yet what an idle engine has dropped, or noticed.
+        self._has_news = False
         self._purges: FIFOCache[str, dict[str, Purge]] = FIFOCache(MAX_PURGES)
         self._purge_log: FIFOCache[str, tuple[str | None, str | None]] = FIFOCache(MAX_PURGES)
 
@@ -142,7 +153,7 @@ class CacheScopeConnector(OffloadingConnector):
             TierInfo(name, address, self._entry_bytes[name], entries * self._entry_bytes[name])
             for name, (address, entries) in places.items()
         ]
-        self._gauges = Gauges(self._local_tiers, self.cachescope.remotes)
+        self._gauges = Gauges(self._local_tiers, self.cachescope)
         layout = self._settings.layout
         logger.info(
             "Prompts are cached in blocks of %d tokens: what is shorter is not cached%s",
@@ -213,8 +224,8 @@ class CacheScopeConnector(OffloadingConnector):
         return self._events.take()
 
     def has_pending_push_work(self) -> bool:
-        # One step more, so that the metrics show what an idle engine has dropped.
-        return self._has_unreported_drops or super().has_pending_push_work()
+        # One step more, so that the metrics show what an idle engine has dropped or noticed.
+        return self._has_news or super().has_pending_push_work()
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
         stats = super().get_kv_connector_stats()
@@ -222,12 +233,13 @@ class CacheScopeConnector(OffloadingConnector):
             return stats
         # The scheduler asks for them once at the end of each step.
         self.cachescope.on_step_end()
-        self._has_unreported_drops = False
+        self._has_news = False
         stats = stats or OffloadingConnectorStats()
         assert isinstance(stats, OffloadingConnectorStats)
+        add_copies(stats)
         self.cachescope.counts.move_to(stats)
         move_remote_counts(self.cachescope.remotes, stats)
-        self._gauges.report_to(stats, self.cachescope.resident())
+        self._gauges.report_to(stats)
         return None if stats.is_empty() else stats
 
     @classmethod
@@ -244,11 +256,15 @@ class CacheScopeConnector(OffloadingConnector):
         # 0.32 would show what each was last told, side by side.
         gauge: Any = partial(metric_types[Gauge], multiprocess_mode="mostrecent")
         metric_types = {**metric_types, Gauge: gauge}
-        if metric_types[Counter] is Counter:  # Ray has counters of its own.
-            metric_types = {**metric_types, Counter: TotalCounter}
-        return super().build_prom_metrics(
-            translated, metric_types, labelnames, per_engine_labelvalues
-        )
+        if metric_types[Counter] is Counter:  # Ray has types of its own.
+            metric_types |= {Counter: TotalCounter, Histogram: TotalHistogram}
+        return ScopePromMetrics(translated, metric_types, labelnames, per_engine_labelvalues)
+
+    @classmethod
+    def build_kv_connector_stats(
+        cls, data: dict[str, Any] | None = None
+    ) -> KVConnectorStats | None:
+        return TransferStats() if data is None else TransferStats(data=data)
 
     def load_adapter(self, lora: LoRARequest, load: Callable[[], bool]) -> bool:
         """Have vLLM load a LoRA adapter by its own function ``load``, and note what it loaded."""
@@ -261,7 +277,7 @@ class CacheScopeConnector(OffloadingConnector):
     def command_health(self) -> list[dict[str, Any]]:
         """Return the state of each tier, with the bytes that organisations hold there, by their
         tags, where that is known."""
-        local = [tier.health(self.cachescope.held(tier.name)) for tier in self._local_tiers]
+        local = [tier.health(self.cachescope.local.held(tier.name)) for tier in self._local_tiers]
         return [*local, *(remote.tier.health() for remote in self.cachescope.remotes)]
 
     def command_purge(
@@ -272,7 +288,7 @@ class CacheScopeConnector(OffloadingConnector):
         ``purge_id``, and `command_purges` tells all API processes of ``org`` and ``session``."""
         self._purge_log[purge_id] = org, session
         entries = self.cachescope.purge(prefix)
-        self._has_unreported_drops |= any(entries.values())
+        self._has_news |= any(entries.values())
         remotes = self.cachescope.remotes
         self._purges[purge_id] = {remote.name: remote.tier.purge(prefix) for remote in remotes}
         return entries
@@ -294,10 +310,16 @@ class CacheScopeConnector(OffloadingConnector):
     def command_sweep(self) -> int:
         """Drop everything that has expired; return how many entries."""
         expired = self.cachescope.sweep()
-        self._has_unreported_drops |= expired > 0 or self._events.waiting
+        self._has_news |= self._gauges.sweep() or expired > 0 or self._events.waiting
         return expired
 
     def command_report(self, nonce: str) -> dict[str, Any] | None:
         """Return what has become so far of the prompt with ``nonce``; None if it is not known."""
         report = self.cachescope.report(nonce)
         return None if report is None else report.to_wire()
+
+
+def _multipliers(config: Config, model_name: str) -> Multipliers:
+    """Return what tokens of the engine's model cost that are read or created."""
+    price = None if config.prices is None else read_prices(config.prices).of(model_name)
+    return Multipliers() if price is None else price.multipliers

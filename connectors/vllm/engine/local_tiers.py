@@ -13,6 +13,7 @@ from vllm_cachescope.cache.eviction_history import (
 )
 from vllm_cachescope.cache.ledger import Entry, Ledger
 from vllm_cachescope.cache.quotas import Quotas
+from vllm_cachescope.connectors.vllm.engine.counts import Counts
 from vllm_cachescope.connectors.vllm.engine.tiers.base import TierParent
 from vllm_cachescope.connectors.vllm.engine.tiers.cpu import CPU, CpuTier
 from vllm_cachescope.connectors.vllm.engine.tiers.device import DEVICE, DeviceTier
@@ -31,7 +32,7 @@ class LocalTiers:
         offloading: vLLM's manager of the CPU tier and those behind it.
         quotas: what organisations may have of the device and the CPU tier, by the tier's name.
         clock: the ledger's clock, in seconds.
-        evictions: counts what leaves, by tier and reason.
+        counts: counts what leaves.
     """
 
     def __init__(
@@ -43,12 +44,12 @@ class LocalTiers:
         offloading: TieringOffloadingManager,
         quotas: Mapping[str, Quotas],
         clock: Callable[[], float],
-        evictions: Counter[tuple[str, EvictionReason]],
+        counts: Counts,
     ) -> None:
         self._ledger = ledger
         self._history = history
         self._clock = clock
-        self._evictions = evictions
+        self._counts = counts
         self._cpu = CpuTier(offloading, parent, quotas.get(CPU))
         self._device = DeviceTier(kv_cache, parent)
         self._device_quotas: DeviceQuotas | None = None
@@ -141,20 +142,30 @@ class LocalTiers:
         self, entries: Sequence[tuple[bytes, Entry]], reason: EvictionReason
     ) -> dict[str, int]:
         """Drop what the ledger has dropped from the tiers; return how many each held."""
-        on_device = sum(DEVICE in entry.tiers for _, entry in entries)
-        in_memory = [key for key, entry in entries if CPU in entry.tiers]
+        on_device = [entry for _, entry in entries if DEVICE in entry.tiers]
+        in_memory = [(key, entry) for key, entry in entries if CPU in entry.tiers]
+        now = self._clock()
+        for entry in on_device:
+            self._counts.add_eviction(DEVICE, reason, entry, now, was_last=CPU not in entry.tiers)
+        for _, entry in in_memory:
+            self._counts.add_eviction(CPU, reason, entry, now, was_last=True)
         if entries:
             # All of them: a load may have just brought one to the device.
             self._device.drop(key for key, _ in entries)
-            self._evictions[DEVICE, reason] += on_device
-        if in_memory:
-            self._overdue.update(in_memory)
-            self._evictions[CPU, reason] += len(in_memory)
+        self._overdue.update(key for key, _ in in_memory)
         if self._overdue:
             self._overdue = self._cpu.drop(self._overdue)
-        return {DEVICE: on_device, CPU: len(in_memory)}
+        return {DEVICE: len(on_device), CPU: len(in_memory)}
 
     # Quotas.
+
+    def quota_used(self) -> dict[str, float]:
+        """Return the largest share of its quota that an organisation holds, by the names of the
+        tiers with quotas."""
+        used = {CPU: self._cpu.fullest()}
+        if self._device_quotas is not None:
+            used[DEVICE] = self._device_quotas.fullest()
+        return {tier: share for tier, share in used.items() if share is not None}
 
     def enforce_quotas(self) -> None:
         """Evict what organisations hold beyond their quotas, but for blocks in use."""
@@ -199,14 +210,14 @@ class LocalTiers:
 
     # What the tiers evict by themselves.
 
-    def on_cpu_evicted(self, key: bytes, ttl_s: int, reason: EvictionReason) -> None:
+    def on_cpu_evicted(self, key: bytes, entry: Entry, reason: EvictionReason) -> None:
         """Note that the CPU tier evicted ``key``, and displaced it in the ledger."""
-        self._note_evicted(key, ttl_s, reason, CPU)
+        self._note_evicted(key, entry, reason, CPU)
 
     def on_prefix_cache_reset(self) -> None:
         """Note that the prefix cache was emptied."""
-        for key, ttl_s in self._ledger.clear_tier(DEVICE):
-            self._note_evicted(key, ttl_s, EvictionReason.RESET, DEVICE)
+        for key, entry in self._ledger.clear_tier(DEVICE):
+            self._note_evicted(key, entry, EvictionReason.RESET, DEVICE)
 
     def _displace_evicted(self) -> None:
         """Have the ledger displace what vLLM has evicted from the device."""
@@ -217,9 +228,10 @@ class LocalTiers:
             entry = self._ledger.get(key)
             if entry is not None and DEVICE in entry.tiers:
                 self._ledger.displace(key, DEVICE)
-                self._note_evicted(key, entry.ttl_s, reason, DEVICE)
+                self._note_evicted(key, entry, reason, DEVICE)
 
-    def _note_evicted(self, key: bytes, ttl_s: int, reason: EvictionReason, tier: str) -> None:
-        self._evictions[tier, reason] += 1
-        if key not in self._ledger:
-            self._history.record(key, EvictionRecord(reason, ttl_s, self._clock(), tier))
+    def _note_evicted(self, key: bytes, entry: Entry, reason: EvictionReason, tier: str) -> None:
+        now, was_last = self._clock(), key not in self._ledger
+        self._counts.add_eviction(tier, reason, entry, now, was_last)
+        if was_last:
+            self._history.record(key, EvictionRecord(reason, entry.ttl_s, now, tier))

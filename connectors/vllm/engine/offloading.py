@@ -10,6 +10,7 @@ from vllm.v1.kv_offload.base import (
     CanonicalKVCaches,
     OffloadingCounterMetadata,
     OffloadingGaugeMetadata,
+    OffloadingHistogramMetadata,
     OffloadingManager,
     OffloadingMetricMetadata,
     OffloadingWorker,
@@ -22,7 +23,9 @@ from vllm_cachescope.connectors.vllm import shm_regions
 from vllm_cachescope.connectors.vllm.engine.kv_identity import model_identity
 from vllm_cachescope.connectors.vllm.engine.tiers.cpu_worker import CpuCopyWorker
 from vllm_cachescope.connectors.vllm.engine.tiers.remote import RemoteTierManager
-from vllm_cachescope.metrics import METRICS
+from vllm_cachescope.metrics import ENGINE_METRICS, Metric
+
+_BY_ORG = "cachescope_by_org"
 
 
 def for_offloading(vllm_config: VllmConfig, config: Config) -> VllmConfig:
@@ -41,6 +44,7 @@ def for_offloading(vllm_config: VllmConfig, config: Config) -> VllmConfig:
         "self_describing_kv_events": config.self_describing_kv_events,
         "cpu_bytes_to_use": int(config.cpu_bytes),
         "eviction_policy": "ScopePolicy",
+        _BY_ORG: config.org_label is not False,
         "cache_policy_module_path": "vllm_cachescope.connectors.vllm.engine.tiers.cpu",
         **({"block_size": config.chunk_tokens} if config.chunk_tokens else {}),
         **({"secondary_tiers": _remote_tiers(vllm_config, config)} if config.tiers else {}),
@@ -109,6 +113,15 @@ def make_lock_reentrant(manager: OffloadingManager) -> None:
         manager._lock = threading.RLock()  # type: ignore[attr-defined]
 
 
+def _definition(metric: Metric, by_org: bool) -> OffloadingMetricMetadata:
+    labels = metric.labels_by(by_org)
+    if metric.kind == "histogram":
+        return OffloadingHistogramMetadata(metric.help, labels, metric.buckets)
+    if metric.kind == "gauge":
+        return OffloadingGaugeMetadata(metric.help, labels)
+    return OffloadingCounterMetadata(metric.help, labels)
+
+
 class ScopeOffloadingSpec(TieringOffloadingSpec):
     """vLLM's tiering, and on the CPU platform a worker that can copy there."""
 
@@ -116,9 +129,8 @@ class ScopeOffloadingSpec(TieringOffloadingSpec):
     def build_metric_definitions(
         cls, extra_config: dict[str, Any]
     ) -> dict[str, OffloadingMetricMetadata]:
-        kinds = {"counter": OffloadingCounterMetadata, "gauge": OffloadingGaugeMetadata}
         return super().build_metric_definitions(extra_config) | {
-            metric.name: kinds[metric.kind](metric.help, metric.labels) for metric in METRICS
+            metric.name: _definition(metric, extra_config[_BY_ORG]) for metric in ENGINE_METRICS
         }
 
     def get_manager(self) -> OffloadingManager:

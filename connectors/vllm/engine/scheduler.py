@@ -21,6 +21,7 @@ from vllm_cachescope.cache.report import Report
 from vllm_cachescope.connectors.vllm.engine import hashing
 from vllm_cachescope.connectors.vllm.engine.block_layout import BlockLayout
 from vllm_cachescope.connectors.vllm.engine.checkpoints import move_checkpoint
+from vllm_cachescope.connectors.vllm.engine.counts import Counts, Read
 from vllm_cachescope.connectors.vllm.engine.local_tiers import LocalTiers
 from vllm_cachescope.connectors.vllm.engine.miss_explainer import MissExplainer
 from vllm_cachescope.connectors.vllm.engine.prompt_plans import (
@@ -30,14 +31,15 @@ from vllm_cachescope.connectors.vllm.engine.prompt_plans import (
 )
 from vllm_cachescope.connectors.vllm.engine.prompt_reporter import PromptReporter
 from vllm_cachescope.connectors.vllm.engine.prompts import Prompt, Prompts
-from vllm_cachescope.connectors.vllm.engine.stats import Counts
 from vllm_cachescope.connectors.vllm.engine.tier_events import TierEvents
 from vllm_cachescope.connectors.vllm.engine.tiers.base import TierParent
 from vllm_cachescope.connectors.vllm.engine.tiers.cpu import CPU
-from vllm_cachescope.connectors.vllm.engine.tiers.remote import remote_tiers
+from vllm_cachescope.connectors.vllm.engine.tiers.device import DEVICE
+from vllm_cachescope.connectors.vllm.engine.tiers.remote import refresh, remote_tiers
 from vllm_cachescope.prompt.plan import Plan
+from vllm_cachescope.tenancy.org_labels import OrgLabels
 from vllm_cachescope.tenancy.owner_tags import NOBODY
-from vllm_cachescope.tiers.keyspace import qualified
+from vllm_cachescope.usage.prices import Multipliers
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +51,16 @@ class EngineSettings:
         layout: how prompts are cut into blocks.
         hash_settings: the settings that block hashes depend on; see `hashing.digest`.
         quotas: what organisations may have of the device and the CPU tier, by the tier's name.
+        org_labels: the labels of organisations in metrics.
+        multipliers: what a token costs that is read or created.
     """
 
     rank: int
     layout: BlockLayout
     hash_settings: Mapping[str, Any]
     quotas: Mapping[str, Quotas]
+    org_labels: OrgLabels
+    multipliers: Multipliers
 
 
 class CacheScopeConnectorScheduler(TierParent):
@@ -73,6 +79,8 @@ class CacheScopeConnectorScheduler(TierParent):
     Attributes:
         counts: the counts since the metrics were last reported.
         remotes: the remote tiers, nearest first.
+        local: the device and the CPU tier.
+        prefill_rate: how fast the engine computes prompts.
     """
 
     def __init__(
@@ -88,11 +96,12 @@ class CacheScopeConnectorScheduler(TierParent):
         self._cpu_quotas = settings.quotas.get(CPU)
         self._clock = clock
         self._ledger = Ledger()
-        self._prefill_rate = PrefillRate()
+        self.prefill_rate = PrefillRate()
         self._prompts = Prompts()
-        self.counts = Counts()
+        self.counts = Counts(settings.multipliers)
+        self._org_labels = settings.org_labels
         history = EvictionHistory()
-        self._local = LocalTiers(
+        self.local = LocalTiers(
             self,
             self._ledger,
             history,
@@ -100,7 +109,7 @@ class CacheScopeConnectorScheduler(TierParent):
             offloading,
             settings.quotas,
             clock,
-            self.counts.evictions,
+            self.counts,
         )
         self.remotes = remote_tiers(offloading)
         for remote in self.remotes:
@@ -113,14 +122,14 @@ class CacheScopeConnectorScheduler(TierParent):
             settings.rank,
             settings.hash_settings,
             [remote.name for remote in self.remotes],
-            self._prefill_rate,
+            self.prefill_rate,
         )
 
     # One request's way through, in the order in which vLLM calls.
 
     def on_new_request(self, request: Request) -> None:
         """A request has arrived. To be called before vLLM's offloading learns of it."""
-        self._local.drop_expired()
+        self.local.drop_expired()
         plan = hashing.plan_of(request)
         if not plan.nonce and carries_plan(request):
             self.counts.refused_plans += 1
@@ -149,12 +158,18 @@ class CacheScopeConnectorScheduler(TierParent):
         if prompt is None:
             return
         found = prompt.local_tokens + num_external_tokens
-        if prompt.read is None:
+        reads: Counter[Read] | None = Counter() if prompt.read is None else None
+        if reads is not None:
             self._reporter.note_read(prompt, request, num_external_tokens)
+        if num_external_tokens:
+            chunks = self._layout.chunks_between(request, prompt.local_tokens, found)
+            self.counts.promotions[CPU, DEVICE] += chunks
         prompt.registered = 0
         # Now and not when a load is done: what is in use must not expire meanwhile.
-        all_known = self._register(prompt, request, found, known_only=True)
-        self._refresh_remotes(prompt, request, found)
+        all_known = self._register(prompt, request, found, known_only=True, reads=reads)
+        if reads:
+            self.counts.add_reads(reads, self._clock(), are_promoted=bool(prompt.promoted))
+        refresh(self.remotes, prompt.plan, request, found, self._layout, self._ledger)
         if num_external_tokens or not all_known:
             # Have `on_step_scheduled` register all of them once more. Blocks that are being loaded
             # reach the device only later. And a block of this prompt may be computed by another
@@ -165,7 +180,7 @@ class CacheScopeConnectorScheduler(TierParent):
     def on_step_scheduled(self, scheduler_output: SchedulerOutput) -> None:
         """A step was scheduled: the blocks that it fills are in vLLM's prefix cache now. To be
         called before vLLM's offloading stores any of them, which asks for their lifetimes."""
-        self._prefill_rate.step_began(time.monotonic(), scheduler_output.total_num_scheduled_tokens)
+        self.prefill_rate.step_began(time.monotonic(), scheduler_output.total_num_scheduled_tokens)
         for request_id, tokens in scheduler_output.num_scheduled_tokens.items():
             prompt = self._prompts.get(request_id)
             if prompt is not None and prompt.request is not None:
@@ -178,11 +193,11 @@ class CacheScopeConnectorScheduler(TierParent):
             for prompt in map(self._prompts.get, scheduler_output.num_scheduled_tokens):
                 move_checkpoint(prompt, self._layout)
         self._prompts.drop_finished()
-        self._local.enforce_quotas()
+        self.local.enforce_quotas()
 
     def on_step_end(self) -> None:
         """A step has been computed."""
-        self._prefill_rate.step_ended(time.monotonic())
+        self.prefill_rate.step_ended(time.monotonic())
 
     def request_finished(self, request: Request) -> Report | None:
         """A request is over; return what became of its prompt. None if it was never scheduled, or
@@ -193,7 +208,7 @@ class CacheScopeConnectorScheduler(TierParent):
         # An aborted request may have had blocks loaded that no step has used.
         self._register(prompt, request, request.num_computed_tokens)
         self._refresh(prompt, request)
-        self._refresh_remotes(prompt, request, prompt.registered)
+        refresh(self.remotes, prompt.plan, request, prompt.registered, self._layout, self._ledger)
         prompt.request = None
         prompt.promoted.clear()
         self._note_change(prompt.plan)
@@ -201,8 +216,7 @@ class CacheScopeConnectorScheduler(TierParent):
         report = self._reporter.report(first)
         if report is not None and not first.is_counted:
             first.is_counted = True
-            for row in report.rows:
-                self.counts.tokens[row.outcome, row.scope.label, row.ttl_s] += row.tokens
+            self.counts.add_report(report, self._org_labels.of_owner(first.plan.owner))
         return report if prompt.plan.nonce else None
 
     def on_adapter_replaced(self, adapter: int) -> None:
@@ -221,28 +235,28 @@ class CacheScopeConnectorScheduler(TierParent):
         """Drop everything that has expired, and evict what exceeds quotas and is no longer in
         use; return how many entries have expired. To be called now and then by an idle engine,
         too."""
-        self._local.retry_quotas()
-        return self._local.drop_expired()
+        self.local.retry_quotas()
+        return self.local.drop_expired()
 
     def purge(self, prefix: bytes) -> dict[str, int]:
         """Drop all blocks from the device and the CPU tier whose owner begins with ``prefix``;
         return how many each held. Requests that run go on, and leave none of them behind."""
         self._prompts.purge(prefix)
-        return self._local.purge(prefix)
+        return self.local.purge(prefix)
 
     def resident(self) -> list[tuple[str, int, int]]:
         """Return ``(tier, ttl_s, entries)`` for the device and the CPU tier and each TTL class."""
-        return self._local.resident()
-
-    def held(self, tier: str) -> dict[bytes, int]:
-        """Return how many entries of each organisation the device or the CPU tier holds, by the
-        organisation's tag."""
-        return self._local.held(tier)
+        return self.local.resident()
 
     # Lifetimes.
 
     def _register(
-        self, prompt: Prompt, request: Request, tokens: int, known_only: bool = False
+        self,
+        prompt: Prompt,
+        request: Request,
+        tokens: int,
+        known_only: bool = False,
+        reads: Counter[Read] | None = None,
     ) -> bool:
         """Start or refresh the lifetimes of the blocks in a prompt's first ``tokens`` tokens, from
         ``prompt.registered`` on.
@@ -252,6 +266,7 @@ class CacheScopeConnectorScheduler(TierParent):
             request: its request.
             tokens: how many tokens of the prompt, from its start.
             known_only: whether to refresh lifetimes only, and to start none.
+            reads: counts the blocks, as they were before; None for nothing to count.
 
         Returns:
             Whether the ledger knows all of these blocks now.
@@ -264,16 +279,19 @@ class CacheScopeConnectorScheduler(TierParent):
         blocks = self._layout.blocks_of_all(request, prompt.registered, tokens)
         # From the last to the first, so that the end of a prefix is evicted first.
         for end, key, group in reversed(blocks):
-            on_device, span = self._local.on_device(key), prompt.plan.span_of(end)
+            on_device, span = self.local.on_device(key), prompt.plan.span_of(end)
             if prompt.is_purged(end):
                 if on_device and key not in self._ledger:
-                    self._local.drop_purged(key, span.ttl_s)
+                    self.local.drop_purged(key, span.ttl_s)
                 continue
-            if key not in self._ledger and (known_only or not on_device):
+            entry = self._ledger.get(key)
+            if entry is None and (known_only or not on_device):
                 all_known = False
                 continue
+            if reads is not None and entry is not None:
+                reads[end <= prompt.local_tokens, entry.ttl_s, entry.expires_at] += 1
             owner = prompt.plan.owner_in(span)
-            is_new = self._local.use(key, span.ttl_s, now, owner, on_device)
+            is_new = self.local.use(key, span.ttl_s, now, owner, on_device)
             if end <= request.num_prompt_tokens:
                 prompt.created.note(group, end, is_new)
         self._note_change(prompt.plan)
@@ -282,28 +300,15 @@ class CacheScopeConnectorScheduler(TierParent):
 
     def _refresh(self, prompt: Prompt, request: Request) -> None:
         """The request has used its blocks until now."""
-        self._local.drop_expired()
+        self.local.drop_expired()
         now = self._clock()
         for _, key, _ in reversed(self._layout.blocks_of_all(request, 0, prompt.registered)):
             if (entry := self._ledger.get(key)) is not None:
                 self._ledger.touch(key, entry.ttl_s, now)
 
-    def _refresh_remotes(self, prompt: Prompt, request: Request, tokens: int) -> None:
-        """The request uses its first ``tokens`` tokens, of which remote tiers may hold copies."""
-        if not self.remotes:
-            return
-        plan = prompt.plan
-        used: list[tuple[bytes, int, int]] = []
-        for _, end, key in self._layout.chunks(request, min(tokens, plan.covered_tokens)):
-            entry, span = self._ledger.get(key), plan.span_of(end)
-            name = qualified(plan.owner_in(span), key)
-            used.append((name, max(span.ttl_s, entry.ttl_s) if entry else span.ttl_s, end))
-        for remote in self.remotes:
-            remote.used(request.request_id, used)
-
     def _note_change(self, plan: Plan) -> None:
         """Note that a prompt's blocks came into the cache, into use, or out of it."""
-        self._local.note_change({plan.owner_in(span) for span in plan.spans})
+        self.local.note_change({plan.owner_in(span) for span in plan.spans})
 
     # What the tiers ask and tell; see `TierParent`.
 
@@ -315,7 +320,7 @@ class CacheScopeConnectorScheduler(TierParent):
         return self._clock()
 
     def may_read(self, key: OffloadKey, context: ReqContext) -> bool:
-        if self._local.is_expired(key):
+        if self.local.is_expired(key):
             return False
         prompt, end = self._prompts.locate(key, context)
         return prompt is None or not prompt.is_purged(end)
@@ -350,42 +355,37 @@ class CacheScopeConnectorScheduler(TierParent):
         return self._layout.quota_chunks(plan, end)
 
     def prefill_seconds(self, keys: Collection[bytes]) -> float:
-        return self._prefill_rate.seconds_for(self._layout.tokens_of(keys))
+        return self.prefill_rate.seconds_for(self._layout.tokens_of(keys))
 
     def on_prefix_lookup(self) -> None:
-        self._local.drop_expired()
+        self.local.drop_expired()
 
     def on_prefix_found(self, request: Request, tokens: int) -> None:
         prompt = self._prompts.get(request.request_id)
-        if prompt is None or not self._local.has_device_quotas:
+        if prompt is None or not self.local.has_device_quotas:
             return
-        plan = prompt.plan
-        newcomers: Counter[bytes] = Counter()
-        for group in self._layout.groups:
-            size = group.tokens_per_block
-            for start, end, span in plan.ranges(size):
-                blocks = max(0, end // size - max(start, tokens) // size)
-                newcomers[plan.owner_in(span)] += group.kept(blocks)
+        newcomers = self._layout.newcomers(prompt.plan, tokens)
         whole = len(request.block_hashes) * self._layout.tokens_per_hash
         wanted = {key for _, key, _ in self._layout.blocks_of_all(request, 0, whole)}
-        self._local.make_room(newcomers, wanted)
+        self.local.make_room(newcomers, wanted)
 
     def next_checkpoint(self, request: Request, tokens: int) -> int:
         prompt = self._prompts.get(request.request_id)
         return 0 if prompt is None else self._layout.checkpoint(prompt.plan, tokens)
 
     def on_prefix_cache_reset(self) -> None:
-        self._local.on_prefix_cache_reset()
+        self.local.on_prefix_cache_reset()
         self._events.on_prefix_cache_reset()
 
-    def on_evicted(self, key: bytes, ttl_s: int, reason: EvictionReason) -> None:
-        self._local.on_cpu_evicted(key, ttl_s, reason)
+    def on_evicted(self, key: bytes, entry: Entry, reason: EvictionReason) -> None:
+        self.local.on_cpu_evicted(key, entry, reason)
 
     def on_promoted(
         self, tier: str, request_id: str, loaded: Collection[tuple[bytes, int]]
     ) -> None:
         prompt = self._prompts.get(request_id)
         now = self._clock()
+        self.counts.promotions[tier, CPU] += len(loaded)
         if prompt is not None and prompt.request is not None:
             self._events.note_loaded(prompt.request, {key for key, _ in loaded})
         for key, ttl_s in loaded:

@@ -1,55 +1,79 @@
-"""The statistics that the engine reports to vLLM's metrics after each step."""
+"""The statistics that the engine reports to vLLM's metrics after each step, and how they are shown.
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+vLLM sends each single observation of a histogram, and counts one after the other. A prompt has
+thousands of blocks, so ours travel as counts by bucket: as a counter with two more labels.
+"""
 
-from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import OffloadingConnectorStats
+from collections.abc import Sequence
+from typing import Any
 
-from vllm_cachescope.cache.eviction_history import EvictionReason
-from vllm_cachescope.connectors.vllm.engine.health import TierInfo
-from vllm_cachescope.connectors.vllm.engine.tiers.remote import RemoteTierManager
-from vllm_cachescope.durations import format_duration
-from vllm_cachescope.metrics import (
-    EVICTIONS,
-    PROMPT_TOKENS,
-    REFUSED_PLANS,
-    RESIDENT_BYTES,
-    RESIDENT_ENTRIES,
-    TIER_CAPACITY_BYTES,
-    TIER_INFLIGHT_BYTES,
-    TIER_KEYS,
-    TIER_UP,
-    TIER_USED_BYTES,
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import (
+    OffloadingConnectorStats,
+    OffloadPromMetrics,
 )
 
+from vllm_cachescope.connectors.vllm.engine.tiers.cpu import CPU
+from vllm_cachescope.connectors.vllm.engine.tiers.remote import RemoteTierManager
+from vllm_cachescope.metrics import (
+    ENGINE_METRICS,
+    EVICTIONS,
+    STORE_BUCKETS,
+    TIER_BYTES,
+    TIER_KEYS,
+    TIER_OPERATION_SECONDS,
+    Metric,
+)
+from vllm_cachescope.observations import Observations
+from vllm_cachescope.registration import TotalHistogram
 
-@dataclass(slots=True)
-class Counts:
-    """The counts of the scheduler side since the last report.
+_SUM = "sum"
+_HISTOGRAMS = {metric.name: metric for metric in ENGINE_METRICS if metric.kind == "histogram"}
+_PREFIX = "cachescope_"
+_COPIES = {
+    operation: tuple(f"vllm:kv_offload_{operation}_{what}" for what in ("bytes", "time", "size"))
+    for operation in ("load", "store")
+}
+"""vLLM's names of what was copied, by the CPU tier's operation."""
+_MOVED = {("load", "hit"), ("store", "stored")}
+"""What keys of a remote tier were moved, by operation and outcome."""
 
-    Attributes:
-        tokens: prompt tokens by outcome, scope and TTL in seconds (0 where none is covered).
-        evictions: entries that left the device or the CPU tier, by tier and reason.
-        refused_plans: prompts that came with a plan that is not genuine.
-    """
 
-    tokens: Counter[tuple[str, str, int]] = field(default_factory=Counter)
-    evictions: Counter[tuple[str, EvictionReason]] = field(default_factory=Counter)
-    refused_plans: int = 0
+class TransferStats(OffloadingConnectorStats):
+    """vLLM's statistics as its log shows them: its own, which are about transfers."""
 
-    def move_to(self, stats: OffloadingConnectorStats) -> None:
-        """Add the counts to ``stats`` and begin again at zero."""
-        for (outcome, scope, ttl_s), tokens in self.tokens.items():
-            ttl = format_duration(ttl_s) if ttl_s else "none"
-            stats.increase_counter(PROMPT_TOKENS.name, tokens, (outcome, scope, ttl))
-        for (tier, reason), entries in self.evictions.items():
-            stats.increase_counter(EVICTIONS.name, entries, (tier, str(reason)))
-        if self.refused_plans:
-            stats.increase_counter(REFUSED_PLANS.name, self.refused_plans)
-        self.tokens.clear()
-        self.evictions.clear()
-        self.refused_plans = 0
+    def reduce(self) -> dict[str, int | float]:
+        reduced = super().reduce()
+        return {name: value for name, value in reduced.items() if not name.startswith(_PREFIX)}
+
+
+def move_observations(
+    observations: Observations, metric: Metric, stats: OffloadingConnectorStats
+) -> None:
+    """Add observations to ``stats`` and begin again without any."""
+    for labels, counts, total in observations.take():
+        for bucket, times in counts.items():
+            stats.increase_counter(metric.name, times, (*labels, str(bucket)))
+        stats.increase_counter(metric.name, total, (*labels, _SUM))
+
+
+def add_copies(stats: OffloadingConnectorStats) -> None:
+    """Add to ``stats`` what vLLM has in there of copies between the device and the CPU tier. vLLM
+    tells the time that all copies of a step took together: each counts with its share of bytes."""
+    times = Observations(STORE_BUCKETS)
+    for operation, (bytes_name, time_name, size_name) in _COPIES.items():
+        copied: int = _value(stats, bytes_name, 0)
+        sizes: list[int] = _value(stats, size_name, [])
+        if not copied:
+            continue
+        stats.increase_counter(TIER_BYTES.name, copied, (CPU, operation))
+        seconds: float = _value(stats, time_name, 0.0)
+        for size in sizes:
+            times.add(seconds * size / sum(sizes), (CPU, operation, "ok"))
+    move_observations(times, TIER_OPERATION_SECONDS, stats)
+
+
+def _value(stats: OffloadingConnectorStats, name: str, default: Any) -> Any:
+    return stats.data["data"].get(name, {}).get((), default)
 
 
 def move_remote_counts(
@@ -57,65 +81,33 @@ def move_remote_counts(
 ) -> None:
     """Add what remote tiers have counted since the last report to ``stats``."""
     for remote in remotes:
-        for (operation, outcome), keys in remote.tier.take_stats().items():
+        tier = remote.tier
+        for (operation, outcome), keys in tier.take_stats().items():
             if operation == "evict":
                 stats.increase_counter(EVICTIONS.name, keys, (remote.name, outcome))
                 continue
             stats.increase_counter(TIER_KEYS.name, keys, (remote.name, operation, outcome))
+            if (operation, outcome) in _MOVED:
+                moved = keys * tier.slot_bytes
+                stats.increase_counter(TIER_BYTES.name, moved, (remote.name, operation))
+        move_observations(tier.take_times(), TIER_OPERATION_SECONDS, stats)
 
 
-class Gauges:
-    """The engine's gauges, as they were last reported.
+class ScopePromMetrics(OffloadPromMetrics):
+    """vLLM's metrics of a connector, with histograms that are sent as counts by bucket."""
 
-    Args:
-        local: the device and the CPU tier.
-        remotes: the remote tiers.
-    """
-
-    def __init__(self, local: Sequence[TierInfo], remotes: Sequence[RemoteTierManager]) -> None:
-        self._local = {tier.name: tier for tier in local}
-        self._remotes = remotes
-        self._reported: dict[tuple[str, tuple[str, ...]], float] = {}
-
-    def report_to(
-        self, stats: OffloadingConnectorStats, resident: Sequence[tuple[str, int, int]]
+    def _increase_counter(
+        self, metric_name: str, value: float, labelvalues: tuple[str, ...], engine_idx: int
     ) -> None:
-        """Set those gauges that have changed: vLLM keeps the others at what they were set to.
-
-        Args:
-            stats: where they are set.
-            resident: ``(tier, ttl_s, entries)`` of the device and the CPU tier.
-        """
-        for metric, labels, value in self._levels(resident):
-            if self._reported.get((metric, labels)) != value:
-                self._reported[metric, labels] = value
-                stats.set_gauge(metric, value, labels)
-
-    def _levels(
-        self, resident: Sequence[tuple[str, int, int]]
-    ) -> Iterator[tuple[str, tuple[str, ...], float]]:
-        """Yield each gauge's name, labels and value."""
-        used: Counter[str] = Counter()
-        for name, ttl_s, entries in resident:
-            labels = name, format_duration(ttl_s)
-            used_bytes = entries * self._local[name].entry_bytes
-            yield RESIDENT_ENTRIES.name, labels, entries
-            yield RESIDENT_BYTES.name, labels, used_bytes
-            used[name] += used_bytes
-        for name, tier in self._local.items():
-            yield TIER_UP.name, (name,), 1
-            yield TIER_USED_BYTES.name, (name,), used[name]
-            yield TIER_CAPACITY_BYTES.name, (name,), tier.capacity_bytes
-        for remote in self._remotes:
-            health = remote.tier.health()
-            yield TIER_UP.name, (remote.name,), int(health["up"])
-            for direction in ("loading", "storing"):
-                queued = health[f"{direction}_bytes"]
-                yield TIER_INFLIGHT_BYTES.name, (remote.name, direction), queued
-            for metric, key in (
-                (TIER_USED_BYTES, "used_bytes"),
-                (TIER_CAPACITY_BYTES, "capacity_bytes"),
-            ):
-                # Neither is known of a tier that never answered.
-                if key in health:
-                    yield metric.name, (remote.name,), health[key]
+        if metric_name not in _HISTOGRAMS:
+            super()._increase_counter(metric_name, value, labelvalues, engine_idx)
+            return
+        *labels, what = labelvalues
+        shown: Any = self._get_prometheus_metric(metric_name, tuple(labels), engine_idx)
+        if isinstance(shown, TotalHistogram):
+            shown.add({}, value) if what == _SUM else shown.add({int(what): int(value)}, 0.0)
+        elif what != _SUM:
+            # One of Ray's, which takes single observations and knows no sums of them.
+            bounds = _HISTOGRAMS[metric_name].buckets
+            for _ in range(int(value)):
+                shown.observe(bounds[min(int(what), len(bounds) - 1)])

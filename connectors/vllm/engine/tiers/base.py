@@ -101,9 +101,10 @@ class TierParent(ABC):
         """The prefix cache was emptied. Called by the device tier."""
 
     @abstractmethod
-    def on_evicted(self, key: bytes, ttl_s: int, reason: EvictionReason) -> None:
-        """The CPU tier evicted ``key``, and displaced it in the ledger. Expired and purged keys
-        do not count: the scheduler side has them dropped itself."""
+    def on_evicted(self, key: bytes, entry: Entry, reason: EvictionReason) -> None:
+        """The CPU tier evicted ``key``, and displaced it in the ledger, which may have ``entry``
+        still, for the device. Expired and purged keys do not count: the scheduler side has them
+        dropped itself."""
 
     @abstractmethod
     def on_promoted(

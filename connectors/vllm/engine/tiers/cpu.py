@@ -131,6 +131,10 @@ class ScopePolicy(CachePolicy):
                 self._grown.remove(account)
         return found
 
+    def fullest(self) -> float | None:
+        """Return the largest share of its quota that an account holds; None without quotas."""
+        return None if self._quotas is None else self._quotas.fullest(self._order.accounts)
+
     def _excess_with(self, wanted: set[OffloadKey], most: int, now: float) -> set[bytes]:
         """Return up to ``most`` keys that organisations will hold beyond their quotas once
         ``wanted`` are here. They are evicted first, so that an organisation makes room for its own
@@ -169,7 +173,8 @@ class ScopePolicy(CachePolicy):
         """Remove ``key``, and tell the parent why."""
         entry = self._ledger.get(key)
         self.remove(key)
-        self._parent.on_evicted(key, entry.ttl_s if entry else 0, reason)
+        if entry is not None:
+            self._parent.on_evicted(key, entry, reason)
 
     def _use(self, key: OffloadKey, now: float) -> None:
         entry = self._ledger.get(key)
@@ -229,6 +234,10 @@ class CpuTier:
         """
         with self._lock:
             return self._free(keys)
+
+    def fullest(self) -> float | None:
+        """Return the largest share of its quota that an organisation holds; None without quotas."""
+        return self._policy.fullest()
 
     def enforce_quotas(self) -> None:
         """Evict what organisations hold beyond their quotas."""

@@ -56,6 +56,10 @@ class DeviceQuotas:
                 self._in_use.discard(account)
         return keys
 
+    def fullest(self) -> float:
+        """Return the largest share of its quota that an account holds."""
+        return self._quotas.fullest(self._order.accounts)
+
     def retry(self) -> None:
         """Have the next `excess` look again at accounts whose blocks were in use before."""
         self._changed |= self._in_use

@@ -2,7 +2,7 @@
 
 import random
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,9 +18,12 @@ from vllm.v1.kv_offload.base import (
 )
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
 from vllm.v1.kv_offload.tiering.manager import TieringOffloadingManager
+from vllm.v1.request import Request
 
+from vllm_cachescope.cache.ledger import Ledger
 from vllm_cachescope.cache.quotas import read_quotas
 from vllm_cachescope.config import Config, Tier
+from vllm_cachescope.connectors.vllm.engine.block_layout import BlockLayout
 from vllm_cachescope.connectors.vllm.engine.kv_identity import kv_identity
 from vllm_cachescope.connectors.vllm.engine.tiers.base import TierParent
 from vllm_cachescope.connectors.vllm.store_factory import (
@@ -249,6 +252,27 @@ class RemoteTierManager(SecondaryTierManager):
     def _slot(self, chunk: int) -> memoryview:
         start = int(chunk) * self._block_size_bytes
         return self._memory[start : start + self._block_size_bytes]
+
+
+def refresh(
+    remotes: Sequence[RemoteTierManager],
+    plan: Plan,
+    request: Request,
+    tokens: int,
+    layout: BlockLayout,
+    ledger: Ledger,
+) -> None:
+    """Have the copies that remote tiers may hold of a prompt's first ``tokens`` tokens live on:
+    the request uses them now."""
+    if not remotes:
+        return
+    used: list[tuple[bytes, int, int]] = []
+    for _, end, key in layout.chunks(request, min(tokens, plan.covered_tokens)):
+        entry, span = ledger.get(key), plan.span_of(end)
+        name = qualified(plan.owner_in(span), key)
+        used.append((name, max(span.ttl_s, entry.ttl_s) if entry else span.ttl_s, end))
+    for remote in remotes:
+        remote.used(request.request_id, used)
 
 
 def remote_tiers(manager: TieringOffloadingManager) -> list[RemoteTierManager]:
