@@ -13,7 +13,8 @@ from rich.text import Text
 from vllm_cachescope.cli import traffic_files
 from vllm_cachescope.cli.block_trace import explain_blocks
 from vllm_cachescope.cli.console import show
-from vllm_cachescope.cli.explanation import Explained, Explanation, explain
+from vllm_cachescope.cli.explaining import explain
+from vllm_cachescope.cli.explanation import Explained, Explanation
 from vllm_cachescope.cli.shared_prefixes import SharedPrefixes
 from vllm_cachescope.cli.traffic import BlockCall, Call, TrafficError
 from vllm_cachescope.durations import parse_duration

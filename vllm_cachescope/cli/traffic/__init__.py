@@ -22,12 +22,13 @@ from vllm_cachescope.cli.traffic.call import (
     Usage,
 )
 from vllm_cachescope.cli.traffic.protocols import protocol_of
-from vllm_cachescope.cli.traffic.reading import read_traffic
+from vllm_cachescope.cli.traffic.reading import EXPECTED, read_traffic, stream_traffic
 from vllm_cachescope.cli.traffic.records import STANDARD_INPUT
 from vllm_cachescope.cli.traffic.texts import text_request
 
 __all__ = [
     "BLOCK_TOKENS",
+    "EXPECTED",
     "STANDARD_INPUT",
     "BlockCall",
     "Call",
@@ -36,5 +37,6 @@ __all__ = [
     "Usage",
     "protocol_of",
     "read_traffic",
+    "stream_traffic",
     "text_request",
 ]

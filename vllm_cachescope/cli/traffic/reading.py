@@ -44,7 +44,7 @@ def read_traffic(path: Path, left_out: list[LeftOut] | None = None) -> list[Call
     skipped: list[LeftOut] = []
     calls: list[Call] = []
     block_calls: list[BlockCall] = []
-    for call in _calls(path, skipped):
+    for call in stream_traffic(path, skipped):
         if skipped and left_out is None:
             break
         if isinstance(call, Call):
@@ -68,7 +68,18 @@ def read_traffic(path: Path, left_out: list[LeftOut] | None = None) -> list[Call
     return calls
 
 
-def _calls(path: Path, left_out: list[LeftOut]) -> Iterator[Call | BlockCall]:
+def stream_traffic(path: Path, left_out: list[LeftOut]) -> Iterator[Call | BlockCall]:
+    """Yield the calls in a file one by one, in the order in which they stand there.
+
+    Args:
+        path: the file; ``-`` for standard input.
+        left_out: takes the lines that cannot be understood, and the requests that their server
+            refused, as they are passed.
+
+    Raises:
+        OSError: if the file cannot be read.
+        TrafficError: if it is damaged.
+    """
     if (flows := _mitmproxy_file(path)) is not None:
         for i, envelope in enumerate(mitmproxy.envelopes(flows), 1):
             yield from _body(f"{path}:{i}", envelope, left_out)
