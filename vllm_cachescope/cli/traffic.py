@@ -122,10 +122,10 @@ def read_traffic(path: Path) -> list[Call] | list[BlockCall]:
     """
     calls: list[Call] = []
     block_calls: list[BlockCall] = []
-    for source, record in _records(path):
-        if isinstance(record.get("hash_ids"), list):
-            block_calls.append(_block_call(source, record))
-        elif (call := _call(source, record)) is not None:
+    for call in stream_traffic(path):
+        if isinstance(call, BlockCall):
+            block_calls.append(call)
+        else:
             calls.append(call)
     if calls and block_calls:
         raise TrafficError(f"{path}: holds both requests and block hashes; use two files")
@@ -135,6 +135,23 @@ def read_traffic(path: Path) -> list[Call] | list[BlockCall]:
     if all(call.at is not None for call in calls):
         calls.sort(key=lambda call: call.at or 0.0)
     return calls
+
+
+def stream_traffic(path: Path) -> Iterator[Call | BlockCall]:
+    """Yield the calls in a file one by one, in the order in which they stand there.
+
+    Args:
+        path: the file; ``-`` for standard input.
+
+    Raises:
+        OSError: if the file cannot be read.
+        TrafficError: on a line that cannot be understood, with its number.
+    """
+    for source, record in _records(path):
+        if isinstance(record.get("hash_ids"), list):
+            yield _block_call(source, record)
+        elif (call := _call(source, record)) is not None:
+            yield call
 
 
 def text_request(text: str) -> PromptRequest:
