@@ -88,6 +88,7 @@ class Fingerprinter:
         memo_bytes: memory for messages, lists of tools and system prompts, in bytes; a message
             takes some 800 bytes.
         account_of: returns who answers for an organisation, by its id.
+        count: returns the tokens of a part, from its content and its canonical bytes.
     """
 
     def __init__(
@@ -96,7 +97,9 @@ class Fingerprinter:
         memo_tools: int = 4096,
         memo_bytes: int = 16 << 20,
         account_of: AccountOf = own_account,
+        count: Callable[[Any, bytes], int] = estimate_tokens,
     ) -> None:
+        self._count = count
         # The secret's digest is the beginning of all that is hashed, and so the key. As only 8
         # bytes of a hash are kept, nobody can extend one. Most servers have instructions for
         # SHA-256: no hash is faster there.
@@ -203,7 +206,7 @@ class Fingerprinter:
                 kind |= _STARTS
             hashes.append(hash_)
             kinds.append(kind)
-            tokens.append(estimate_tokens(content, data))
+            tokens.append(self._count(content, data))
             chars.append(len(data) if text is None else len(text))
             other = None if part.region is Region.TOOLS else loosened(content, text)
             loose.append(hash_ if other is None else self._hash(other))

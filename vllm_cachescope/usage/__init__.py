@@ -1,0 +1,1 @@
+"""What was used: records of finished requests, their prices, and the ledger that keeps both."""
