@@ -54,10 +54,13 @@ def exact(
     old, new = changed_parts(placement, before, call)
     if old is None or new is None:
         return diagnosis
-    start = _start(placement, change.path)
-    if start is None:
+    made = placement.node.fingerprint
+    paths = made.paths.split("\n")
+    if change.path not in paths:
         return diagnosis
-    token = start + common_prefix(_bytes(old), _bytes(new)) // BYTES_PER_TOKEN
+    part, data = paths.index(change.path), _bytes(new)
+    same = common_prefix(_bytes(old), data)
+    token = made.start(part) + made.size(part) * same // max(1, len(data))
     if token <= where.token:
         return diagnosis
     more = max(0, token - diagnosis.shared_tokens)
@@ -71,13 +74,6 @@ def exact(
         missed_tokens=diagnosis.missed_tokens - more,
     )
     return replace(placed, uncached=uncached_by_cause(placed, placed.shared_tokens, ()))
-
-
-def _start(placement: LineagePlacement, path: str) -> int | None:
-    """Return the estimated tokens of the prompt before the part at ``path``."""
-    made = placement.node.fingerprint
-    paths = made.paths.split("\n")
-    return made.start(paths.index(path)) if path in paths else None
 
 
 def _bytes(part: Part) -> bytes:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from cachetools import LRUCache
 
 from vllm_cachescope.cache.miss_causes import CacheMiss, MissCause
+from vllm_cachescope.cli.block_losses import in_blocks
 from vllm_cachescope.cli.exact_place import changed_parts, exact
 from vllm_cachescope.cli.explanation import NOT_READ, Explained
 from vllm_cachescope.cli.findings.edits import Edit, edit_of
@@ -56,6 +57,7 @@ def explain(
     ttl_s: float | None = None,
     prefixes: SharedPrefixes | None = None,
     text: bool = True,
+    block_tokens: int | None = None,
 ) -> Iterator[Explained]:
     """Explain calls in order, each against its nearest ancestor in its session.
 
@@ -68,17 +70,21 @@ def explain(
             For a call without a timestamp nothing expires.
         prefixes: what the calls explained before have left; None for nothing.
         text: whether what changed is quoted.
+        block_tokens: tokens in a block, of which an engine reads whole ones only; None to count as
+            though prefixes could end anywhere.
     """
-    explainer = _Explainer(ttl_s, prefixes or SharedPrefixes(ttl_s), text)
+    explainer = _Explainer(ttl_s, prefixes or SharedPrefixes(ttl_s), text, block_tokens)
     for call in calls:
         yield explainer.explain(call)
 
 
 class _Explainer:
-    def __init__(self, ttl_s: float | None, prefixes: SharedPrefixes, text: bool) -> None:
+    def __init__(
+        self, ttl_s: float | None, prefixes: SharedPrefixes, text: bool, block: int | None
+    ) -> None:
         self._now = 0.0
-        self._ttl_s, self._prefixes, self._text = ttl_s, prefixes, text
-        self._fingerprint = Fingerprinter(prefixes.secret)
+        self._ttl_s, self._prefixes, self._text, self._block = ttl_s, prefixes, text, block
+        self._fingerprint = Fingerprinter(prefixes.secret, count=prefixes.count)
         self._store = LineageStore(
             lambda: self._now,
             ttl_s=_SESSION_TTL_S,
@@ -117,6 +123,9 @@ class _Explainer:
             self._cached |= bool(usage.read_tokens or usage.created_tokens)
             diagnosis, unread = _measured(diagnosis, usage)
         losses = self._losses(diagnosis, edit)
+        if self._block is not None and usage is None:
+            diagnosis, straddled = in_blocks(diagnosis, made, self._block)
+            losses += [straddled] if straddled is not None else []
         if usage is not None and unread:
             losses.append(unread_loss(unread, usage.read_tokens, self._cached))
         char = None

@@ -2,14 +2,16 @@
 
 import math
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from hashlib import blake2b
+from typing import Any
 
 from cachetools import LRUCache
 
 from vllm_cachescope.cli.traffic import Call
 from vllm_cachescope.config import Config
 from vllm_cachescope.diagnosis.fingerprint import Fingerprint
+from vllm_cachescope.diagnosis.token_estimate import estimate_tokens
 from vllm_cachescope.prompt.request import PromptRequest, Region
 from vllm_cachescope.prompt.segments import RegionDefault, Segment, segments
 from vllm_cachescope.tenancy.scope import Scope
@@ -29,12 +31,17 @@ class SharedPrefixes:
     Args:
         ttl_s: TTL in seconds of everything, counted from the last use; None for what each
             breakpoint asks for, or the default.
+        count: counts the tokens of a part; see `Fingerprinter`.
 
     Attributes:
         secret: key of the fingerprints that can be compared here.
+        count: what they have to count their tokens by.
     """
 
-    def __init__(self, ttl_s: float | None) -> None:
+    def __init__(
+        self, ttl_s: float | None, count: Callable[[Any, bytes], int] = estimate_tokens
+    ) -> None:
+        self.count = count
         self.secret = secrets.token_bytes(32)
         self._ttl_s = ttl_s
         regions = Config().regions

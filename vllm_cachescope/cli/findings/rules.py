@@ -134,7 +134,7 @@ class Selection:
         return rule in self._forbidden
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: "argparse._ActionsContainer") -> None:
     """Add ``--allow``, ``--forbid`` and ``--rules``; `selection` reads the first two."""
     parser.add_argument(
         "--allow",
