@@ -41,6 +41,12 @@ class Spent:
     long: int
     uncached: int
 
+    @classmethod
+    def of(cls, tokens: Tokens, way: int) -> "Spent":
+        """Return what became of ``tokens`` under one way to mark prompts."""
+        kinds = tokens.read, tokens.short, tokens.long, tokens.uncached
+        return cls(*(round(float(one[way])) for one in kinds))
+
     @property
     def tokens(self) -> int:
         """All of them."""
@@ -135,7 +141,7 @@ class MarkingSearch:
             {agent: self._markings[way] for agent, way in mix.items()},
             spent,
             self._markings[first],
-            {agent: _column(tokens, first) for agent, tokens in self._spent.items()},
+            {agent: Spent.of(tokens, first) for agent, tokens in self._spent.items()},
         )
 
     def _improved(
@@ -155,7 +161,7 @@ class MarkingSearch:
             if total[cheapest] >= least:
                 break
             best, least = mixes[cheapest], float(total[cheapest])
-            found = {agent: _column(tokens, cheapest) for agent, tokens in spent.items()}
+            found = {agent: Spent.of(tokens, cheapest) for agent, tokens in spent.items()}
             mixes = [
                 {**best, agent: int(way)}
                 for agent in agents
@@ -219,15 +225,6 @@ def _marks(view: PromptView, ttls: Floats) -> list[tuple[int, Floats]]:
         for place, row in zip(PLACES, ttls, strict=True)
         if place in view.places
     ]
-
-
-def _column(tokens: Tokens, way: int) -> Spent:
-    return Spent(
-        *(
-            round(float(one[way]))
-            for one in (tokens.read, tokens.short, tokens.long, tokens.uncached)
-        )
-    )
 
 
 def _rounded(costs: NDArray[np.float64]) -> NDArray[np.float64]:

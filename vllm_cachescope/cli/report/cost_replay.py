@@ -113,7 +113,8 @@ class CostReplay:
         lives = np.maximum.accumulate(ttls[::-1], axis=0)[::-1]
         long = np.where(lives > FIVE_MINUTES_S, written, 0).sum(axis=0)
         short = written.sum(axis=0) - long
-        return Tokens(*(np.float64(one) for one in (read, short, long, total - read - short - long)))
+        rest = total - read - short - long
+        return Tokens(*(one.astype(np.float64) for one in (read, short, long, rest)))
 
     def _read(
         self, now: np.float32, view: PromptView, blocks: Sequence[int], used: NDArray[np.bool_]

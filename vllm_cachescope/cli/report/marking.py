@@ -1,4 +1,4 @@
-"""A marking: a rule by which a client sets breakpoints, and for how long each lets a prefix live."""
+"""A marking: where a client sets breakpoints, and for how long each lets a prefix live."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -2,10 +2,10 @@
 
 import heapq
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 
-from vllm_cachescope.cli.traffic import BlockCall, Call, stream_traffic
+from vllm_cachescope.cli.traffic import BlockCall, Call, LeftOut, stream_traffic
 
 AnyCall = Call | BlockCall
 
@@ -13,21 +13,25 @@ _WINDOW = 64  # calls that a recorder may have written before an earlier one
 _MAX_OPEN = 128  # files that are read side by side
 
 
-def ordered_calls(paths: Sequence[Path]) -> Iterator[tuple[Path, AnyCall]]:
+def ordered_calls(paths: Sequence[Path], left_out: list[LeftOut]) -> Iterator[tuple[Path, AnyCall]]:
     """Yield the calls of files with the file of each, in order of time, as they are read.
 
     Recorders write a call when it ends: within a file, a call that began before the `_WINDOW` calls
     in front of it is put where it belongs, if all calls tell their time. Files whose first call
     tells its time are read side by side; all others one after the other.
 
+    Args:
+        paths: the files; ``-`` is standard input.
+        left_out: takes the lines that cannot be understood.
+
     Raises:
         OSError: if a file cannot be read.
-        TrafficError: on a line that cannot be understood.
+        TrafficError: if one is damaged.
     """
     timed: list[Iterator[tuple[float, int, Path, AnyCall]]] = []
     rest: list[Iterator[tuple[Path, AnyCall]]] = []
     for number, path in enumerate(paths):
-        calls = in_order(stream_traffic(path))
+        calls = in_order(stream_traffic(path, left_out))
         first = next(calls, None)
         if first is None:
             continue
@@ -35,7 +39,7 @@ def ordered_calls(paths: Sequence[Path]) -> Iterator[tuple[Path, AnyCall]]:
         if first.at is not None and len(timed) < _MAX_OPEN:
             timed.append(_timed(number, path, whole))
         else:
-            rest.append((path, call) for call in whole)
+            rest.append(zip(repeat(path), whole, strict=False))
     for _, _, path, call in heapq.merge(*timed, key=lambda one: one[:2]):
         yield path, call
     for calls_of_file in rest:

@@ -128,7 +128,8 @@ class Views:
 
     def _keys(self, call: Call, fingerprint: Fingerprint) -> "array[int]":
         """Return a hash of the prompt up to the end of each part, with whom it is shared with."""
-        front, rest = [], []
+        front: list[tuple[str, bytes]] = []
+        rest: list[tuple[str, bytes]] = []
         for param in sorted(fingerprint.params.items()):
             if param[0] not in ROUTING_PARAMS:
                 (front if is_front(param[0]) else rest).append(param)

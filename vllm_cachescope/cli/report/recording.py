@@ -1,157 +1,100 @@
-"""A recording: everything that `cachescope report` finds out about some traffic, in one pass.
-
-What grows with the traffic is kept in a temporary file, or packed: some 60 bytes a call.
-"""
+"""A recording: all that `cachescope report` finds out about some traffic, in one pass over it."""
 
 import marshal
-from array import array
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections import Counter, OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
 
-from vllm_cachescope.cli.block_trace import explain_blocks
+from vllm_cachescope.cache.miss_causes import CacheMiss, MissCause
 from vllm_cachescope.cli.report.best_marking import BestMarking, MarkingSearch, Spent
 from vllm_cachescope.cli.report.break_groups import BreakGroups
-from vllm_cachescope.cli.report.cost_replay import CostReplay, Floats
+from vllm_cachescope.cli.report.cost_replay import MIN_TOKENS, CostReplay, Floats, Tokens
 from vllm_cachescope.cli.report.ordered_calls import AnyCall
-from vllm_cachescope.cli.report.phases import Phase, PhaseCall, find_phases
 from vllm_cachescope.cli.report.prompt_view import PromptView, Views
 from vllm_cachescope.cli.report.repeats import Repeats
+from vllm_cachescope.cli.report.sessions import Session, SessionCall
 from vllm_cachescope.cli.token_counter import TokenCounter
 from vllm_cachescope.cli.traffic import BlockCall, Call
+from vllm_cachescope.diagnosis.advice import advise_on_misses
 from vllm_cachescope.diagnosis.diagnosis import diagnose
-from vllm_cachescope.diagnosis.fingerprint import Fingerprint
 from vllm_cachescope.diagnosis.fingerprinter import Fingerprinter
 from vllm_cachescope.diagnosis.lineage_store import LineageStore
 from vllm_cachescope.diagnosis.outcome import Diagnosis, DiagnosisKind
-from vllm_cachescope.prompt.request import Region
 from vllm_cachescope.tenancy.scope import Caller
 from vllm_cachescope.usage.prices import Multipliers, Prices
 from vllm_cachescope.usage.record import FIVE_MINUTES_S, ONE_HOUR_S
 
+_SECRET = b"cachescope report"  # fingerprints never leave this process
 _STORE_BYTES = 64 << 20
 _SESSION_TTL_S = 7 * 86400.0
 _REQUESTS, _ENDS = 256, 4096
 _MAX_AGENTS = 256
-_SECRET = b"cachescope report"  # fingerprints never leave this process
+_MAX_MODELS = 1024
+_MAX_PREFIXES = 2**18
 
-RECORDED, SHORT, LONG = range(3)
-"""The ways to mark prompts that are always replayed: as recorded; the same breakpoints with all
-lifetimes five minutes; and with all an hour."""
+RECORDED, SHORT, LONG, FOREVER = range(4)
+"""Ways to mark prompts: as recorded; with all lifetimes five minutes; an hour; and for ever."""
 
 
 @dataclass(slots=True)
 class Agent:
-    """Calls of one kind: with the same model and the same names of tools.
+    """Calls of one kind: of one model, with tools of the same names.
 
     Attributes:
         number: its number, from 0, in the order of first calls.
-        model: the model's name.
+        model: the model's name; empty where none is told.
         tools: how many tools it has.
         calls: how many calls it made.
-        spent: what became of its tokens, by way to mark them: see `RECORDED`.
+        spent: what became of its tokens under the ways to mark them, `RECORDED` and so on.
     """
 
     number: int
     model: str
     tools: int
     calls: int = 0
-    spent: list[Spent] = field(default_factory=list)
+    _spent: Tokens = field(default_factory=lambda: Tokens.none(4))
 
-    def __str__(self) -> str:
-        """Say which it is, as in ``agent 1 (small-model, 24 tools)``."""
-        told = [self.model] if self.model else []
-        told += [f"{self.tools} tools"] if self.tools else []
-        return f"agent {self.number + 1}" + (f" ({', '.join(told)})" if told else "")
+    def add(self, tokens: Tokens) -> None:
+        """Add a call."""
+        self.calls += 1
+        self._spent.add(tokens)
 
-
-@dataclass(slots=True)
-class Lineage:
-    """The sums of one lineage.
-
-    Attributes:
-        calls, tokens, shared: its calls, the tokens of their prompts, and how many of them an
-            earlier call had.
-        breaks, missed: its breaks, and the tokens that they cost.
-    """
-
-    calls: int = 0
-    tokens: int = 0
-    shared: int = 0
-    breaks: int = 0
-    missed: int = 0
-
-
-@dataclass(slots=True)
-class Session:
-    """A session's calls, packed.
-
-    Attributes:
-        name: what names it: its id, or its file.
-        numbers: the calls' numbers in the recording.
-        at: when they were sent, in seconds.
-        tokens, shared: of each call's prompt, how many tokens it has and an earlier call had.
-        agents, models: the number of each call's agent and model.
-        compacted: 1 for a call that goes on from a summary.
-        lineages: the sums of its lineages, by number.
-    """
-
-    name: str
-    numbers: "array[int]" = field(default_factory=lambda: array("I"))
-    at: "array[float]" = field(default_factory=lambda: array("d"))
-    tokens: "array[int]" = field(default_factory=lambda: array("I"))
-    shared: "array[int]" = field(default_factory=lambda: array("I"))
-    agents: "array[int]" = field(default_factory=lambda: array("H"))
-    models: "array[int]" = field(default_factory=lambda: array("H"))
-    compacted: "array[int]" = field(default_factory=lambda: array("B"))
-    lineages: dict[int, Lineage] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Tokens of all its prompts."""
-        return sum(self.tokens)
-
-    def phases(self) -> list[Phase]:
-        """Return its phases."""
-        packed = zip(
-            self.tokens, self.shared, self.agents, self.models, self.at, self.compacted, strict=True
-        )
-        return find_phases([PhaseCall(*one[:5], bool(one[5])) for one in packed])
+    def spent(self, way: int) -> Spent:
+        """Return what became of its tokens under one way to mark them."""
+        return Spent.of(self._spent, way)
 
 
 class Recording:
-    """What some traffic shows. Feed it calls in the order of time, then read it.
+    """What some traffic shows. Give it calls in the order of time, then read it.
+
+    All calls are taken to be of one organisation. What grows with the traffic is in temporary
+    files, or packed: some 40 bytes for each call.
 
     Args:
         count: counts tokens.
         prices: of the models' tokens.
-        gap_s: seconds between two calls, where they tell no time.
+        gap_s: seconds from one call to the next where it tells no time.
         min_tokens: tokens of the shortest prefix that a hosted cache keeps.
 
     Attributes:
-        calls: how many calls it has.
+        calls: how many calls there are.
         tokens: tokens of all prompts.
-        shared: how many of them an earlier call of the same session had, from the first on.
+        shared: how many of them an earlier call had, from the first on.
         untimed: how many calls told no time.
         marked: how many calls had breakpoints.
+        measured: of calls whose response told it, tokens of the prompts and how many were read.
         agents: the agents, by number.
-        sessions: the sessions, by organisation and id.
-        breaks: the breaks, by place and cause.
+        sessions: the sessions; by file and None, where calls name none.
+        breaks: the breaks.
         repeats: repeated content that no cache of prefixes finds.
-        measured: tokens of calls whose response told its usage, and how many of them were read.
     """
 
-    def __init__(
-        self, count: TokenCounter, prices: Prices, gap_s: float, min_tokens: int
-    ) -> None:
+    def __init__(self, count: TokenCounter, prices: Prices, gap_s: float, min_tokens: int) -> None:
         self._prices = prices
         self._gap_s = gap_s
         self._fingerprint = Fingerprinter(_SECRET, count=count)
@@ -165,44 +108,25 @@ class Recording:
             max_bytes=_STORE_BYTES,
         )
         self._views = Views()
-        self._replay = CostReplay(3, min_tokens)
+        self._prefixes: OrderedDict[int, None] = OrderedDict()
+        self._replay = CostReplay(4, min_tokens)
         self._multipliers: dict[int, Multipliers] = {}
         self._weights: dict[int, float] = {}
         self._search = MarkingSearch(self._multipliers, self._weights, min_tokens)
+        self._best: BestMarking | None = None
         self._agent_of: dict[object, Agent] = {}
         self._models: dict[str, int] = {}
         self._rows = TemporaryFile("w+b")  # noqa: SIM115 - as long as the recording lives
-        self._best: BestMarking | None = None
         self.calls = self.tokens = self.shared = self.untimed = self.marked = 0
+        self.measured = (0, 0)
         self.agents: list[Agent] = []
         self.sessions: dict[tuple[str, str | None], Session] = {}
         self.breaks = BreakGroups()
         self.repeats = Repeats()
-        self.measured = (0, 0)
-
-    def add(self, path: Path, call: AnyCall) -> None:
-        """Add the next call.
-
-        Args:
-            path: its file.
-            call: the call.
-        """
-        if call.at is None:
-            self.untimed += 1
-            self._now += self._gap_s if self.calls else 0.0
-        elif self.calls:
-            self._now = max(self._now, call.at)
-        else:
-            self._now = call.at
-        if isinstance(call, Call):
-            self._add_request(path, call)
-        else:
-            self._add_blocks(path, call)
-        self.calls += 1
 
     @property
     def best(self) -> BestMarking:
-        """The best way to mark this traffic."""
+        """The best way to mark this traffic. No call may be added after it was read."""
         if self._best is None:
             self._best = self._search.best()
         return self._best
@@ -216,36 +140,179 @@ class Recording:
             except EOFError:
                 return
 
+    def add(self, path: Path, call: AnyCall) -> None:
+        """Add the next call.
+
+        Args:
+            path: its file.
+            call: the call.
+        """
+        if call.at is None:
+            self.untimed += 1
+            self._now += self._gap_s if self.calls else 0.0
+        else:
+            self._now = max(self._now, call.at) if self.calls else call.at
+        if isinstance(call, Call):
+            self._add_request(path, call)
+        else:
+            self._add_blocks(path, call)
+
     def _add_request(self, path: Path, call: Call) -> None:
         made = self._fingerprint(call.request, call.extra)
-        # Clients that name no session are those of one file.
+        # Clients that name no session are told apart by their files.
         caller = Caller("" if call.session else str(path), call.session)
         placement = self._store.observe(caller, made)
         self._store.answered(caller, placement.node, call.response_id)
         diagnosis = diagnose(placement)
         view = self._views.of_call(call, made)
-        agent = self._agent((made.model, tuple(tool.name for tool in made.tools)), made)
-        repeats = self.repeats.see(call.session, call.request, made, diagnosis.shared_tokens)
-        elsewhere = Counter[str]()
-        for one in repeats:
-            elsewhere[one.scope] += one.tokens
-        self._add(path, call, call.session, view, agent, made.model, diagnosis, dict(elsewhere))
+        shared = max(diagnosis.shared_tokens, self._known(view))
+        repeats: Counter[str] = Counter()
+        for one in self.repeats.see(call.session, call.request, made, shared):
+            repeats[str(one.scope)] += one.tokens
+        agent = self._agent(made.model, tuple(tool.name for tool in made.tools))
+        row: dict[str, Any] = {"repeated": dict(repeats)}
+        if call.usage is not None:
+            row["measured_read"] = call.usage.read_tokens
+            tokens, read = self.measured
+            self.measured = tokens + call.usage.prompt_tokens, read + call.usage.read_tokens
+        self._note(call, caller, view, agent, diagnosis, shared, row)
 
     def _add_blocks(self, path: Path, call: BlockCall) -> None:
-        raise NotImplementedError
+        view = self._views.of_blocks(call)
+        shared = self._known(view)
+        kind = DiagnosisKind.CONTINUATION if shared else DiagnosisKind.NEW_LINEAGE
+        diagnosis = Diagnosis(kind, True, None, (), shared, 0, call.tokens, (), lineage=1)
+        self._note(call, Caller(str(path)), view, self._agent("", ()), diagnosis, shared, {})
 
-    def _add(
+    def _note(
         self,
-        path: Path,
         call: AnyCall,
-        session_id: str | None,
+        caller: Caller,
         view: PromptView,
         agent: Agent,
-        model: str,
         diagnosis: Diagnosis,
-        elsewhere: Mapping[str, int],
+        shared: int,
+        row: dict[str, Any],
     ) -> None:
+        """Note what is known of a call."""
         marks = [(block, _lifetimes(ttl_s)) for block, ttl_s in view.marks]
-        spent = self._replay.use(self._now, view, marks)
+        tokens = self._replay.use(self._now, view, marks)
         self._search.add(self._now, agent.number, view)
-"""TODO"""
+        agent.add(tokens)
+        own = Spent.of(tokens, RECORDED)
+        kept = int(tokens.read[FOREVER])
+        diagnosis = _with_misses(diagnosis, view, shared, own.read, kept)
+        missed = diagnosis.missed_tokens + sum(miss.tokens for miss in diagnosis.engine)
+        is_break = missed > 0 and (diagnosis.kind.is_break or not diagnosis.expected)
+        if is_break:
+            self.breaks.add(call.source, diagnosis, missed)
+        model = self._models.setdefault(agent.model, min(len(self._models), _MAX_MODELS))
+        session = self._session(caller)
+        session.add(
+            SessionCall(
+                self.calls,
+                self._now,
+                view.tokens,
+                shared,
+                own.read,
+                missed if is_break else 0,
+                diagnosis.lineage,
+                agent.number,
+                model,
+                diagnosis.kind is DiagnosisKind.CONTEXT_COMPACTED,
+                is_break,
+            )
+        )
+        where = diagnosis.where
+        row |= {
+            "number": self.calls,
+            "source": call.source,
+            "at": round(self._now, 3),
+            "timed": call.at is not None,
+            "session": session.name,
+            "lineage": diagnosis.lineage,
+            "agent": agent.number,
+            "model": agent.model,
+            "tokens": view.tokens,
+            "shared": shared,
+            "read": own.read,
+            "created": {"5m": own.short, "1h": own.long},
+            "uncached": own.uncached,
+            "kind": str(diagnosis.kind),
+            "cause": str(diagnosis.cause),
+            "expected": diagnosis.expected,
+            "break": is_break,
+            "region": where.region if where and is_break else None,
+            "path": where.path if where and is_break else None,
+            "missed": missed if is_break else 0,
+            "changes": [str(change) for change in diagnosis.changes[:5]] if is_break else [],
+            "suggestion": diagnosis.suggestion if is_break else "",
+        }
+        marshal.dump(row, self._rows)
+        self.calls += 1
+        self.tokens += view.tokens
+        self.shared += shared
+        self.marked += view.marked
+
+    def _known(self, view: PromptView) -> int:
+        """Record a prompt's prefixes. Return how many leading tokens any earlier call had."""
+        prefixes, shared, reading = self._prefixes, 0, True
+        for key, end in zip(view.keys, view.ends, strict=True):
+            if key in prefixes:
+                prefixes.move_to_end(key)
+                shared = end if reading else shared
+                continue
+            reading = False
+            prefixes[key] = None
+            if len(prefixes) > _MAX_PREFIXES:
+                prefixes.popitem(last=False)
+        return shared
+
+    def _agent(self, model: str, tools: tuple[str, ...]) -> Agent:
+        agent = self._agent_of.get((model, tools))
+        if agent is None:
+            if len(self.agents) >= _MAX_AGENTS:
+                return self.agents[-1]
+            agent = self._agent_of[model, tools] = Agent(len(self.agents), model, len(tools))
+            self.agents.append(agent)
+            if (price := self._prices.of(model)) is not None:
+                self._multipliers[agent.number] = price.multipliers
+                self._weights[agent.number] = price.input
+        return agent
+
+    def _session(self, caller: Caller) -> Session:
+        key = caller.org, caller.session
+        found = self.sessions.get(key)
+        if found is None:
+            found = self.sessions[key] = Session(caller.session or caller.org)
+        return found
+
+
+def _lifetimes(ttl_s: int) -> Floats:
+    """Return the lifetimes of a recorded breakpoint, by way to mark prompts."""
+    return np.array([ttl_s, FIVE_MINUTES_S, ONE_HOUR_S, np.inf], np.float32)
+
+
+def _with_misses(
+    diagnosis: Diagnosis, view: PromptView, shared: int, read: int, kept: int
+) -> Diagnosis:
+    """Return a diagnosis that tells what a cache would not have had although nothing had changed.
+
+    Args:
+        diagnosis: what the shapes of the requests say.
+        view: the prompt.
+        shared: how many leading tokens an earlier call had.
+        read: how many a cache reads that is used as recorded.
+        kept: how many one would read that keeps everything for ever.
+    """
+    misses: list[CacheMiss] = []
+    if kept > read:
+        ttl_s = max((ttl_s for _, ttl_s in view.marks), default=None)
+        misses.append(CacheMiss(MissCause.EXPIRED, kept - read, ttl_s=ttl_s))
+    # Less is what is shared of a block that differs further on.
+    if view.marked and shared - kept >= MIN_TOKENS:
+        misses.append(CacheMiss(MissCause.NEVER_STORED, shared - kept))
+    if not misses or diagnosis.kind.is_break:
+        return diagnosis
+    told = advise_on_misses(misses)
+    return replace(diagnosis, expected=False, engine=tuple(misses), suggestion=told)
