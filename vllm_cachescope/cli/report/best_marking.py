@@ -20,9 +20,10 @@ from vllm_cachescope.cli.report.prompt_view import PLACES, Place, PromptView
 from vllm_cachescope.usage.prices import Multipliers
 from vllm_cachescope.usage.record import FIVE_MINUTES_S, ONE_HOUR_S
 
-_ROUNDS = 4
-_TRIED_AGENTS = 12  # of which a mix is changed, those that cost most
-_TRIED_MARKINGS = 4  # of each agent, its cheapest
+_ROUNDS = 6
+_TRIED_AGENTS = 12  # whose marking is changed in a mix: those that cost most
+_TRIED_MARKINGS = 4  # of each agent, its cheapest by themselves; more where there is time
+_TRIED_PROMPTS = 4_000_000  # in a round, each under each changed mix: some seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +113,7 @@ class MarkingSearch:
         self._all = np.stack(self._ttls, axis=1)
         self._replay = CostReplay(len(self._markings), min_tokens)
         self._spent: dict[int, Tokens] = {}
+        self._calls = 0
         self._file = TemporaryFile("w+b")  # noqa: SIM115 - as long as the search lives
 
     def add(self, at: float, agent: int, view: PromptView) -> None:
@@ -122,6 +124,7 @@ class MarkingSearch:
             agent: the number of its agent.
             view: the prompt.
         """
+        self._calls += 1
         tokens = self._replay.use(at, view, _marks(view, self._all))
         self._spent.setdefault(agent, Tokens.none(len(self._markings))).add(tokens)
         places = [view.places.get(place, -1) for place in PLACES]
@@ -149,7 +152,8 @@ class MarkingSearch:
     ) -> tuple[dict[int, int], dict[int, Spent]]:
         """Return the cheapest of ``mixes`` after changes, and what is spent under it."""
         agents = sorted(costs, key=lambda agent: -costs[agent].min())[:_TRIED_AGENTS]
-        nearby = {agent: np.argsort(_rounded(costs[agent]))[:_TRIED_MARKINGS] for agent in agents}
+        tried = max(_TRIED_MARKINGS, _TRIED_PROMPTS // max(1, self._calls * len(agents)))
+        nearby = {agent: np.argsort(_rounded(costs[agent]))[:tried] for agent in agents}
         best, least, found = mixes[0], np.inf, dict[int, Spent]()
         for _ in range(_ROUNDS):
             spent = self._replayed(mixes)

@@ -44,7 +44,8 @@ class PromptView:
     """A prompt's blocks.
 
     A block is what a client can put a breakpoint on: a tool, a block of the system prompt or of a
-    message. In a text trace it is a turn, in a block trace one of its blocks.
+    message. Text and block traces do not show these: there a paragraph counts as one, or a block of
+    the trace, and a prefix is found however far it ends before a breakpoint.
 
     Attributes:
         keys: for each block, a hash of all that stands up to its end: equal for two prompts that a
@@ -85,46 +86,32 @@ class Views:
 
     def of_call(self, call: Call, fingerprint: Fingerprint) -> PromptView:
         """Return the view of a recorded request."""
-        keys = self._keys(call, fingerprint)
         n = len(fingerprint)
-        last = _last_parts(fingerprint) if call.text is not None else range(n)
-        block_of = {part: i for i, part in enumerate(last)} if call.text is not None else None
-
-        def block(part: int) -> int | None:
-            return part if block_of is None else block_of.get(part)
-
-        found: dict[Place, int] = {}
-        for place, end in _place_ends(fingerprint).items():
-            if end and (at := block(end - 1)) is not None:
-                found[place] = at
-        own = [
+        ends = _place_ends(fingerprint).items()
+        marks = [
             (mark.part, mark.ttl_s or fingerprint.ttl_s or _DEFAULT_TTL_S)
             for mark in fingerprint.marks
         ]
-        marks = [(at, ttl_s) for part, ttl_s in own if (at := block(part)) is not None]
         if fingerprint.automatic and n:
-            marks.append((len(last) - 1, fingerprint.ttl_s or _DEFAULT_TTL_S))
+            marks.append((n - 1, fingerprint.ttl_s or _DEFAULT_TTL_S))
         return PromptView(
-            [keys[part] for part in last],
-            [fingerprint.ends[part] for part in last],
-            found,
+            self._keys(call, fingerprint),
+            fingerprint.ends,
+            {place: end - 1 for place, end in ends if end},
             tuple(dict(marks[-4:]).items()),
-            bool(own),
-            LOOKBACK,
+            bool(fingerprint.marks),
+            LOOKBACK if call.text is None else None,
         )
 
     def of_blocks(self, call: BlockCall) -> PromptView:
         """Return the view of a call in a block trace: all that is known are hashes of prefixes."""
-        n = len(call.blocks)
-        ends = [min((i + 1) * BLOCK_TOKENS, call.tokens) for i in range(n)]
-        return PromptView(
-            call.blocks,
-            ends,
-            {Place.END: n - 1} if n else {},
-            ((n - 1, _DEFAULT_TTL_S),) if n else (),
-            False,
-            None,
-        )
+        ends = [min((i + 1) * BLOCK_TOKENS, call.tokens) for i in range(len(call.blocks))]
+        # The last block has another hash once the conversation goes on, unless it is whole.
+        last = call.tokens // BLOCK_TOKENS - 1
+        if last < 0:
+            return PromptView(call.blocks, ends, {}, (), False, None)
+        marks = ((last, _DEFAULT_TTL_S),)
+        return PromptView(call.blocks, ends, {Place.END: last}, marks, False, None)
 
     def _keys(self, call: Call, fingerprint: Fingerprint) -> "array[int]":
         """Return a hash of the prompt up to the end of each part, with whom it is shared with."""
@@ -177,10 +164,3 @@ def _place_ends(fingerprint: Fingerprint) -> dict[Place, int]:
         Place.TURN: turn if opening < turn < n else 0,
         Place.END: n,
     }
-
-
-def _last_parts(fingerprint: Fingerprint) -> list[int]:
-    """Return the last part of each turn of a text trace."""
-    turns = [path.partition("@")[0] for path in fingerprint.paths.split("\n")]
-    n = len(fingerprint)
-    return [i for i in range(n) if i + 1 == n or turns[i] != turns[i + 1]]

@@ -7,6 +7,7 @@ chunks that end where the text says so, and not at fixed distances: a line in fr
 no chunk of it.
 """
 
+import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,8 +21,8 @@ from vllm_cachescope.prompt.request import Part, PromptRequest
 MIN_CHARS = 128
 """Characters of the shortest chunk that counts: some 32 tokens."""
 
-_MAX_CHARS = 2048
-_ENDS = 8  # one line in so many ends a chunk
+_MAX_CHARS = 1024
+_ENDS = 4  # one line in so many ends a chunk
 _MAX_CHUNKS = 2**19
 _MAX_ORIGINS = 4096
 
@@ -150,7 +151,12 @@ def chunks(text: str) -> Sequence[str]:
             continue
         chunk.append(line)
         size += len(line)
-        if size >= MIN_CHARS and (hash(line) % _ENDS == 0 or size >= _MAX_CHARS):
+        if size >= MIN_CHARS and (_ends(line) or size >= _MAX_CHARS):
             found.append("".join(chunk))
             chunk, size = [], 0
     return [*found, "".join(chunk)] if chunk else found
+
+
+def _ends(line: str) -> bool:
+    """Whether a line ends a chunk, wherever it stands."""
+    return zlib.crc32(line.encode("utf-8", "surrogatepass")) % _ENDS == 0

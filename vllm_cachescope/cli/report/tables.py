@@ -14,10 +14,10 @@ _SESSIONS, _LINEAGES, _GROUPS, _TOP, _AGENTS = 5, 8, 12, 8, 12
 
 _WAYS = {
     ways.WITHOUT: "without caching",
-    ways.AS_RECORDED: "breakpoints as recorded",
-    ways.FIVE_MINUTES: "cached for 5m",
-    ways.ONE_HOUR: "cached for 1h",
-    ways.UNIFORM: "best for all alike",
+    ways.AS_RECORDED: "as recorded",
+    ways.FIVE_MINUTES: "all at 5m",
+    ways.ONE_HOUR: "all at 1h",
+    ways.UNIFORM: "best for all",
     ways.BEST: "best mix",
 }
 
@@ -32,6 +32,8 @@ def render(report: Mapping[str, Any], console: Console) -> None:
         highlight=False,
         markup=False,
     )
+    if not calls:
+        return
     if measured := report["measured"]:
         share = _percent(measured["read"], measured["tokens"])
         console.print(
@@ -103,14 +105,14 @@ def _render_breaks(breaks: Mapping[str, Any], console: Console) -> None:
 
 def _render_costs(report: Mapping[str, Any], console: Console) -> None:
     costs, priced = report["costs"], not report["unpriced_models"]
-    money = report["currency"] if priced else "in fresh tokens"
-    columns = ["read", "written 5m", "1h", "uncached", money, "saved"]
+    money = report["currency"] if priced else "cost in tokens"
+    columns = ["read", "new, 5m", "new, 1h", "uncached", money, "saved"]
     table = _table("Cost of the prompts", ["prompts"], columns, console)
     for way, cost in costs.items():
         table.add_row(
             _WAYS[way],
-            *(f"{cost[key]:,}" for key in ("read", "written_5m", "written_1h", "uncached")),
-            f"{cost['cost']:,.3f}" if priced else f"{cost['equivalents']:,.0f}",
+            *(_count(cost[key]) for key in ("read", "written_5m", "written_1h", "uncached")),
+            f"{cost['cost']:,.3f}" if priced else _count(cost["equivalents"]),
             "" if way == ways.WITHOUT or cost["saved"] is None else f"{cost['saved']:.1%}",
         )
     console.print(table)
@@ -131,8 +133,8 @@ def _render_best(report: Mapping[str, Any], console: Console) -> None:
     amount = f"{more:,.3f} {unit}" if priced else f"{more:,.0f} {unit}"
     share = f" ({more / costs[now][key]:.1%})" if costs[now][key] else ""
     console.print(
-        f"Best for all alike: {markings['uniform']}. The best mix would save {amount}{share} of "
-        f"what prompts cost {_WAYS[now]}, and read {in_words(costs[ways.BEST])}.",
+        f"Best for all: {markings['uniform']}. The best mix would save {amount}{share} of what "
+        f"prompts cost {_WAYS[now]}. It reads {in_words(costs[ways.BEST])}.",
         highlight=False,
         soft_wrap=True,
     )
@@ -151,12 +153,13 @@ def _render_best(report: Mapping[str, Any], console: Console) -> None:
 
 
 def in_words(cost: Mapping[str, Any]) -> str:
-    """Return how much is read for what is not, as in ``1,224 tokens for each fresh one``."""
+    """Return how much is read for what is not, as in ``1,224 to 1``, with both counts."""
     fresh = cost["written_5m"] + cost["written_1h"] + cost["uncached"]
     per = ratio(cost["read"], fresh)
     if per is None:
         return "nothing"
-    return f"{per:,.0f} to 1" if per >= 10 else f"{per:.1f} to 1"
+    told = f"{per:,.0f} to 1" if per >= 10 else f"{per:.1f} to 1"
+    return f"{cost['read']:,} tokens and leaves {fresh:,} fresh, {told}"
 
 
 def _render_elsewhere(elsewhere: Mapping[str, Any], tokens: int, console: Console) -> None:
@@ -197,13 +200,13 @@ def _table(
     console: Console,
     last: Iterable[str] = (),
 ) -> Table:
-    """Return a table without rows, and print its title: above a narrow table it would be wrapped."""
+    """Return a table without rows, and print its title, which a narrow table would wrap."""
     console.print(Text(title, style="bold"), soft_wrap=True)
     table = Table()
     for name in first:
-        table.add_column(name, overflow="fold")
+        table.add_column(name, overflow="fold", min_width=8)
     for name in numbers:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for name in last:
         table.add_column(name, overflow="fold")
     return table
@@ -212,6 +215,11 @@ def _table(
 def _more(count: int, what: str, console: Console) -> None:
     if count > 0:
         console.print(f"and {count:,} more {what}", style="dim", highlight=False)
+
+
+def _count(number: float) -> str:
+    """Return a count, in millions where it would take much room."""
+    return f"{number:,.0f}" if number < 1e7 else f"{number / 1e6:,.1f}M"
 
 
 def _percent(part: int, whole: int) -> str:
