@@ -2,7 +2,7 @@
 
 import marshal
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -22,6 +22,7 @@ from vllm_cachescope.cli.token_counter import TokenCounter
 from vllm_cachescope.cli.traffic import BlockCall, Call
 from vllm_cachescope.diagnosis.advice import advise_on_misses
 from vllm_cachescope.diagnosis.diagnosis import diagnose
+from vllm_cachescope.diagnosis.fingerprint import Fingerprint
 from vllm_cachescope.diagnosis.fingerprinter import Fingerprinter
 from vllm_cachescope.diagnosis.lineage_store import LineageStore
 from vllm_cachescope.diagnosis.outcome import Diagnosis, DiagnosisKind
@@ -43,7 +44,8 @@ RECORDED, SHORT, LONG, FOREVER = range(4)
 
 @dataclass(slots=True)
 class Agent:
-    """Calls of one kind: of one model, with tools of the same names.
+    """Calls of one kind: of one model, with tools of the same names; in a text trace, with prompts
+    that begin alike.
 
     Attributes:
         number: its number, from 0, in the order of first calls.
@@ -169,7 +171,7 @@ class Recording:
         repeats: Counter[str] = Counter()
         for one in self.repeats.see(call.session, call.request, made, shared):
             repeats[str(one.scope)] += one.tokens
-        agent = self._agent(made.model, tuple(tool.name for tool in made.tools))
+        agent = self._agent(made.model, *(tool.name for tool in made.tools), *_opening(call, made))
         row: dict[str, Any] = {"repeated": dict(repeats)}
         if call.usage is not None:
             row["measured_read"] = call.usage.read_tokens
@@ -182,7 +184,7 @@ class Recording:
         shared = self._known(view)
         kind = DiagnosisKind.CONTINUATION if shared else DiagnosisKind.NEW_LINEAGE
         diagnosis = Diagnosis(kind, True, None, (), shared, 0, call.tokens, (), lineage=1)
-        self._note(call, Caller(str(path)), view, self._agent("", ()), diagnosis, shared, {})
+        self._note(call, Caller(str(path)), view, self._agent(""), diagnosis, shared, {})
 
     def _note(
         self,
@@ -268,12 +270,17 @@ class Recording:
                 prefixes.popitem(last=False)
         return shared
 
-    def _agent(self, model: str, tools: tuple[str, ...]) -> Agent:
-        agent = self._agent_of.get((model, tools))
+    def _agent(self, model: str, *traits: str | bytes) -> Agent:
+        """Return the agent with a model, and tools of these names or prompts that begin alike."""
+        key = model, *traits
+        agent = self._agent_of.get(key)
         if agent is None:
             if len(self.agents) >= _MAX_AGENTS:
-                return self.agents[-1]
-            agent = self._agent_of[model, tools] = Agent(len(self.agents), model, len(tools))
+                # All others count as one of the same model, or as any one.
+                alike = (one for one in reversed(self.agents) if one.model == model)
+                return next(alike, self.agents[-1])
+            tools = sum(isinstance(trait, str) for trait in traits)
+            agent = self._agent_of[key] = Agent(len(self.agents), model, tools)
             self.agents.append(agent)
             if (price := self._prices.of(model)) is not None:
                 self._multipliers[agent.number] = price.multipliers
@@ -286,6 +293,11 @@ class Recording:
         if found is None:
             found = self.sessions[key] = Session(caller.session or caller.org)
         return found
+
+
+def _opening(call: Call, fingerprint: Fingerprint) -> Iterable[bytes]:
+    """Return a hash of how a text trace's prompt begins: nothing else tells agents apart there."""
+    return (fingerprint.hash(0),) if call.text and len(fingerprint) else ()
 
 
 def _lifetimes(ttl_s: int) -> Floats:

@@ -108,6 +108,7 @@ def _render_costs(report: Mapping[str, Any], console: Console) -> None:
     money = report["currency"] if priced else "cost in tokens"
     columns = ["read", "new, 5m", "new, 1h", "uncached", money, "saved"]
     table = _table("Cost of the prompts", ["prompts"], columns, console)
+    table.columns[0].no_wrap = True
     for way, cost in costs.items():
         table.add_row(
             _WAYS[way],
@@ -204,7 +205,7 @@ def _table(
     console.print(Text(title, style="bold"), soft_wrap=True)
     table = Table()
     for name in first:
-        table.add_column(name, overflow="fold", min_width=8)
+        table.add_column(name, overflow="fold")
     for name in numbers:
         table.add_column(name, justify="right", no_wrap=True)
     for name in last:
