@@ -23,6 +23,7 @@ class PromptTiming:
         began: when the engine was given the prompt, in seconds of `time.monotonic`.
         computed_at: when the engine returned its first token, or was told to cut the prompt off, on
             the same clock; None before.
+        output_tokens: tokens that the engine has returned so far, over all samples.
     """
 
     tokens: Sequence[int]
@@ -30,6 +31,14 @@ class PromptTiming:
     readable_tokens: int
     began: float
     computed_at: float | None = None
+    output_tokens: int = 0
+
+    @property
+    def ttft_s(self) -> float | None:
+        """Seconds until the first token came; None if none has."""
+        if self.computed_at is None or not self.output_tokens:
+            return None
+        return self.computed_at - self.began
 
 
 @dataclass(slots=True)
@@ -46,10 +55,13 @@ class RequestContext:
             it is started.
         reports: the engine's report on each of the request's prompts, by the prompt's nonce. The
             first token brings an estimate, the last one the engine's own count.
+        untold: the engine's report on each of the request's prompts whose usage the client is not
+            told, by nonce: those to pool, and those without token ids.
         timings: each of the request's prompts with its times, by the same nonce.
         plans: the plan of each of the request's prompts, by the same nonce.
-        fetching: the task that fetches the reports of a request whose client has disconnected;
-            None if there is none.
+        fetching: the task that fetches the reports that no output brings, as those of a request
+            whose client has disconnected; None if there is none.
+        is_recorded: whether somebody keeps the request's record, and wants every report.
     """
 
     caller: Caller
@@ -58,9 +70,11 @@ class RequestContext:
     wants_tiers: bool = False
     rendering: Task[Any] | None = None
     reports: dict[str, Report] = field(default_factory=dict)
+    untold: dict[str, Report] = field(default_factory=dict)
     timings: dict[str, PromptTiming] = field(default_factory=dict)
     plans: dict[str, Plan] = field(default_factory=dict)
     fetching: Task[None] | None = None
+    is_recorded: bool = False
 
 
 current_request: ContextVar[RequestContext | None] = ContextVar("cachescope_request", default=None)

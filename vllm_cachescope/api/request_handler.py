@@ -5,6 +5,7 @@ import asyncio
 from collections.abc import Mapping
 from dataclasses import replace
 
+from starlette.datastructures import QueryParams
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -12,10 +13,12 @@ from vllm_cachescope.api.diagnoser import PendingDiagnosis
 from vllm_cachescope.api.http_request import joined_headers, read_body, with_body
 from vllm_cachescope.api.incoming_body import IncomingBody, read_incoming
 from vllm_cachescope.api.operations import PATHS
+from vllm_cachescope.api.page import Page, is_page_path
 from vllm_cachescope.api.replies import Reply
 from vllm_cachescope.api.request_context import RequestContext, current_request
 from vllm_cachescope.api.services import Services
 from vllm_cachescope.api.session_queue import SessionQueue
+from vllm_cachescope.api.viewer import Viewer
 from vllm_cachescope.diagnosis.fingerprint import Fingerprint
 from vllm_cachescope.errors import BadRequest
 from vllm_cachescope.logs import logger_of
@@ -49,12 +52,14 @@ class RequestHandler:
         protocol = protocol_of(scope["path"])
         if scope["path"].endswith(PATHS):
             await self._operate(headers, scope, receive, send)
+        elif (page := self._services.page) is not None and is_page_path(scope["path"]):
+            await self._show(page, headers, scope, receive, send)
         elif not self._services.is_known(headers):
             # The server will refuse it; nothing is done for a client it does not know.
             await self._app(scope, receive, send)
         elif protocol is None:
-            context = RequestContext(self._services.directory.caller(headers, None))
-            await self._run(context, scope, receive, send)
+            caller = self._services.directory.caller(headers, None)
+            await self._pass_on(RequestContext(caller), scope, receive, send)
         else:
             await self._serve(protocol, headers, scope, receive, send)
 
@@ -66,8 +71,29 @@ class RequestHandler:
 
         known = self._services.is_known(headers)
         answer = await self._services.operations.answer(
-            scope["method"], scope["path"], headers, known, body
+            scope["method"],
+            scope["path"],
+            headers,
+            known,
+            body,
+            QueryParams(scope["query_string"]),
         )
+        await answer(scope, receive, send)
+
+    async def _show(
+        self,
+        page: Page,
+        headers: Mapping[str, str],
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+    ) -> None:
+        query = QueryParams(scope["query_string"])
+
+        def viewer() -> Viewer:
+            return self._services.viewer(headers)
+
+        answer = await page.answer(scope["method"], scope["path"], query, headers, viewer)
         await answer(scope, receive, send)
 
     async def _serve(
@@ -97,6 +123,7 @@ class RequestHandler:
         if body.raw is not None:
             scope, replayed = with_body(scope, receive, body.raw)
         context = RequestContext(caller, body.request, body.forwarded, wants_tiers)
+        context.is_recorded = self._services.recorder.is_used
         # Opened now only for a client that wants to hear of it: fingerprints of a long prompt take
         # some milliseconds, which the first token of other requests need not wait for.
         pending = None
@@ -109,6 +136,25 @@ class RequestHandler:
             await self._run(context, scope, replayed, reply.send)
         finally:
             self._diagnose(context, reply, pending, body, headers)
+
+    async def _pass_on(
+        self, context: RequestContext, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        """Serve a request whose body is not read."""
+        recorder = self._services.recorder
+        context.is_recorded = recorder.is_used
+        try:
+            await self._run(context, scope, receive, send)
+        finally:
+            if context.fetching is None:
+                recorder.record(context, None, None)
+            else:
+                self._queue.put_off(context.caller, self._record_later(context))
+
+    async def _record_later(self, context: RequestContext) -> None:
+        assert context.fetching is not None
+        await asyncio.wait([context.fetching])
+        self._services.recorder.record(context, None, None)
 
     async def _run(
         self, context: RequestContext, scope: Scope, receive: Receive, send: Send
@@ -127,8 +173,8 @@ class RequestHandler:
         body: IncomingBody,
         headers: Mapping[str, str],
     ) -> None:
-        """Diagnose a request that is over, at once where that is quick; ``pending`` is None if it
-        was put off until now."""
+        """Diagnose and record a request that is over, at once where that is quick; ``pending`` is
+        None if its diagnosis was put off until now."""
         to_open = pending is None and bool(context.reports or context.fetching)
         waits = context.fetching is not None or not self._queue.is_empty(context.caller)
         if waits or (to_open and body.is_large):
@@ -137,8 +183,7 @@ class RequestHandler:
             return
         if to_open:
             pending = self._opened(context, body, headers, None)
-        if pending is not None:
-            self._close(pending, context, reply)
+        self._close(pending, context, reply)
 
     async def _diagnose_later(
         self,
@@ -152,8 +197,7 @@ class RequestHandler:
             await asyncio.wait([context.fetching])
         if pending is None and context.reports:
             pending = await self._open(context, body, headers)
-        if pending is not None:
-            self._close(pending, context, reply)
+        self._close(pending, context, reply)
 
     # A mistake in a diagnosis costs the diagnosis, and never the request.
 
@@ -188,12 +232,17 @@ class RequestHandler:
             logger.exception("The request could not be diagnosed")
             return None
 
-    def _close(self, pending: PendingDiagnosis, context: RequestContext, reply: Reply) -> None:
-        try:
-            timings = [context.timings[nonce] for nonce in context.reports]
-            self._services.diagnoser.close(pending, context.reports.values(), reply.id, timings)
-        except Exception:
-            logger.exception("The request could not be diagnosed")
+    def _close(
+        self, pending: PendingDiagnosis | None, context: RequestContext, reply: Reply
+    ) -> None:
+        if pending is not None:
+            try:
+                timings = [context.timings[nonce] for nonce in context.reports]
+                self._services.diagnoser.close(pending, context.reports.values(), reply.id, timings)
+            except Exception:
+                logger.exception("The request could not be diagnosed")
+        diagnosis = None if pending is None else pending.diagnosis
+        self._services.recorder.record(context, diagnosis, reply.id)
 
 
 def _wants_tiers(headers: Mapping[str, str]) -> bool:

@@ -3,6 +3,7 @@
 import asyncio
 import atexit
 import secrets
+import socket
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from vllm_cachescope.api.engines import Engines, Purged
 from vllm_cachescope.api.middleware import CacheScopeMiddleware
 from vllm_cachescope.api.peers import ALONE, Peers
 from vllm_cachescope.api.services import Server, directory_of
+from vllm_cachescope.config import Config
 from vllm_cachescope.connectors.vllm import config_check, engine_rpc, shm_regions
 from vllm_cachescope.connectors.vllm.api_server.admission import Admission
 from vllm_cachescope.logs import logger_of
@@ -76,7 +78,15 @@ def connect(state: Any) -> Server:
         engines=engines,
         purge_renderings=admission.purge_renderings,
         peers=peers,
+        replica=_replica(config, state.args),
     )
+
+
+def _replica(config: Config, arguments: Any) -> str:
+    """Return the server's name among others: host name and port unless it is configured."""
+    if config.ledger is not None and config.ledger.replica is not None:
+        return config.ledger.replica
+    return f"{socket.gethostname()}:{arguments.port}"
 
 
 class EngineProcesses(Engines):
