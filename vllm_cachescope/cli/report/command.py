@@ -9,6 +9,7 @@ from vllm_cachescope.cli.console import show
 from vllm_cachescope.cli.report.cost_replay import MIN_TOKENS
 from vllm_cachescope.cli.report.left_out import LeftOutLines
 from vllm_cachescope.cli.report.ordered_calls import ordered_calls
+from vllm_cachescope.cli.report.page import write_page
 from vllm_cachescope.cli.report.progress import with_progress
 from vllm_cachescope.cli.report.recording import Recording
 from vllm_cachescope.cli.report.report_json import json_pieces
@@ -99,6 +100,8 @@ def run(args: argparse.Namespace) -> int:
             named = ", ".join(map(str, args.files))
             raise TrafficError(f"{named}: holds no request; {left_out or EXPECTED}")
         summary = summarise(recording, prices, counter.name)
+        if args.html is not None:
+            write_page(args.html, summary, recording)
     except (ConfigError, OSError, TokenizerError, TrafficError) as error:
         print(f"cachescope report: {error}", file=sys.stderr)
         return 2

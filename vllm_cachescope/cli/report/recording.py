@@ -21,6 +21,7 @@ from vllm_cachescope.cli.report.sessions import Session, SessionCall
 from vllm_cachescope.cli.token_counter import TokenCounter
 from vllm_cachescope.cli.traffic import BlockCall, Call
 from vllm_cachescope.diagnosis.advice import advise_on_misses
+from vllm_cachescope.diagnosis.changes import Change
 from vllm_cachescope.diagnosis.diagnosis import diagnose
 from vllm_cachescope.diagnosis.fingerprint import Fingerprint
 from vllm_cachescope.diagnosis.fingerprinter import Fingerprinter
@@ -37,6 +38,7 @@ _REQUESTS, _ENDS = 256, 4096
 _MAX_AGENTS = 256
 _MAX_MODELS = 1024
 _MAX_PREFIXES = 2**18
+_CHANGES, _NAMES = 5, 10  # told of a break
 
 RECORDED, SHORT, LONG, FOREVER = range(4)
 """Ways to mark prompts: as recorded; with all lifetimes five minutes; an hour; and for ever."""
@@ -232,6 +234,7 @@ class Recording:
             "at": round(self._now, 3),
             "timed": call.at is not None,
             "session": session.name,
+            "session_number": session.number,
             "lineage": diagnosis.lineage,
             "agent": agent.number,
             "model": agent.model,
@@ -247,7 +250,7 @@ class Recording:
             "region": where.region if where and is_break else None,
             "path": where.path if where and is_break else None,
             "missed": missed if is_break else 0,
-            "changes": [str(change) for change in diagnosis.changes[:5]] if is_break else [],
+            "changes": [_plain(one) for one in diagnosis.changes[:_CHANGES]] if is_break else [],
             "suggestion": diagnosis.suggestion if is_break else "",
         }
         marshal.dump(row, self._rows)
@@ -291,13 +294,27 @@ class Recording:
         key = caller.org, caller.session
         found = self.sessions.get(key)
         if found is None:
-            found = self.sessions[key] = Session(caller.session or caller.org)
+            found = self.sessions[key] = Session(len(self.sessions), caller.session or caller.org)
         return found
 
 
 def _opening(call: Call, fingerprint: Fingerprint) -> Iterable[bytes]:
     """Return a hash of how a text trace's prompt begins: nothing else tells agents apart there."""
     return (fingerprint.hash(0),) if call.text and len(fingerprint) else ()
+
+
+def _plain(change: Change) -> dict[str, Any]:
+    """Return a change as plain data, as breaks are listed by a server."""
+    return {
+        "kind": str(change.kind),
+        "path": change.path,
+        "names": list(change.names[:_NAMES]),
+        "fields": list(change.fields[:_NAMES]),
+        "before": change.before,
+        "after": change.after,
+        "chars_before": change.chars_before,
+        "chars_after": change.chars_after,
+    }
 
 
 def _lifetimes(ttl_s: int) -> Floats:

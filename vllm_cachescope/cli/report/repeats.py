@@ -90,7 +90,7 @@ class Repeats:
         for i, part in enumerate(parts):
             if part is None or fingerprint.ends[i] <= read:
                 continue
-            for scope, share in self._shares(session, part):
+            for scope, share in self._shares(session, fingerprint.model, part):
                 tokens = fingerprint.size(i) * share
                 found[i, scope] += round(min(tokens, fingerprint.ends[i] - read))
         if not found:
@@ -105,7 +105,9 @@ class Repeats:
             self._count(one)
         return repeats
 
-    def _shares(self, session: str | None, part: Part) -> Iterator[tuple[RepeatScope, float]]:
+    def _shares(
+        self, session: str | None, model: str, part: Part
+    ) -> Iterator[tuple[RepeatScope, float]]:
         """Record a part, and yield which share of it was computed before, by whom."""
         _, data, text = canonical_content(part.content)
         text = data.decode("utf-8", "replace") if text is None else text
@@ -115,7 +117,7 @@ class Repeats:
         for chunk in chunks(text):
             if len(chunk) < MIN_CHARS:
                 continue
-            key = hash(chunk)
+            key = hash((model, chunk))  # no model reads what another one computed
             if (had := self._seen.get(key)) is not None:
                 chars[self._scope(session, *had)] += len(chunk)
                 self._seen.move_to_end(key)

@@ -66,10 +66,12 @@ class Session:
     """A session's calls, at 37 bytes each.
 
     Attributes:
+        number: its number in the recording, from 0.
         name: its id, or its file where its calls name no session.
         tokens: tokens of all its prompts.
     """
 
+    number: int
     name: str
     tokens: int = 0
     _packed: bytearray = field(default_factory=bytearray)
