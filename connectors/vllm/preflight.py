@@ -190,6 +190,21 @@ def _block_length(vllm_config: Any) -> Finding:
     return Finding("block length", Status.WARNING, found, remedy)
 
 
+def block_tokens(model: str) -> int | None:
+    """Return how many tokens a block of ``model`` has, as vLLM would start it; None if that cannot
+    be told without loading it, or vLLM does not take it."""
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    try:
+        engine_args = _engine_args(_parsed(model, {}, ()))
+        create = inspect.unwrap(type(engine_args).create_engine_config)
+        with _refusing("model", model):
+            vllm_config = create(engine_args)
+    except _Refused:
+        return None
+    return _block_tokens(vllm_config)
+
+
 def _block_tokens(vllm_config: Any) -> int | None:
     """Return how many tokens a block has; None if that cannot be told yet."""
     cache, model = vllm_config.cache_config, vllm_config.model_config

@@ -9,7 +9,12 @@ from itertools import accumulate, chain, groupby, islice
 from operator import attrgetter
 from typing import Any, TypeVar
 
-from vllm_cachescope.diagnosis.canonical import canonical_content, packed_bytes, respelled
+from vllm_cachescope.diagnosis.canonical import (
+    canonical_content,
+    loosened,
+    packed_bytes,
+    respelled,
+)
 from vllm_cachescope.diagnosis.fingerprint import (
     HASH_BYTES,
     Fingerprint,
@@ -49,7 +54,7 @@ class _PartGroup:
     """Hashes and sizes of parts that stand together: the tools, the system prompt or one message.
 
     Attributes:
-        hashes, kinds, chars, edges, pieces, tools: as in `Fingerprint`, of these parts.
+        hashes, kinds, chars, loose, edges, pieces, tools: as in `Fingerprint`, of these parts.
         tokens: estimated tokens in each part.
         n_pieces: how many of ``pieces`` each part has.
     """
@@ -58,6 +63,7 @@ class _PartGroup:
     kinds: bytes
     tokens: tuple[int, ...]
     chars: tuple[int, ...]
+    loose: bytes
     edges: bytes
     pieces: bytes
     n_pieces: tuple[int, ...]
@@ -66,7 +72,7 @@ class _PartGroup:
     @property
     def nbytes(self) -> int:
         """About how much memory it takes, in bytes."""
-        packed = len(self.hashes) + len(self.kinds) + len(self.edges) + len(self.pieces)
+        packed = 2 * len(self.hashes) + len(self.kinds) + len(self.edges) + len(self.pieces)
         return 700 + packed + 50 * len(self.kinds) + sum(tool.nbytes for tool in self.tools)
 
 
@@ -137,6 +143,7 @@ class Fingerprinter:
             kinds=b"".join([group.kinds for group in groups]),
             ends=array("I", accumulate(chain.from_iterable([group.tokens for group in groups]))),
             chars=array("I", chain.from_iterable([group.chars for group in groups])),
+            loose=b"".join([group.loose for group in groups]),
             edges=b"".join([group.edges for group in groups]),
             pieces=b"".join([group.pieces for group in groups]),
             piece_ends=array(
@@ -183,6 +190,7 @@ class Fingerprinter:
     def _group_anew(self, org: str, parts: list[Part], size: int) -> _PartGroup:
         hashes: list[bytes] = []
         kinds, tokens, chars = bytearray(), [], []
+        loose: list[bytes] = []
         edges: list[bytes] = []
         pieces: list[bytes] = []
         n_pieces: list[int] = []
@@ -200,6 +208,8 @@ class Fingerprinter:
             kinds.append(kind)
             tokens.append(self._count(content, data))
             chars.append(len(data) if text is None else len(text))
+            other = None if part.region is Region.TOOLS else loosened(content, text)
+            loose.append(hash_ if other is None else self._hash(other))
             edges.append(self._edges(data))
             of_part = self._pieces(data, size)
             pieces += of_part
@@ -209,6 +219,7 @@ class Fingerprinter:
             bytes(kinds),
             tuple(tokens),
             tuple(chars),
+            b"".join(loose),
             b"".join(edges),
             b"".join(pieces),
             tuple(n_pieces),

@@ -133,7 +133,7 @@ class Diagnosis:
         """
         data = {"latch" if k == "flapping" else k: v for k, v in asdict(self).items()}
         for change in data["changes"]:
-            del change["value"], change["old_value"]
+            del change["value"], change["old_value"], change["part_before"]
         data["uncached"] = dict(self.uncached)
         data["cause"] = self.cause
         return data
