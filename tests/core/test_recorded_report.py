@@ -62,8 +62,7 @@ def _with_phases(sessions: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def call(at: float, session: str, model: str, *texts: str, system: str = "") -> Body:
-    blocks = [{"type": "text", "text": text} for text in texts]
-    body: Body = {"model": model, "messages": [{"role": "user", "content": blocks}]}
+    body: Body = {"model": model, "messages": [{"role": "user", "content": one} for one in texts]}
     if system:
         body["system"] = [{"type": "text", "text": system}]
     return {"timestamp": at, "session_id": session, "body": body}
@@ -165,10 +164,10 @@ def test_breaks_are_told_once_for_each_place(
         lines.append({"timestamp": at, "session_id": "s", "body": agent.turn().body()})
     found = report(capsys, write(tmp_path / "t.jsonl", lines))
     changed, expired = found["breaks"]["groups"]
-    assert (changed["cause"], changed["calls"]) == ("tools_changed", 4)
-    assert changed["place"] == f"tools[4] ({agent.tools[4]['name']})"
-    assert (expired["cause"], expired["calls"]) == ("expired", 1)
-    assert expired["suggestion"].startswith("Use 1h")
+    assert (changed["rule"], changed["calls"]) == ("tool_changed", 4)
+    assert changed["place"] == f"tools.{agent.tools[4]['name']}"
+    assert (expired["rule"], expired["calls"]) == ("expired", 1)
+    assert "1h" in expired["suggestion"]
     row = next(row for row in found["rows"] if row["cause"] == "tools_changed")
     assert row["region"] == "tools" and row["path"] == "tools[4]" and row["missed"] > 1000
     assert row["changes"][0]["fields"] == ["description"]
@@ -236,6 +235,8 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr()
     assert json.loads(said.out)["calls"] == 1
     assert f"{path}:2" in said.err and f"{path}:3" in said.err
+    assert main(["report", str(path), "--strict"]) == 2
+    capsys.readouterr()
     empty = write(tmp_path / "empty.jsonl", [])
     for args, message in (
         ([empty], "holds no request"),

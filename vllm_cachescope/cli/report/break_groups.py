@@ -1,74 +1,61 @@
-"""Breaks that have the same cause in the same place, counted together."""
+"""Breaks by rule and place, counted as they come: what is kept does not grow with the traffic."""
 
-import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from vllm_cachescope.diagnosis.outcome import Diagnosis
+from vllm_cachescope.cli.findings.loss import Loss
 
 _MAX_GROUPS = 1000
-_INDEX = re.compile(r"(?<=[a-z])\[\d+\]|@\d+")
 
 
 @dataclass(slots=True)
 class BreakGroup:
-    """Breaks alike.
+    """The losses of one rule at one place.
 
     Attributes:
-        cause: a `DiagnosisKind` or a `MissCause`.
-        place: where they are in the clients' bodies, without the numbers of messages.
-        suggestion: what to do about the first of them.
-        expected: whether they are as they should be.
+        loss: the first of them.
         source: file and line of the first.
-        calls: how many.
+        calls: how many calls have one.
         missed: the tokens that they cost.
     """
 
-    cause: str
-    place: str
-    suggestion: str
-    expected: bool
+    loss: Loss
     source: str
     calls: int = 0
     missed: int = 0
 
 
 class BreakGroups:
-    """Counts breaks by cause and place.
+    """Counts losses by rule and place.
 
     Attributes:
-        calls: how many breaks there were, of all groups and of those that are not kept.
+        calls: how many calls had a loss, of all groups and of those that are not kept.
         missed: the tokens that they cost.
     """
 
     def __init__(self) -> None:
-        self._groups: dict[tuple[object, ...], BreakGroup] = {}
+        self._groups: dict[tuple[str, str], BreakGroup] = {}
         self.calls = 0
         self.missed = 0
 
-    def add(self, source: str, diagnosis: Diagnosis, missed: int) -> None:
-        """Count a break.
+    def add(self, source: str, losses: Iterable[Loss]) -> None:
+        """Count the losses of a call, at least one.
 
         Args:
             source: file and line of the call.
-            diagnosis: what is known of it.
-            missed: the tokens that it cost.
+            losses: what it could have read and did not.
         """
         self.calls += 1
-        self.missed += missed
-        path = diagnosis.where.path if diagnosis.where else ""
-        place = _INDEX.sub("[…]", path) if path.startswith(("messages", "input")) else path
-        names = diagnosis.names[:3]
-        told = f"{place} ({', '.join(names)})" if names else place
-        key = diagnosis.cause, told, diagnosis.expected
-        group = self._groups.get(key)
-        if group is None:
-            if len(self._groups) >= _MAX_GROUPS:
-                return
-            group = self._groups[key] = BreakGroup(
-                str(diagnosis.cause), told, diagnosis.suggestion, diagnosis.expected, source
-            )
-        group.calls += 1
-        group.missed += missed
+        for loss in losses:
+            self.missed += loss.tokens
+            key = loss.rule.code, loss.place
+            group = self._groups.get(key)
+            if group is None:
+                if len(self._groups) >= _MAX_GROUPS:
+                    continue
+                group = self._groups[key] = BreakGroup(loss, source)
+            group.calls += 1
+            group.missed += loss.tokens
 
     def groups(self) -> list[BreakGroup]:
         """Return the groups, those that cost most first."""

@@ -98,21 +98,22 @@ def run(args: argparse.Namespace) -> int:
             recording.add(path, call)
         if not recording.calls and not args.allow_empty:
             named = ", ".join(map(str, args.files))
-            raise TrafficError(f"{named}: holds no request; {left_out or EXPECTED}")
+            raise TrafficError(f"{named}: holds no request; {EXPECTED}")
         summary = summarise(recording, prices, counter.name)
         if args.html is not None:
             write_page(args.html, summary, recording)
     except (ConfigError, OSError, TokenizerError, TrafficError) as error:
         print(f"cachescope report: {error}", file=sys.stderr)
         return 2
-    if left_out:
-        print(left_out, file=sys.stderr)
+    finally:
+        if left_out:
+            print(left_out, file=sys.stderr)
     if args.json:
         for piece in json_pieces(summary, recording):
             print(piece, end="")
     else:
         show(lambda console: render(summary, console))
-    return 0
+    return 2 if args.strict and left_out else 0
 
 
 def _prices(args: argparse.Namespace) -> Prices:

@@ -24,7 +24,7 @@ class LeftOutLines(list[LeftOut]):
 
     def __str__(self) -> str:
         """Say which they were, a line each; empty if there were none."""
-        told = [f"left out: {line}" for line in self]
+        told = [f"left out {line}" for line in self]
         if (more := self.total - len(self)) > 0:
-            told.append(f"left out: {more:,} more lines")
-        return "\n".join(told)
+            told.append(f"and {more:,} more lines")
+        return "\n".join(f"cachescope report: {line}" for line in told)

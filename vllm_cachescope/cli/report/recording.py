@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from vllm_cachescope.cache.miss_causes import CacheMiss, MissCause
+from vllm_cachescope.cli.findings.loss import cache_losses, change_loss
 from vllm_cachescope.cli.report.best_marking import BestMarking, MarkingSearch, Spent
 from vllm_cachescope.cli.report.break_groups import BreakGroups
 from vllm_cachescope.cli.report.cost_replay import MIN_TOKENS, CostReplay, Floats, Tokens
@@ -206,10 +207,12 @@ class Recording:
         own = Spent.of(tokens, RECORDED)
         kept = int(tokens.read[FOREVER])
         diagnosis = _with_misses(diagnosis, view, shared, own.read, kept)
-        missed = diagnosis.missed_tokens + sum(miss.tokens for miss in diagnosis.engine)
-        is_break = missed > 0 and (diagnosis.kind.is_break or not diagnosis.expected)
-        if is_break:
-            self.breaks.add(call.source, diagnosis, missed)
+        losses = cache_losses(diagnosis)
+        if (change := change_loss(diagnosis, None, text=False)) is not None:
+            losses.insert(0, change)
+        missed, is_break = sum(loss.tokens for loss in losses), bool(losses)
+        if losses:
+            self.breaks.add(call.source, losses)
         model = self._models.setdefault(agent.model, min(len(self._models), _MAX_MODELS))
         session = self._session(caller)
         session.add(
@@ -219,7 +222,7 @@ class Recording:
                 view.tokens,
                 shared,
                 own.read,
-                missed if is_break else 0,
+                missed,
                 diagnosis.lineage,
                 agent.number,
                 model,
@@ -249,9 +252,9 @@ class Recording:
             "break": is_break,
             "region": where.region if where and is_break else None,
             "path": where.path if where and is_break else None,
-            "missed": missed if is_break else 0,
+            "missed": missed,
             "changes": [_plain(one) for one in diagnosis.changes[:_CHANGES]] if is_break else [],
-            "suggestion": diagnosis.suggestion if is_break else "",
+            "suggestion": next((one.suggestion for one in losses if one.suggestion), ""),
         }
         marshal.dump(row, self._rows)
         self.calls += 1

@@ -47,13 +47,15 @@ def summarise(recording: Recording, prices: Prices, tokenizer: str) -> dict[str,
             "missed_tokens": recording.breaks.missed,
             "groups": [
                 {
-                    "cause": group.cause,
-                    "place": group.place,
+                    "code": group.loss.rule.code,
+                    "rule": group.loss.rule.name,
+                    "level": group.loss.rule.level.name.lower(),
+                    "place": group.loss.place,
                     "calls": group.calls,
                     "missed_tokens": group.missed,
-                    "expected": group.expected,
                     "first": group.source,
-                    "suggestion": group.suggestion,
+                    "message": group.loss.words,
+                    "suggestion": group.loss.suggestion,
                 }
                 for group in recording.breaks.groups()[:_MOST]
             ],

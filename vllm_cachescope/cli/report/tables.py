@@ -90,10 +90,13 @@ def _render_breaks(breaks: Mapping[str, Any], console: Console) -> None:
         console.print("No prefix broke.")
         return
     title = f"{breaks['calls']:,} breaks, {breaks['missed_tokens']:,} tokens missed"
-    table = _table(title, ["cause", "where"], ["calls", "missed"], console, ["suggestion"])
+    table = _table(title, ["rule", "where"], ["calls", "missed"], console, ["suggestion"])
     for group in breaks["groups"][:_GROUPS]:
         table.add_row(
-            Text(group["cause"], style="yellow" if group["expected"] else "bold red"),
+            Text(
+                f"{group['code']} {group['rule']}",
+                style="bold red" if group["level"] == "warning" else "yellow",
+            ),
             Text(group["place"]),
             f"{group['calls']:,}",
             f"{group['missed_tokens']:,}",

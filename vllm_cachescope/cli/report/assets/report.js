@@ -5,7 +5,7 @@ import { byId, h } from "./dom.js";
 import { heat } from "./heat.js";
 import { Requests } from "./requests.js";
 import { Sessions } from "./sessions.js";
-import { cause, count, percent, plural, sentence, tier } from "./words.js";
+import { count, percent, plural, sentence, tier } from "./words.js";
 
 const { summary, rows, names } = JSON.parse(byId("data").textContent);
 
@@ -61,9 +61,9 @@ const breaks = () => {
   const { groups, calls, missed_tokens: missed } = summary.breaks;
   say("breaks-note", calls ? `${plural(calls, "break")}, ${count(missed)} tokens missed` : "");
   if (!calls) byId("breaks").replaceChildren(h("p", null, "No prefix broke."));
-  else table("breaks", ["Cause", "Where", "#Calls", "#Tokens missed", "What to do"],
+  else table("breaks", ["Rule", "Where", "#Calls", "#Tokens missed", "What to do"],
     groups.slice(0, 50).map((one) => ({ values: [
-      h("span", { class: one.expected ? "cause expected" : "cause" }, cause(one.cause)),
+      h("span", { class: one.level === "warning" ? "cause" : "cause expected" }, `${one.code} ${one.rule.replaceAll("_", " ")}`),
       h("bdi", null, one.place), count(one.calls), count(one.missed_tokens), one.suggestion] })));
 };
 
