@@ -14,8 +14,8 @@ help: ## list the targets
 setup: ## make .venv with vLLM for CPUs and this package
 	@scripts/setup.sh
 
-demo: setup ## serve a small model with the plugin and drive it with real clients
-	@$(BIN)/python -m demo.run
+demo: setup ## serve a small model and drive it with real clients; HOLD=1 leaves its page open
+	@$(BIN)/python -m demo.run $(if $(HOLD),--hold)
 
 test: setup lint ## the checks and the suite, on a real engine
 	@# What needs no engine runs on all cores; engines would take each other's.

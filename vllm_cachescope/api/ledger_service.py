@@ -11,6 +11,7 @@ from vllm_cachescope.diagnosis.outcome import Diagnosis
 from vllm_cachescope.metrics import TotalCounter
 from vllm_cachescope.tenancy.caller import CallerDirectory
 from vllm_cachescope.usage.prices import Prices
+from vllm_cachescope.usage.recent_requests import RecentRequests
 from vllm_cachescope.usage.record import RequestRecord
 from vllm_cachescope.usage.usage_ledger import UsageLedger
 
@@ -24,6 +25,10 @@ class LedgerService:
         directory: the organisations.
         registry: where its counter is registered.
         model_name: the model's name in the server's own metrics.
+
+    Attributes:
+        requests: the recent requests in it.
+        keeps_requests: whether it keeps any one by one.
 
     Raises:
         ConfigError: if the database's address cannot be used.
@@ -48,6 +53,8 @@ class LedgerService:
         self._ledger = UsageLedger(
             settings, prices, lambda end, number: ends[end].inc(number), directory.account
         )
+        self.keeps_requests = settings.max_requests > 0
+        self.requests: RecentRequests = self._ledger.requests
         self._endpoint = UsageEndpoint(self._ledger, directory)
 
     def put(self, record: RequestRecord, _diagnosis: Diagnosis | None) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vllm_cachescope.api.operations import PATHS
+from vllm_cachescope.api.page import is_page_path
 from vllm_cachescope.api.request_handler import RequestHandler
 from vllm_cachescope.api.services import Server, Services
 
@@ -41,7 +42,9 @@ class CacheScopeMiddleware(ABC):
         if scope["type"] == "lifespan":
             await self._app(scope, self._connecting(scope, receive), send)
         elif scope["type"] == "http" and (
-            scope["method"] == "POST" or scope["path"].endswith(PATHS)
+            scope["method"] == "POST"
+            or scope["path"].endswith(PATHS)
+            or is_page_path(scope["path"])
         ):
             await self._connected(scope).handle(scope, receive, send)
         else:

@@ -14,7 +14,6 @@
 The operator is whoever presents `Config.operators_token` as an API key.
 """
 
-import hmac
 from collections.abc import Awaitable, Callable, Mapping
 from math import ceil
 from typing import Any
@@ -26,9 +25,10 @@ from vllm_cachescope.api.diagnoser import Diagnoser
 from vllm_cachescope.api.engines import Engines, Purged
 from vllm_cachescope.api.purge_budget import BURST, PER_SECOND, PurgeBudget
 from vllm_cachescope.api.purge_request import PurgeRequest
+from vllm_cachescope.api.viewer import presents
 from vllm_cachescope.config import Config
 from vllm_cachescope.logs import logger_of
-from vllm_cachescope.tenancy.caller import ANONYMOUS, UNLISTED, CallerDirectory, api_key
+from vllm_cachescope.tenancy.caller import ANONYMOUS, UNLISTED, CallerDirectory
 from vllm_cachescope.tenancy.owner_tags import EVERYONE, UNLISTED_TAG, OwnerTags
 
 logger = logger_of(__name__)
@@ -99,7 +99,7 @@ class Operations:
             fields: the fields of its query.
         """
         operation = next(known for known in PATHS if path.endswith(known))
-        is_operator = self._is_operator(headers)
+        is_operator = presents(self._operator_token, headers)
         org = None
         if not is_operator and is_known:
             org = self._directory.caller(headers, None).org
@@ -127,13 +127,6 @@ class Operations:
             return refused.answer()
         except TimeoutError:
             return Refused(503, "api_error", "the engine does not answer").answer()
-
-    def _is_operator(self, headers: Mapping[str, str]) -> bool:
-        token, presented = self._operator_token, api_key(headers)
-        if token is None or presented is None:
-            return False
-        # A header's characters are the bytes that came.
-        return hmac.compare_digest(token, presented.encode("latin-1"))
 
     async def _used(self, fields: Mapping[str, str], org: str | None) -> Response:
         if self._usage is None:

@@ -13,10 +13,12 @@ from vllm_cachescope.api.diagnoser import PendingDiagnosis
 from vllm_cachescope.api.http_request import joined_headers, read_body, with_body
 from vllm_cachescope.api.incoming_body import IncomingBody, read_incoming
 from vllm_cachescope.api.operations import PATHS
+from vllm_cachescope.api.page import Page, is_page_path
 from vllm_cachescope.api.replies import Reply
 from vllm_cachescope.api.request_context import RequestContext, current_request
 from vllm_cachescope.api.services import Services
 from vllm_cachescope.api.session_queue import SessionQueue
+from vllm_cachescope.api.viewer import Viewer
 from vllm_cachescope.diagnosis.fingerprint import Fingerprint
 from vllm_cachescope.diagnosis.outcome import Diagnosis
 from vllm_cachescope.errors import BadRequest
@@ -51,6 +53,8 @@ class RequestHandler:
         protocol = protocol_of(scope["path"])
         if scope["path"].endswith(PATHS):
             await self._operate(headers, scope, receive, send)
+        elif (page := self._services.page) is not None and is_page_path(scope["path"]):
+            await self._show(page, headers, scope, receive, send)
         elif not self._services.is_known(headers):
             # The server will refuse it; nothing is done for a client it does not know.
             await self._app(scope, receive, send)
@@ -75,6 +79,22 @@ class RequestHandler:
             body,
             QueryParams(scope["query_string"]),
         )
+        await answer(scope, receive, send)
+
+    async def _show(
+        self,
+        page: Page,
+        headers: Mapping[str, str],
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+    ) -> None:
+        query = QueryParams(scope["query_string"])
+
+        def viewer() -> Viewer:
+            return self._services.viewer(headers)
+
+        answer = await page.answer(scope["method"], scope["path"], query, headers, viewer)
         await answer(scope, receive, send)
 
     async def _serve(

@@ -13,9 +13,12 @@ from vllm_cachescope.api.diffs import Diffs
 from vllm_cachescope.api.engines import Engines
 from vllm_cachescope.api.ignored_markers import IgnoredMarkers
 from vllm_cachescope.api.operations import Operations
+from vllm_cachescope.api.page import Page
 from vllm_cachescope.api.peers import ALONE, Peers
 from vllm_cachescope.api.recorder import Recorder
+from vllm_cachescope.api.request_details import RequestDetails
 from vllm_cachescope.api.stage_times import StageTimes
+from vllm_cachescope.api.viewer import Viewer, viewer_of
 from vllm_cachescope.config import Config
 from vllm_cachescope.logs import logger_of
 from vllm_cachescope.metrics import NO_ENGINE, QUEUED_DIAGNOSES
@@ -23,6 +26,8 @@ from vllm_cachescope.registration import gauge
 from vllm_cachescope.tenancy.caller import CallerDirectory, api_key
 from vllm_cachescope.tenancy.org_labels import OrgLabels
 from vllm_cachescope.usage.prices import Prices, read_prices
+from vllm_cachescope.usage.recent_requests import RecentRequests
+from vllm_cachescope.usage.request_memory import RequestMemory
 
 if TYPE_CHECKING:
     from vllm_cachescope.api.ledger_service import LedgerService
@@ -91,6 +96,8 @@ class Services:
         stage_times: counts what caching itself takes of requests.
         count_queued: notes that so many more requests wait to be diagnosed.
         recorder: makes the records of the requests that are over.
+        page: the page; None where it is off.
+        operator_token: makes its holder the operator; None for nobody.
     """
 
     config: Config
@@ -102,6 +109,8 @@ class Services:
     stage_times: StageTimes
     count_queued: Callable[[int], object]
     recorder: Recorder
+    page: Page | None
+    operator_token: bytes | None
 
     @classmethod
     def of(cls, server: Server) -> "Services":
@@ -121,6 +130,7 @@ class Services:
         diffs = None
         if config.diffs is not None:
             diffs = Diffs(config.diffs, time.monotonic, directory.account)
+        details = RequestDetails(directory.account) if config.page else None
         diagnoser = Diagnoser(
             secret,
             server.block_tokens,
@@ -130,15 +140,27 @@ class Services:
             account_of=directory.account,
             peers=server.peers,
             org_labels=OrgLabels(config.labelled_orgs(), secret),
+            details=details,
         )
-
         recorder = Recorder(server.model_name, server.replica)
-        ledger = _ledger(server, directory)
+        prices = Prices() if config.prices is None else read_prices(config.prices)
+        ledger = _ledger(server, directory, prices)
         if ledger is not None:
             recorder.add_sink(ledger.put)
+        page, memory = None, RequestMemory(directory.account)
+        if details is not None:
+            requests: RecentRequests = memory
+            peers = server.peers
+            if ledger is not None and ledger.keeps_requests:
+                requests, peers = ledger.requests, ALONE
+            else:
+                recorder.add_sink(lambda record, _: memory.add(record))
+            page = Page(requests, details, diffs, server.model_name, prices, peers)
+            logger.info("The page is at /cachescope")
 
         def forget(org: str | None, session: str | None) -> int:
             server.purge_renderings(org, session)
+            memory.purge(org, session)
             if ledger is not None:
                 ledger.purge(org, session)
             return diagnoser.purge(org, session)
@@ -164,7 +186,18 @@ class Services:
             StageTimes(server.registry, server.model_name),
             queued.labels(server.model_name, NO_ENGINE).inc,
             recorder,
+            page,
+            config.operators_token(),
         )
+
+    def viewer(self, headers: Mapping[str, str]) -> Viewer:
+        """Return who looks with these ``headers``.
+
+        Raises:
+            Refused: if the server does not know them.
+        """
+        known = self.is_known(headers)
+        return viewer_of(headers, known, self.directory, self.operator_token)
 
     def is_known(self, headers: Mapping[str, str]) -> bool:
         """Tell whether the server will let a client with these ``headers`` in."""
@@ -174,11 +207,11 @@ class Services:
         return not self.api_keys or any(matches)
 
 
-def _ledger(server: Server, directory: CallerDirectory) -> "LedgerService | None":
+def _ledger(server: Server, directory: CallerDirectory, prices: Prices) -> "LedgerService | None":
     """Return the server's ledger; None if it keeps none.
 
     Raises:
-        ConfigError: if the ledger's database or the file of prices cannot be used.
+        ConfigError: if the ledger's database cannot be used.
     """
     config = server.config
     if config.ledger is None:
@@ -186,5 +219,4 @@ def _ledger(server: Server, directory: CallerDirectory) -> "LedgerService | None
     # Not above: it needs SQLAlchemy, which is not installed everywhere.
     from vllm_cachescope.api.ledger_service import LedgerService
 
-    prices = Prices() if config.prices is None else read_prices(config.prices)
     return LedgerService(config.ledger, prices, directory, server.registry, server.model_name)

@@ -50,6 +50,7 @@ class Config(Model):
         operator_token: bearer token that lets its holder see and manage every organisation's
             entries at the server's ``/cachescope`` paths; None for nobody.
         operator_token_file: file the token is read from, instead of `operator_token`.
+        page: whether the server shows its page at ``/cachescope``.
         sweep_interval: how often an idle engine drops expired blocks.
         diffs: diffs of what broke a prefix, for the operator; None to keep no prompt text.
         ledger: the ledger of what was used; None to keep none.
@@ -75,6 +76,7 @@ class Config(Model):
     org_header: Annotated[str, Field(min_length=1)] | None = None
     operator_token: Annotated[SecretStr, Field(min_length=MIN_SECRET)] | None = None
     operator_token_file: Path | None = None
+    page: Annotated[bool, Field(strict=True)] = False
     sweep_interval: Duration = 5
     diffs: DiffSettings | None = None
     ledger: LedgerSettings | None = None

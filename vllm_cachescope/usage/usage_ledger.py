@@ -8,6 +8,7 @@ from sqlalchemy import Connection
 from vllm_cachescope.config.ledger import LedgerSettings
 from vllm_cachescope.tenancy.shares import AccountOf, own_account
 from vllm_cachescope.usage.database import address, connect, make_private
+from vllm_cachescope.usage.ledger_requests import LedgerRequests
 from vllm_cachescope.usage.name_limits import NameLimits
 from vllm_cachescope.usage.period import format_time
 from vllm_cachescope.usage.phases import phases, weeks_by_model
@@ -67,6 +68,11 @@ class UsageLedger:
         """Write what is left."""
         self._writer.close()
         self._engine.dispose()
+
+    @property
+    def requests(self) -> LedgerRequests:
+        """The recent requests."""
+        return LedgerRequests(self._engine)
 
     def answer(self, query: Query) -> dict[str, Any]:
         """Return what was used, as plain data for JSON.
