@@ -22,7 +22,7 @@ from demo.run import serving  # noqa: E402
 from demo.traffic import steps  # noqa: E402
 
 TOKEN = "the operator of the pictures"
-WIDE = {"viewport": {"width": 1360, "height": 860}, "device_scale_factor": 1.5}
+WIDE = {"viewport": {"width": 1360, "height": 1130}, "device_scale_factor": 1.5}
 PHONE = {
     "viewport": {"width": 390, "height": 844},
     "device_scale_factor": 2,
@@ -55,6 +55,7 @@ def take(browser: Any, url: str, path: Path, key: str, opens: bool, **context: A
         broken.click(force=True)
         page.locator("#details .suggestion").wait_for()
         page.mouse.move(5, 5)
+        page.evaluate("scrollTo(0, 0)")
     page.wait_for_timeout(400)
     page.screenshot(path=path)
     page.context.close()

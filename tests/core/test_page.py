@@ -154,7 +154,7 @@ def diagnosis(names: tuple[str, ...] = ("weigh",)) -> Diagnosis:
 
 
 async def test_details_are_those_of_the_one_request(asked):
-    details = asked.front.services.diagnoser._details  # noqa: SLF001
+    details = asked.front.services.page.details
     details.add("id-1", Break.of(1e9 + 1.2, Caller("name:a", "s"), "m", diagnosis(), "a.diff"))
 
     async def told(key: str, at_s: float, request_id: str = "id-1") -> Any:

@@ -143,7 +143,7 @@ class Front(CacheScopeMiddleware):
         own = {"secret": "the secret of the crowd", "operator_token": TOKEN, "page": True}
         self._config = load(own | config)
         self._api_keys = api_keys
-        self.services = self._connected({"app": Starlette()})._services  # noqa: SLF001
+        self.services = self.connected({"app": Starlette()}).services
 
     def connect(self, state: Any) -> Server:
         return Server(
@@ -159,8 +159,7 @@ class Front(CacheScopeMiddleware):
     def add(self, *records: RequestRecord) -> None:
         """Have requests been over."""
         for record in records:
-            for sink in self.services.recorder._sinks:  # noqa: SLF001
-                sink(record, None)
+            self.services.recorder.hand_on(record, None)
 
 
 class Served:

@@ -61,6 +61,10 @@ class Recorder:
         except Exception:
             logger.exception("The request could not be recorded")
             return
+        self.hand_on(record, diagnosis)
+
+    def hand_on(self, record: RequestRecord, diagnosis: Diagnosis | None) -> None:
+        """Give a record to everyone who wants records."""
         for sink in self._sinks:
             try:
                 sink(record, diagnosis)

@@ -40,11 +40,14 @@ class RequestHandler:
     Args:
         app: the server.
         services: what its requests are served with.
+
+    Attributes:
+        services: the same.
     """
 
     def __init__(self, app: ASGIApp, services: Services) -> None:
         self._app = app
-        self._services = services
+        self.services = services
         self._queue = SessionQueue(services.count_queued)
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -53,13 +56,13 @@ class RequestHandler:
         protocol = protocol_of(scope["path"])
         if scope["path"].endswith(PATHS):
             await self._operate(headers, scope, receive, send)
-        elif (page := self._services.page) is not None and is_page_path(scope["path"]):
+        elif (page := self.services.page) is not None and is_page_path(scope["path"]):
             await self._show(page, headers, scope, receive, send)
-        elif not self._services.is_known(headers):
+        elif not self.services.is_known(headers):
             # The server will refuse it; nothing is done for a client it does not know.
             await self._app(scope, receive, send)
         elif protocol is None:
-            caller = self._services.directory.caller(headers, None)
+            caller = self.services.directory.caller(headers, None)
             await self._pass_on(RequestContext(caller), scope, receive, send)
         else:
             await self._serve(protocol, headers, scope, receive, send)
@@ -70,8 +73,8 @@ class RequestHandler:
         async def body() -> bytes:
             return (await read_body(scope, receive))[0]
 
-        known = self._services.is_known(headers)
-        answer = await self._services.operations.answer(
+        known = self.services.is_known(headers)
+        answer = await self.services.operations.answer(
             scope["method"],
             scope["path"],
             headers,
@@ -92,7 +95,7 @@ class RequestHandler:
         query = QueryParams(scope["query_string"])
 
         def viewer() -> Viewer:
-            return self._services.viewer(headers)
+            return self.services.viewer(headers)
 
         answer = await page.answer(scope["method"], scope["path"], query, headers, viewer)
         await answer(scope, receive, send)
@@ -108,7 +111,7 @@ class RequestHandler:
         raw, replayed = await read_body(scope, receive)
         try:
             wants_tiers = _wants_tiers(headers)
-            body = await read_incoming(raw, protocol, self._services.config)
+            body = await read_incoming(raw, protocol, self.services.config)
         except BadRequest as error:
             await JSONResponse(error_body(protocol, error), 400)(scope, replayed, send)
             return
@@ -116,14 +119,14 @@ class RequestHandler:
         if body is None:
             await self._app(scope, replayed, send)
             return
-        directory = self._services.directory
+        directory = self.services.directory
         caller = directory.caller(headers, body.request.session)
         if not directory.may_write_global(caller.org):
             body = replace(body, request=without_global(body.request))
         if body.raw is not None:
             scope, replayed = with_body(scope, receive, body.raw)
         context = RequestContext(caller, body.request, body.forwarded, wants_tiers)
-        context.is_recorded = self._services.recorder.is_used
+        context.is_recorded = self.services.recorder.is_used
         # Opened now only for a client that wants to hear of it: fingerprints of a long prompt take
         # some milliseconds, which the first token of other requests need not wait for.
         pending = None
@@ -141,7 +144,7 @@ class RequestHandler:
         self, context: RequestContext, scope: Scope, receive: Receive, send: Send
     ) -> None:
         """Serve a request whose body is not read."""
-        context.is_recorded = self._services.recorder.is_used
+        context.is_recorded = self.services.recorder.is_used
         try:
             await self._run(context, scope, receive, send)
         finally:
@@ -217,7 +220,7 @@ class RequestHandler:
         self, context: RequestContext, body: IncomingBody, headers: Mapping[str, str]
     ) -> Fingerprint:
         with context.stage("diagnosis"):
-            return self._services.diagnoser.fingerprint(
+            return self.services.diagnoser.fingerprint(
                 context.caller, body.request, body.fields, headers
             )
 
@@ -230,7 +233,7 @@ class RequestHandler:
     ) -> PendingDiagnosis | None:
         try:
             with context.stage("diagnosis"):
-                return self._services.diagnoser.open(
+                return self.services.diagnoser.open(
                     context.caller, body.request, body.fields, headers, context.reports, fingerprint
                 )
         except Exception:
@@ -245,7 +248,7 @@ class RequestHandler:
                 timings = [context.timings[nonce] for nonce in context.reports]
                 with context.stage("diagnosis"):
                     reports = context.reports.values()
-                    self._services.diagnoser.close(pending, reports, reply.id, timings)
+                    self.services.diagnoser.close(pending, reports, reply.id, timings)
             except Exception:
                 logger.exception("The request could not be diagnosed")
         self._account(context, None if pending is None else pending.diagnosis, reply.id)
@@ -255,9 +258,9 @@ class RequestHandler:
     ) -> None:
         """Count and record a request that is over."""
         if context.request is not None:
-            self._services.ignored_markers.count(context.request, context.engine)
-        self._services.stage_times.count(context)
-        self._services.recorder.record(context, diagnosis, response_id)
+            self.services.ignored_markers.count(context.request, context.engine)
+        self.services.stage_times.count(context)
+        self.services.recorder.record(context, diagnosis, response_id)
 
 
 def _wants_tiers(headers: Mapping[str, str]) -> bool:
