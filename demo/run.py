@@ -36,6 +36,7 @@ from demo.client import (
 from demo.hold import KEYS, hold
 from demo.server import Server
 from demo.session import AgentSession, agent_session, marked
+from demo.watch import watching
 from vllm_cachescope.cli.serve import serve_command
 from vllm_cachescope.config.secret import OPERATOR_VARIABLE
 from vllm_cachescope.durations import parse_duration
@@ -476,12 +477,17 @@ def _run(scratch: Path, screen: Screen, holds: bool) -> int:
     screen.doing("starting vLLM with the plugin")
     start = time.monotonic()
     token = secrets.token_urlsafe(18)
-    with serving(model, token, lambda seconds: screen.within(seconds, _START)) as server:
+    with (
+        serving(model, token, lambda seconds: screen.within(seconds, _START)) as server,
+        watching(server.url) as watch,
+    ):
         screen.did(_START)
         screen.line(f"vLLM with the plugin, up in {time.monotonic() - start:.0f} s")
         run, metrics = drive(server, screen)
         screen.progress.stop()
         status = conclude(run, metrics, screen.console)
+        for line in watch.lines():
+            screen.console.print(line, markup=False)
         if holds:
             hold(server.url, token, screen.console)
         else:

@@ -1,0 +1,1 @@
+"""What the dashboard, the rules and alerts in configs/ are made from."""

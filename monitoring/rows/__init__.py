@@ -1,0 +1,1 @@
+"""The dashboard's rows, from the question that is asked first to the one that is asked last."""

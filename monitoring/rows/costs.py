@@ -1,0 +1,68 @@
+"""Costs: what caching itself takes."""
+
+from grafana_foundation_sdk.builders import timeseries
+
+from monitoring.panels import Query, Words, graph
+from monitoring.queries import CHOSEN, of, quantile, rate, smallest, total
+from vllm_cachescope.metrics import PREFILL_RATE, QUEUED_DIAGNOSES, STAGE_SECONDS
+
+
+def panels() -> list[timeseries.Panel]:
+    """Return the row's panels."""
+    return [
+        graph(
+            Words(
+                "Time of a request in each stage",
+                "plan: what the engine waits for; boundaries: where breakpoints lie, mostly beside "
+                "tokenising; diagnosis: mostly after the reply. Median and 99th percentile.",
+                "plan is the only one that a client waits for. Milliseconds mean an API process "
+                "short of CPU: run more of them (`--api-server-count`).",
+            ),
+            [
+                Query(
+                    quantile(q, of(STAGE_SECONDS, CHOSEN, suffix="_bucket"), ("stage",)),
+                    f"{{{{stage}}}}, p{q * 100:g}",
+                )
+                for q in (0.5, 0.99)
+            ],
+            "s",
+            span=6,
+        ),
+        graph(
+            Words(
+                "Cores spent on caching",
+                "Seconds in a second that each stage takes, over all API processes.",
+                "Set it against *Prefill saved*.",
+            ),
+            [Query(total(rate(of(STAGE_SECONDS, CHOSEN, suffix="_sum")), "stage"), "{{stage}}")],
+            "short",
+            span=6,
+        ),
+        graph(
+            Words(
+                "Diagnoses waiting",
+                "Requests that are answered and wait to be diagnosed.",
+                "Steady growth means more traffic than one API process can diagnose.",
+            ),
+            [Query(total(of(QUEUED_DIAGNOSES, CHOSEN), "instance"), "{{instance}}")],
+            "short",
+            span=6,
+        ),
+        graph(
+            Words(
+                "Prefill rate",
+                "Prompt tokens that an engine computes in a second of computing: what *Prefill "
+                "saved* is reckoned with.",
+                "A rate that falls while traffic does not is an engine that is short of something "
+                "else; look at vLLM's own dashboards.",
+            ),
+            [
+                Query(
+                    smallest(of(PREFILL_RATE, CHOSEN), "instance", "engine"),
+                    "{{instance}}, engine {{engine}}",
+                )
+            ],
+            "short",
+            span=6,
+        ),
+    ]
