@@ -9,6 +9,8 @@ BENCHMARKS = (
     "cpu_tier",
     "diagnosis",
     "envelopes",
+    "metrics",
+    "neighbours",
     "overhead",
     "remote_tier",
     "shared_prefix",

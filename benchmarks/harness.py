@@ -6,7 +6,7 @@ import os
 import platform
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -222,7 +222,14 @@ def prompt(label: str, seed: int = 0, tokens: int = 8_000) -> dict[str, Any]:
     return body
 
 
-def server(plugin: bool, *arguments: str, secret: str | None = None, **config: Any) -> Server:
+def server(
+    plugin: bool,
+    *arguments: str,
+    secret: str | None = None,
+    connector: str | None = None,
+    environment: Mapping[str, str] | None = None,
+    **config: Any,
+) -> Server:
     """Return a server of the SMALL model, with the plugin or plain; enter it to start it.
 
     Both cache prefixes on the device, and tell how much of a prompt they read.
@@ -231,6 +238,9 @@ def server(plugin: bool, *arguments: str, secret: str | None = None, **config: A
         plugin: whether to serve with the plugin.
         arguments: further ones for vLLM.
         secret: the plugin's secret; None for one that it makes up.
+        connector: a class derived from the plugin's connector, by its module and name; None for the
+            plugin's own.
+        environment: further variables.
         config: the plugin's configuration.
     """
     model = str(build(MODELS / SMALL.name, SMALL))
@@ -242,10 +252,15 @@ def server(plugin: bool, *arguments: str, secret: str | None = None, **config: A
     ]
     if plugin:
         command = serve_command(model, config, options)
+        if connector is not None:
+            at = command.index("--kv-transfer-config") + 1
+            module, _, name = connector.rpartition(".")
+            named = {"kv_connector": name, "kv_connector_module_path": module}
+            command[at] = json.dumps(json.loads(command[at]) | named)
     else:
         module = "vllm.entrypoints.openai.api_server"
         command = [sys.executable, "-m", module, "--model", model, *options]
-    environment = {
+    variables = {
         "VLLM_CPU_KVCACHE_SPACE": "2",
         "VLLM_SERVER_DEV_MODE": "1",
         # One process for scheduler and model, as on one GPU. With a worker process of its own the
@@ -254,5 +269,6 @@ def server(plugin: bool, *arguments: str, secret: str | None = None, **config: A
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "OMP_NUM_THREADS": "1",
         **({SECRET_VARIABLE: secret} if secret else {}),
+        **(environment or {}),
     }
-    return Server([*command, "--distributed-executor-backend", "uni"], environment)
+    return Server([*command, "--distributed-executor-backend", "uni"], variables)

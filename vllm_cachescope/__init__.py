@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vllm_cachescope.cache.report import Report
-    from vllm_cachescope.cli.explanation import explain
+    from vllm_cachescope.cli.explaining import explain
     from vllm_cachescope.cli.lint_rules import lint
     from vllm_cachescope.cli.traffic import read_traffic
     from vllm_cachescope.connectors.vllm.offline.async_prompt_cache import AsyncPromptCache
@@ -47,7 +47,7 @@ _MODULES = {
     "Prompt": _MARKED_PROMPT,
     "PromptCache": f"{_OFFLINE}.prompt_cache",
     "Report": "cache.report",
-    "explain": "cli.explanation",
+    "explain": "cli.explaining",
     "lint": "cli.lint_rules",
     "read_traffic": "cli.traffic",
 }

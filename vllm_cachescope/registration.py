@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.metrics_core import Metric as Family
+from prometheus_client.samples import Sample
 
 from vllm_cachescope.metrics import ENGINE_LABELS, Metric
 
@@ -15,18 +15,16 @@ class TotalCounter(Counter):
     to ``…_prompt_tokens_total`` that reads like a count of created tokens.
     """
 
-    def collect(self) -> Iterable[Family]:
-        """Yield the counter's family of samples."""
-        return _without_created(super().collect())
+    def _child_samples(self) -> Iterable[Sample]:
+        return _without_created(super()._child_samples())
 
 
 class TotalHistogram(Histogram):
     """A histogram without the library's ``…_created``, to which many observations can be added at
     once."""
 
-    def collect(self) -> Iterable[Family]:
-        """Yield the histogram's family of samples."""
-        return _without_created(super().collect())
+    def _child_samples(self) -> Iterable[Sample]:
+        return _without_created(super()._child_samples())
 
     def add(self, counts: dict[int, int], total: float) -> None:
         """Add observations, as counts by the number of the bucket, from 0, and their sum."""
@@ -61,7 +59,6 @@ def histogram(metric: Metric, registry: CollectorRegistry) -> Histogram:
     )
 
 
-def _without_created(families: Iterable[Family]) -> Iterable[Family]:
-    for family in families:
-        family.samples = [one for one in family.samples if not one.name.endswith("_created")]
-        yield family
+def _without_created(samples: Iterable[Sample]) -> list[Sample]:
+    # Here and not in `collect`: what is never made costs a scrape nothing.
+    return [sample for sample in samples if sample.name != "_created"]

@@ -137,7 +137,7 @@ def _checking_first(create: Callable[..., Any], require: Callable[[], None]) -> 
             settle(surroundings(own.kv_connector_extra_config, config, engines_here(self)))
         asked = self.enable_prefix_caching
         vllm_config = create(self, *args, **kwargs)
-        settle([prefix_caching(vllm_config, asked)])
+        settle([prefix_caching(vllm_config, asked), *match_unit(vllm_config)])
         return vllm_config
 
     create_engine_config.is_checked = True  # type: ignore[attr-defined]
@@ -187,6 +187,21 @@ def prefix_caching(vllm_config: Any, asked: bool | None) -> Finding:
     }[asked]
     remedy = "a vLLM without the connector" if asked else "--enable-prefix-caching"
     return Finding(key, Status.FAILURE, found, remedy)
+
+
+def match_unit(vllm_config: Any) -> Iterator[Finding]:
+    """Yield what is wrong with vLLM's ``prefix_match_unit``, if anything is.
+
+    Where a model keeps the state of linear attention, vLLM with a unit finer than a block (how long
+    that is shows once the model is loaded) also caches the end of a prompt inside a block, under a
+    key of its own. No lifetime and no quota would ever reach it.
+    """
+    cache = vllm_config.cache_config
+    # Older releases have no such setting.
+    unit = getattr(cache, "prefix_match_unit", None)
+    if unit is not None and cache.mamba_cache_mode == "align":
+        found = f"with {unit}, parts of this model's blocks would be cached that never expire"
+        yield Finding("prefix_match_unit", Status.FAILURE, found, "none for this model")
 
 
 def _refuse_before_logging() -> None:

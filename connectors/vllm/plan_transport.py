@@ -16,28 +16,38 @@ def with_plan(params: _Params, plan: Plan, secret: bytes) -> _Params:
         plan: the plan.
         secret: key of its MAC.
     """
-    planned: Any = copy.copy(params)
-    sealed = {PLAN_KEY: seal(plan, secret)}
-    if hasattr(planned, "extra_kwargs"):
-        planned.extra_kwargs = {**(planned.extra_kwargs or {}), **sealed}
-    else:
-        extra = planned.extra_args or {}
-        transfer = {**(extra.get("kv_transfer_params") or {}), **sealed}
-        planned.extra_args = {**extra, "kv_transfer_params": transfer}
-    result: _Params = planned
-    return result
+    return _with(params, {PLAN_KEY: seal(plan, secret)})
 
 
 def without_plan(params: _Params) -> _Params:
-    """Return the parameters of a prompt to generate for without a plan: a copy if they have one."""
+    """Return a prompt's parameters without a plan, whatever a client has sent in its place: a copy
+    if they have one."""
     given: Any = params
-    transfer = dict((given.extra_args or {}).get("kv_transfer_params") or {})
-    if PLAN_KEY not in transfer:
-        return params
-    del transfer[PLAN_KEY]
-    bare = copy.copy(given)
-    bare.extra_args = {**given.extra_args, "kv_transfer_params": transfer}
-    result: _Params = bare
+    if hasattr(given, "extra_kwargs"):
+        sent = given.extra_kwargs
+    else:
+        sent = (given.extra_args or {}).get("kv_transfer_params")
+    is_free = sent is None or (isinstance(sent, dict) and PLAN_KEY not in sent)
+    return params if is_free else _with(params, {})
+
+
+def without_plan_in(transfer: dict[str, Any]) -> dict[str, Any]:
+    """Return the `kv_transfer_params` that a client has sent without what stands in the place of a
+    plan."""
+    return {name: value for name, value in transfer.items() if name != PLAN_KEY}
+
+
+def _with(params: _Params, own: dict[str, Any]) -> _Params:
+    planned: Any = copy.copy(params)
+    if hasattr(planned, "extra_kwargs"):
+        planned.extra_kwargs = {**without_plan_in(planned.extra_kwargs or {}), **own}
+    else:
+        extra = planned.extra_args or {}
+        sent = extra.get("kv_transfer_params")
+        # A client may have sent anything, in `vllm_xargs`.
+        transfer = {**(without_plan_in(sent) if isinstance(sent, dict) else {}), **own}
+        planned.extra_args = {**extra, "kv_transfer_params": transfer}
+    result: _Params = planned
     return result
 
 

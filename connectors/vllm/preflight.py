@@ -165,6 +165,7 @@ def _model(engine_args: Any) -> Iterator[Finding]:
         vllm_config = create(engine_args)
     yield Finding("model", Status.OK, ", ".join(vllm_config.model_config.architectures))
     yield config_check.prefix_caching(vllm_config, asked)
+    yield from config_check.match_unit(vllm_config)
     yield _block_length(vllm_config)
 
 
@@ -188,6 +189,21 @@ def _block_length(vllm_config: Any) -> Finding:
     found = f"{found}: only whole blocks are cached, nothing of a prompt that is shorter"
     remedy = f"prompts and marked parts of several times {tokens:,} tokens"
     return Finding("block length", Status.WARNING, found, remedy)
+
+
+def block_tokens(model: str) -> int | None:
+    """Return how many tokens a block of ``model`` has, as vLLM would start it; None if that cannot
+    be told without loading it, or vLLM does not take it."""
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    try:
+        engine_args = _engine_args(_parsed(model, {}, ()))
+        create = inspect.unwrap(type(engine_args).create_engine_config)
+        with _refusing("model", model):
+            vllm_config = create(engine_args)
+    except _Refused:
+        return None
+    return _block_tokens(vllm_config)
 
 
 def _block_tokens(vllm_config: Any) -> int | None:

@@ -26,6 +26,7 @@ from vllm_cachescope.api.redaction import REDACTED, Redaction
 from vllm_cachescope.api.request_context import PromptTiming
 from vllm_cachescope.cache.report import EngineId, Report, Row
 from vllm_cachescope.config import ConfigError, DiffSettings
+from vllm_cachescope.diagnosis.fingerprint import Fingerprint
 from vllm_cachescope.diagnosis.fingerprinter import Fingerprinter
 from vllm_cachescope.prompt.request import Protocol
 from vllm_cachescope.tenancy.scope import Caller, Scope
@@ -291,6 +292,29 @@ def test_memory_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert 0 < side.diffs.texts.nbytes <= 20_000
     side.diffs.purge(None)
     assert side.diffs.texts.nbytes == 0
+
+
+def test_none_pushes_out_the_texts_of_another_account(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Made-up organisations are one account together."""
+    monkeypatch.setattr(prompt_texts, "KEPT_BYTES", 20_000)
+    listed = Caller("name:acme", "s")
+    texts = PromptTexts((), lambda: 0.0, lambda org: org if org == listed.org else "unlisted")
+    made = Fingerprinter(b"a secret of tests")
+
+    def keep(caller: Caller, name: str) -> Fingerprint:
+        request = READERS[Protocol.MESSAGES](body(name), (300, 3600))
+        texts.keep(caller, request, made(request))
+        return made(request)
+
+    kept = keep(listed, "of acme")
+    for i in range(60):
+        keep(Caller(f"key:{i}", str(i)), str(i))
+    assert texts.nbytes > 15_000
+    assert texts.find(listed, kept.static_hashes) is not None
+    texts.purge(None)
+    assert texts.nbytes == len(texts) == 0
 
 
 @pytest.mark.parametrize(

@@ -524,7 +524,7 @@ def test_json_for_machines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     ("content", "message"),
     [
         (b"{not json", "calls.jsonl:1: not JSON"),
-        (b"[1]", "calls.jsonl:1: not an object"),
+        (b"[1]", "calls.jsonl:1#1: not an object"),
         (b'\n{"a": 1}', "calls.jsonl:2: not a request"),
         (b'{"hash_ids": [1], "timestamp": "x"}', "calls.jsonl:1: timestamp"),
         (b'{"prompt": "x"}\n{"hash_ids": [1], "timestamp": 1, "input_length": 5}', "holds both"),

@@ -52,6 +52,24 @@ def test_a_purge_ends_what_it_names() -> None:
     assert inventory.take_changes() == [([b"zeta 1"], True)]
 
 
+def test_a_purge_of_many_keeps_no_other_thread_waiting() -> None:
+    inventory = Inventory(Time())
+    free = []
+
+    class Key(bytes):
+        def startswith(self, *prefix: bytes) -> bool:  # type: ignore[override]
+            free.append(not inventory._lock.locked())  # noqa: SLF001
+            return super().startswith(*prefix)
+
+    inventory.stored([(Key(b"acme %06d" % i), 300) for i in range(5_000)])
+    inventory.take_changes()
+    inventory.purged(b"acme")
+    assert len(free) == 5_000 and all(free)
+    dropped = inventory.take_changes()
+    assert sum(len(change.keys) for change in dropped) == 5_000
+    assert max(len(change.keys) for change in dropped) <= 1_000
+
+
 def test_of_too_many_the_first_to_expire_are_told_to_be_gone() -> None:
     inventory = Inventory(Time(), limit=2)
     inventory.stored([(b"a", 300), (b"b", 100), (b"c", 200)])

@@ -29,7 +29,8 @@ async def test_the_work_of_a_session_is_done_in_order_and_waits_for_no_other_ses
 
 
 async def test_work_that_fails_keeps_no_other_work_waiting() -> None:
-    queue, done = SessionQueue(), list[str]()
+    changes: list[int] = []
+    queue, done = SessionQueue(changes.append), list[str]()
 
     async def fail() -> None:
         raise ValueError("of the test")
@@ -43,3 +44,4 @@ async def test_work_that_fails_keeps_no_other_work_waiting() -> None:
     queue.put_off(ONE, work())
     await queue.done(ONE)
     assert done == ["done"] and queue.is_empty(ONE)
+    assert changes == [1, 1, -1, -1]

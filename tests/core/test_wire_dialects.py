@@ -365,14 +365,14 @@ def test_the_operator_chooses() -> None:
 def test_what_is_ignored_is_counted_by_reason() -> None:
     registry = CollectorRegistry()
     counter = IgnoredMarkers(registry, "m")
-    counter.count(chat(user(*[text(**MARK)] * 6, text("", **MARK))))
+    counter.count(chat(user(*[text(**MARK)] * 6, text("", **MARK))), "0")
     counts = {
         reason: registry.get_sample_value(
-            "cachescope_ignored_markers_total", {"model_name": "m", "reason": reason}
+            "cachescope_ignored_markers_total", {"model_name": "m", "engine": "0", "reason": reason}
         )
         for reason in IgnoredReason
     }
-    assert counts == dict.fromkeys(IgnoredReason, 0.0) | {"too_many": 2.0, "empty": 1.0}
+    assert counts == dict.fromkeys(IgnoredReason) | {"too_many": 2.0, "empty": 1.0}
     assert all(reason.words for reason in IgnoredReason)
 
 

@@ -7,11 +7,12 @@ from unittest.mock import MagicMock
 import pytest
 from vllm import PoolingParams, SamplingParams
 
-from tests.engine.engine import KEYS, OWNERS, SECRET
+from tests.engine.engine import KEYS, OWNERS, SECRET, org_plan
 from vllm_cachescope.api.request_context import RequestContext, current_request
 from vllm_cachescope.api.services import directory_of
 from vllm_cachescope.config import load
 from vllm_cachescope.connectors.vllm.api_server.admission import Admission
+from vllm_cachescope.connectors.vllm.plan_transport import with_plan
 from vllm_cachescope.prompt.plan import PLAN_KEY, Span, unseal
 from vllm_cachescope.tenancy.scope import Caller, Scope
 
@@ -29,9 +30,14 @@ class Client:
 
     async def generate(self, prompt: Any, params: Any, request_id: str, **options: Any):
         self.given.append(params)
-        yield SimpleNamespace(finished=True, kv_transfer_params=None)
+        yield SimpleNamespace(finished=True, kv_transfer_params=None, num_cached_tokens=0)
 
     encode = generate
+
+    async def notify_kv_transfer_request_rejected(
+        self, request_id: str, kv_transfer_params: dict[str, Any], **options: Any
+    ) -> None:
+        self.given.append(kv_transfer_params)
 
 
 @pytest.fixture
@@ -85,3 +91,24 @@ async def test_outside_of_a_request_no_plan_is_sent(client: Client) -> None:
     _ = [output async for output in client.encode(prompt, pooling, "1")]
     _ = [output async for output in client.generate(prompt, SamplingParams(), "2")]
     assert client.given[0].extra_kwargs is None and client.given[1].extra_args is None
+
+
+@pytest.mark.parametrize("odd", ["cachescope", ["cachescope"], 5, {PLAN_KEY: "forged"}])
+async def test_nothing_of_a_clients_stands_where_a_plan_would(client: Client, odd: Any) -> None:
+    prompt = {"prompt_token_ids": [1] * 40}
+    sampling = SamplingParams(extra_args={"kv_transfer_params": odd, "other": 1})
+    pooling = PoolingParams(extra_kwargs={PLAN_KEY: odd, "other": 1})
+    _ = [output async for output in client.generate(prompt, sampling, "1")]
+    _ = [output async for output in client.encode(prompt, pooling, "2")]
+    await client.notify_kv_transfer_request_rejected("3", {PLAN_KEY: odd, "other": 1})
+    generated, pooled, rejected = client.given
+    assert generated.extra_args == {"other": 1, "kv_transfer_params": {}}
+    assert pooled.extra_kwargs == rejected == {"other": 1}
+
+
+def test_a_plan_stands_alone_whatever_a_client_has_sent() -> None:
+    plan = org_plan("acme", [1] * 40)
+    for odd in ("cachescope", ["cachescope"], 5, {PLAN_KEY: "forged"}):
+        given = SamplingParams(extra_args={"kv_transfer_params": odd})
+        sent = with_plan(given, plan, SECRET.encode()).extra_args["kv_transfer_params"]
+        assert list(sent) == [PLAN_KEY] and unseal(sent[PLAN_KEY], SECRET.encode()) == plan

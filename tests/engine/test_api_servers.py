@@ -22,7 +22,7 @@ TWO = ("--api-server-count", "2", "--data-parallel-size", "2")
 def api(tiny_model, tmp_path_factory) -> Iterator[Api]:
     scratch = tmp_path_factory.mktemp("processes")
     # As a user does: which metrics add up is settled when their library is imported.
-    own = {"as_user": True, "module": "tests.engine.vllm_cli"}
+    own = {"as_user": True, "module": "tests.engine.vllm_cli", "org_label": True}
     with serve_scoped(tiny_model, scratch, *SMALL, *TWO, **own) as api:
         yield api
 
@@ -62,7 +62,9 @@ def test_metrics_add_up(api: Api, processes: dict[int, httpx.Client]) -> None:
         for turn in range(4)
         for rank, client in processes.items()
     ]
-    assert len({answer["content"][0]["text"] for answer in answers}) == 1
+    nobody = api.post("/v1/messages", agent_body("nobody's metrics", temperature=0), key=None)
+    answers.append(nobody.raise_for_status().json())
+    assert len({answer["content"][0]["text"] for answer in answers[:-1]}) == 1
     told = Counter()
     for answer in answers:
         usage = answer["usage"]
@@ -80,6 +82,21 @@ def test_metrics_add_up(api: Api, processes: dict[int, httpx.Client]) -> None:
 
     await_equal(counted, told)
     assert api.metrics("vllm:prompt_tokens_total").total() == told.total()
+
+    # Each request once, whichever process had it, under the engine and the organisation it was.
+    totals = {"query_tokens_total": told.total(), "hit_tokens_total": told["read"]}
+    for name, total in totals.items():
+        assert api.metrics(f"cachescope_{name}", "engine").total() == total
+    requests = api.metrics("cachescope_requests_total", "engine", "org")
+    orgs = Counter(org for _, org in requests.elements())
+    assert orgs == {"name:named": len(answers) - 1, "other": 1}
+    assert {engine for engine, _ in requests} == {"0", "1"}
+    costs = api.metrics("cachescope_input_cost_tokens_total", "caching")
+    assert costs["without",] == told.total()
+    stages = api.metrics("cachescope_stage_seconds_count", "stage", "engine")
+    planned = sum(count for (stage, _), count in stages.items() if stage == "plan")
+    assert planned == len(answers)
+    assert {engine for _, engine in stages} == {"0", "1"}
 
     def used() -> Counter[tuple[str, str]]:
         return api.metrics("cachescope_tier_used_bytes", "engine", "tier")

@@ -8,6 +8,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+from transformers import AutoTokenizer
 
 from tests.engine.bodies import EPHEMERAL, block, conversation, session, text
 from tests.engine.engine import BLOCK, BLOCK_BYTES
@@ -26,7 +27,8 @@ def small(tiny_model, tmp_path_factory, directory) -> Iterator[Api]:
     """A server with little room, which writes diffs."""
     scratch = tmp_path_factory.mktemp("small")
     config = {"cpu_bytes": 24 * BLOCK_BYTES, "diffs": {"directory": str(directory)}}
-    with serve_scoped(tiny_model, scratch, *SMALL, **config) as api:
+    options = (*SMALL, "--trust-request-chat-template")
+    with serve_scoped(tiny_model, scratch, *options, **config) as api:
         yield api
 
 
@@ -138,6 +140,66 @@ def test_a_head_in_two_scopes(small: Api) -> None:
     seen = named(small, key, lambda: send(small, key, asked))
     assert (seen["cause"], seen["expected"]) == ("scope_changed", False)
     assert "scope" in seen["suggestion"]
+
+
+def test_a_tool_stands_where_the_template_renders_it(small: Api) -> None:
+    """The demo's template renders tools behind the system text."""
+    key = "key of the toolmaker"
+    body = conversation("toolmaker", cache_control=EPHEMERAL)
+    body["tools"] = [
+        {"name": name, "description": text(name, 120), "input_schema": {"type": "object"}}
+        for name in ("weigh", "gauge")
+    ]
+    send(small, key, body)
+    body["tools"][1]["description"] += " Gently."
+    seen = named(small, key, lambda: send(small, key, body))
+    (system,) = body["system"]
+    assert (seen["cause"], seen["where"]["path"]) == ("tools_changed", "tools[1]")
+    read = seen["prompt_tokens"] - sum(seen["uncached"].values())
+    assert read > 0 and read <= seen["where"]["token"] < read + BLOCK
+    # In front of a tool that changes, a system prompt that does is the cause.
+    body["tools"][0]["description"] += " Gently."
+    system["text"] = f"{system['text']} Of late."
+    seen = named(small, key, lambda: send(small, key, body))
+    assert (seen["cause"], seen["where"]["path"]) == ("system_changed", "system[0]")
+    read = seen["prompt_tokens"] - sum(seen["uncached"].values())
+    assert read > 0 and read <= seen["where"]["token"] < read + BLOCK
+    assert seen["changes"][1]["names"] == ["weigh"]
+    assert seen["suggestion"].startswith("Move the value that varies in system[0]")
+
+
+FORGETFUL = """
+{%- for message in messages -%}
+    <|im_start|>{{ message.role }}\n
+    {%- if message.role == 'assistant' and messages[-1].role == 'user' and not loop.last -%}
+        {{ message.content.split('</think>')[-1] }}
+    {%- else -%}
+        {{ message.content }}
+    {%- endif -%}
+    <|im_end|>\n
+{%- endfor -%}
+"""
+"""A chat template that leaves out the thoughts of earlier turns once the user says more."""
+
+
+def test_new_turns_behind_history_that_is_rendered_differently(small: Api, tiny_model) -> None:
+    key, said = "key of the forgetful", text("forgetful question", 200)
+    turns = [
+        {"role": "user", "content": text("forgetful", 300)},
+        {"role": "assistant", "content": text("thoughts", 400) + "</think>I see."},
+        {"role": "tool", "tool_call_id": "c", "content": text("found", 100)},
+    ]
+    body = {"model": MODEL, "max_tokens": 2, "chat_template": FORGETFUL}
+
+    def ask() -> None:
+        small.post("/v1/chat/completions", body | {"messages": turns}, key).raise_for_status()
+
+    ask()
+    turns += [{"role": "assistant", "content": "So it is."}, {"role": "user", "content": said}]
+    seen = named(small, key, ask)
+    assert seen["cause"] == "rendered_differently"
+    new = len(AutoTokenizer.from_pretrained(tiny_model)(said)["input_ids"])
+    assert seen["uncached"]["new_content"] == pytest.approx(new, rel=0.1)
 
 
 def test_each_prompt_of_a_request_is_explained(small: Api) -> None:

@@ -65,6 +65,13 @@ def test_a_model_whose_blocks_are_long(tmp_path: Path) -> None:
     assert found["front end"]["found"].startswith("vLLM's gRPC one reads no markers")
 
 
+def test_parts_of_blocks_would_never_expire(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(HYBRID))
+    status, found = check(tmp_path, "--model", str(tmp_path), "--prefix-match-unit", "64")
+    assert status == 1
+    assert found["prefix_match_unit"]["found"].startswith("with 64, parts of this model's blocks")
+
+
 def test_what_will_not_do_is_found_all_at_once(tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("a secret of the tests")
     (tmp_path / "secret").chmod(0o644)

@@ -50,11 +50,6 @@ def engine(replica: Replica) -> Replica:
     return replica
 
 
-@pytest.fixture
-def chance(request: pytest.FixtureRequest) -> random.Random:
-    return random.Random(request.node.name)
-
-
 def ask(engine: Replica, org: str, tokens: list[int], *cuts: Cut) -> Answer:
     """Have ``org`` ask for ``tokens``; make sure that the counts are vLLM's own."""
     asked = plan(Caller(org), *cuts) if cuts else org_plan(org, tokens)

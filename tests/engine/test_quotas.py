@@ -19,8 +19,10 @@ from tests.engine.engine import (
     plan,
     sealed,
 )
+from tests.engine.samples import of_engine
 from tests.redis.replica import Replica
 from vllm_cachescope.connectors.vllm import shm_regions
+from vllm_cachescope.metrics import QUOTA_USED
 from vllm_cachescope.tenancy.scope import Caller, Scope
 
 pytestmark = pytest.mark.engine
@@ -57,11 +59,6 @@ def replica(tiny_model, tmp_path_factory) -> Iterator[Replica]:
 def engine(replica: Replica) -> Replica:
     replica.call("empty")
     return replica
-
-
-@pytest.fixture
-def chance(request) -> random.Random:
-    return random.Random(request.node.name)
 
 
 def prompts(chance: random.Random, count: int, blocks: int = BLOCKS) -> list[list[int]]:
@@ -105,6 +102,19 @@ def test_a_flood_washes_away_nothing_but_itself(engine, chance, tier):
     assert reads[0] == BLOCKS * BLOCK
     assert reads == sorted(reads, reverse=True)
     assert exact(engine, "flood", flood[0]).read == 0
+
+
+def test_the_fullest_quota_shows(engine, chance):
+    def used() -> dict[tuple[str, ...], float]:
+        engine.call("command_sweep")
+        ask(engine, "passing by", prompts(chance, 1, 1)[0])
+        return engine.call(of_engine, QUOTA_USED)
+
+    ask(engine, "flood", prompts(chance, 1)[0])
+    assert used() == {(tier,): BLOCKS / quota for tier, quota in QUOTA.items()}
+    for tokens in prompts(chance, 8):
+        ask(engine, "flood", tokens)
+    assert used() == {(tier,): 1.0 for tier in QUOTA}
 
 
 def test_a_miss_says_that_the_quota_was_full(engine, chance):

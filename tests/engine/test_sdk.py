@@ -18,7 +18,7 @@ from tests.engine.bodies import EPHEMERAL, HOUR, block, text
 from tests.engine.engine import BLOCK
 from tests.engine.server import MODEL, NAMED_KEY, OTHER_NAMED_KEY
 from tests.redis.servers import wait_until
-from vllm_cachescope.metrics import METRICS
+from vllm_cachescope.metrics import METRICS, NO_ENGINE
 
 pytestmark = pytest.mark.engine
 
@@ -758,14 +758,19 @@ def test_each_metric_says_whose_it_is_and_counts_what_it_says(api):
     text = httpx.get(f"{api.url}/metrics", timeout=60).text
     shown = [f for f in text_string_to_metric_families(text) if f.name.startswith("cachescope_")]
     readme = README.read_text()
+    by_name = {metric.name: metric for metric in METRICS}
+    suffixes = {"counter": ["_total"], "gauge": [""], "histogram": ["_bucket", "_sum", "_count"]}
     for family in shown:
-        suffix = "_total" if family.type == "counter" else ""
-        assert f"`{family.name}{suffix}`" in readme and family.documentation
+        metric = by_name[family.name]
+        assert (family.type, family.documentation) == (metric.kind, metric.help)
+        assert f"`{metric.shown}`" in readme
         for sample in family.samples:
-            assert sample.name == family.name + suffix
-            assert sample.labels["model_name"]
-            assert "engine" in sample.labels or family.name == "cachescope_ignored_markers"
-    assert {metric.name for metric in METRICS} <= {family.name for family in shown}
+            assert sample.name in [family.name + suffix for suffix in suffixes[metric.kind]]
+            assert sample.labels.pop("model_name") == MODEL
+            assert sample.labels.pop("engine") in ("0", NO_ENGINE)
+            sample.labels.pop("le", None)
+            assert set(sample.labels) == set(metric.labels)
+    assert set(by_name) == {family.name for family in shown}
 
 
 def test_idle_memory_is_given_back_and_the_gauges_say_so(api):

@@ -8,9 +8,11 @@ from collections.abc import Iterator
 import pytest
 
 from tests.engine.engine import BLOCK, BLOCK_BYTES, OWNERS, Ask, draw_tokens, plan, sealed
+from tests.engine.samples import of_engine
 from tests.redis.pair import GREEDY, GREEDY_BLOCKS, Pair, ask, running_pair
 from tests.redis.replica import Replica
 from tests.redis.servers import wait_until
+from vllm_cachescope.metrics import PROMOTIONS, TIER_BYTES
 from vllm_cachescope.tenancy.scope import Caller, Scope
 
 pytestmark = pytest.mark.engine
@@ -64,6 +66,13 @@ def test_the_second_engine_reads_what_the_first_one_computed(pair):
     (again,) = pair.b.run(ask(tokens))
     assert again.outcome("read_cpu") == 12 * BLOCK
     assert again.tokens == expected
+    # Chunks and bytes of each way, as the metrics have them.
+    promoted = {("redis", "cpu"): 12, ("cpu", "device"): 24}
+    assert pair.b.call(of_engine, PROMOTIONS) == promoted
+    moved = pair.b.call(of_engine, TIER_BYTES)
+    assert moved["redis", "load"] == 12 * BLOCK_BYTES
+    assert moved["cpu", "load"] == 24 * BLOCK_BYTES
+    assert pair.a.call(of_engine, TIER_BYTES)["redis", "store"] == 12 * BLOCK_BYTES
 
 
 def test_several_tiers_in_one_prompt(pair):

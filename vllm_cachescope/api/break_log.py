@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 from prometheus_client import REGISTRY, CollectorRegistry
 
 from vllm_cachescope.diagnosis.outcome import Diagnosis
-from vllm_cachescope.registration import TotalCounter
+from vllm_cachescope.metrics import BREAKS, LOST_TOKENS
+from vllm_cachescope.registration import counter
+from vllm_cachescope.tenancy.org_labels import NO_ORG_LABELS, OrgLabels
 from vllm_cachescope.tenancy.scope import Caller
 from vllm_cachescope.tenancy.shared_memo import SharedMemo
 from vllm_cachescope.tenancy.shares import AccountOf, own_account
@@ -112,6 +114,7 @@ class BreakLog:
         registry: where the counter is registered.
         model_name: the model's name in vLLM's own metrics.
         account_of: returns who answers for an organisation.
+        org_labels: the labels of organisations in metrics.
     """
 
     def __init__(
@@ -119,6 +122,7 @@ class BreakLog:
         registry: CollectorRegistry = REGISTRY,
         model_name: str = "",
         account_of: AccountOf = own_account,
+        org_labels: OrgLabels = NO_ORG_LABELS,
     ) -> None:
         self._model_name = model_name
         # By a number that tells which of two came first.
@@ -126,13 +130,9 @@ class BreakLog:
             REMEMBERED_BYTES, attrgetter("nbytes"), account_of
         )
         self._numbers = itertools.count()
-        self._count = TotalCounter(
-            "cachescope_breaks",
-            "Requests that could not read from the cache as far as an earlier request of their "
-            "session would have let them, by cause and by the region of the prompt that changed.",
-            ("model_name", "engine", "cause", "region", "expected"),
-            registry=registry,
-        )
+        self._org_labels = org_labels
+        self._count = counter(BREAKS, registry, org_labels.are_wanted)
+        self._lost = counter(LOST_TOKENS, registry, org_labels.are_wanted)
 
     def add(self, seen: Break, engine: int) -> None:
         """Keep a break, count it and log it.
@@ -146,7 +146,10 @@ class BreakLog:
         self._breaks.put(seen.caller.org, number, _Kept(number, seen, len(listed)))
         region = diagnosis.where.region if diagnosis.where else "none"
         expected = str(diagnosis.expected).lower()
-        self._count.labels(self._model_name, str(engine), diagnosis.cause, region, expected).inc()
+        labels = self._model_name, str(engine), diagnosis.cause, region, expected
+        org = self._org_labels.of(seen.caller.org)
+        self._count.labels(*labels, *org).inc()
+        self._lost.labels(*labels, *org).inc(diagnosis.lost_tokens)
         level = logging.INFO if diagnosis.expected else logging.WARNING
         logger.log(level, "cache break %s", listed)
 

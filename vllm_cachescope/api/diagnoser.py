@@ -16,6 +16,7 @@ from vllm_cachescope.api.request_context import PromptTiming
 from vllm_cachescope.api.request_details import RequestDetails
 from vllm_cachescope.cache.report import EngineId, Report
 from vllm_cachescope.diagnosis.attribution import EngineReport
+from vllm_cachescope.diagnosis.change_places import MeasuredDivergence
 from vllm_cachescope.diagnosis.computed_prompt import ComputedPrompt, prefix_source
 from vllm_cachescope.diagnosis.diagnosis import conclude, diagnose, diagnose_against, measure
 from vllm_cachescope.diagnosis.fingerprint import Fingerprint
@@ -25,8 +26,10 @@ from vllm_cachescope.diagnosis.lineage_store import LineageStore
 from vllm_cachescope.diagnosis.outcome import Diagnosis
 from vllm_cachescope.diagnosis.placement import LineagePlacement
 from vllm_cachescope.diagnosis.token_fingerprint import fingerprint_tokens
+from vllm_cachescope.metrics import UNEXPLAINED_TOKENS
 from vllm_cachescope.prompt.request import PromptRequest, Protocol
-from vllm_cachescope.registration import TotalCounter
+from vllm_cachescope.registration import counter
+from vllm_cachescope.tenancy.org_labels import NO_ORG_LABELS, OrgLabels
 from vllm_cachescope.tenancy.scope import Caller
 from vllm_cachescope.tenancy.shares import AccountOf, own_account
 from vllm_cachescope.wire.extras import extra_fields
@@ -93,6 +96,7 @@ class Diagnoser:
         peers: the API processes of the server, of which this is one.
         model_name: the model's name in vLLM's own metrics.
         account_of: returns who answers for an organisation, by its id.
+        org_labels: the labels of organisations in metrics.
         details: where to keep the diagnosis of each request; None to keep none but breaks.
 
     Attributes:
@@ -111,11 +115,12 @@ class Diagnoser:
         model_name: str = "",
         account_of: AccountOf = own_account,
         peers: Peers = ALONE,
+        org_labels: OrgLabels = NO_ORG_LABELS,
         details: RequestDetails | None = None,
     ) -> None:
         self._details = details
         self.peers = peers
-        self.breaks = BreakLog(registry, model_name, account_of)
+        self.breaks = BreakLog(registry, model_name, account_of, org_labels)
         self._model_name = model_name
         self._secret = secret
         self._block_tokens = block_tokens
@@ -124,12 +129,7 @@ class Diagnoser:
         self._diffs = diffs
         self._fingerprint = Fingerprinter(secret, account_of=account_of)
         self._lineages = LineageStore(clock, account_of=account_of)
-        self._unexplained = TotalCounter(
-            "cachescope_unexplained_tokens",
-            "Tokens that were not in the cache for no known reason. Any is a bug to report.",
-            ("model_name", "engine"),
-            registry=registry,
-        )
+        self._unexplained = counter(UNEXPLAINED_TOKENS, registry)
 
     def fingerprint(
         self,
@@ -225,7 +225,9 @@ class Diagnoser:
             each = tuple(map(partial(self._found, pending), reports, computed))
             found = each[0] if len(each) == 1 else replace(found, prompts=each)
         self._lineages.answered(caller, node, response_id, found.prompt_tokens, computed)
-        pending.diagnosis = conclude(pending.diagnosis, found, pending.placement.ancestor)
+        pending.diagnosis = conclude(
+            pending.diagnosis, found, pending.placement.ancestor, node.fingerprint
+        )
         unexplained = self._unexplained.labels(self._model_name, str(engine.rank))
         unexplained.inc(pending.diagnosis.unknown_tokens)
         self._record(pending, engine, response_id)
@@ -260,6 +262,12 @@ class Diagnoser:
         if ancestor is not None and not ancestor.computed:
             # The ancestor may never have been computed: only what other requests had counts.
             shared = source.shared_tokens if source else 0
+        divergence = None
+        if ancestor is not None and len(ancestor.computed) == 1:
+            (old,) = ancestor.computed
+            token = old.tokens.shared_tokens(computed.tokens)
+            step = max(old.tokens.step, computed.tokens.step)
+            divergence = MeasuredDivergence(token, step)
         return EngineReport(
             prompt_tokens=report.prompt_tokens,
             read_tokens=report.read_tokens,
@@ -271,6 +279,7 @@ class Diagnoser:
             engine=computed.engine,
             unasked=report.unasked,
             reach_s=report.reach_s,
+            divergence=divergence,
         )
 
     def _computed(self, report: Report, timing: PromptTiming) -> ComputedPrompt:

@@ -21,6 +21,7 @@ from vllm_cachescope.config import ConfigError, DiffSettings
 from vllm_cachescope.diagnosis.changes import Change, ChangeKind
 from vllm_cachescope.logs import logger_of
 from vllm_cachescope.tenancy.scope import Caller
+from vllm_cachescope.tenancy.shares import AccountOf, own_account
 
 MAX_LINES = 1000
 """Lines compared of one tool or system block, from the first that differs."""
@@ -59,6 +60,7 @@ class Diffs:
     Args:
         settings: the directory, its limits, and what to leave out.
         clock: seconds, never running backwards.
+        account_of: returns who answers for an organisation, by its id.
 
     Attributes:
         texts: the texts to compare; a text has to be kept there first.
@@ -67,11 +69,16 @@ class Diffs:
         ConfigError: if the directory cannot be used.
     """
 
-    def __init__(self, settings: DiffSettings, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        settings: DiffSettings,
+        clock: Callable[[], float],
+        account_of: AccountOf = own_account,
+    ) -> None:
         self._directory = settings.directory
         self._max_bytes = int(settings.max_bytes)
         self._max_files = settings.max_files
-        self.texts = PromptTexts(settings.redact, clock)
+        self.texts = PromptTexts(settings.redact, clock, account_of)
         self._unwritten = threading.Semaphore(MAX_UNWRITTEN)
         self._pool = ThreadPoolExecutor(1, "cachescope-diffs")
         _prepare(settings)

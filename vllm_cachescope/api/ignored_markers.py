@@ -2,9 +2,9 @@
 
 from prometheus_client import CollectorRegistry
 
-from vllm_cachescope.prompt.ignored_marker import IgnoredReason
+from vllm_cachescope.metrics import IGNORED_MARKERS
 from vllm_cachescope.prompt.request import PromptRequest
-from vllm_cachescope.registration import TotalCounter
+from vllm_cachescope.registration import counter
 
 
 class IgnoredMarkers:
@@ -16,16 +16,10 @@ class IgnoredMarkers:
     """
 
     def __init__(self, registry: CollectorRegistry, model_name: str) -> None:
-        counter = TotalCounter(
-            "cachescope_ignored_markers",
-            "Cache markers, or fields of them, that did not count as they were written, by reason "
-            f"({', '.join(IgnoredReason)}).",
-            ("model_name", "reason"),
-            registry=registry,
-        )
-        self._by_reason = {reason: counter.labels(model_name, reason) for reason in IgnoredReason}
+        self._count = counter(IGNORED_MARKERS, registry)
+        self._model_name = model_name
 
-    def count(self, request: PromptRequest) -> None:
-        """Count what was ignored in ``request``."""
+    def count(self, request: PromptRequest, engine: str) -> None:
+        """Count what was ignored in ``request``, which ``engine`` ran; see `RequestContext`."""
         for marker in request.ignored:
-            self._by_reason[marker.reason].inc()
+            self._count.labels(self._model_name, engine, marker.reason).inc()

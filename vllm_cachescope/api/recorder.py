@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from vllm_cachescope.api.request_context import RequestContext
 from vllm_cachescope.cache.report import Report
-from vllm_cachescope.diagnosis.outcome import UNAVOIDABLE, Diagnosis
+from vllm_cachescope.diagnosis.outcome import Diagnosis
 from vllm_cachescope.logs import logger_of
 from vllm_cachescope.tenancy.scope import short_name
 from vllm_cachescope.usage.record import RequestRecord, merged_rows
@@ -97,7 +97,7 @@ class Recorder:
             cause=diagnosis.cause,
             expected=diagnosis.expected,
             where=_where(diagnosis),
-            missed_tokens=_missed(diagnosis),
+            missed_tokens=diagnosis.lost_tokens,
         )
 
 
@@ -121,9 +121,3 @@ def _where(diagnosis: Diagnosis) -> tuple[str, str] | None:
     where = diagnosis.where
     is_break = diagnosis.kind.is_break or not diagnosis.expected
     return (where.region, where.path) if where is not None and is_break else None
-
-
-def _missed(diagnosis: Diagnosis) -> int:
-    """Return the tokens that were lost to a change of the client's, or by the cache."""
-    lost = sum(miss.tokens for miss in diagnosis.engine if miss.cause not in UNAVOIDABLE)
-    return diagnosis.missed_tokens + lost

@@ -1,12 +1,15 @@
 """The context of one HTTP request on its way through the API process."""
 
+import time
 from asyncio import Task
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_cachescope.cache.report import Report
+from vllm_cachescope.metrics import NO_ENGINE
 from vllm_cachescope.prompt.plan import Plan
 from vllm_cachescope.prompt.request import PromptRequest
 from vllm_cachescope.tenancy.scope import Caller
@@ -62,6 +65,7 @@ class RequestContext:
         fetching: the task that fetches the reports that no output brings, as those of a request
             whose client has disconnected; None if there is none.
         is_recorded: whether somebody keeps the request's record, and wants every report.
+        stages: seconds that caching itself has taken of the request, by stage; see `stage`.
     """
 
     caller: Caller
@@ -75,6 +79,25 @@ class RequestContext:
     plans: dict[str, Plan] = field(default_factory=dict)
     fetching: Task[None] | None = None
     is_recorded: bool = False
+    stages: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Measure what is done inside as a part of the stage ``name``."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.stages[name] = self.stages.get(name, 0.0) + time.perf_counter() - began
+
+    @property
+    def engine(self) -> str:
+        """Rank of the engine that ran the request, its first prompt if it had several, as metrics
+        have it; `NO_ENGINE` if no engine has told of it."""
+        for report in (*self.reports.values(), *self.untold.values()):
+            if report.engine is not None:
+                return str(report.engine.rank)
+        return NO_ENGINE
 
 
 current_request: ContextVar[RequestContext | None] = ContextVar("cachescope_request", default=None)

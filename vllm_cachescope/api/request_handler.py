@@ -20,6 +20,7 @@ from vllm_cachescope.api.services import Services
 from vllm_cachescope.api.session_queue import SessionQueue
 from vllm_cachescope.api.viewer import Viewer
 from vllm_cachescope.diagnosis.fingerprint import Fingerprint
+from vllm_cachescope.diagnosis.outcome import Diagnosis
 from vllm_cachescope.errors import BadRequest
 from vllm_cachescope.logs import logger_of
 from vllm_cachescope.prompt.global_scope import without_global
@@ -47,7 +48,7 @@ class RequestHandler:
     def __init__(self, app: ASGIApp, services: Services) -> None:
         self._app = app
         self.services = services
-        self._queue = SessionQueue()
+        self._queue = SessionQueue(services.count_queued)
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a POST request, or a request for an operation."""
@@ -122,7 +123,6 @@ class RequestHandler:
         caller = directory.caller(headers, body.request.session)
         if not directory.may_write_global(caller.org):
             body = replace(body, request=without_global(body.request))
-        self.services.ignored_markers.count(body.request)
         if body.raw is not None:
             scope, replayed = with_body(scope, receive, body.raw)
         context = RequestContext(caller, body.request, body.forwarded, wants_tiers)
@@ -144,20 +144,19 @@ class RequestHandler:
         self, context: RequestContext, scope: Scope, receive: Receive, send: Send
     ) -> None:
         """Serve a request whose body is not read."""
-        recorder = self.services.recorder
-        context.is_recorded = recorder.is_used
+        context.is_recorded = self.services.recorder.is_used
         try:
             await self._run(context, scope, receive, send)
         finally:
             if context.fetching is None:
-                recorder.record(context, None, None)
+                self._account(context, None, None)
             else:
                 self._queue.put_off(context.caller, self._record_later(context))
 
     async def _record_later(self, context: RequestContext) -> None:
         assert context.fetching is not None
         await asyncio.wait([context.fetching])
-        self.services.recorder.record(context, None, None)
+        self._account(context, None, None)
 
     async def _run(
         self, context: RequestContext, scope: Scope, receive: Receive, send: Send
@@ -210,15 +209,20 @@ class RequestHandler:
         """Open a diagnosis; the fingerprint of a large body is made on a thread of its own."""
         fingerprint = None
         if body.is_large:
-            make = self.services.diagnoser.fingerprint
             try:
-                fingerprint = await asyncio.to_thread(
-                    make, context.caller, body.request, body.fields, headers
-                )
+                fingerprint = await asyncio.to_thread(self._fingerprint, context, body, headers)
             except Exception:
                 logger.exception("The request could not be diagnosed")
                 return None
         return self._opened(context, body, headers, fingerprint)
+
+    def _fingerprint(
+        self, context: RequestContext, body: IncomingBody, headers: Mapping[str, str]
+    ) -> Fingerprint:
+        with context.stage("diagnosis"):
+            return self.services.diagnoser.fingerprint(
+                context.caller, body.request, body.fields, headers
+            )
 
     def _opened(
         self,
@@ -228,9 +232,10 @@ class RequestHandler:
         fingerprint: Fingerprint | None,
     ) -> PendingDiagnosis | None:
         try:
-            return self.services.diagnoser.open(
-                context.caller, body.request, body.fields, headers, context.reports, fingerprint
-            )
+            with context.stage("diagnosis"):
+                return self.services.diagnoser.open(
+                    context.caller, body.request, body.fields, headers, context.reports, fingerprint
+                )
         except Exception:
             logger.exception("The request could not be diagnosed")
             return None
@@ -241,11 +246,21 @@ class RequestHandler:
         if pending is not None:
             try:
                 timings = [context.timings[nonce] for nonce in context.reports]
-                self.services.diagnoser.close(pending, context.reports.values(), reply.id, timings)
+                with context.stage("diagnosis"):
+                    reports = context.reports.values()
+                    self.services.diagnoser.close(pending, reports, reply.id, timings)
             except Exception:
                 logger.exception("The request could not be diagnosed")
-        diagnosis = None if pending is None else pending.diagnosis
-        self.services.recorder.record(context, diagnosis, reply.id)
+        self._account(context, None if pending is None else pending.diagnosis, reply.id)
+
+    def _account(
+        self, context: RequestContext, diagnosis: Diagnosis | None, response_id: str | None
+    ) -> None:
+        """Count and record a request that is over."""
+        if context.request is not None:
+            self.services.ignored_markers.count(context.request, context.engine)
+        self.services.stage_times.count(context)
+        self.services.recorder.record(context, diagnosis, response_id)
 
 
 def _wants_tiers(headers: Mapping[str, str]) -> bool:

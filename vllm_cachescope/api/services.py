@@ -17,10 +17,14 @@ from vllm_cachescope.api.page import Page
 from vllm_cachescope.api.peers import ALONE, Peers
 from vllm_cachescope.api.recorder import Recorder
 from vllm_cachescope.api.request_details import RequestDetails
+from vllm_cachescope.api.stage_times import StageTimes
 from vllm_cachescope.api.viewer import Viewer, viewer_of
 from vllm_cachescope.config import Config
 from vllm_cachescope.logs import logger_of
+from vllm_cachescope.metrics import NO_ENGINE, QUEUED_DIAGNOSES
+from vllm_cachescope.registration import gauge
 from vllm_cachescope.tenancy.caller import CallerDirectory, api_key
+from vllm_cachescope.tenancy.org_labels import OrgLabels
 from vllm_cachescope.usage.prices import Prices, read_prices
 from vllm_cachescope.usage.recent_requests import RecentRequests
 from vllm_cachescope.usage.request_memory import RequestMemory
@@ -89,6 +93,8 @@ class Services:
         diagnoser: diagnoses the requests.
         operations: answers what an operator asks.
         ignored_markers: counts the markers that requests are served without.
+        stage_times: counts what caching itself takes of requests.
+        count_queued: notes that so many more requests wait to be diagnosed.
         recorder: makes the records of the requests that are over.
         page: the page; None where it is off.
         operator_token: makes its holder the operator; None for nobody.
@@ -100,6 +106,8 @@ class Services:
     diagnoser: Diagnoser
     operations: Operations
     ignored_markers: IgnoredMarkers
+    stage_times: StageTimes
+    count_queued: Callable[[int], object]
     recorder: Recorder
     page: Page | None
     operator_token: bytes | None
@@ -119,7 +127,9 @@ class Services:
             logger.info(
                 "Any client may share as global, since no tenants are listed; see global_writers"
             )
-        diffs = None if config.diffs is None else Diffs(config.diffs, time.monotonic)
+        diffs = None
+        if config.diffs is not None:
+            diffs = Diffs(config.diffs, time.monotonic, directory.account)
         details = RequestDetails(directory.account) if config.page else None
         diagnoser = Diagnoser(
             secret,
@@ -129,6 +139,7 @@ class Services:
             model_name=server.model_name,
             account_of=directory.account,
             peers=server.peers,
+            org_labels=OrgLabels(config.labelled_orgs(), secret),
             details=details,
         )
         recorder = Recorder(server.model_name, server.replica)
@@ -164,14 +175,16 @@ class Services:
             time.monotonic,
             None if ledger is None else ledger.answer,
         )
-        ignored_markers = IgnoredMarkers(server.registry, server.model_name)
+        queued = gauge(QUEUED_DIAGNOSES, server.registry)
         return cls(
             config,
             server.api_keys,
             directory,
             diagnoser,
             operations,
-            ignored_markers,
+            IgnoredMarkers(server.registry, server.model_name),
+            StageTimes(server.registry, server.model_name),
+            queued.labels(server.model_name, NO_ENGINE).inc,
             recorder,
             page,
             config.operators_token(),

@@ -1,15 +1,20 @@
 """A queue for each session: what is put off is done in the order of its requests."""
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 
 from vllm_cachescope.tenancy.scope import Caller
 
 
 class SessionQueue:
-    """Work on requests that was put off, for the event loop."""
+    """Work on requests that was put off, for the event loop.
 
-    def __init__(self) -> None:
+    Args:
+        on_change: called with 1 when work is put off, and with -1 when it is done.
+    """
+
+    def __init__(self, on_change: Callable[[int], object] = lambda change: None) -> None:
+        self._on_change = on_change
         self._last: dict[Caller, asyncio.Task[None]] = {}
 
     def is_empty(self, caller: Caller) -> bool:
@@ -25,6 +30,7 @@ class SessionQueue:
         """Have ``work`` done once all that was put off for ``caller`` before is done."""
         task = asyncio.get_running_loop().create_task(self._after(self._last.get(caller), work))
         self._last[caller] = task
+        self._on_change(1)
         task.add_done_callback(lambda _: self._forget(caller, task))
 
     @staticmethod
@@ -34,5 +40,6 @@ class SessionQueue:
         await work
 
     def _forget(self, caller: Caller, task: asyncio.Task[None]) -> None:
+        self._on_change(-1)
         if self._last.get(caller) is task:
             del self._last[caller]

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 
 from vllm_cachescope.cache.miss_causes import CacheMiss, MissCause
 from vllm_cachescope.cli.explanation import Explained
+from vllm_cachescope.cli.findings.loss import cache_losses
 from vllm_cachescope.cli.traffic import BLOCK_TOKENS, BlockCall
 from vllm_cachescope.diagnosis.outcome import NEW_CONTENT, Diagnosis, DiagnosisKind
 
@@ -42,12 +43,9 @@ def explain_blocks(calls: Iterable[BlockCall], ttl_s: float | None = None) -> It
         else:
             lineages += 1
             lineage = lineages
-        yield Explained(
-            call.source,
-            None,
-            call.at,
-            _of_blocks(call, kind, known, fresh, partial, lineage, ttl_s),
-        )
+        diagnosis = _of_blocks(call, kind, known, fresh, partial, lineage, ttl_s)
+        losses = tuple(cache_losses(diagnosis))
+        yield Explained(call.source, None, call.at, diagnosis, losses=losses)
         for block in call.blocks:
             last_call[block] = call
             lineage_of[block] = lineage

@@ -2,25 +2,49 @@
 
 import argparse
 import json
+import math
 import sys
-from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
-from vllm_cachescope.cli import traffic_files
+from vllm_cachescope.cli import explain_render, heat_map, tokens_of_model, traffic_files
 from vllm_cachescope.cli.block_trace import explain_blocks
 from vllm_cachescope.cli.console import show
-from vllm_cachescope.cli.explanation import Explained, Explanation, explain
+from vllm_cachescope.cli.explaining import explain
+from vllm_cachescope.cli.explanation import Explained, Explanation
+from vllm_cachescope.cli.findings import rules
+from vllm_cachescope.cli.findings.group import Group, grouped
+from vllm_cachescope.cli.findings.machine_forms import Located, annotations, sarif
 from vllm_cachescope.cli.shared_prefixes import SharedPrefixes
+from vllm_cachescope.cli.token_counter import TokenizerError
+from vllm_cachescope.cli.tokens_of_model import ModelError
 from vllm_cachescope.cli.traffic import BlockCall, Call, TrafficError
+from vllm_cachescope.cli.traffic_files import TrafficFiles
 from vllm_cachescope.durations import parse_duration
-from vllm_cachescope.prompt.ignored_marker import IgnoredMarker
 
-_SHOWN_CHANGES = 10
-_SHOWN_IGNORED = 20
+_DESCRIPTION = """\
+Read recorded requests and say where the prefix of a prompt broke or was lost, why, and what to do:
+first a summary, one paragraph for each rule and place, the most tokens first; then what was not
+read, by cause.
+
+A cache is taken to hold what a breakpoint covers (without breakpoints, everything) for the lifetime
+that the breakpoint asks for, five minutes where it names none, counted from the last use by any
+conversation that shares it. Where responses are recorded, their usage counts instead. Other counts
+are estimates, at four bytes a token, unless --tokenizer or --model is given.
+"""
+
+_EPILOG = """\
+examples:
+  cachescope explain calls.jsonl                      the summary
+  cachescope explain calls.jsonl --all --heat-map     each break, and a picture of each session
+  cachescope explain calls.jsonl --ttl 1h             as if everything were kept for an hour
+  cachescope explain calls.jsonl --max-breaks 0       for CI: exit with 1 if anything breaks ...
+      --allow expired,CS204 --forbid context_compacted  ... but for these, and on this
+  cachescope explain calls.har --format github        annotations on a pull request
+
+exit codes: 0; 1 if more calls lost something unexpected than --max-breaks, or a rule of --forbid
+was found; 2 if a file cannot be read or holds no request, or with --strict if a line was left out.
+"""
 
 
 def add_command(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -28,16 +52,48 @@ def add_command(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
     parser = subparsers.add_parser(
         "explain",
         help="say where the prefixes of recorded traffic broke, and why",
-        description="Read recorded requests and say at each where its prefix broke, and why. "
-        "Counts are estimates, at four bytes a token. Exit code: 0; 1 if there are more "
-        "unexpected breaks than --max-breaks; 2 if a file cannot be read, or holds no request.",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     traffic_files.add_arguments(parser)
-    parser.add_argument("--json", action="store_true", help="print every call as JSON")
-    parser.add_argument("--max-breaks", type=_count, metavar="N", help="unexpected breaks to allow")
-    parser.add_argument(
-        "--ttl", type=_duration, metavar="TTL", help="let cached prefixes expire, as in 5m"
+    shown = parser.add_argument_group("what is shown")
+    shown.add_argument("--all", action="store_true", help="list each break, too")
+    shown.add_argument(
+        "--heat-map",
+        action="store_true",
+        help="draw each session: what of each prompt was read, lost or new",
     )
+    shown.add_argument(
+        "--no-text", action="store_true", help="quote nothing of what changed in a prompt"
+    )
+    shown.add_argument(
+        "--format",
+        choices=("text", "json", "sarif", "github"),
+        default="text",
+        help="text; json, with every call; sarif, for code scanning; github, annotations of a "
+        "workflow (default: text)",
+    )
+    shown.add_argument(
+        "--json", dest="format", action="store_const", const="json", help="short for --format json"
+    )
+    cache = parser.add_argument_group("what the cache is like")
+    cache.add_argument(
+        "--ttl",
+        type=_duration,
+        metavar="TTL",
+        help="keep everything that long, as in 5m, whatever the requests ask for; none for ever",
+    )
+    cache.add_argument(
+        "--block-size",
+        type=_positive,
+        metavar="N",
+        help="count whole blocks of N tokens only, and say what that costs",
+    )
+    tokens_of_model.add_arguments(cache)
+    job = parser.add_argument_group("for CI")
+    job.add_argument("--max-breaks", type=_count, metavar="N", help="unexpected breaks to allow")
+    rules.add_arguments(job)
     parser.set_defaults(run=run)
 
 
@@ -47,7 +103,15 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _duration(text: str) -> int:
+def _positive(text: str) -> int:
+    if not (count := _count(text)):
+        raise argparse.ArgumentTypeError("a block has at least 1 token")
+    return count
+
+
+def _duration(text: str) -> float:
+    if text == "none":
+        return math.inf
     try:
         return parse_duration(text)
     except ValueError as error:
@@ -56,116 +120,82 @@ def _duration(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Run ``cachescope explain`` and return its exit code."""
+    files = TrafficFiles(args)
     explanation = Explanation()
-    prefixes = SharedPrefixes(args.ttl)
     try:
-        for _, calls in traffic_files.read(args):
-            explanation.calls.extend(explain_calls(calls, args.ttl, prefixes))
-    except (OSError, TrafficError) as error:
+        count, block = tokens_of_model.read(args, args.block_size)
+        prefixes = SharedPrefixes(args.ttl, count)
+        for _, calls in files.read():
+            explanation.calls.extend(
+                explain_calls(calls, args.ttl, prefixes, not args.no_text, block)
+            )
+    except (OSError, TrafficError, TokenizerError, ModelError) as error:
+        files.tell("explain")
         print(f"cachescope explain: {error}", file=sys.stderr)
         return 2
-    if args.json:
-        print(json.dumps(explanation.to_dict(), indent=2))
+    files.tell("explain")
+    groups = grouped(explanation.calls)
+    selection = rules.selection(args)
+    unexpected = sum(
+        any(loss.is_break and not selection.allows(loss.rule) for loss in call.losses)
+        for call in explanation.calls
+    )
+    _print(args, explanation, groups, files)
+    if files.fails:
+        return 2
+    forbidden = any(selection.forbids(group.loss.rule) for group in groups)
+    return int(forbidden or (args.max_breaks is not None and unexpected > args.max_breaks))
+
+
+def _print(
+    args: argparse.Namespace, explanation: Explanation, groups: list[Group], files: TrafficFiles
+) -> None:
+    if args.format == "json":
+        data = {
+            **explanation.to_dict(),
+            "findings": [group.to_dict() for group in groups],
+            "left_out": [{"source": one.source, "reason": one.reason} for one in files.left_out],
+        }
+        print(json.dumps(data, indent=2))
+    elif args.format == "sarif":
+        print(json.dumps(sarif(map(_located, groups)), indent=2))
+    elif args.format == "github":
+        print("".join(f"{line}\n" for line in annotations(map(_located, groups))), end="")
     else:
-        show(lambda console: render(explanation, console))
-    unexpected = len(explanation.unexpected)
-    return int(args.max_breaks is not None and unexpected > args.max_breaks)
+        show(lambda console: explain_render.render(explanation, groups, console, each=args.all))
+        if args.heat_map:
+            show(lambda console: heat_map.render(explanation.calls, console))
+
+
+def _located(group: Group) -> Located:
+    loss = group.loss
+    at = f" at {loss.path}" if loss.path else ""
+    advice = f" {loss.suggestion}" if loss.suggestion else ""
+    message = f"{group.tokens:,} tokens of {group.calls:,} calls{at}: {loss.words}.{advice}"
+    properties: dict[str, Any] = {
+        key: value for key, value in group.to_dict().items() if key in ("calls", "tokens", "place")
+    }
+    return Located(loss.rule, loss.rule.level, message, group.sources, properties)
 
 
 def explain_calls(
     calls: Sequence[Call] | Sequence[BlockCall],
     ttl_s: float | None = None,
     prefixes: SharedPrefixes | None = None,
+    text: bool = True,
+    block_tokens: int | None = None,
 ) -> Iterator[Explained]:
     """Explain the calls of one file.
 
     Args:
         calls: what `read_traffic` has read.
+        ttl_s: see `explaining.explain` and `block_trace.explain_blocks`.
         prefixes: what the calls of other files have left; None for nothing.
-        ttl_s: see `explanation.explain` and `block_trace.explain_blocks`.
+        text: whether what changed is quoted.
+        block_tokens: tokens in a block; None to count as though prefixes could end anywhere.
     """
     if calls and isinstance(calls[0], BlockCall):
         yield from explain_blocks((c for c in calls if isinstance(c, BlockCall)), ttl_s)
     else:
-        yield from explain((c for c in calls if isinstance(c, Call)), ttl_s, prefixes)
-
-
-def render(explanation: Explanation, console: Console) -> None:
-    """Print the breaks by lineage, the lineages that could have shared more, and a table of
-    uncached tokens by cause."""
-    several = len({call.file for call in explanation.calls}) > 1
-    by_lineage: dict[str, list[Explained]] = {}
-    for call in explanation.breaks:
-        names = [call.file] if several else []
-        names += [f"session {call.session}"] if call.session else []
-        names += [f"lineage {call.diagnosis.lineage}"]
-        by_lineage.setdefault(", ".join(names), []).append(call)
-    for name, calls in by_lineage.items():
-        _render_calls(name, calls, console)
-    if not by_lineage:
-        console.print("No prefix broke.")
-    if alike := explanation.could_share:
-        _render_calls("new lineages that could have shared more", alike, console)
-    _render_ignored(explanation, console)
-    table = Table(title="Uncached tokens by cause", title_justify="left")
-    table.add_column("cause")
-    table.add_column("calls", justify="right")
-    table.add_column("tokens", justify="right")
-    for cause, total in explanation.totals().items():
-        table.add_row(cause, f"{total.calls:,}", f"{total.tokens:,}")
-    console.print(table)
-    for scope, shared in explanation.shared.items():
-        console.print(f"{shared:,} tokens of scope {scope.label} were left by other conversations.")
-    tokens, reusable = explanation.prompt_tokens, explanation.reusable_tokens
-    fraction = f"{reusable / tokens:.1%}" if tokens else "none"
-    console.print(
-        f"{len(explanation.calls):,} calls, {tokens:,} prompt tokens, {fraction} reusable; "
-        f"{len(explanation.breaks)} breaks, {len(explanation.unexpected)} of them unexpected; "
-        f"{len(explanation.could_share)} new lineages could have shared more.",
-        soft_wrap=True,
-    )
-
-
-def _render_ignored(explanation: Explanation, console: Console) -> None:
-    """Print each place of a marker that a server ignores, once."""
-    first: dict[IgnoredMarker, str] = {}
-    times: Counter[IgnoredMarker] = Counter()
-    for call in explanation.calls:
-        for marker in call.ignored:
-            first.setdefault(marker, call.source)
-            times[marker] += 1
-    if not first:
-        return
-    console.print("Ignored markers", style="bold")
-    for marker, source in list(first.items())[:_SHOWN_IGNORED]:
-        line = Text(f"  {source}  ")
-        line.append(marker.reason.value, style="yellow")
-        line.append(f" at {marker.path}: {marker.reason.words}")
-        if times[marker] > 1:
-            line.append(f" ({times[marker]} times)")
-        console.print(line, highlight=False, soft_wrap=True)
-    if (more := len(first) - _SHOWN_IGNORED) > 0:
-        console.print(f"      and at {more} more places")
-
-
-def _render_calls(heading: str, calls: list[Explained], console: Console) -> None:
-    console.print(heading, style="bold", markup=False, highlight=False, soft_wrap=True)
-    for call in calls:
-        _render_call(call, console)
-
-
-def _render_call(call: Explained, console: Console) -> None:
-    diagnosis = call.diagnosis
-    where = diagnosis.where
-    place = f" at {where.path}, token {where.token:,}" if where else ""
-    line = Text(f"  {call.source}  ")
-    line.append(diagnosis.kind, style="yellow" if diagnosis.expected else "bold red")
-    line.append(f"{place}; {diagnosis.missed_tokens:,} tokens missed")
-    console.print(line, highlight=False, soft_wrap=True)
-    details = [str(change) for change in diagnosis.changes[:_SHOWN_CHANGES]]
-    if more := len(diagnosis.changes) - len(details):
-        details.append(f"and {more} more changes")
-    if diagnosis.suggestion:
-        details.append(f"→ {diagnosis.suggestion}")
-    for detail in details:
-        console.print(f"      {detail}", markup=False, highlight=False, soft_wrap=True)
+        requests = (c for c in calls if isinstance(c, Call))
+        yield from explain(requests, ttl_s, prefixes, text, block_tokens)

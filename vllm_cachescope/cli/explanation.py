@@ -1,29 +1,17 @@
 """An explanation of recorded requests: where their prefixes broke, and why."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from vllm_cachescope.cache.miss_causes import CacheMiss, MissCause
-from vllm_cachescope.cli.shared_prefixes import SharedPrefixes
-from vllm_cachescope.cli.traffic import Call
-from vllm_cachescope.cli.ttl_replay import TtlReplay
-from vllm_cachescope.diagnosis.attribution import EngineReport, uncached_by_cause
-from vllm_cachescope.diagnosis.diagnosis import conclude, diagnose
-from vllm_cachescope.diagnosis.fingerprinter import Fingerprinter
-from vllm_cachescope.diagnosis.forest import LineageNode
-from vllm_cachescope.diagnosis.lineage_store import LineageStore
+from vllm_cachescope.cli.findings.loss import Loss
 from vllm_cachescope.diagnosis.outcome import Diagnosis
-from vllm_cachescope.prompt.boundaries import common_prefix
 from vllm_cachescope.prompt.ignored_marker import IgnoredMarker
-from vllm_cachescope.tenancy.scope import Caller, Scope
+from vllm_cachescope.tenancy.scope import Scope
 
-# How much of each session `explain` compares with; recorded traffic may span days.
-_REQUESTS = 256
-_ENDS = 2**16
-_SESSION_TTL_S = 7 * 86400.0
-_BYTES = 2**30
+NOT_READ = "not_read"
+"""Cause of tokens that the recorded usage says were not read, though they were as before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +26,8 @@ class Explained:
         char: for a text trace, how many leading characters the prompt shares with its ancestor's.
         ignored: the cache markers in it that a server ignores.
         shared: tokens that only calls of other conversations had left for it, by their scope.
+        losses: what was lost, each put down to a rule and a place; the largest first.
+        counted: whether the response counted the tokens; if not, counts are estimates.
     """
 
     source: str
@@ -47,19 +37,31 @@ class Explained:
     char: int | None = None
     ignored: tuple[IgnoredMarker, ...] = ()
     shared: Mapping[Scope, int] = field(default_factory=dict)
+    losses: tuple[Loss, ...] = ()
+    counted: bool = False
 
     @property
     def is_break(self) -> bool:
-        """Whether a prefix broke here, expected or not."""
-        return self.diagnosis.kind.is_break and (
-            self.diagnosis.missed_tokens > 0 or not self.diagnosis.expected
-        )
+        """Whether a prefix broke here or was lost, expected or not."""
+        return any(loss.is_break or loss.rule.name == "context_compacted" for loss in self.losses)
+
+    @property
+    def expected(self) -> bool:
+        """Whether all that was lost here is as it should be."""
+        return not any(loss.is_break for loss in self.losses)
 
     @property
     def could_share(self) -> bool:
         """Whether the call begins a conversation whose tools and system prompt nearly equal those
         of another."""
-        return not self.is_break and self.diagnosis.missed_tokens > 0
+        return any(loss.rule.name == "could_share" for loss in self.losses)
+
+    @property
+    def cause(self) -> str:
+        """The one cause to count this call under."""
+        if any(loss.rule.name == "not_read" for loss in self.losses[:1]):
+            return NOT_READ
+        return self.diagnosis.cause
 
     @property
     def file(self) -> str:
@@ -78,6 +80,10 @@ class Explained:
             ],
             "shared": {scope.label: tokens for scope, tokens in self.shared.items()},
             **self.diagnosis.to_dict(),
+            "cause": self.cause,
+            "expected": self.expected,
+            "counted": self.counted,
+            "losses": [loss.to_dict() for loss in self.losses],
         }
 
 
@@ -108,7 +114,7 @@ class Explanation:
     @property
     def unexpected(self) -> list[Explained]:
         """The breaks that should not have happened."""
-        return [call for call in self.breaks if not call.diagnosis.expected]
+        return [call for call in self.breaks if not call.expected]
 
     @property
     def could_share(self) -> list[Explained]:
@@ -117,7 +123,7 @@ class Explanation:
 
     def totals(self) -> dict[str, Total]:
         """Return what each cause cost, by its name, the most tokens first."""
-        calls = Counter(call.diagnosis.cause for call in self.calls)
+        calls = Counter(call.cause for call in self.calls)
         tokens: Counter[str] = Counter()
         for call in self.calls:
             tokens.update(dict(call.diagnosis.uncached))
@@ -159,81 +165,3 @@ class Explanation:
             "could_share": len(self.could_share),
             "ignored_markers": sum(len(call.ignored) for call in self.calls),
         }
-
-
-def explain(
-    calls: Iterable[Call], ttl_s: float | None = None, prefixes: SharedPrefixes | None = None
-) -> Iterator[Explained]:
-    """Explain calls in order, each against its nearest ancestor in its session.
-
-    The cache is taken to hold every block it was given until the block's TTL ends.
-
-    Args:
-        calls: the calls, in order of time.
-        prefixes: what the calls explained before have left; None for nothing.
-        ttl_s: TTL in seconds of what names none, counted from the last use; None for no expiry at
-            all, whatever TTLs the calls name. For a call without a timestamp nothing expires.
-    """
-    now = 0.0
-
-    def clock() -> float:
-        return now
-
-    store = LineageStore(
-        clock,
-        ttl_s=_SESSION_TTL_S,
-        requests=_REQUESTS,
-        ends=_ENDS,
-        org_bytes=_BYTES,
-        max_bytes=_BYTES,
-    )
-    prefixes = prefixes or SharedPrefixes(ttl_s)
-    fingerprint = Fingerprinter(prefixes.secret)
-    texts: dict[LineageNode, str] = {}
-    replays: dict[str | None, TtlReplay] = {}
-    for call in calls:
-        now = max(now, call.at or now)
-        caller = Caller("traffic", call.session)
-        made = fingerprint(call.request, call.extra)
-        placement = store.observe(caller, made)
-        store.answered(caller, placement.node, call.response_id)
-        diagnosis = diagnose(placement)
-        if ttl_s is not None:
-            replay = replays.setdefault(call.session, TtlReplay(ttl_s, _REQUESTS))
-            expired = replay.use(placement)
-            if expired and call.at is not None:
-                diagnosis = _with_expired(diagnosis, expired)
-        left = prefixes.use(call, made, now)
-        diagnosis, shared = _with_others(diagnosis, left)
-        char = None
-        if call.text is not None:
-            texts[placement.node] = call.text
-            before = texts.get(placement.ancestor, "") if placement.ancestor else ""
-            char = common_prefix(before, call.text)
-        ignored = call.request.ignored
-        yield Explained(call.source, call.session, call.at, diagnosis, char, ignored, shared)
-
-
-def _with_others(
-    diagnosis: Diagnosis, left: Mapping[Scope, int]
-) -> tuple[Diagnosis, dict[Scope, int]]:
-    """Return a diagnosis that counts what any earlier call had ``left`` of the prompt as read, and
-    what of it is more than the call's own conversation had, by scope."""
-    read, own = sum(left.values()), diagnosis.prompt_tokens
-    own -= sum(tokens for _, tokens in diagnosis.uncached)
-    if read <= own:
-        return diagnosis, {}
-    shared: dict[Scope, int] = {}
-    for scope in reversed(list(left)):
-        if tokens := min(left[scope], read - own - sum(shared.values())):
-            shared[scope] = tokens
-    engine = tuple(one for one in diagnosis.engine if one.cause is not MissCause.EXPIRED)
-    counted = replace(diagnosis, engine=engine)
-    return replace(counted, uncached=uncached_by_cause(counted, read, engine)), shared
-
-
-def _with_expired(diagnosis: Diagnosis, misses: Sequence[CacheMiss]) -> Diagnosis:
-    shared = diagnosis.shared_tokens
-    read = shared - sum(miss.tokens for miss in misses)
-    report = EngineReport(diagnosis.prompt_tokens, read, 1, tuple(misses), shared_tokens=shared)
-    return conclude(diagnosis, report)

@@ -15,6 +15,9 @@ from enum import IntEnum
 from typing import Any
 
 from vllm_cachescope.cli.changing_system import ChangingSystem
+from vllm_cachescope.cli.findings.rules import RULES
+from vllm_cachescope.cli.steady_values import SteadyValues
+from vllm_cachescope.cli.stuck_breakpoints import StuckBreakpoints
 from vllm_cachescope.cli.traffic import Call
 from vllm_cachescope.cli.volatile import Rule, volatile_values
 from vllm_cachescope.diagnosis.fingerprint import ToolFingerprint
@@ -45,8 +48,7 @@ class Finding:
     """A place in the requests that will break a prefix, or may break one.
 
     Attributes:
-        rule: ``uuid``, ``timestamp``, ``date``, ``nonce``, ``unsorted_json``, ``tool_order``,
-            ``changing_system``, ``breakpoint_after_volatile`` or ``ignored_marker``.
+        rule: the name of one of `RULES`: ``uuid``, ``tool_order``, ``stuck_breakpoint``.
         severity: whether it will break a prefix (WARNING) or may (INFO).
         path: where in the request, as in ``system[1]``.
         message: what stands there, with an excerpt, and what to do.
@@ -60,6 +62,11 @@ class Finding:
     message: str
     source: str
     requests: int = 1
+
+    @property
+    def code(self) -> str:
+        """The stable code of its rule."""
+        return RULES[self.rule].code
 
 
 @dataclass(slots=True)
@@ -87,12 +94,15 @@ def lint(calls: Iterable[Call]) -> list[Finding]:
     seen = _Seen()
     found: dict[tuple[str, str], Finding] = {}
     times: Counter[tuple[str, str]] = Counter()
-    system = ChangingSystem()
+    system, stuck = ChangingSystem(), StuckBreakpoints()
+    calls = list(calls)
+    steady = SteadyValues(_system_texts(calls))
     for call in calls:
         system.see(call)
+        stuck.see(call)
         tools = _tools(call, fingerprint)
         findings = [
-            *_volatile(call, tools, seen),
+            *_volatile(call, tools, seen, steady),
             *_volatile_head(call),
             *_json_order(call, tools, seen),
             *_tool_order(call, tools, seen),
@@ -104,7 +114,7 @@ def lint(calls: Iterable[Call]) -> list[Finding]:
             known = found.setdefault(key, finding)
             if finding.severity > known.severity:
                 found[key] = finding
-    for finding in _changing(system):
+    for finding in (*_changing(system), *_stuck(stuck)):
         found.setdefault((finding.rule, finding.path), finding)
         times[finding.rule, finding.path] += finding.requests
     counted = [replace(finding, requests=times[key]) for key, finding in found.items()]
@@ -118,6 +128,23 @@ def _changing(system: ChangingSystem) -> Iterator[Finding]:
         yield Finding("changing_system", Severity.WARNING, path, message, source, requests)
 
 
+def _stuck(stuck: StuckBreakpoints) -> Iterator[Finding]:
+    """Find breakpoints that stay where they are while the conversation grows."""
+    for path, source, requests in stuck.found():
+        message = "stays there while the conversation grows, which is computed again in each turn; "
+        message += "put a breakpoint on the latest message, too"
+        yield Finding("stuck_breakpoint", Severity.WARNING, path, message, source, requests)
+
+
+def _system_texts(calls: Iterable[Call]) -> Iterator[tuple[tuple[str, str], str]]:
+    """Yield the texts of all system prompts, each with its model and its path."""
+    for call in calls:
+        for part in call.request.parts:
+            if part.region is Region.SYSTEM:
+                for path, text in _strings(part.path, part.content):
+                    yield (call.request.model, path), text[:_MAX_SCAN]
+
+
 def _tools(call: Call, fingerprint: Fingerprinter) -> list[tuple[Part, ToolFingerprint]]:
     parts = [part for part in call.request.parts if part.region is Region.TOOLS][:_MAX_TOOLS]
     tools = fingerprint(replace(call.request, parts=tuple(parts))).tools
@@ -125,7 +152,10 @@ def _tools(call: Call, fingerprint: Fingerprinter) -> list[tuple[Part, ToolFinge
 
 
 def _volatile(
-    call: Call, tools: list[tuple[Part, ToolFingerprint]], seen: _Seen
+    call: Call,
+    tools: list[tuple[Part, ToolFingerprint]],
+    seen: _Seen,
+    steady: SteadyValues,
 ) -> Iterator[Finding]:
     names = {part.path: tool.name for part, tool in tools}
     worst: Part | None = None
@@ -141,8 +171,12 @@ def _volatile(
             if part.path in names:
                 inside = path.removeprefix(part.path)
                 constant = seen.values.setdefault((names[part.path], inside), values)
+            about, text = (call.request.model, path), text[:_MAX_SCAN]
             for value in values:
-                severity = Severity.INFO if value in constant else Severity.WARNING
+                meant = value in constant or (
+                    part.region is Region.SYSTEM and steady.has(about, text, value[1])
+                )
+                severity = Severity.INFO if meant else Severity.WARNING
                 yield _found(call, path, value, severity)
                 if worst is None and severity is Severity.WARNING:
                     worst = part

@@ -1,14 +1,17 @@
 """The prefixes that recorded calls have left for each other, whichever conversation they are of."""
 
+import math
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from hashlib import blake2b
+from typing import Any
 
 from cachetools import LRUCache
 
 from vllm_cachescope.cli.traffic import Call
 from vllm_cachescope.config import Config
 from vllm_cachescope.diagnosis.fingerprint import Fingerprint
+from vllm_cachescope.diagnosis.token_estimate import estimate_tokens
 from vllm_cachescope.prompt.request import PromptRequest, Region
 from vllm_cachescope.prompt.segments import RegionDefault, Segment, segments
 from vllm_cachescope.tenancy.scope import Scope
@@ -26,22 +29,27 @@ class SharedPrefixes:
     or else the defaults.
 
     Args:
-        ttl_s: TTL in seconds of what names none, counted from the last use; None for no expiry at
-            all.
+        ttl_s: TTL in seconds of everything, counted from the last use; None for what each
+            breakpoint asks for, or the default.
+        count: counts the tokens of a part; see `Fingerprinter`.
 
     Attributes:
         secret: key of the fingerprints that can be compared here.
+        count: what they have to count their tokens by.
     """
 
-    def __init__(self, ttl_s: float | None) -> None:
+    def __init__(
+        self, ttl_s: float | None, count: Callable[[Any, bytes], int] = estimate_tokens
+    ) -> None:
+        self.count = count
         self.secret = secrets.token_bytes(32)
-        self._expires = ttl_s is not None
+        self._ttl_s = ttl_s
         regions = Config().regions
-        self._defaults = {
-            region: RegionDefault(regions.of(region).scope, round(ttl_s or 0)) for region in Region
+        self._defaults: dict[Region, RegionDefault] = {
+            region: regions.of(region) for region in Region
         }
         # By hash of the prefix, when it was last used and how long it lives from then on.
-        self._used: LRUCache[bytes, tuple[float, int]] = LRUCache(_PREFIXES)
+        self._used: LRUCache[bytes, tuple[float, float]] = LRUCache(_PREFIXES)
 
     def use(self, call: Call, fingerprint: Fingerprint, at: float) -> Mapping[Scope, int]:
         """Record a call. Return how many leading tokens of its prompt earlier calls have left,
@@ -63,17 +71,16 @@ class SharedPrefixes:
             own = call.session if segment.scope is Scope.SESSION else None
             chained = digest + fingerprint.hash(i) + repr((segment.scope, own)).encode()
             digest = blake2b(chained, digest_size=_DIGEST_BYTES).digest()
-            used_at, ttl_s = self._used.get(digest, (at, 0))
-            reading = reading and digest in self._used and self._lives(at - used_at, ttl_s)
+            used_at, ttl_s = self._used.get(digest, (-math.inf, 0.0))
+            reading = reading and at - used_at <= ttl_s
             end = fingerprint.ends[i]
             if reading:
                 found[segment.scope] = found.get(segment.scope, 0) + end - start
             start = end
-            self._used[digest] = at, max(ttl_s, segment.ttl_s)
+            if reading or segment.covered:
+                own_ttl_s = segment.ttl_s if self._ttl_s is None else self._ttl_s
+                self._used[digest] = at, max(ttl_s, own_ttl_s)
         return found
-
-    def _lives(self, idle_s: float, ttl_s: int) -> bool:
-        return not self._expires or idle_s <= ttl_s
 
 
 def _segments_by_path(request: PromptRequest, cut: tuple[Segment, ...]) -> dict[str, Segment]:

@@ -1,4 +1,5 @@
-"""Replays TTLs over recorded traffic: which prefixes a cache would still have had."""
+"""Replays lifetimes and breakpoints over recorded traffic: which prefixes a cache would still have
+had."""
 
 import math
 import sys
@@ -10,6 +11,13 @@ from vllm_cachescope.cache.miss_causes import CacheMiss, MissCause
 from vllm_cachescope.diagnosis.fingerprint import Fingerprint
 from vllm_cachescope.diagnosis.placement import LineagePlacement
 from vllm_cachescope.diagnosis.prefix_match import match_prefix
+from vllm_cachescope.wire.parts import DEFAULT_TTL_S
+
+_UNCOVERED = "not covered by a breakpoint"
+
+_STUCK = 64
+"""Of fewer tokens behind the last breakpoint nothing is said: a reminder at the end of a message,
+which the next request may repeat or not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,20 +41,21 @@ class TtlReplay:
     """The prefixes of one session that are still cached: those that a call used within their TTL.
 
     As in the server's ledger, a use refreshes the whole prefix that two prompts share, and of
-    several TTLs that calls gave a prefix the longest counts.
+    several TTLs that calls gave a prefix the longest counts. What no breakpoint covers is kept on
+    the device alone, as long as nothing else needs the room: it is not counted on.
 
     Args:
-        ttl_s: TTL in seconds of a breakpoint that names none.
+        ttl_s: TTL in seconds of everything; None for what each breakpoint asks for.
         calls: how many of the latest calls are kept.
     """
 
-    def __init__(self, ttl_s: float, calls: int) -> None:
+    def __init__(self, ttl_s: float | None, calls: int) -> None:
         self._ttl_s = ttl_s
         self._uses: deque[_Use] = deque(maxlen=calls)
 
     def use(self, placement: LineagePlacement) -> list[CacheMiss]:
-        """Record a call. Return what had expired of the tokens it shares with earlier calls, in
-        prompt order.
+        """Record a call. Return what had expired or was never covered of the tokens that it shares
+        with earlier calls, in prompt order.
 
         Args:
             placement: where the call stands among those of its session. The call's time is in
@@ -64,6 +73,11 @@ class TtlReplay:
         while read < placement.shared_tokens:
             # The next token may have been stored several times: the copy that expired last counts.
             behind = [one for one in stored if one[0] > read]
+            if not behind:
+                tokens = placement.shared_tokens - read
+                if tokens >= _STUCK:
+                    misses.append(CacheMiss(MissCause.NEVER_STORED, tokens, detail=_UNCOVERED))
+                break
             end, ttl_s, at = max(behind, key=lambda one: one[1] + one[2])
             age_s = round(now - at - ttl_s, 3)
             misses.append(CacheMiss(MissCause.EXPIRED, end - read, ttl_s=round(ttl_s), age_s=age_s))
@@ -72,14 +86,18 @@ class TtlReplay:
 
     def _kept(self, new: Fingerprint) -> dict[float, int]:
         """Return how many tokens a call keeps by its breakpoints, as in `_Use.kept`."""
-        default = new.ttl_s or self._ttl_s
+        default = new.ttl_s or DEFAULT_TTL_S
+        marks: list[tuple[int, int | None]] = [
+            (new.ends[mark.part], mark.ttl_s) for mark in new.marks
+        ]
+        if new.automatic or new.covered_tokens == new.tokens:
+            # All of the prompt: two estimates of its length may differ.
+            marks.append((sys.maxsize, None))
         kept: dict[float, int] = {}
         shortest = math.inf
-        # Past the last breakpoint all of the prompt: two estimates of its length may differ.
-        marks = [(new.ends[mark.part], mark.ttl_s) for mark in new.marks]
-        for tokens, ttl_s in (*marks, (sys.maxsize, None)):
-            shortest = min(shortest, ttl_s or default)
-            kept[shortest] = tokens
+        for tokens, ttl_s in marks:
+            shortest = min(shortest, self._ttl_s or ttl_s or default)
+            kept[shortest] = max(tokens, kept.get(shortest, 0))
         return kept
 
     def _stored(self, placement: LineagePlacement) -> list[tuple[int, float, float]]:
@@ -93,5 +111,7 @@ class TtlReplay:
             if common == shared:
                 return stored  # This call refreshed what the calls before it had stored.
         if placement.ancestor is not None:
-            stored.append((shared, self._ttl_s, placement.ancestor.at))
+            kept = self._kept(placement.ancestor.fingerprint)
+            at = placement.ancestor.at
+            stored += [(min(tokens, shared), ttl_s, at) for ttl_s, tokens in kept.items()]
         return stored

@@ -55,6 +55,10 @@ _NOW = re.compile(
     r"(?!.*\b(?:such as|e\.g\.|example|format|like)(?!\w))",
     re.IGNORECASE,
 )
+_EXAMPLE = re.compile(
+    r"\b(?:such as|e\.g\.|(?:for )?examples?|looks? like|like|formats?|formatted)(?!\w)",
+    re.IGNORECASE,
+)
 _CONSTANT = re.compile(
     r"(?:version\W{0,4}|\b(?:gpt|claude)[\w.-]{0,32}-)\Z", re.ASCII | re.IGNORECASE
 )
@@ -148,9 +152,23 @@ def volatile_values(text: str) -> tuple[tuple[Rule, str], ...]:
     return tuple(found)
 
 
+def says_now(text: str, value: str) -> bool:
+    """Whether the words before ``value``, on its line, say that it is now."""
+    return _NOW.search(_before(text, text.find(value))) is not None
+
+
+def is_example(text: str, value: str) -> bool:
+    """Whether the words before ``value``, on its line, say that it is an example."""
+    return _EXAMPLE.search(_before(text, text.find(value))) is not None
+
+
 def _fits(rule: Rule, text: str, start: int) -> bool:
     """Whether the text before ``start``, on its line, meets the conditions of ``rule``."""
-    before = text[max(0, start - _BEFORE) : start].rpartition("\n")[2]
+    before = _before(text, start)
     return (rule.after is None or rule.after.search(before) is not None) and (
         rule.unless is None or rule.unless.search(before) is None
     )
+
+
+def _before(text: str, start: int) -> str:
+    return text[max(0, start - _BEFORE) : start].rpartition("\n")[2]

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from vllm_cachescope.cache.miss_causes import CacheMiss, MissCause
 from vllm_cachescope.cache.report import EngineId
+from vllm_cachescope.diagnosis.change_places import MeasuredDivergence
 from vllm_cachescope.diagnosis.computed_prompt import PrefixSource
 from vllm_cachescope.diagnosis.outcome import NEW_CONTENT, Diagnosis, DiagnosisKind
 
@@ -34,6 +35,8 @@ class EngineReport:
         reach_s: how far back the engine remembers which blocks it had, in seconds; None for since
             it started.
         prompts: the report on each prompt of a request with several, of which this is the sum.
+        divergence: where the tokens of the prompt and of its ancestor's diverge; None if that is
+            not known.
     """
 
     prompt_tokens: int
@@ -47,6 +50,7 @@ class EngineReport:
     unasked: CacheMiss | None = None
     reach_s: float | None = None
     prompts: tuple["EngineReport", ...] = ()
+    divergence: MeasuredDivergence | None = None
 
 
 def attribute_misses(
@@ -55,6 +59,7 @@ def attribute_misses(
     shared: int,
     covered: int | None,
     exact: bool,
+    own: int = 0,
 ) -> list[CacheMiss]:
     """Put each of the tokens from ``read`` to ``shared`` down to one cause.
 
@@ -69,6 +74,8 @@ def attribute_misses(
         covered: leading tokens that a breakpoint covered when they were computed, in whole blocks;
             None if unknown.
         exact: whether ``shared`` is exact.
+        own: about how many tokens at the end of the prompt no earlier request had. Where history is
+            rendered differently, its length in an earlier prompt does not tell.
     """
     source, block = report.source, report.block_tokens
     engine: list[CacheMiss] = []
@@ -79,7 +86,8 @@ def attribute_misses(
         # same messages in another way.
         same = max(read, source.shared_tokens)
         if end - end % source.prompt.tokens.step > same:
-            behind.append(CacheMiss(MissCause.RENDERED_DIFFERENTLY, end - same))
+            rerendered = max(0, report.prompt_tokens - own - same)
+            behind.append(CacheMiss(MissCause.RENDERED_DIFFERENTLY, rerendered))
             end = same
     left = end - read
     if left and end < block:

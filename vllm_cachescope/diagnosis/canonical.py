@@ -14,6 +14,8 @@ from pydantic_core import PydanticSerializationError, to_json
 _ORDERED = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 _SORTED = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), sort_keys=True)
 
+_IDS = ("id", "call_id", "tool_use_id", "tool_call_id")
+
 _TEXT_TYPES = ("text", "input_text", "output_text")
 
 
@@ -70,6 +72,43 @@ def respelled(content: Any) -> Any:
     if content.get("type") == "function" and isinstance(call := content.get("function"), dict):
         return {**dict(sorted(content.items())), "function": _call(call)}
     return content
+
+
+def loosened(content: Any, text: str | None) -> bytes | None:
+    """Return bytes that a part has in any spelling; None if ``content`` is spelled that way itself.
+
+    Spellings differ in their spaces, in the order of a call's arguments, and in the ids of tool
+    calls and items. To a reader they are the same; to the cache they are not.
+
+    Args:
+        content: the part's content, as `respelled` returns it.
+        text: its text, if it is nothing but a text.
+    """
+    if text is not None:
+        words = " ".join(text.split())
+        return None if words == text else b"t" + words.encode("utf-8", "surrogatepass")
+    if isinstance(content, str):
+        return None
+    return b"j" + packed_bytes(without_ids(content), sort_keys=True)
+
+
+def without_ids(content: Any) -> Any:
+    """Return a part's content without the ids of tool calls and items, and texts with their spaces
+    evened out."""
+    if isinstance(content, str):
+        return " ".join(content.split())
+    if isinstance(content, list):
+        return [without_ids(one) if isinstance(one, dict) else one for one in content]
+    if not isinstance(content, dict):
+        return content
+    if content.get("type") in ("tool_use", "function") or "arguments" in content:
+        # What a call says may look like an id and be none.
+        return {name: value for name, value in content.items() if name not in _IDS}
+    return {
+        name: without_ids(value) if name in ("content", "text", "output") else value
+        for name, value in content.items()
+        if name not in _IDS
+    }
 
 
 def _call(function: Mapping[str, Any]) -> dict[str, Any]:

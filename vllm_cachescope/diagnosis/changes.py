@@ -87,6 +87,8 @@ class Change:
         chars_after: characters in the parts that are there now.
         parts_before: how many parts were there.
         parts_after: how many parts are there now.
+        part_before: number of the first part that was there, in the earlier request's
+            fingerprint; None if none was there.
         value: a hash of the new value, by which a value that comes back is noticed.
         old_value: a hash of the old value.
     """
@@ -102,6 +104,7 @@ class Change:
     chars_after: int | None = None
     parts_before: int = 0
     parts_after: int = 0
+    part_before: int | None = field(default=None, repr=False)
     value: bytes = field(default=b"", repr=False)
     old_value: bytes = field(default=b"", repr=False)
 

@@ -22,6 +22,8 @@ def find_compaction(
     - The client declares it with a block of its own.
     - Several turns gave way to something much shorter, while later turns stayed.
     - No answer of the model is left, and a part in place of the turns says that it is a summary.
+    - The conversation still begins as it did, and its turns gave way to something much shorter that
+      says that it is a summary.
     - No answer of the model is left, and a single part in place of the turns is long itself and at
       most an eighth of what it replaced.
 
@@ -50,6 +52,17 @@ def _before_summary(old: Fingerprint, new: Fingerprint) -> int | None:
     return same if same == static - 1 > new.counts[0] else None
 
 
+def _begins_alike(old: Fingerprint, new: Fingerprint, gap: Gap) -> bool:
+    """Whether both begin with the same messages up to ``gap``, in which ``new`` has its answers.
+
+    Where the earlier turns began with a summary, too, ``new`` may be another answer to the same
+    question.
+    """
+    gone, came, _ = gap
+    alike = gone.start == came.start > max(old.static_parts, new.static_parts)
+    return alike and not old.has(gone.start, Trait.SUMMARY)
+
+
 def _shows(old: Fingerprint, new: Fingerprint, gap: Gap) -> bool:
     """Whether ``gap`` shows a compaction."""
     gone, came, tail = gap
@@ -59,6 +72,9 @@ def _shows(old: Fingerprint, new: Fingerprint, gap: Gap) -> bool:
     turns = sum(old.role(i) is Role.ASSISTANT for i in gone)
     if not tail:
         return turns >= 2 and 2 * after <= before and len(gone) >= 2 * len(came)
+    if _begins_alike(old, new, gap):
+        head = [new.has(j, Trait.SUMMARY) for j in came[:2]]
+        return turns >= 2 and any(head) and 2 * after <= before
     if turns < _COMPACTED_MIN_TURNS or not new.is_opening:
         return False
     if any(new.has(j, Trait.SUMMARY) for j in came):

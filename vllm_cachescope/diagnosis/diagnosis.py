@@ -6,6 +6,7 @@ from dataclasses import replace
 from vllm_cachescope.cache.miss_causes import CacheMiss
 from vllm_cachescope.diagnosis.advice import advise_on_changes, advise_on_misses
 from vllm_cachescope.diagnosis.attribution import EngineReport, attribute_misses, uncached_by_cause
+from vllm_cachescope.diagnosis.change_places import place_changes
 from vllm_cachescope.diagnosis.changes import Change, ChangeKind
 from vllm_cachescope.diagnosis.comparison import compare
 from vllm_cachescope.diagnosis.fingerprint import Fingerprint
@@ -85,7 +86,10 @@ def diagnose_against(old: Fingerprint, new: Fingerprint) -> Diagnosis:
 
 
 def conclude(
-    diagnosis: Diagnosis, report: EngineReport, ancestor: LineageNode | None = None
+    diagnosis: Diagnosis,
+    report: EngineReport,
+    ancestor: LineageNode | None = None,
+    new: Fingerprint | None = None,
 ) -> Diagnosis:
     """Complete a diagnosis by the request's shape with what the engine found.
 
@@ -97,6 +101,7 @@ def conclude(
         diagnosis: from `diagnose`.
         report: from the engine.
         ancestor: the request that it was compared with, from its `LineagePlacement`.
+        new: the request; None to leave the order of changes as it is.
     """
     read = min(report.read_tokens, report.prompt_tokens)
     scale = _scale(diagnosis, report)
@@ -111,19 +116,23 @@ def conclude(
         engine = [miss for prompt in report.prompts for miss in _attribute_prompt(prompt)]
     else:
         covered = _covered(report, ancestor, scale)
-        engine = attribute_misses(report, read, shared, covered, exact)
+        own = _own_tokens(diagnosis, ancestor, scale)
+        engine = attribute_misses(report, read, shared, covered, exact, own)
     if shared > read or engine:
         shared = read + sum(miss.tokens for miss in engine)
 
     avoidable = any(miss.cause not in UNAVOIDABLE for miss in engine)
     harmless = diagnosis.kind.is_break and not missed
+    placed = _scaled(diagnosis, report, scale)
+    if new is not None:
+        placed = _with_places(placed, diagnosis, report, new, scale)
     concluded = replace(
-        _scaled(diagnosis, report, scale),
+        placed,
         expected=(diagnosis.expected or harmless) and not avoidable,
         shared_tokens=shared,
         missed_tokens=missed,
         engine=tuple(engine),
-        suggestion=diagnosis.suggestion if missed else advise_on_misses(engine),
+        suggestion=placed.suggestion if missed else advise_on_misses(engine),
     )
     return replace(concluded, uncached=uncached_by_cause(concluded, read, engine))
 
@@ -182,6 +191,38 @@ def _scaled(diagnosis: Diagnosis, report: EngineReport, scale: float) -> Diagnos
         prompt_tokens=report.prompt_tokens,
         measured=True,
     )
+
+
+def _with_places(
+    scaled: Diagnosis, diagnosis: Diagnosis, report: EngineReport, new: Fingerprint, scale: float
+) -> Diagnosis:
+    """Return ``scaled`` with its changes where the tokens of the prompts were seen to diverge."""
+    if report.divergence is None or not diagnosis.changes or scaled.where is None:
+        return scaled
+    found = place_changes(diagnosis.changes, new, report.divergence, scale)
+    first = found[0]
+    where = Divergence(first.area, first.path, min(first.token, report.prompt_tokens))
+    if where.path == scaled.where.path:
+        return replace(scaled, where=where, changes=found)
+    if scaled.kind is DiagnosisKind.CONTEXT_COMPACTED:
+        return scaled
+    kind = DiagnosisKind(f"{first.area}_changed") if scaled.kind.is_break else scaled.kind
+    return replace(
+        scaled,
+        kind=kind,
+        where=where,
+        changes=found,
+        suggestion=advise_on_changes(kind, found, None),
+        flapping=None,
+    )
+
+
+def _own_tokens(diagnosis: Diagnosis, ancestor: LineageNode | None, scale: float) -> int:
+    """Return about how many tokens a request has that its ancestor had not, in the engine's."""
+    if ancestor is not None and ancestor.prompt_tokens and ancestor.fingerprint.tokens:
+        # From before the template rendered anything differently.
+        scale = ancestor.prompt_tokens / ancestor.fingerprint.tokens
+    return round((diagnosis.prompt_tokens - diagnosis.shared_tokens) * scale)
 
 
 def _reach(

@@ -90,6 +90,8 @@ class Fingerprint:
         kinds: for each part, one byte: a `Role` and `Trait` bits.
         ends: for each part, the estimated tokens of the prompt up to its end.
         chars: for each part, its length in characters.
+        loose: for each part, a hash that the same content has in any spelling: other spaces, other
+            ids of tool calls, another order of a call's arguments. `HASH_BYTES` long.
         edges: for each part, a hash of its first 128 bytes and one of its last; zeros where it is
             shorter than both.
         pieces: of each part longer than `piece_bytes`, the hashes of its leading pieces.
@@ -111,6 +113,7 @@ class Fingerprint:
     kinds: bytes
     ends: "array[int]"
     chars: "array[int]"
+    loose: bytes
     edges: bytes
     pieces: bytes
     piece_ends: "array[int]"
@@ -245,7 +248,7 @@ class Fingerprint:
     @property
     def nbytes(self) -> int:
         """About how much memory it takes, in bytes; tools that it shares with others in full."""
-        packed = len(self.hashes) + len(self.kinds) + len(self.edges) + len(self.pieces)
+        packed = 2 * len(self.hashes) + len(self.kinds) + len(self.edges) + len(self.pieces)
         arrays = 4 * (len(self.ends) + len(self.chars) + len(self.piece_ends))
         tools = sum([tool.nbytes for tool in self.tools])
         return packed + arrays + len(self.paths) + tools + 160 * len(self.params) + 1500
@@ -286,6 +289,9 @@ class Fingerprint:
                 ],
             ),
             chars=self.chars[:own] + parent.chars[old:] + array("I", [0]) + self.chars[rest:],
+            loose=self.loose[: own * HASH_BYTES]
+            + parent.loose[old * HASH_BYTES :]
+            + self.loose[own * HASH_BYTES :],
             edges=self.edges[: 2 * own * HASH_BYTES]
             + parent.edges[2 * old * HASH_BYTES :]
             + bytes(2 * HASH_BYTES)

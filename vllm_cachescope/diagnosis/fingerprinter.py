@@ -9,7 +9,12 @@ from itertools import accumulate, chain, groupby, islice
 from operator import attrgetter
 from typing import Any, TypeVar
 
-from vllm_cachescope.diagnosis.canonical import canonical_content, packed_bytes, respelled
+from vllm_cachescope.diagnosis.canonical import (
+    canonical_content,
+    loosened,
+    packed_bytes,
+    respelled,
+)
 from vllm_cachescope.diagnosis.fingerprint import (
     HASH_BYTES,
     Fingerprint,
@@ -49,7 +54,7 @@ class _PartGroup:
     """Hashes and sizes of parts that stand together: the tools, the system prompt or one message.
 
     Attributes:
-        hashes, kinds, chars, edges, pieces, tools: as in `Fingerprint`, of these parts.
+        hashes, kinds, chars, loose, edges, pieces, tools: as in `Fingerprint`, of these parts.
         tokens: estimated tokens in each part.
         n_pieces: how many of ``pieces`` each part has.
     """
@@ -58,6 +63,7 @@ class _PartGroup:
     kinds: bytes
     tokens: tuple[int, ...]
     chars: tuple[int, ...]
+    loose: bytes
     edges: bytes
     pieces: bytes
     n_pieces: tuple[int, ...]
@@ -66,7 +72,7 @@ class _PartGroup:
     @property
     def nbytes(self) -> int:
         """About how much memory it takes, in bytes."""
-        packed = len(self.hashes) + len(self.kinds) + len(self.edges) + len(self.pieces)
+        packed = 2 * len(self.hashes) + len(self.kinds) + len(self.edges) + len(self.pieces)
         return 700 + packed + 50 * len(self.kinds) + sum(tool.nbytes for tool in self.tools)
 
 
@@ -82,6 +88,7 @@ class Fingerprinter:
         memo_bytes: memory for messages, lists of tools and system prompts, in bytes; a message
             takes some 800 bytes.
         account_of: returns who answers for an organisation, by its id.
+        count: returns the tokens of a part, from its content and its canonical bytes.
     """
 
     def __init__(
@@ -90,7 +97,9 @@ class Fingerprinter:
         memo_tools: int = 4096,
         memo_bytes: int = 16 << 20,
         account_of: AccountOf = own_account,
+        count: Callable[[Any, bytes], int] = estimate_tokens,
     ) -> None:
+        self._count = count
         # The secret's digest is the beginning of all that is hashed, and so the key. As only 8
         # bytes of a hash are kept, nobody can extend one. Most servers have instructions for
         # SHA-256: no hash is faster there.
@@ -134,6 +143,7 @@ class Fingerprinter:
             kinds=b"".join([group.kinds for group in groups]),
             ends=array("I", accumulate(chain.from_iterable([group.tokens for group in groups]))),
             chars=array("I", chain.from_iterable([group.chars for group in groups])),
+            loose=b"".join([group.loose for group in groups]),
             edges=b"".join([group.edges for group in groups]),
             pieces=b"".join([group.pieces for group in groups]),
             piece_ends=array(
@@ -180,6 +190,7 @@ class Fingerprinter:
     def _group_anew(self, org: str, parts: list[Part], size: int) -> _PartGroup:
         hashes: list[bytes] = []
         kinds, tokens, chars = bytearray(), [], []
+        loose: list[bytes] = []
         edges: list[bytes] = []
         pieces: list[bytes] = []
         n_pieces: list[int] = []
@@ -195,8 +206,10 @@ class Fingerprinter:
                 kind |= _STARTS
             hashes.append(hash_)
             kinds.append(kind)
-            tokens.append(estimate_tokens(content, data))
+            tokens.append(self._count(content, data))
             chars.append(len(data) if text is None else len(text))
+            other = None if part.region is Region.TOOLS else loosened(content, text)
+            loose.append(hash_ if other is None else self._hash(other))
             edges.append(self._edges(data))
             of_part = self._pieces(data, size)
             pieces += of_part
@@ -206,6 +219,7 @@ class Fingerprinter:
             bytes(kinds),
             tuple(tokens),
             tuple(chars),
+            b"".join(loose),
             b"".join(edges),
             b"".join(pieces),
             tuple(n_pieces),

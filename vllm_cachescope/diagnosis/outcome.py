@@ -117,6 +117,13 @@ class Diagnosis:
         return self.kind
 
     @property
+    def lost_tokens(self) -> int:
+        """Tokens that had to be computed anew: the client's change cost them, or the cache lost
+        them for a cause that somebody can do something about."""
+        lost = sum(miss.tokens for miss in self.engine if miss.cause not in UNAVOIDABLE)
+        return self.missed_tokens + lost
+
+    @property
     def unknown_tokens(self) -> int:
         """Tokens that nothing explains the absence of: a gap in what the tiers report."""
         return sum(tokens for cause, tokens in self.uncached if cause == MissCause.UNKNOWN)
@@ -133,7 +140,7 @@ class Diagnosis:
         """
         data = {"latch" if k == "flapping" else k: v for k, v in asdict(self).items()}
         for change in data["changes"]:
-            del change["value"], change["old_value"]
+            del change["value"], change["old_value"], change["part_before"]
         data["uncached"] = dict(self.uncached)
         data["cause"] = self.cause
         return data

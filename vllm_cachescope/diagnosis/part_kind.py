@@ -79,7 +79,7 @@ def part_kind(part: Part, text: str | None) -> int:
         kind = _USER
     if type_ in _COMPACTION_TYPES:
         kind |= _COMPACTION
-    if part.region is Region.MESSAGES and text is not None and kind != _ASSISTANT:
+    if part.region is Region.MESSAGES and text is not None:
         head = text[:_SUMMARY_HEAD].lower()
         if any(word in head for word in _SUMMARY_WORDS):
             kind |= _SUMMARY

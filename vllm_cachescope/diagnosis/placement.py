@@ -179,13 +179,18 @@ def _compacted(
     """
     beyond = range(shared.parts, len(new))
     declared = any(new.has(part, Trait.COMPACTION) for part in beyond)
-    if not declared and not new.is_opening:
+    # A summary stands where the conversation parts from what was said before.
+    summed = shared.parts > new.static_parts and any(
+        new.has(part, Trait.SUMMARY) for part in beyond[:2]
+    )
+    if not declared and not summed and not new.is_opening:
         return None
     compacted = [
         node
         for node in reversed(candidates)
         if not node.superseded
         and (declared or not node.fingerprint.is_opening)
+        and (declared or new.is_opening or len(node.fingerprint) > len(new))
         and find_compaction(node.fingerprint, new) is not None
     ]
     return max(compacted, key=lambda node: node.fingerprint.tokens, default=None)

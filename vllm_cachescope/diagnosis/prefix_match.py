@@ -34,13 +34,15 @@ def match_prefix(old: Fingerprint, new: Fingerprint) -> PrefixMatch:
     tokens = new.start(parts)
     if parts < limit:
         inside = common_pieces(old, parts, new, parts)
+        # Where the sizes of parts are no estimates, pieces still are: never more than the part.
+        begun = min(inside * new.piece_tokens, new.size(parts)) if inside else 0
         last = parts == len(old) - 1
         if last and inside and _grew(old, new, parts, inside):
             return PrefixMatch(parts, old.tokens, True)
         # An answer that the client began and the server went on with.
         if last and old.role(parts) is Role.ASSISTANT and new.role(parts) is Role.ASSISTANT:
-            return PrefixMatch(parts, tokens + inside * new.piece_tokens, True)
-        tokens += inside * new.piece_tokens
+            return PrefixMatch(parts, tokens + begun, True)
+        tokens += begun
     return PrefixMatch(parts, min(tokens, old.tokens, new.tokens), False)
 
 

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 
-from vllm_cachescope.diagnosis.alignment import part_hashes
+from vllm_cachescope.diagnosis.alignment import common_items, part_hashes
 from vllm_cachescope.diagnosis.fingerprint import Fingerprint
 from vllm_cachescope.diagnosis.part_kind import Role, Trait
 from vllm_cachescope.diagnosis.prefix_match import PrefixMatch, same_static
@@ -27,6 +27,7 @@ def reusable_tokens(
     - An answer of the model stands in both, next to the same neighbour.
     - The whole conversation of ``old`` stands in ``new``, under another model, tools or system.
     - The last message of ``old`` was edited after it had been answered.
+    - All answers of ``old`` stand in ``new`` in their places, spelled in another way.
 
     Args:
         old: the earlier request.
@@ -43,6 +44,8 @@ def reusable_tokens(
         end = _last_common_turn(
             old, new, part_hashes(old, range(at, len(old))), messages[at - static :]
         )
+        if end is None and not parent_known:
+            end = _respelled_turns(old, new, at)
         if end is None and not parent_known:
             end = _edited_last_turn(old, new, at)
         return 0 if end is None else new.start(end)
@@ -142,6 +145,16 @@ def _edited_last_turn(old: Fingerprint, new: Fingerprint, at: int) -> int | None
     )
     edited = at < len(old) and similar(old, at, new, at)
     return end if of_one or again or edited else None
+
+
+def _respelled_turns(old: Fingerprint, new: Fingerprint, at: int) -> int | None:
+    """Return where in ``new`` the turns of ``old`` end, if they all stand there in their places,
+    spelled in another way from ``at`` on; None if they do not."""
+    last = old.last_answer
+    if last is None or last < at:
+        return None
+    same = common_items(old.loose, new.loose)
+    return same if same > last else None
 
 
 def _similar_tools(old: Fingerprint, new: Fingerprint) -> bool:

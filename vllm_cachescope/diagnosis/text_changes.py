@@ -104,6 +104,7 @@ def _change(
         chars_after=sum(new.chars[came.start : came.stop]),
         parts_before=len(gone),
         parts_after=len(came),
+        part_before=gone.start if gone else None,
         # A removal is named by what was removed: putting in anything else does not bring it back.
         value=new.hashes_of(came[:8]) or ABSENT + old.hashes_of(gone[:8]),
         old_value=old.hashes_of(gone[:8]) or ABSENT + new.hashes_of(came[:8]),

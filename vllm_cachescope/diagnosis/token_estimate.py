@@ -23,16 +23,17 @@ def estimate_tokens(content: Any, data: bytes) -> int:
     tokens = -(-len(data) // BYTES_PER_TOKEN)
     if not isinstance(content, dict):
         return tokens
-    if _is_media(content):
+    if is_media(content):
         return min(tokens, _IMAGE_TOKENS)
     inner = content.get("content")
     for block in inner if isinstance(inner, list) else ():
-        if isinstance(block, dict) and _is_media(block):
+        if isinstance(block, dict) and is_media(block):
             tokens -= max(0, len(json_bytes(block)) // BYTES_PER_TOKEN - _IMAGE_TOKENS)
     return tokens
 
 
-def _is_media(block: Mapping[str, Any]) -> bool:
+def is_media(block: Mapping[str, Any]) -> bool:
+    """Whether a block is an image, or a document of bytes."""
     source = block.get("source")
     return block.get("type") in _IMAGE_TYPES or (
         block.get("type") == "document"

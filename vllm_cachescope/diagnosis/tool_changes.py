@@ -99,6 +99,7 @@ def _tool(old: Fingerprint, i: int, new: Fingerprint, at: int) -> Change | None:
         chars_after=new.chars[at],
         parts_before=1,
         parts_after=1,
+        part_before=i,
         value=after.ordered,
         old_value=before.ordered,
     )

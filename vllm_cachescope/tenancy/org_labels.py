@@ -34,3 +34,7 @@ class OrgLabels:
     def of_owner(self, owner: bytes) -> tuple[str, ...]:
         """Return the label of the organisation in an owner; see `of`."""
         return self._by_tag.get(org_of(owner), _OTHER) if self.are_wanted else ()
+
+
+NO_ORG_LABELS = OrgLabels(None, b"")
+"""Where metrics do not tell organisations apart."""

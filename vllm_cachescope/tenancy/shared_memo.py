@@ -127,6 +127,14 @@ class SharedMemo(Generic[_K, _V]):
                     if org in (None, owner) and matches(key, value):
                         self._drop(account, owner, key)
 
+    def drop_while(self, matches: Callable[[_V], bool]) -> None:
+        """Drop the values of each account, the least recently used first, as long as ``matches``
+        says so."""
+        with self._lock:
+            for account, values in list(self._values.items()):
+                while values and matches(next(iter(values.values()))):
+                    self._drop_oldest(account)
+
     def _drop_oldest(self, account: str) -> None:
         org, key = next(iter(self._values[account]))
         self._drop(account, org, key)

@@ -10,6 +10,8 @@ MAX_ENTRIES = 100_000
 """How many entries are kept for each tier: some 20 MB, and vLLM keeps the tokens of each. Of more
 the first to expire are told to be gone."""
 
+_AT_ONCE = 1000  # keys that a purge drops under the lock, some tenths of a millisecond
+
 
 class Change(NamedTuple):
     """A change of the inventory.
@@ -77,9 +79,16 @@ class Inventory:
             self._drop([key for key in keys if key in self._held])
 
     def purged(self, prefix: bytes) -> None:
-        """Note that the entries are gone whose owner begins with ``prefix``."""
+        """Note that the entries are gone whose owner begins with ``prefix``.
+
+        The scheduler's thread takes the lock, too: it is not held while all keys are looked at, nor
+        while many are dropped. What the owner stores meanwhile stays.
+        """
         with self._lock:
-            self._drop([key for key in self._held if key.startswith(prefix)])
+            held = list(self._held)
+        owned = [key for key in held if key.startswith(prefix)]
+        for first in range(0, len(owned), _AT_ONCE):
+            self.gone(owned[first : first + _AT_ONCE])
 
     @property
     def has_changes(self) -> bool:

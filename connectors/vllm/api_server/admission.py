@@ -18,7 +18,12 @@ from vllm_cachescope.config import Config
 from vllm_cachescope.connectors.vllm import engine_rpc
 from vllm_cachescope.connectors.vllm.api_server import media_ids
 from vllm_cachescope.connectors.vllm.api_server.planning import Planner
-from vllm_cachescope.connectors.vllm.plan_transport import take_report, with_plan, without_plan
+from vllm_cachescope.connectors.vllm.plan_transport import (
+    take_report,
+    with_plan,
+    without_plan,
+    without_plan_in,
+)
 from vllm_cachescope.logs import logger_of
 from vllm_cachescope.prompt.plan import Plan, Span
 from vllm_cachescope.tenancy.caller import CallerDirectory
@@ -28,7 +33,8 @@ logger = logger_of(__name__)
 
 
 class Admission:
-    """Stands in front of the engine client's `generate` and `encode`.
+    """Stands in front of the engine client's `generate` and `encode`, and of what it tells the
+    engine of requests that never got there.
 
     Args:
         state: the API server's state.
@@ -49,6 +55,9 @@ class Admission:
         self._engine.generate = self.generate
         self._encode = self._engine.encode
         self._engine.encode = self.encode
+        self._reject = getattr(self._engine, "notify_kv_transfer_request_rejected", None)
+        if self._reject is not None:
+            self._engine.notify_kv_transfer_request_rejected = self.reject
 
     def purge_renderings(self, org: str | None, session: str | None) -> None:
         """Drop what is kept of rendered prompts of ``org``, or of one session of ``org``; with
@@ -114,6 +123,8 @@ class Admission:
         plan = None if context is None else self._plan_whole(context.caller, prompt)
         if plan is not None:
             pooling_params = with_plan(pooling_params, plan, self._secret)
+        else:
+            pooling_params = without_plan(pooling_params)
         outputs: AsyncGenerator[Any, None] = self._encode(
             prompt, pooling_params, request_id, **options
         )
@@ -124,6 +135,14 @@ class Admission:
             await outputs.aclose()
             if context is not None and plan is not None:
                 self._fetch_untold(context, plan)
+
+    async def reject(
+        self, request_id: str, kv_transfer_params: dict[str, Any], **options: Any
+    ) -> None:
+        """Do what the engine client's `notify_kv_transfer_request_rejected` does, for what a client
+        has sent beside a prompt that the server refused."""
+        assert self._reject is not None
+        await self._reject(request_id, without_plan_in(kv_transfer_params), **options)
 
     async def _plan(
         self, context: RequestContext, prompt: Any, session_id: str | None
@@ -138,7 +157,8 @@ class Admission:
         caller = context.caller
         if session_id is not None:
             caller = replace(caller, session=session_id)
-        plan = await self._planner.plan(context, caller, tokens, prompt.get("prompt"))
+        with context.stage("plan"):
+            plan = await self._planner.plan(context, caller, tokens, prompt.get("prompt"))
         readable = plan.spans if caller.session is not None else _shared_spans(plan)
         context.timings[plan.nonce] = PromptTiming(
             tokens,

@@ -57,7 +57,8 @@ class Planner:
         if context.request is None:
             return self.plan_whole(caller, len(tokens))
         cut, prefixes = await self._rendering(context, context.request)
-        ends = await self._boundaries.ends(prefixes, context.request.protocol, tokens, text)
+        with context.stage("boundaries"):
+            ends = await self._boundaries.ends(prefixes, context.request.protocol, tokens, text)
         return self._plans.plan(cut, ends, caller)
 
     def plan_whole(self, caller: Caller, tokens: int) -> Plan:
@@ -81,7 +82,9 @@ class Planner:
 
     async def _render(self, request: PromptRequest, context: RequestContext) -> _Rendered:
         cut = segments(request, self._defaults_of(context.caller))
-        return cut, await self._boundaries.prefixes(request, context.body, cut, context.caller)
+        with context.stage("boundaries"):
+            found = await self._boundaries.prefixes(request, context.body, cut, context.caller)
+        return cut, found
 
     def _defaults_of(self, caller: Caller) -> Mapping[Region, RegionDefault]:
         is_writer = self._directory.may_write_global(caller.org)

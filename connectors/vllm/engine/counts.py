@@ -68,6 +68,7 @@ class Counts:
     idle: Observations = field(default_factory=lambda: Observations(SHARE_BUCKETS))
     promotions: Counter[tuple[str, str]] = field(default_factory=Counter)
     refused_plans: int = 0
+    _is_new: bool = True
 
     def add_report(self, report: Report, org: Org) -> None:
         """Count what became of a prompt of ``org``."""
@@ -128,8 +129,10 @@ class Counts:
             stats.increase_counter(EARLY_EVICTIONS.name, entries, labels)
         for tiers, chunks in self.promotions.items():
             stats.increase_counter(PROMOTIONS.name, chunks, tiers)
-        if self.refused_plans:
+        if self.refused_plans or self._is_new:
+            # A counter that is not there before it counts looks to Prometheus as if it never rose.
             stats.increase_counter(REFUSED_PLANS.name, self.refused_plans)
+            self._is_new = False
         move_observations(self.hit_ages, HIT_AGE, stats)
         move_observations(self.idle, EVICTION_IDLE, stats)
         for counts in (self.requests, self.saved_s, self.evictions, self.early, self.promotions):

@@ -63,7 +63,7 @@ def carries_plan(request: Request) -> bool:
 def offload_covered(request: Request, plan: Plan) -> None:
     """Have vLLM copy no token behind the last breakpoint of a request's plan to the CPU tier, nor
     more tokens than the client allows."""
-    params, covered = request.kv_transfer_params or {}, plan.covered_tokens
+    params, covered = _mapping(request.kv_transfer_params), plan.covered_tokens
     allowed = params.get("max_offload_tokens")
     if type(allowed) is int and allowed >= 0:
         covered = min(allowed, covered)
@@ -74,5 +74,10 @@ def _parameters(request: Request) -> Mapping[str, Any]:
     """Return what the API side sends beside the prompt. Requests for pooling have another place
     for it than requests that generate."""
     if request.pooling_params is None:
-        return request.kv_transfer_params or {}
-    return request.pooling_params.extra_kwargs or {}
+        return _mapping(request.kv_transfer_params)
+    return _mapping(request.pooling_params.extra_kwargs)
+
+
+def _mapping(sent: Any) -> Mapping[str, Any]:
+    # Any front end's clients may have sent it.
+    return sent if isinstance(sent, Mapping) else {}

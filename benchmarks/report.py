@@ -1,0 +1,122 @@
+"""What `cachescope report` takes for recorded traffic: time on one core, and memory.
+
+Sessions of agents, interleaved: each call repeats tools, system prompt and history. Once as a few
+long ones; once as bodies that have nothing in common, of which every word has to be tokenised; once
+as 100,000 calls. No engine is needed.
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import accumulate
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from benchmarks.harness import Result, arguments, finish
+from demo.session import agent_session, marked
+
+_MB = 1_000_000
+
+
+def sessions(count: int, turns: int, tools: int, start: float = 1.7e9) -> Iterator[dict[str, Any]]:
+    """Yield the calls of sessions that take turns, as a recorder writes them: a call has the body
+    of its turn, and half of the sessions a subagent that shares their tools."""
+    made = [agent_session(seed, turns=turns, tools=tools) for seed in range(count)]
+    number = 0
+    for turn in range(turns):
+        for i, session in enumerate(made):
+            body = {"model": "large", **session.body(turn)}
+            if i % 2 and turn % 4 == 3:
+                body |= {"model": "small", "tools": body["tools"][: tools // 2 + 1]}
+                body["messages"] = body["messages"][-1:]
+            number += 1
+            yield {
+                "timestamp": start + 3 * number,
+                "session_id": f"session {i}",
+                "body": marked(body),
+            }
+
+
+def different(words: int, calls: int) -> Iterator[dict[str, Any]]:
+    """Yield calls that share nothing, each with so many words, as frequent as those of a language:
+    the n-th of 100,000 words comes once where the first comes n times."""
+    rng = random.Random(7)
+    letters = "etaoinshrdlucmfwypvbgkjqxz"
+    vocabulary = ["".join(rng.choices(letters, k=rng.randint(2, 9))) for _ in range(100_000)]
+    frequency = list(accumulate(1 / n for n in range(1, len(vocabulary) + 1)))
+    for i in range(calls):
+        text = " ".join(rng.choices(vocabulary, cum_weights=frequency, k=words))
+        yield {
+            "timestamp": 1.7e9 + i,
+            "session_id": f"session {i}",
+            "body": {"model": "m", "messages": [{"role": "user", "content": text}]},
+        }
+
+
+def write(path: Path, calls: Iterator[dict[str, Any]], most: int | None = None) -> tuple[int, int]:
+    """Write calls to a file, up to ``most`` bytes. Return how many calls and bytes there are."""
+    count = 0
+    with path.open("w") as file:
+        for call in calls:
+            file.write(json.dumps(call) + "\n")
+            count += 1
+            if most is not None and file.tell() >= most:
+                break
+        return count, file.tell()
+
+
+def report(path: Path) -> tuple[float, float]:
+    """Run the report on one core. Return its CPU seconds and its largest memory in MB."""
+    core = min(os.sched_getaffinity(0))
+    command = [sys.executable, "-m", "vllm_cachescope", "report", str(path), "--price", "3"]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        preexec_fn=lambda: os.sched_setaffinity(0, {core}),
+    )
+    _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0, status
+    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / _MB
+
+
+def main() -> int:
+    """Run the benchmark and return its exit status."""
+    options = arguments(__doc__ or "")
+    result = Result("report", options.quick)
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "traffic.jsonl"
+        cases = {
+            "sessions": lambda: write(path, sessions(16, 100, 12), 50 * _MB),
+            "nothing in common": lambda: write(path, different(8000, 2000), 50 * _MB),
+        }
+        for name, make in cases.items():
+            calls, size = make()
+            runs = [report(path) for _ in range(options.pairs)]
+            result.add(f"{name}: size", [size / _MB], "MB")
+            result.add(f"{name}: calls", [calls], "")
+            result.add(
+                f"{name}: CPU time",
+                [seconds for seconds, _ in runs],
+                "s",
+                "at most 30 s",
+                lambda seconds: seconds <= 30,
+            )
+            result.add(f"{name}: memory", [memory for _, memory in runs], "MB")
+        small = 2_000 if options.quick else 20_000
+        for count in (small, 5 * small):
+            calls, size = write(path, sessions(count // 20, 20, 1))
+            result.add(f"{calls:,} calls: size", [size / _MB], "MB")
+            seconds, memory = report(path)
+            result.add(f"{calls:,} calls: CPU time", [seconds], "s")
+            result.add(
+                f"{calls:,} calls: memory", [memory], "MB", "at most 1 GB", lambda mb: mb <= 1000
+            )
+    return finish(result, options.results)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,25 @@
+"""The times that caching itself takes of requests on the API side, by stage."""
+
+from prometheus_client import CollectorRegistry
+
+from vllm_cachescope.api.request_context import RequestContext
+from vllm_cachescope.metrics import STAGE_SECONDS
+from vllm_cachescope.registration import histogram
+
+
+class StageTimes:
+    """Counts how long the stages of requests took.
+
+    Args:
+        registry: where the histogram is registered.
+        model_name: the model's name in vLLM's own metrics.
+    """
+
+    def __init__(self, registry: CollectorRegistry, model_name: str) -> None:
+        self._times = histogram(STAGE_SECONDS, registry)
+        self._model_name = model_name
+
+    def count(self, context: RequestContext) -> None:
+        """Count the stages of a request that is over."""
+        for stage, seconds in context.stages.items():
+            self._times.labels(self._model_name, context.engine, stage).observe(seconds)

@@ -1,0 +1,1 @@
+"""What ``explain`` and ``lint`` find: rules, places, quotations, and forms for machines."""
