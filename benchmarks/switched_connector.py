@@ -1,12 +1,12 @@
-"""A connector whose metrics are switched on and off while it runs, and which says how long counting
-takes. Two servers differ more from each other than one with metrics does from one without.
-
-Everything is in one process: a server of the benchmarks is one.
+"""A connector whose metrics and ledger are switched on and off while it runs, and which says how
+long counting takes. Two servers differ more from each other than one with metrics does from one
+without.
 """
 
 import mmap
 import os
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_cachescope.api.ignored_markers import IgnoredMarkers
+from vllm_cachescope.api.recorder import Recorder
 from vllm_cachescope.api.request_context import RequestContext
 from vllm_cachescope.api.stage_times import StageTimes
 from vllm_cachescope.connectors.vllm.engine import connector, stats
@@ -22,11 +23,14 @@ from vllm_cachescope.connectors.vllm.engine.connector import CacheScopeConnector
 from vllm_cachescope.connectors.vllm.engine.counts import Counts
 from vllm_cachescope.connectors.vllm.engine.gauges import Gauges
 from vllm_cachescope.connectors.vllm.engine.scheduler import CacheScopeConnectorScheduler
+from vllm_cachescope.usage.writer import Writer
 
 VARIABLE = "CACHESCOPE_BENCHMARK_SWITCH"
 """Environment variable with the path of the switch's file."""
 
-_LAYOUT = struct.Struct("?d")
+_SLOTS = 8
+_SLOT = struct.Struct("qd")
+"""Of each process: its id, and the seconds that counting has taken in it."""
 
 
 class Switch:
@@ -37,10 +41,12 @@ class Switch:
     """
 
     def __init__(self, path: Path) -> None:
+        size = 8 + _SLOTS * _SLOT.size
         if not path.exists():
-            path.write_bytes(_LAYOUT.pack(True, 0.0))
+            path.write_bytes(bytes([True]).ljust(size, b"\0"))
         with open(path, "r+b") as file:
-            self._shared = mmap.mmap(file.fileno(), _LAYOUT.size)
+            self._shared = mmap.mmap(file.fileno(), size)
+        self._lock = threading.Lock()
 
     @property
     def is_on(self) -> bool:
@@ -53,12 +59,21 @@ class Switch:
 
     @property
     def spent_s(self) -> float:
-        """Seconds that counting has taken so far."""
-        return float(_LAYOUT.unpack(self._shared[:])[1])
+        """Seconds of CPU time that counting has taken so far, in all processes."""
+        return sum(seconds for _, seconds in _SLOT.iter_unpack(self._shared[8:]))
 
     def spend(self, seconds: float) -> None:
-        """Note that counting took ``seconds`` more."""
-        _LAYOUT.pack_into(self._shared, 0, self.is_on, self.spent_s + seconds)
+        """Note that counting took ``seconds`` more in this process."""
+        with self._lock:
+            at = self._own_slot()
+            _, before_s = _SLOT.unpack_from(self._shared, at)
+            _SLOT.pack_into(self._shared, at, os.getpid(), before_s + seconds)
+
+    def _own_slot(self) -> int:
+        for at in range(8, 8 + _SLOTS * _SLOT.size, _SLOT.size):
+            if _SLOT.unpack_from(self._shared, at)[0] in (0, os.getpid()):
+                return at
+        raise RuntimeError("too many processes")
 
 
 def install(switch: Switch) -> None:
@@ -74,18 +89,21 @@ def install(switch: Switch) -> None:
         (connector, "move_remote_counts"),
         (StageTimes, "count"),
         (IgnoredMarkers, "count"),
+        (Recorder, "record"),
     ):
         setattr(owner, name, _switched(getattr(owner, name), switch))
+    # A thread writes what was left while it was on.
+    Writer._write = _timed(Writer._write, switch)  # type: ignore[method-assign]
     measure: Any = RequestContext.stage
 
     @contextmanager
     def timed(context: RequestContext, name: str) -> Iterator[None]:
-        began = time.perf_counter()
+        began = time.thread_time()
         with measure(context, name):
-            entered = time.perf_counter()
+            entered = time.thread_time()
             yield
-            left = time.perf_counter()
-        switch.spend(entered - began + time.perf_counter() - left)
+            left = time.thread_time()
+        switch.spend(entered - began + time.thread_time() - left)
 
     def stage(context: RequestContext, name: str) -> AbstractContextManager[None]:
         return timed(context, name) if switch.is_on else nullcontext()
@@ -100,17 +118,25 @@ def install(switch: Switch) -> None:
 
 
 def _switched(function: Callable[..., Any], switch: Switch) -> Callable[..., Any]:
+    timed = _timed(function, switch)
+
     @wraps(function)
     def switched(*args: Any, **options: Any) -> Any:
-        if not switch.is_on:
-            return None
-        began = time.perf_counter()
+        return timed(*args, **options) if switch.is_on else None
+
+    return switched
+
+
+def _timed(function: Callable[..., Any], switch: Switch) -> Callable[..., Any]:
+    @wraps(function)
+    def timed(*args: Any, **options: Any) -> Any:
+        began = time.thread_time()
         try:
             return function(*args, **options)
         finally:
-            switch.spend(time.perf_counter() - began)
+            switch.spend(time.thread_time() - began)
 
-    return switched
+    return timed
 
 
 class SwitchedConnector(CacheScopeConnector):

@@ -298,6 +298,16 @@ QUEUED_DIAGNOSES = Metric(
     side="api",
 )
 
+LEDGER_RECORDS = Metric(
+    "cachescope_ledger_records",
+    "counter",
+    "Records of requests by what became of them: written, dropped (the queue was full: the "
+    "database is away or too slow), failed (the database refused them). There is none without a "
+    "ledger.",
+    ("outcome",),
+    side="api",
+)
+
 METRICS = (
     PROMPT_TOKENS,
     REQUESTS,
@@ -329,6 +339,7 @@ METRICS = (
     IGNORED_MARKERS,
     STAGE_SECONDS,
     QUEUED_DIAGNOSES,
+    LEDGER_RECORDS,
 )
 """All of them."""
 

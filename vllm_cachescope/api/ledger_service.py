@@ -8,7 +8,8 @@ from starlette.responses import Response
 from vllm_cachescope.api.usage_endpoint import UsageEndpoint
 from vllm_cachescope.config import LedgerSettings
 from vllm_cachescope.diagnosis.outcome import Diagnosis
-from vllm_cachescope.metrics import TotalCounter
+from vllm_cachescope.metrics import LEDGER_RECORDS, NO_ENGINE
+from vllm_cachescope.registration import counter
 from vllm_cachescope.tenancy.caller import CallerDirectory
 from vllm_cachescope.usage.prices import Prices
 from vllm_cachescope.usage.recent_requests import RecentRequests
@@ -42,14 +43,11 @@ class LedgerService:
         registry: CollectorRegistry,
         model_name: str,
     ) -> None:
-        records = TotalCounter(
-            "cachescope_ledger_records",
-            "Records of requests by what became of them: written, dropped (the queue was full: the "
-            "database is away or too slow), failed (the database refused them).",
-            ("model_name", "outcome"),
-            registry=registry,
-        )
-        ends = {end: records.labels(model_name, end) for end in ("written", "dropped", "failed")}
+        records = counter(LEDGER_RECORDS, registry)
+        ends = {
+            end: records.labels(model_name, NO_ENGINE, end)
+            for end in ("written", "dropped", "failed")
+        }
         self._ledger = UsageLedger(
             settings, prices, lambda end, number: ends[end].inc(number), directory.account
         )
