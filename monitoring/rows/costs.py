@@ -4,7 +4,7 @@ from grafana_foundation_sdk.builders import timeseries
 
 from monitoring.panels import Query, Words, graph
 from monitoring.queries import CHOSEN, of, quantile, rate, smallest, total
-from vllm_cachescope.metrics import PREFILL_RATE, QUEUED_DIAGNOSES, STAGE_SECONDS
+from vllm_cachescope.metrics import LEDGER_RECORDS, PREFILL_RATE, QUEUED_DIAGNOSES, STAGE_SECONDS
 
 
 def panels() -> list[timeseries.Panel]:
@@ -26,7 +26,7 @@ def panels() -> list[timeseries.Panel]:
                 for q in (0.5, 0.99)
             ],
             "s",
-            span=6,
+            span=8,
         ),
         graph(
             Words(
@@ -36,7 +36,7 @@ def panels() -> list[timeseries.Panel]:
             ),
             [Query(total(rate(of(STAGE_SECONDS, CHOSEN, suffix="_sum")), "stage"), "{{stage}}")],
             "short",
-            span=6,
+            span=8,
         ),
         graph(
             Words(
@@ -46,7 +46,20 @@ def panels() -> list[timeseries.Panel]:
             ),
             [Query(total(of(QUEUED_DIAGNOSES, CHOSEN), "instance"), "{{instance}}")],
             "short",
-            span=6,
+            span=8,
+        ),
+        graph(
+            Words(
+                "Records of the ledger",
+                "Records of requests in a second by what became of them. A record that is dropped "
+                "or failed is missing in `cachescope usage`, and nowhere else.",
+                "dropped: the database is away or too slow for the traffic. failed: it refused "
+                "them; the server's log says why.",
+                "No ledger",
+            ),
+            [Query(total(rate(of(LEDGER_RECORDS, CHOSEN)), "outcome"), "{{outcome}}")],
+            "short",
+            span=12,
         ),
         graph(
             Words(
@@ -63,6 +76,6 @@ def panels() -> list[timeseries.Panel]:
                 )
             ],
             "short",
-            span=6,
+            span=12,
         ),
     ]

@@ -139,6 +139,7 @@ def watched(model: Path, scratch: Path) -> Iterator[Station]:
                 }
             },
             "org_label": True,
+            "ledger": {"directory": str(scratch / "ledger")},
             "tiers": [{"type": "redis", "url": redis.url, "load_deadline": "1s"}],
         }
         option, value = plugin(**config)
