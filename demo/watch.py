@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import httpx
+
 from demo import board
 from demo.prometheus import BINARY, Prometheus
 
@@ -24,7 +26,10 @@ class Watch:
         """Return what there is to say of the dashboard, in lines."""
         if self.prometheus is None:
             return ["No prometheus is installed, which would fill the dashboard's panels."]
-        asked = board.ask(self.prometheus, time.monotonic() - self._began)
+        try:
+            asked = board.ask(self.prometheus, time.monotonic() - self._began)
+        except (ValueError, httpx.HTTPError) as error:
+            return [f"Prometheus at {self.prometheus.url} could not be asked: {error}"]
         panels = {one.panel for one in asked}
         empty = {one.panel for one in asked if not one.series}
         lines = [
