@@ -64,8 +64,8 @@ def expressions(dashboard: Path = DASHBOARD) -> dict[str, list[str]]:
 
 
 def substituted(expression: str, values: dict[str, str]) -> str:
-    """Return ``expression`` with the values of Grafana's variables."""
-    return re.sub(r"\$(\w+)", lambda match: values[match[1]], expression)
+    """Return ``expression`` with the values of Grafana's variables; ``$1`` is PromQL's own."""
+    return re.sub(r"\$([A-Za-z_]\w*)", lambda match: values[match[1]], expression)
 
 
 def _choice(prometheus: Prometheus, variable: dict[str, Any], values: dict[str, str]) -> str:

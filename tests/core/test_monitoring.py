@@ -53,7 +53,7 @@ def filled(expression: str) -> str:
     """An expression with some value for each of the dashboard's variables."""
     for name in ("__rate_interval", "__range"):
         expression = expression.replace(f"${name}", "5m")
-    return re.sub(r"\$\w+", ".*", expression)
+    return re.sub(r"\$[A-Za-z]\w*", ".*", expression)
 
 
 def expressions() -> dict[str, list[str]]:
