@@ -21,7 +21,7 @@ from tests.engine.engine import BLOCK_BYTES
 from tests.engine.server import MODEL, SMALL, Api, plugin, serve
 from tests.monitoring import faults
 from tests.monitoring.alertmanager import Alertmanager, Operator
-from tests.redis.servers import RedisServer, wait_until
+from tests.redis.servers import Proxy, RedisServer, wait_until
 
 FAST = Timing(
     evaluation="1s",
@@ -52,6 +52,7 @@ class Station:
     Attributes:
         api: the server.
         redis: the Redis behind it.
+        proxy: stands in front of that Redis.
         prometheus: scrapes the server.
         operator: is called by Alertmanager.
         faults: the directory in which a file brings a fault about.
@@ -60,6 +61,7 @@ class Station:
 
     api: Api
     redis: RedisServer
+    proxy: Proxy
     prometheus: Prometheus
     operator: Operator
     faults: Path
@@ -125,6 +127,8 @@ def watched(model: Path, scratch: Path) -> Iterator[Station]:
     with ExitStack() as stack:
         redis = RedisServer(scratch)
         stack.callback(redis.close)
+        proxy = Proxy(redis.port)
+        stack.callback(proxy.close)
         operator = Operator()
         stack.callback(operator.close)
         shipped = yaml.safe_load((ROOT / "configs/prometheus/alertmanager.yaml").read_text())
@@ -140,7 +144,7 @@ def watched(model: Path, scratch: Path) -> Iterator[Station]:
             },
             "org_label": True,
             "ledger": {"directory": str(scratch / "ledger")},
-            "tiers": [{"type": "redis", "url": redis.url, "load_deadline": "1s"}],
+            "tiers": [{"type": "redis", "url": proxy.url, "load_deadline": "1s"}],
         }
         option, value = plugin(**config)
         transfer = json.loads(value) | {
@@ -157,6 +161,6 @@ def watched(model: Path, scratch: Path) -> Iterator[Station]:
                 manager.address,
             )
         )
-        station = Station(Api(url, clock), redis, prometheus, operator, brought_about)
+        station = Station(Api(url, clock), redis, proxy, prometheus, operator, brought_about)
         wait_until(lambda: prometheus.query("cachescope_tier_up"), PATIENCE_S)
         yield station
