@@ -5,8 +5,8 @@ from pathlib import Path
 from unittest import mock
 
 from tests.engine.clock import DrivenConnector
-from vllm_cachescope.cache.eviction_history import EvictionHistory
 from vllm_cachescope.connectors.vllm.engine import prompt_plans
+from vllm_cachescope.connectors.vllm.engine.miss_explainer import MissExplainer
 
 DIRECTORY = "CACHESCOPE_TEST_FAULTS"
 """Environment variable with the directory in which a file with a fault's name brings it about."""
@@ -15,7 +15,7 @@ ANOTHER_SECRET = "another secret"
 """The engine has another secret than the API server."""
 
 FORGETFUL = "forgetful"
-"""The engine forgets how blocks left it: a bug."""
+"""The engine forgets how blocks were lost: a bug."""
 
 
 class FaultyConnector(DrivenConnector):
@@ -24,14 +24,16 @@ class FaultyConnector(DrivenConnector):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         directory = Path(os.environ[DIRECTORY])
-        unseal, find = prompt_plans.unseal, EvictionHistory.find
+        unseal, explain = prompt_plans.unseal, MissExplainer.explain
 
         def unseal_or_not(sealed, secret):
             wrong = b"!" if (directory / ANOTHER_SECRET).exists() else b""
             return unseal(sealed, secret + wrong)
 
-        def find_or_not(history, key):
-            return None if (directory / FORGETFUL).exists() else find(history, key)
+        def explain_or_not(explainer, *arguments):
+            if (directory / FORGETFUL).exists():
+                return (), None
+            return explain(explainer, *arguments)
 
         mock.patch.object(prompt_plans, "unseal", unseal_or_not).start()
-        mock.patch.object(EvictionHistory, "find", find_or_not).start()
+        mock.patch.object(MissExplainer, "explain", explain_or_not).start()

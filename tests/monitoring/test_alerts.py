@@ -2,11 +2,12 @@
 Prometheus and Alertmanager, and ends with the fault. The rules are the shipped ones, with seconds
 in place of minutes and days."""
 
+import itertools
 from contextlib import contextmanager
 
 import pytest
 
-from tests.engine.bodies import EPHEMERAL, block
+from tests.engine.bodies import agent_body
 from tests.engine.server import NAMED_KEY
 from tests.monitoring.faults import ANOTHER_SECRET, FORGETFUL
 from tests.monitoring.station import Station
@@ -45,20 +46,25 @@ def test_server_and_engine_have_different_secrets(station: Station) -> None:
 
 @pytest.mark.slow
 def test_clients_break_their_prefixes(station: Station) -> None:
-    def break_one() -> None:
-        name = station.new()
-        station.go_on(name, system=[block(f"{name} at another time", 300, cache_control=EPHEMERAL)])
+    numbers = itertools.count()
 
-    heard = station.until("firing", "CacheScopeBreaks", break_one, cause="system_changed")
-    assert heard["labels"]["region"] == "system"
-    station.until("resolved", "CacheScopeBreaks", lambda: station.go_on(station.new()))
+    def break_one() -> None:
+        name = f"broken {next(numbers)}"
+        station.send(agent_body(name), name)
+        station.send(agent_body(name, tool="Weighs other things."), name)
+
+    heard = station.until("firing", "CacheScopeBreaks", break_one, cause="tools_changed")
+    assert heard["labels"]["region"] == "tools"
+    station.until("resolved", "CacheScopeBreaks", station.new, cause="tools_changed")
 
 
 @pytest.mark.slow
-def test_the_cpu_tier_is_small(station: Station) -> None:
-    station.until("firing", "CacheScopeChurn", lambda: station.new(words=500), tier="cpu")
+def test_memory_is_small(station: Station) -> None:
+    """Of the device and the CPU tier the larger one has the last copies: here the device."""
+    heard = station.until("firing", "CacheScopeChurn", lambda: station.new(words=500))
+    assert heard["labels"]["tier"] == "device"
     name = station.new()
-    station.until("resolved", "CacheScopeChurn", lambda: station.go_on(name, 1), tier="cpu")
+    station.until("resolved", "CacheScopeChurn", lambda: station.go_on(name, 1), tier="device")
 
 
 @pytest.mark.slow
