@@ -28,6 +28,7 @@ test: setup lint ## the checks and the suite, on a real engine
 thorough: setup ## the long forms of tests: more examples, larger bodies, longer trouble
 	$(BIN)/pytest -n auto --hypothesis-profile=thorough -m 'slow or not slow' tests/core
 	$(BIN)/pytest -m slow tests/redis
+	$(BIN)/pytest -m slow tests/monitoring
 	$(BIN)/pytest -m slow tests/engine
 	$(BIN)/pytest -m slow tests/page
 

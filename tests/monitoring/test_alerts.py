@@ -38,6 +38,7 @@ def test_the_redis_is_killed(station: Station) -> None:
     station.until("resolved", "CacheScopeTierDown", station.new, tier="redis")
 
 
+@pytest.mark.slow
 def test_server_and_engine_have_different_secrets(station: Station) -> None:
     with fault(station, ANOTHER_SECRET):
         station.until("firing", "CacheScopeRefusedPlans", station.new)
