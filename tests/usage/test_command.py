@@ -1,13 +1,20 @@
+import io
 import json
 from pathlib import Path
 
 import pytest
 from pyarrow import parquet
+from rich.console import Console
 from sqlalchemy import URL
 
 from tests.usage.ledgers import MONDAY, Books, record
 from vllm_cachescope.cli.main import main
+from vllm_cachescope.cli.usage_tables import print_usage
+from vllm_cachescope.usage.database import connect
+from vllm_cachescope.usage.prices import Prices
+from vllm_cachescope.usage.query import Query
 from vllm_cachescope.usage.store import WEEK_S
+from vllm_cachescope.usage.usage_ledger import usage_of
 
 PERIOD = ["--since", "2026-11-01", "--until", "2027-02-01"]
 
@@ -29,10 +36,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return capsys.readouterr().out
 
 
-def test_a_table(
-    directory: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "250")
+def test_a_table(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prices = directory / "prices.yaml"
     prices.write_text("models: {toy: {input: 1000000}}")
     shown = run(capsys, "--directory", directory, "--by", "org,session", "--prices", prices)
@@ -49,6 +53,19 @@ def test_without_prices_there_are_no_costs(
 ) -> None:
     answer = json.loads(run(capsys, "--directory", directory, "--format", "json"))
     assert answer["currency"] is None and answer["total"]["cost_with"] is None
+
+
+def test_a_narrow_terminal_shows_less(directory: Path) -> None:
+    with connect(
+        URL.create("sqlite", database=str(directory / "usage.db"))
+    ).connect() as connection:
+        answer = usage_of(connection, Query(0, MONDAY + 9 * WEEK_S, ("org",)), Prices())
+    for width, shown in ((200, True), (80, False)):
+        console = Console(width=width, force_terminal=True, file=io.StringIO())
+        print_usage(console, answer)
+        printed = console.file.getvalue()
+        assert ("prefill saved" in printed) is shown
+        assert "header:b" in printed and "reads per write" in printed
 
 
 def test_phases(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
