@@ -54,7 +54,13 @@ def keeping(tiny_model, tmp_path_factory, directory: Path, receiver: Receiver) -
     ]
     environment = {VARIABLE: str(path), "OTEL_BSP_SCHEDULE_DELAY": "200"}
     with serve(tiny_model, options, environment) as url:
-        yield Api(url, clock)
+        api = Api(url, clock)
+        yield api
+        whole = agreed(api, directory)
+        last = api.post("/v1/completions", {"model": MODEL, "prompt": "Last", "max_tokens": 1})
+        prompt_tokens = last.json()["usage"]["prompt_tokens"]
+    # What was in the queue is written before the server is gone.
+    assert sum(kept_tokens(directory).values()) == sum(whole.values()) + prompt_tokens
 
 
 @pytest.mark.parametrize("requests", [250, pytest.param(5000, marks=pytest.mark.slow)])
