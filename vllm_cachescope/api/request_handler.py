@@ -73,7 +73,7 @@ class RequestHandler:
             headers,
             known,
             body,
-            QueryParams(scope["query_string"]),
+            QueryParams(scope.get("query_string", b"")),
         )
         await answer(scope, receive, send)
 
