@@ -19,8 +19,9 @@ demo: setup ## serve a small model with the plugin and drive it with real client
 
 test: setup lint ## the checks and the suite, on a real engine
 	@# What needs no engine runs on all cores; engines would take each other's.
-	$(BIN)/pytest $(SLOWEST) -n auto tests/core
-	$(BIN)/pytest $(SLOWEST) --ignore=tests/compat --ignore=tests/core --ignore=tests/lmcache
+	$(BIN)/pytest $(SLOWEST) -n auto tests/core tests/usage
+	$(BIN)/pytest $(SLOWEST) --ignore=tests/compat --ignore=tests/core --ignore=tests/lmcache \
+		--ignore=tests/usage
 	@# By itself: LMCache imports llvmlite, over which vLLM 0.32 falls when it starts on a CPU.
 	$(BIN)/pytest $(SLOWEST) tests/lmcache
 
