@@ -3,7 +3,7 @@ BIN := .venv/bin
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test thorough lint compat clients bench clean
+.PHONY: help setup programs demo test thorough lint compat clients bench clean
 
 # The slowest tests and set-ups of each part, so that a slow-down shows.
 SLOWEST := --durations=15
@@ -14,18 +14,21 @@ help: ## list the targets
 setup: ## make .venv with vLLM for CPUs and this package
 	@scripts/setup.sh
 
+programs:
+	@scripts/programs.sh
+
 demo: setup ## serve a small model and drive it with real clients; HOLD=1 leaves its page open
 	@$(BIN)/python -m demo.run $(if $(HOLD),--hold)
 
-test: setup lint ## the checks and the suite, on a real engine
+test: setup programs lint ## the checks and the suite, on a real engine
 	@# What needs no engine runs on all cores; engines would take each other's.
-	$(BIN)/pytest $(SLOWEST) -n auto tests/core tests/page
+	$(BIN)/pytest $(SLOWEST) -n auto tests/core tests/page tests/usage
 	$(BIN)/pytest $(SLOWEST) --ignore=tests/compat --ignore=tests/core --ignore=tests/lmcache \
-		--ignore=tests/page
+		--ignore=tests/page --ignore=tests/usage
 	@# By itself: LMCache imports llvmlite, over which vLLM 0.32 falls when it starts on a CPU.
 	$(BIN)/pytest $(SLOWEST) tests/lmcache
 
-thorough: setup ## the long forms of tests: more examples, larger bodies, longer trouble
+thorough: setup programs ## the long forms of tests: more examples, larger bodies, longer trouble
 	$(BIN)/pytest -n auto --hypothesis-profile=thorough -m 'slow or not slow' tests/core
 	$(BIN)/pytest -m slow tests/redis
 	$(BIN)/pytest -m slow tests/monitoring

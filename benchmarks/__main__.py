@@ -9,6 +9,7 @@ BENCHMARKS = (
     "cpu_tier",
     "diagnosis",
     "envelopes",
+    "ledger",
     "metrics",
     "neighbours",
     "overhead",

@@ -123,7 +123,9 @@ def add_scrapes(result: Result, tenants: int, sessions: int, processes: int) -> 
     options = ["--api-server-count", str(processes)] if processes > 1 else []
     with (
         server(True, *options, tenants=digests, org_label=True, cpu_bytes="512MiB") as one,
-        httpx.Client(base_url=one.url, timeout=600) as http,
+        httpx.Client(
+            base_url=one.url, timeout=600, headers={"content-type": "application/json"}
+        ) as http,
     ):
         see(http, tenants, tenants)
         see(http, tenants, sessions - tenants)

@@ -122,8 +122,8 @@ INPUT_COST = Metric(
     "counter",
     "Cost of all input in base input tokens: caching='without' as if every token were computed "
     "at the price of one; caching='with' as it was read (0.1), created for up to 5 minutes "
-    "(1.25), for longer (2) or computed uncached (1). Times the price of an input token both are "
-    "money, and the difference is what caching saves.",
+    "(1.25), for longer (2) or computed uncached (1), unless the file of prices says otherwise. "
+    "Times the price of an input token both are money, and the difference is what caching saves.",
     ("caching",),
     by_org=True,
 )

@@ -2,7 +2,7 @@
 
 import time
 from asyncio import Task
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -66,6 +66,13 @@ class RequestContext:
             whose client has disconnected; None if there is none.
         is_recorded: whether somebody keeps the request's record, and wants every report.
         stages: seconds that caching itself has taken of the request, by stage; see `stage`.
+        traces: the adapter's own notes for the traces of the request's prompts, by nonce.
+        recorded: nonces of the prompts that a record has.
+        under_way: how many of the request's prompts the engine has, or is about to be given. The
+            server may be done with the request before: it does not wait for what it has cut off,
+            and a response may be computed in the background.
+        on_over: called whenever the server is done with the request and no prompt is under way;
+            None while the server is not done.
     """
 
     caller: Caller
@@ -80,6 +87,10 @@ class RequestContext:
     fetching: Task[None] | None = None
     is_recorded: bool = False
     stages: dict[str, float] = field(default_factory=dict)
+    traces: dict[str, Any] = field(default_factory=dict)
+    recorded: set[str] = field(default_factory=set)
+    under_way: int = 0
+    on_over: Callable[[], None] | None = None
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -98,6 +109,26 @@ class RequestContext:
             if report.engine is not None:
                 return str(report.engine.rank)
         return NO_ENGINE
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Note that a prompt is under way for as long as this lasts."""
+        self.under_way += 1
+        try:
+            yield
+        finally:
+            self.under_way -= 1
+            self._call_if_over()
+
+    def end(self, on_over: Callable[[], None]) -> None:
+        """Note that the server is done with the request; ``on_over`` is called, now and perhaps
+        later, when no prompt is under way."""
+        self.on_over = on_over
+        self._call_if_over()
+
+    def _call_if_over(self) -> None:
+        if self.on_over is not None and not self.under_way:
+            self.on_over()
 
 
 current_request: ContextVar[RequestContext | None] = ContextVar("cachescope_request", default=None)

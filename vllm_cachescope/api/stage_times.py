@@ -20,6 +20,7 @@ class StageTimes:
         self._model_name = model_name
 
     def count(self, context: RequestContext) -> None:
-        """Count the stages of a request that is over."""
-        for stage, seconds in context.stages.items():
+        """Count the stages of a request that is over, unless they were counted before."""
+        stages, context.stages = context.stages, {}
+        for stage, seconds in stages.items():
             self._times.labels(self._model_name, context.engine, stage).observe(seconds)

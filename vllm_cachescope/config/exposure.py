@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from vllm_cachescope.config.error import ConfigError
+from vllm_cachescope.config.ledger import PASSWORD_VARIABLE
 from vllm_cachescope.config.secret import OPERATOR_VARIABLE, SECRET_VARIABLE
 
 _NAME = re.compile(r"secret|passw|credential|(^|_)token$|(access|api|private)_?key", re.IGNORECASE)
@@ -16,8 +17,8 @@ _FILE = "a file of mode 600 that config_file names (--cachescope of cachescope s
 _INSTEAD = {
     "secret": f"secret_file, the variable {SECRET_VARIABLE}, or ",
     "operator_token": f"operator_token_file, the variable {OPERATOR_VARIABLE}, or ",
-    "url": "password_file beside it, the variable CACHESCOPE_<NAME OF THE TIER>_PASSWORD (of the "
-    "ledger CACHESCOPE_LEDGER_PASSWORD), or ",
+    "ledger.url": f"ledger.password_file, the variable {PASSWORD_VARIABLE}, or ",
+    "url": "the tier's password_file, the variable CACHESCOPE_<NAME OF THE TIER>_PASSWORD, or ",
 }
 
 
@@ -29,7 +30,7 @@ def refuse_secrets(settings: Mapping[str, Any]) -> None:
     """
     messages = [
         f"{key}: a secret may not stand where command lines and logs show it (value not shown); "
-        f"allowed: {_INSTEAD.get(key.rpartition('.')[2], '')}{_FILE}"
+        f"allowed: {_INSTEAD.get(key, _INSTEAD.get(key.rpartition('.')[2], ''))}{_FILE}"
         for key in secret_keys(settings)
     ]
     if messages:
