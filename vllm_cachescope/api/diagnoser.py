@@ -93,6 +93,8 @@ class Diagnoser:
         peers: the API processes of the server, of which this is one.
         model_name: the model's name in vLLM's own metrics.
         account_of: returns who answers for an organisation, by its id.
+        tools_behind_system: whether the chat template renders tools behind the system prompt; None
+            while that is not known.
 
     Attributes:
         breaks: the breaks among what was diagnosed.
@@ -110,10 +112,12 @@ class Diagnoser:
         model_name: str = "",
         account_of: AccountOf = own_account,
         peers: Peers = ALONE,
+        tools_behind_system: Callable[[], bool | None] = lambda: None,
     ) -> None:
         self.peers = peers
         self.breaks = BreakLog(registry, model_name, account_of)
         self._model_name = model_name
+        self._tools_behind_system = tools_behind_system
         self._secret = secret
         self._block_tokens = block_tokens
         self._clock = clock
@@ -263,7 +267,7 @@ class Diagnoser:
             (old,) = ancestor.computed
             token = old.tokens.shared_tokens(computed.tokens)
             step = max(old.tokens.step, computed.tokens.step)
-            divergence = MeasuredDivergence(token, step)
+            divergence = MeasuredDivergence(token, step, self._tools_behind_system())
         return EngineReport(
             prompt_tokens=report.prompt_tokens,
             read_tokens=report.read_tokens,

@@ -32,6 +32,8 @@ class Server:
         engines: the engines behind it.
         purge_renderings: drops what the server keeps of rendered prompts of an organisation, or of
             a session of it; with None, of everyone.
+        tools_behind_system: whether its chat template renders tools behind the system prompt; None
+            while that is not known.
         registry: where its metrics are.
         peers: its API processes, of which this is one.
     """
@@ -42,6 +44,7 @@ class Server:
     api_keys: Collection[str]
     engines: Engines
     purge_renderings: Callable[[str | None, str | None], None]
+    tools_behind_system: Callable[[], bool | None] = lambda: None
     registry: CollectorRegistry = REGISTRY
     peers: Peers = ALONE
 
@@ -110,6 +113,7 @@ class Services:
             model_name=server.model_name,
             account_of=directory.account,
             peers=server.peers,
+            tools_behind_system=server.tools_behind_system,
         )
 
         def forget(org: str | None, session: str | None) -> int:
