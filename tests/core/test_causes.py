@@ -28,7 +28,7 @@ C = MissCause
 class Server:
     """An API server's side of a conversation. Its engines answer as they are told to."""
 
-    def __init__(self) -> None:
+    def __init__(self, tools_behind_system: bool | None = None) -> None:
         self.now = 100.0
         self.diagnoser = Diagnoser(
             b"a secret of tests",
@@ -36,6 +36,7 @@ class Server:
             lambda: self.now,
             lambda: self.now,
             registry=CollectorRegistry(),
+            tools_behind_system=lambda: tools_behind_system,
         )
         self.body: dict[str, Any] = {"model": "m", "max_tokens": 1, "messages": []}
         self.tokens: list[int] = []
@@ -272,6 +273,38 @@ def test_a_template_that_renders_the_same_turns_differently(server: Server) -> N
     server.turn()
     server.tokens[1445:1447] = [5000, 5001]
     assert causes(server.ask(read=1440)) == {C.PARTIAL_BLOCK: 7}
+
+
+@pytest.mark.parametrize(
+    ("behind", "same", "first", "token"),
+    [
+        # The tokens tell where tools are: some 440 of them, and 220 of the system prompt, of which
+        # the last third changes.
+        (None, 0, "tools_changed", 0),
+        (None, 200, "system_changed", 192),
+        (False, 0, "tools_changed", 0),
+        # Known beforehand, it need not be told by them.
+        (True, 200, "system_changed", 192),
+        # Nothing stands in front of where they diverge.
+        (True, 288, "system_changed", 288),
+    ],
+)
+def test_changes_come_in_the_order_in_which_they_are_rendered(
+    behind: bool | None, same: int, first: str, token: int
+) -> None:
+    server = Server(behind)
+    tool = {"name": "t", "description": "what it does " * 800, "input_schema": {}}
+    server.body |= {"tools": [tool], "system": [{"type": "text", "text": "be so kind " * 470}]}
+    server.turn(700)
+    server.body["messages"][0]["content"] = "why " * 250
+    server.ask()
+    tool["description"] = "how " + tool["description"]
+    server.body["system"][0]["text"] = server.body["system"][0]["text"][:-1500] + "now " * 375
+    server.tokens[same:] = server.chance.choices(range(1000), k=len(server.tokens) - same)
+    seen = server.ask(read=same // BLOCK * BLOCK)
+    assert (seen.kind, seen.where.token) == (first, pytest.approx(token, abs=BLOCK))
+    assert [change.token for change in seen.changes] == sorted(c.token for c in seen.changes)
+    assert seen.changes[0].path == seen.where.path
 
 
 @pytest.mark.parametrize("rendered", [100, 340, 900])

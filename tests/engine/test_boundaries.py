@@ -253,6 +253,16 @@ async def test_responses_are_cut_where_chats_are(renderings):
             assert covered_end(cuts, ends) == len(tokens)
 
 
+@pytest.mark.parametrize(
+    # The second puts tools before the latest question, wherever the system prompt is.
+    ("template", "behind"),
+    [("chatml", True), ("inst", None), ("headers", False)],
+)
+async def test_where_a_template_renders_tools(renderings, template, behind):
+    found = await renderings[template].boundaries.renders_tools_behind_system()
+    assert found is behind
+
+
 @pytest.mark.parametrize("template", TEMPLATES)
 async def test_a_history_is_not_tokenised_again(renderings, template):
     """Apart from the one time the server itself tokenises the prompt."""

@@ -166,6 +166,11 @@ def test_a_tool_stands_where_the_template_renders_it(small: Api) -> None:
     assert read > 0 and read <= seen["where"]["token"] < read + BLOCK
     assert seen["changes"][1]["names"] == ["weigh"]
     assert seen["suggestion"].startswith("Move the value that varies in system[0]")
+    # Also where both begin with what changes, in one block.
+    body["tools"][0]["description"] += " Slowly."
+    system["text"] = f"Of late. {system['text']}"
+    seen = named(small, key, lambda: send(small, key, body))
+    assert (seen["cause"], seen["where"]["token"]) == ("system_changed", 0)
 
 
 FORGETFUL = """

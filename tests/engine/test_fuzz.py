@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tests.core.wire_bodies import PATHS, bodies, broken_bodies
 from tests.engine.bodies import text
 from tests.engine.server import MODEL
+from tests.engine.usages import counts
 from vllm_cachescope.prompt.request import Protocol
 
 pytestmark = pytest.mark.engine
@@ -43,16 +44,6 @@ def with_head(protocol: Protocol, body: dict[str, Any]) -> dict[str, Any]:
         del body["max_tokens"]
         body |= {"instructions": HEAD, "max_output_tokens": 3}
     return body
-
-
-def counts(protocol: Protocol, usage: dict[str, Any]) -> tuple[int, int, int]:
-    """Return the tokens of a prompt, those read and those created."""
-    if protocol is Protocol.MESSAGES:
-        read, created = usage["cache_read_input_tokens"], usage["cache_creation_input_tokens"]
-        return usage["input_tokens"] + read + created, read, created
-    name = "input_tokens" if protocol is Protocol.RESPONSES else "prompt_tokens"
-    details = usage[f"{name}_details"]
-    return usage[name], details["cached_tokens"], details["cache_write_tokens"]
 
 
 class Fuzzing:

@@ -1,6 +1,7 @@
 """Every kind of model: what is read, created, kept and told is right for all ways of keeping KV."""
 
 import random
+from collections import Counter
 from collections.abc import Iterator
 from hashlib import sha256
 
@@ -182,3 +183,36 @@ def test_random_prompts(engine: Replica, kind: Kind, chance: random.Random) -> N
         assert answer.tokens == expected
         read += answer.read
     assert read > 0
+
+
+def test_the_counts_of_an_hour_add_up(engine: Replica, kind: Kind, chance: random.Random) -> None:
+    """Whatever is asked at once, again and too late: the reports, the metrics and vLLM agree."""
+
+    def counted() -> tuple[int, ...]:
+        outcomes = ("read_device", "read_cpu", "created", "uncached")
+        return tuple(
+            int(engine.call("counter", "cachescope_prompt_tokens", outcome)) for outcome in outcomes
+        )
+
+    heads = [draw_tokens(chance, length) for length in (100, 3 * kind.block + 50)]
+    asked = [head + draw_tokens(chance, chance.randrange(1, 600)) for head in heads * 3]
+    before, told = counted(), Counter[str]()
+    for _ in range(12):
+        engine.call("advance", chance.choice([1, 200, 299, 700]))
+        if chance.random() < 0.3:
+            engine.call("empty_device")
+        prompts = chance.choices(asked, k=3)
+        asks = [Ask(tokens, sealed(org_plan("acme", tokens))) for tokens in prompts]
+        for tokens, answer in zip(prompts, engine.run(*asks), strict=True):
+            assert (answer.read, answer.created) == (
+                answer.report.read_tokens,
+                answer.outcome("created"),
+            )
+            told.update(prompt=len(tokens), read=answer.read, created=answer.created)
+    engine.call("command_sweep")
+    device, cpu, created, uncached = (
+        now - then for now, then in zip(counted(), before, strict=True)
+    )
+    assert (device + cpu, created) == (told["read"], told["created"])
+    assert device + cpu + created + uncached == told["prompt"]
+    assert device and cpu and created

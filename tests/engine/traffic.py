@@ -5,12 +5,16 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any
 
 import httpx
 
 from tests.engine.bodies import text
 from tests.engine.server import MODEL, OPERATOR_TOKEN, Api
+from tests.engine.usages import counts, last_usage
+from vllm_cachescope.prompt.request import Protocol
+from vllm_cachescope.wire import protocol_of
 
 _SCOPES = (None, "org", "session", "global")
 _LATEST_TURN = 4  # of five of the longest questions a prompt may be too long
@@ -33,6 +37,28 @@ class Conversation:
     turns: list[str] = field(default_factory=list)
 
 
+@dataclass(slots=True)
+class Told:
+    """What the answers' usage adds up to.
+
+    Attributes:
+        prompt: tokens of prompts.
+        read: those read.
+        created: those created.
+        sequences: tokens of prompts, each as often as answers to it were asked for: vLLM's metrics
+            count it so.
+        alike: requests of which vLLM's own count of what was created was seen, too.
+        unlike: those of them of which it was another, with both counts.
+    """
+
+    prompt: int = 0
+    read: int = 0
+    created: int = 0
+    sequences: int = 0
+    alike: int = 0
+    unlike: list[tuple[int, int]] = field(default_factory=list)
+
+
 class Traffic:
     """Requests of organisations and sessions that share heads, go on, fork, retry, change scopes
     and formats, and hang up; while lifetimes run out, memory is short and operators purge.
@@ -40,24 +66,59 @@ class Traffic:
     Args:
         api: the server.
         seed: of everything that is drawn. How requests meet in the engine differs all the same.
+        trouble: draws what befalls a tier besides; None for nothing.
+        patient: whether every client waits for its answer to the end. What they are told then adds
+            up in ``told``.
+
+    Attributes:
+        served: how many requests ended in which way.
+        told: what the usage in answers adds up to.
     """
 
-    def __init__(self, api: Api, seed: int) -> None:
+    def __init__(
+        self,
+        api: Api,
+        seed: float,
+        trouble: Callable[[random.Random], Callable[[], None]] | None = None,
+        patient: bool = False,
+    ) -> None:
         self._api = api
         self._chance = random.Random(seed)
+        self._trouble = trouble
+        self._patient = patient
         self._heads = [text(f"head {seed} {i}", words) for i, words in enumerate((40, 110, 300))]
         self._conversations = [self._begin(f"{seed} {i}") for i in range(12)]
+        self._one = Lock()
         self.served: Counter[str] = Counter()
+        self.told = Told()
 
-    def send(self, requests: int, clients: int = 6) -> None:
-        """Send ``requests`` requests, of at most ``clients`` clients at once."""
+    def send(self, requests: int, clients: int = 6, within_s: float = 0.0) -> None:
+        """Send ``requests`` requests, of at most ``clients`` clients at once.
+
+        Args:
+            requests: how many.
+            clients: how many at once.
+            within_s: how much time passes meanwhile besides, in seconds of the server's clock.
+        """
+        pause_s = within_s / requests
         with ThreadPoolExecutor(clients) as pool:
-            for done in [pool.submit(self._draw()) for _ in range(requests)]:
+            drawn = []
+            for _ in range(requests):
+                after_s = self._chance.expovariate(1 / pause_s) if pause_s else 0.0
+                drawn.append(pool.submit(self._after, after_s, self._draw()))
+            for done in drawn:
                 done.result()
+
+    def _after(self, pause_s: float, happen: Callable[[], None]) -> None:
+        with self._one:
+            self._api.clock.advance(pause_s)
+        happen()
 
     def _draw(self) -> Callable[[], None]:
         """Draw one request, or something else that happens."""
         chance = self._chance
+        if self._trouble is not None and chance.random() < 0.04:
+            return self._trouble(chance)
         if chance.random() < 0.06:
             return chance.choice([self._wait, self._purge, self._api.empty_device, self._reset])
         if chance.random() < 0.05:
@@ -77,9 +138,13 @@ class Traffic:
         if chance.random() < 0.1:
             body["cache_salt"] = chance.choice("ab")
         body["stream"] = "prompt_logprobs" not in body and chance.random() < 0.6
+        if body["stream"] and path in ("/v1/chat/completions", "/v1/completions"):
+            body["stream_options"] = {"include_usage": True}
         # Some hang up while the prompt is queued or computed, some while the answer comes.
         patience = chance.choice([None, None, chance.expovariate(20)])
         lines = chance.choice([None, 1, 3])
+        if self._patient:
+            patience = lines = None
         return lambda: self._ask(path, body, headers, patience, lines)
 
     def _ask(
@@ -93,15 +158,37 @@ class Traffic:
         url, timeout = f"{self._api.url}{path}", httpx.Timeout(60, read=patience or 60)
         try:
             with httpx.stream("POST", url, json=body, headers=headers, timeout=timeout) as answer:
-                last = ""
+                said: list[str] = []
                 for at, line in enumerate(answer.iter_lines()):
                     if body["stream"] and at == lines:
                         break
-                    last = line
+                    said.append(line)
             self.served[f"{answer.status_code}"] += 1
-            assert answer.status_code == 200, (path, last)
+            assert answer.status_code == 200, (path, said)
         except httpx.TimeoutException:
             self.served["hung up"] += 1
+            return
+        if self._patient:
+            protocol = protocol_of(path)
+            assert protocol is not None
+            with self._one:
+                self._note(protocol, body, last_usage(said))
+
+    def _note(self, protocol: Protocol, body: dict[str, Any], usage: dict[str, Any] | None) -> None:
+        assert usage is not None, "an answer without usage"
+        told = self.told
+        prompt, read, created = counts(protocol, usage)
+        told.prompt += prompt
+        told.read += read
+        told.created += created
+        told.sequences += prompt * body.get("n", 1)
+        # Of a prompt whose last tokens no breakpoint covers vLLM counts these, too.
+        if protocol is Protocol.CHAT and "cache_control" not in repr(body) and "n" not in body:
+            vllms = usage["prompt_tokens_details"].get("created_cache_tokens")
+            if vllms is not None:
+                told.alike += 1
+                if vllms != created:
+                    told.unlike.append((vllms, created))
 
     def _begin(self, name: str) -> Conversation:
         return Conversation(name, self._chance.choice(self._heads), self._headers())
@@ -116,7 +203,8 @@ class Traffic:
     def _marked(self, content: str) -> dict[str, Any]:
         """Return a block of text, often with a breakpoint of any scope."""
         block: dict[str, Any] = {"type": "text", "text": content}
-        if self._chance.random() < 0.6:
+        # What is wholly unmarked is what vLLM's own counts can be compared of.
+        if self._chance.random() < (0.3 if self._patient else 0.6):
             block["cache_control"] = {"type": "ephemeral"}
             if (scope := self._chance.choice(_SCOPES)) is not None:
                 block["cache_control"]["scope"] = scope
@@ -168,14 +256,17 @@ class Traffic:
         return "/v1/completions", body
 
     def _wait(self) -> None:
-        self._api.clock.advance(self._chance.choice([1, 100, 299, 400]))
+        with self._one:
+            self._api.clock.advance(self._chance.choice([1, 100, 299, 400]))
 
     def _purge(self) -> None:
         if self._chance.random() < 0.5:
             key, what = OPERATOR_TOKEN, {"all": True}
         else:
             key, what = "key 0 of the traffic", {"session": "session 0"}
-        assert self._api.post("/cachescope/purge", what, key).status_code == 200
+        status = self._api.post("/cachescope/purge", what, key).status_code
+        # A tier in trouble may be out of its reach.
+        assert status == 200 or (self._trouble is not None and status in (502, 503)), status
 
     def _reset(self) -> None:
         url, whole = f"{self._api.url}/reset_prefix_cache", {"reset_external": True}

@@ -98,6 +98,8 @@ class Diagnoser:
         account_of: returns who answers for an organisation, by its id.
         org_labels: the labels of organisations in metrics.
         details: where to keep the diagnosis of each request; None to keep none but breaks.
+        tools_behind_system: whether the chat template renders tools behind the system prompt; None
+            while that is not known.
 
     Attributes:
         breaks: the breaks among what was diagnosed.
@@ -117,11 +119,13 @@ class Diagnoser:
         peers: Peers = ALONE,
         org_labels: OrgLabels = NO_ORG_LABELS,
         details: RequestDetails | None = None,
+        tools_behind_system: Callable[[], bool | None] = lambda: None,
     ) -> None:
         self._details = details
         self.peers = peers
         self.breaks = BreakLog(registry, model_name, account_of, org_labels)
         self._model_name = model_name
+        self._tools_behind_system = tools_behind_system
         self._secret = secret
         self._block_tokens = block_tokens
         self._clock = clock
@@ -267,7 +271,7 @@ class Diagnoser:
             (old,) = ancestor.computed
             token = old.tokens.shared_tokens(computed.tokens)
             step = max(old.tokens.step, computed.tokens.step)
-            divergence = MeasuredDivergence(token, step)
+            divergence = MeasuredDivergence(token, step, self._tools_behind_system())
         return EngineReport(
             prompt_tokens=report.prompt_tokens,
             read_tokens=report.read_tokens,

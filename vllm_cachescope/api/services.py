@@ -47,6 +47,8 @@ class Server:
         engines: the engines behind it.
         purge_renderings: drops what the server keeps of rendered prompts of an organisation, or of
             a session of it; with None, of everyone.
+        tools_behind_system: whether its chat template renders tools behind the system prompt; None
+            while that is not known.
         registry: where its metrics are.
         peers: its API processes, of which this is one.
         replica: its name among the servers of one operator.
@@ -59,6 +61,7 @@ class Server:
     api_keys: Collection[str]
     engines: Engines
     purge_renderings: Callable[[str | None, str | None], None]
+    tools_behind_system: Callable[[], bool | None] = lambda: None
     registry: CollectorRegistry = REGISTRY
     peers: Peers = ALONE
     replica: str = ""
@@ -143,6 +146,7 @@ class Services:
             peers=server.peers,
             org_labels=OrgLabels(config.labelled_orgs(), secret),
             details=details,
+            tools_behind_system=server.tools_behind_system,
         )
         recorder = Recorder(server.model_name, server.replica)
         if server.trace is not None:

@@ -19,10 +19,13 @@ class MeasuredDivergence:
     Attributes:
         token: leading tokens that both have, in whole steps.
         step: tokens of a step: in the next step they diverge.
+        tools_behind_system: whether the template renders tools behind the system prompt; None if
+            that is not known.
     """
 
     token: int
     step: int
+    tools_behind_system: bool | None = None
 
 
 def place_changes(
@@ -30,8 +33,8 @@ def place_changes(
 ) -> tuple[Change, ...]:
     """Return changes with their places in tokens, the earliest first.
 
-    Wire formats have tools in front of the system prompt. Many templates render them behind it; the
-    tokens tell which, since the earliest change stands where they diverge.
+    Wire formats have tools in front of the system prompt. Many templates render them behind it. If
+    it is not known which, the tokens tell: the earliest change stands where they diverge.
 
     Args:
         changes: from `compare`, with estimates.
@@ -56,7 +59,10 @@ def place_changes(
     def error(place: Callable[[Change], int]) -> float:
         return abs(min(map(place, texts)) * scale - measured.token)
 
-    place = tools_behind if error(tools_behind) < error(as_sent) else as_sent
+    behind = measured.tools_behind_system
+    if behind is None:
+        behind = error(tools_behind) < error(as_sent)
+    place = tools_behind if behind else as_sent
     first = min(texts, key=place)
 
     def placed(change: Change) -> Change:
@@ -69,5 +75,9 @@ def place_changes(
             token = min(token, last)
         return replace(change, token=token)
 
-    found = [placed(change) for change in changes]
-    return tuple(sorted(found, key=lambda change: (not change.diverges, change.token)))
+    # By the estimates where several would stand in front of where the tokens diverge.
+    found = sorted(
+        ((placed(change), place(change)) for change in changes),
+        key=lambda both: (not both[0].diverges, both[0].token, both[1]),
+    )
+    return tuple(change for change, _ in found)

@@ -73,6 +73,11 @@ class Admission:
         None, of everyone."""
         self._planner.purge_renderings(org, session)
 
+    async def renders_tools_behind_system(self) -> bool | None:
+        """Return whether the chat template renders tools behind the system prompt; None if that
+        cannot be told."""
+        return await self._planner.renders_tools_behind_system()
+
     async def generate(
         self, prompt: Any, sampling_params: Any, request_id: str, **options: Any
     ) -> AsyncGenerator[Any, None]:

@@ -25,6 +25,14 @@ MAX_PARTS = 5_000
 """In a request of more parts no boundary is looked for: rendering it again would hold the event
 loop for too long. Its prompt is shared as narrowly as its narrowest part."""
 
+_SYSTEM, _TOOL_NAME = "Some system prompt.", "some_tool"
+_TOOL = {
+    "type": "function",
+    "function": {"name": _TOOL_NAME, "parameters": {"type": "object", "properties": {}}},
+}
+_QUESTION = {"role": "user", "content": "Hello."}
+_PROBES = [[_QUESTION], [_QUESTION, {"role": "assistant", "content": "Hello."}, _QUESTION]]
+
 
 @dataclass(frozen=True, slots=True)
 class RenderedPrefix:
@@ -132,6 +140,21 @@ class Boundaries:
                 end = 0
             ends.append(max(end, ends[-1] if ends else 0))
         return ends
+
+    async def renders_tools_behind_system(self) -> bool | None:
+        """Return whether the chat template renders tools behind the system prompt, found by
+        rendering both; None if that cannot be told, or differs from prompt to prompt."""
+        found = set()
+        for turns in _PROBES:
+            body = {"messages": [{"role": "system", "content": _SYSTEM}, *turns], "tools": [_TOOL]}
+            try:
+                text = await self._rendering.text(body, Protocol.CHAT) or ""
+            except Exception as error:
+                _log("tools", error)
+                return None
+            places = text.find(_TOOL_NAME), text.find(_SYSTEM)
+            found.add(None if min(places) < 0 else places[0] > places[1])
+        return found.pop() if len(found) == 1 else None
 
     async def _prefix(
         self,

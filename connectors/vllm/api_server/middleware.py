@@ -62,9 +62,9 @@ def connect(state: Any) -> Server:
     peers = Peers(parallel._api_process_count, max(0, parallel._api_process_rank))
     engines = EngineProcesses(client, peers)
     # A task that nothing refers to would be collected.
-    state.cachescope_sweeper = asyncio.get_running_loop().create_task(
-        engines.sweep_every(config.sweep_interval)
-    )
+    loop = asyncio.get_running_loop()
+    state.cachescope_sweeper = loop.create_task(engines.sweep_every(config.sweep_interval))
+    tools_behind = loop.create_task(admission.renders_tools_behind_system())
     if peers.count > 1 and peers.rank == 0:
         logger.warning(
             "This server has %d API processes. Each knows, compares and lists only the requests "
@@ -79,6 +79,7 @@ def connect(state: Any) -> Server:
         api_keys=api_keys,
         engines=engines,
         purge_renderings=admission.purge_renderings,
+        tools_behind_system=lambda: tools_behind.result() if tools_behind.done() else None,
         peers=peers,
         replica=_replica(config, state.args),
         trace=None if tracer is None else tracer.send,

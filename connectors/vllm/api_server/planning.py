@@ -43,6 +43,10 @@ class Planner:
         None, of everyone."""
         self._boundaries.purge(org, session)
 
+    async def renders_tools_behind_system(self) -> bool | None:
+        """See `Boundaries.renders_tools_behind_system`."""
+        return await self._boundaries.renders_tools_behind_system()
+
     async def plan(
         self, context: RequestContext, caller: Caller, tokens: list[int], text: str | None
     ) -> Plan:
