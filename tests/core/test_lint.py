@@ -306,8 +306,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     path.write_text(json.dumps(agent("Today is 2026-11-21.").body()) + "\n")
     assert run(str(path)) == 1
     printed = capsys.readouterr().out
-    line = f"{path}:1  date at system[1]: an absolute date: '2026-11-21'; move it into the latest"
-    assert f"{line} message\n" in printed
+    line = f"{path}:1  CS802 date at system[1]: an absolute date: '2026-11-21'; move it into the"
+    assert f"{line} latest message\n" in printed
     assert "1 requests, 2 warnings, 0 notes." in printed
     assert run(str(path), "--json") == 1
     data = json.loads(capsys.readouterr().out)

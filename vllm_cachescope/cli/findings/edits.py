@@ -17,6 +17,7 @@ from vllm_cachescope.prompt.boundaries import common_prefix
 
 _MAX_DEPTH = 64
 _MAX_VALUE = 120  # characters of a value that is another one each time
+_LONG = 200  # characters of what may be shortened
 _NUMBER = re.compile(r"[0-9A-Fa-f-]*[0-9][0-9A-Fa-f-]*")
 _WORD = re.compile(r"[\w:.+/-]")
 
@@ -70,7 +71,7 @@ def _kind(old: Any, new: Any, was: str, now: str) -> EditKind:
         return EditKind.VALUE
     if now.startswith(was) and was:
         return EditKind.GREW
-    if 2 * len(now) <= len(was):
+    if len(was) >= _LONG and 2 * len(now) <= len(was):
         return EditKind.CUT
     return EditKind.TEXT
 
