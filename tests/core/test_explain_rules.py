@@ -1,7 +1,10 @@
 """Sessions with one known cause each are put down to it, and to nothing else."""
 
+import gzip
 import json
 import re
+import time
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -246,3 +249,30 @@ def test_usage_outweighs_what_was_expected(tmp_path: Path) -> None:
     records = [{**record, "usage": usage} for record in session.records]
     path = written(Session("usage", "cache", records), tmp_path)
     assert groups(path) == []
+
+
+def test_a_change_in_a_large_prompt_takes_bounded_time(tmp_path: Path) -> None:
+    records = []
+    for i in range(4):
+        system = f"{'1:15 ' * 200_000}{i}" + "é 2026-01-01 " * 50_000
+        body = {"model": "m", "system": system, "messages": [{"role": "user", "content": "Hello"}]}
+        records.append({"session_id": "s", "body": body})
+    path = written(Session("large", "system", records), tmp_path)
+    start = time.thread_time()
+    (found,) = groups(path)
+    assert time.thread_time() - start < 5
+    assert found.loss.quote is not None and found.loss.quote.char == 1_000_000
+    assert len(found.loss.quote.before) < 200
+
+
+def test_the_engines_own_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(written(SESSIONS["clean"], tmp_path))
+    packed = (resources.files("vllm_cachescope.cli") / "tokenizer.json.gz").read_bytes()
+    (tmp_path / "tokenizer.json").write_bytes(gzip.decompress(packed))
+    run(path, "--json")
+    estimated = json.loads(capsys.readouterr().out)["prompt_tokens"]
+    run(path, "--json", "--tokenizer", str(tmp_path))
+    counted = json.loads(capsys.readouterr().out)["prompt_tokens"]
+    assert counted != estimated and 0.3 < counted / estimated < 3
+    assert run(path, "--tokenizer", str(tmp_path / "nowhere.json")) == 2
+    assert "there is no such file" in capsys.readouterr().err

@@ -21,8 +21,9 @@ SPLIT = (
 """Cuts text into the words of the shipped tokenizer."""
 
 SCALE = 0.726
-"""Tokens of a large model's tokenizer for each of the shipped one, whose vocabulary is small. Fitted
-by `scripts/train_tokenizer.py` to five tokenizers; `docs/report.md` has the errors that remain."""
+"""Tokens of a large model's tokenizer for each of the shipped one, whose vocabulary is small.
+
+Fitted to five tokenizers; `docs/report.md` has the errors that remain."""
 
 _DATA = "tokenizer.json.gz"
 _MAX_WORDS = 2**17
@@ -97,7 +98,7 @@ def load_counter(name: str = DEFAULT) -> TokenCounter:
 
 
 def shipped_tokenizer() -> Tokenizer:
-    """Return the tokenizer that comes with this package. Its counts have to be scaled by `SCALE`."""
+    """Return the tokenizer that comes with this package; its counts are to be scaled by `SCALE`."""
     packed = (resources.files("vllm_cachescope.cli") / _DATA).read_bytes()
     return Tokenizer.from_str(gzip.decompress(packed).decode())
 
