@@ -10,6 +10,7 @@ BENCHMARKS = (
     "diagnosis",
     "envelopes",
     "explain",
+    "neighbours",
     "overhead",
     "remote_tier",
     "shared_prefix",
