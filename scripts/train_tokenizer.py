@@ -101,7 +101,8 @@ def compare(tokenizers: list[Path], files: list[Path], console: Console) -> None
     quarter = [len(text.encode()) / 4 for text in compared]
     fits = statistics.geometric_mean(a / b for a, b in zip(means, own, strict=True))
     table = Table(title=f"Mean error of {len(compared)} texts", title_justify="left")
-    for column in ("against", f"shipped × {SCALE}", f"shipped × {fits:.3f}, fits best", "bytes / 4"):
+    columns = "against", f"shipped × {SCALE}", f"shipped × {fits:.3f}, fits best", "bytes / 4"
+    for column in columns:
         table.add_column(column)
 
     def error(mine: list[float], theirs: list[int]) -> str:
