@@ -9,6 +9,7 @@ BENCHMARKS = (
     "cpu_tier",
     "diagnosis",
     "envelopes",
+    "explain",
     "ledger",
     "metrics",
     "neighbours",
