@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.page.browser import Tab, tab
-from tests.page.crowd import TOKEN, crowd, served, session_records
+from tests.page.crowd import TOKEN, crowd, keep, served, session_records
 from vllm_cachescope.cache.report import Row
 from vllm_cachescope.tenancy.scope import Scope
 from vllm_cachescope.usage.record import RequestRecord
@@ -125,7 +125,7 @@ def test_the_key_goes_into_a_header_and_nowhere_else(browser):
 
 @pytest.mark.parametrize("key", ["a wrong key", None, "ключ"])
 def test_a_wrong_key_is_told_and_shows_nothing(browser, key: str | None):
-    with served(turns(), "the one key") as page, tab(browser, page.url) as one:
+    with served(turns(), api_keys=("the one key",)) as page, tab(browser, page.url) as one:
         one.open().enter(key)
         error = one.page.locator("#key-error")
         error.wait_for()
@@ -313,6 +313,31 @@ def test_more_than_one_answer_holds_comes_in_full(browser):
         one.page.locator("#counted", has_text="1,303 requests").wait_for()
 
 
+def test_what_several_processes_tell_is_put_together(browser):
+    halves = crowd(30, 3000)[::2], crowd(30, 3000)[1::2]
+    with served(*halves) as page, tab(browser, page.url) as one:
+        one.look(TOKEN)
+        one.page.locator("#counted", has_text="3,000 requests").wait_for()
+        assert one.page.locator("#older").is_hidden()
+
+
+def test_costs_are_in_money_where_prices_are_known(browser, tmp_path):
+    (tmp_path / "prices.yaml").write_text("models: {small: {input: 3}}")
+    rows = (
+        Row("read_device", Scope.ORG, 300, 1_840_000),
+        Row("created", Scope.ORG, 300, 160_000),
+    )
+    records = [request(time.time(), rows=rows)]
+    with (
+        served(records, prices=str(tmp_path / "prices.yaml")) as page,
+        tab(browser, page.url) as one,
+    ):
+        one.look(TOKEN)
+        cost = one.page.inner_text(".tile.cost")
+        assert "−80.8 %" in cost and "2M tokens cost what 384K uncached ones would" in cost
+        assert "$1.15 instead of $6.00" in cost
+
+
 def test_a_server_that_goes_away_is_told_of(browser):
     with served(turns()) as page, tab(browser, page.url) as one:
         one.look(TOKEN)
@@ -395,8 +420,14 @@ SCROLL = """async () => {
 
 
 @pytest.mark.slow
-def test_it_paints_at_once_however_much_there_is(browser):
-    with served(crowd(1000, 50_000)) as page, tab(browser, page.url) as one:
+@pytest.mark.parametrize("kept", ["in the ledger", "in memory"])
+def test_it_paints_at_once_however_much_there_is(browser, tmp_path, kept: str):
+    records, config = crowd(1000, 50_000), {}
+    if kept == "in the ledger":
+        config["ledger"] = {"directory": str(tmp_path / "ledger")}
+        keep(tmp_path / "ledger", records)
+        records = []
+    with served(records, **config) as page, tab(browser, page.url) as one:
         one.page.add_init_script(WATCH)
         one.look(TOKEN)
         one.page.reload()
@@ -405,5 +436,22 @@ def test_it_paints_at_once_however_much_there_is(browser):
             """() => [performance.getEntriesByName("first-contentful-paint")[0].startTime,
                       window.firstRequest]"""
         )
-        assert paint < 1000, (paint, drawn)
-        assert drawn < 3000, (paint, drawn)
+        assert paint < 1000 and drawn < 3000, (paint, drawn)
+        loaded = one.page.locator("#counted")
+        loaded.filter(has_text="10K requests").wait_for(timeout=60_000)
+        one.page.click("#older")
+        loaded.filter(has_text="20K requests").wait_for(timeout=60_000)
+
+
+def test_the_ledger_is_read_and_goes_on(browser, tmp_path):
+    directory = tmp_path / "ledger"
+    keep(directory, turns(5, 2, session="kept"))
+    with served([], ledger={"directory": str(directory)}) as page, tab(browser, page.url) as one:
+        one.look(TOKEN)
+        assert one.bars("kept").count() == 5
+        assert one.page.locator(".request.break").count() == 1
+        page.front.add(request(time.time(), session="kept"))
+        one.bars("kept").nth(5).wait_for()
+        page.front.add(*turns(1, session="fresh"))
+        one.bars("fresh").first.wait_for()
+        assert one.page.inner_text("#counted") == "2 sessions, 7 requests"
