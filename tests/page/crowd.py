@@ -39,6 +39,26 @@ BREAKS = [
 ]
 
 
+def request(at: float, **fields: Any) -> RequestRecord:
+    rows = (Row("read_device", Scope.ORG, 300, 1024), Row("created", Scope.ORG, 300, 512))
+    own = {"org": "name:acme", "session": "one", "model": "small", "replica": "", "engine": 0}
+    own |= {"request_id": f"chatcmpl-{at}", "rows": rows, "lineage": 1, "cause": "continuation"}
+    return RequestRecord(at=at, **own | fields)
+
+
+def broken(at: float, **fields: Any) -> RequestRecord:
+    own = {"cause": "tools_changed", "region": "tools", "path": "tools[0]", "expected": False}
+    rows = (Row("read_device", Scope.ORG, 300, 64), Row("created", Scope.ORG, 300, 1472))
+    return request(at, **own | {"rows": rows, "missed_tokens": 960} | fields)
+
+
+def turns(count: int = 12, *breaks: int, **fields: Any) -> list[RequestRecord]:
+    """Return a session's requests, those of the numbers in ``breaks`` with a break."""
+    now = time.time()
+    makers = [broken if number in breaks else request for number in range(count)]
+    return [make(now - 60 + number, **fields) for number, make in enumerate(makers)]
+
+
 def session_records(
     chance: random.Random, org: str, session: str | None, turns: int, end: float
 ) -> list[RequestRecord]:
