@@ -4,6 +4,7 @@ the usage into the reply, and diagnoses the request."""
 import asyncio
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 from starlette.datastructures import QueryParams
 from starlette.responses import JSONResponse
@@ -138,7 +139,7 @@ class RequestHandler:
         try:
             await self._run(context, scope, replayed, reply.send)
         finally:
-            self._diagnose(context, reply, pending, body, headers)
+            context.end(partial(self._over, context, reply, pending, body, headers))
 
     async def _pass_on(
         self, context: RequestContext, scope: Scope, receive: Receive, send: Send
@@ -149,14 +150,17 @@ class RequestHandler:
         try:
             await self._run(context, scope, receive, send)
         finally:
-            if context.fetching is None:
-                recorder.record(context, None, None)
-            else:
-                self._queue.put_off(context.caller, self._record_later(context))
+            context.end(partial(self._record, context))
 
-    async def _record_later(self, context: RequestContext) -> None:
-        assert context.fetching is not None
-        await asyncio.wait([context.fetching])
+    def _record(self, context: RequestContext) -> None:
+        """Record what is over of a request, and is not diagnosed."""
+        if context.fetching is None:
+            self.services.recorder.record(context, None, None)
+        else:
+            self._queue.put_off(context.caller, self._record_later(context, context.fetching))
+
+    async def _record_later(self, context: RequestContext, fetching: asyncio.Task[None]) -> None:
+        await asyncio.wait([fetching])
         self.services.recorder.record(context, None, None)
 
     async def _run(
@@ -167,6 +171,19 @@ class RequestHandler:
             await self._app(scope, receive, send)
         finally:
             current_request.reset(token)
+
+    def _over(
+        self,
+        context: RequestContext,
+        reply: Reply,
+        pending: PendingDiagnosis | None,
+        body: IncomingBody,
+        headers: Mapping[str, str],
+    ) -> None:
+        """Diagnose and record a request whose prompts are over."""
+        # A prompt that comes later yet, in the background, goes on from one that was diagnosed.
+        context.on_over = partial(self._record, context)
+        self._diagnose(context, reply, pending, body, headers)
 
     def _diagnose(
         self,

@@ -16,7 +16,7 @@ from vllm_cachescope.api.operations import Operations
 from vllm_cachescope.api.page import REQUESTS, Page
 from vllm_cachescope.api.peers import ALONE, Peers
 from vllm_cachescope.api.poll_filter import leave_out
-from vllm_cachescope.api.recorder import Recorder
+from vllm_cachescope.api.recorder import Recorder, Trace
 from vllm_cachescope.api.request_details import RequestDetails
 from vllm_cachescope.api.viewer import Viewer, viewer_of
 from vllm_cachescope.config import Config
@@ -47,6 +47,7 @@ class Server:
         registry: where its metrics are.
         peers: its API processes, of which this is one.
         replica: its name among the servers of one operator.
+        trace: sends the trace of a request that is over; None where the server traces nothing.
     """
 
     config: Config
@@ -58,6 +59,7 @@ class Server:
     registry: CollectorRegistry = REGISTRY
     peers: Peers = ALONE
     replica: str = ""
+    trace: Trace | None = None
 
 
 def directory_of(config: Config, api_keys: Collection[str]) -> CallerDirectory:
@@ -133,6 +135,8 @@ class Services:
             details=details,
         )
         recorder = Recorder(server.model_name, server.replica)
+        if server.trace is not None:
+            recorder.trace_with(server.trace)
         prices = Prices() if config.prices is None else read_prices(config.prices)
         ledger = _ledger(server, directory, prices)
         if ledger is not None:
