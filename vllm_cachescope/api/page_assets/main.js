@@ -125,7 +125,7 @@ class Board {
     let [drawn, inVain] = [performance.now(), 0];
     try {
       while (run === this.run && server.hasOlder && this.requests.count < most && inVain < TRIES) {
-        const { list, requests } = await server.older();
+        const { list, requests } = await server.older(most - this.requests.count);
         if (run !== this.run) return;
         // Of several API processes one may answer that has nothing older.
         inVain = requests.length ? 0 : inVain + 1;
