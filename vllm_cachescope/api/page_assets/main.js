@@ -187,7 +187,9 @@ class Board {
   }
 
   open(request, timeline) {
-    void this.details.open(request, timeline);
+    // Asked for once more: on to the details themselves.
+    if (this.details.request === request) byId("details").focus();
+    else void this.details.open(request, timeline);
   }
 
   move(request, timeline) {
