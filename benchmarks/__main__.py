@@ -9,6 +9,7 @@ BENCHMARKS = (
     "cpu_tier",
     "diagnosis",
     "envelopes",
+    "ledger",
     "neighbours",
     "overhead",
     "remote_tier",
