@@ -114,6 +114,7 @@ class Board {
     this.sessions.update(changed, this.now);
     this.overview.draw(this.now, this.currency);
     legend(this.requests.tiers);
+    byId("legend").hidden = !this.requests.count;
     byId("older").hidden = !server.hasOlder || this.filling === this.run;
   }
 
