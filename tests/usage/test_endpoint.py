@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
+from sqlalchemy import make_url, text
 from starlette.responses import Response
 
 from tests.usage.ledgers import MONDAY, Books, record
@@ -18,6 +19,7 @@ from vllm_cachescope.config import LedgerSettings
 from vllm_cachescope.tenancy.caller import CallerDirectory
 from vllm_cachescope.usage.database import address
 from vllm_cachescope.usage.prices import ModelPrice, Prices
+from vllm_cachescope.usage.tables import METADATA
 from vllm_cachescope.usage.usage_ledger import UsageLedger
 
 DIRECTORY = CallerDirectory(b"x" * 16, {sha256(b"k").hexdigest(): "acme"}, "x-org")
@@ -109,6 +111,25 @@ async def test_too_many_rows(ask: Asking, monkeypatch: pytest.MonkeyPatch) -> No
     assert refused.value.status == 400
 
 
+async def test_a_database_that_hangs_is_not_waited_for(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vllm_cachescope.api.usage_endpoint.ANSWER_S", 0.3)
+    books = Books(make_url(postgres_url))
+    settings = LedgerSettings(url=postgres_url)
+    service = LedgerService(settings, Prices(), DIRECTORY, CollectorRegistry(), "toy")
+    with books.engine.connect() as connection:
+        connection.execute(text("LOCK TABLE cachescope_tokens IN ACCESS EXCLUSIVE MODE"))
+        with pytest.raises(Refused, match="in time") as refused:
+            await service.answer(PERIOD, None)
+    assert refused.value.status == 503
+    monkeypatch.undo()
+    assert (await service.answer(PERIOD, None)).status_code == 200
+    service.close()
+    METADATA.drop_all(books.engine)
+    books.close()
+
+
 async def test_a_broken_database_is_told_without_its_address(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -121,5 +142,6 @@ async def test_a_broken_database_is_told_without_its_address(
     assert refused.value.status == 503
     assert "sesame" not in str(refused.value) + caplog.text
     value = registry.get_sample_value
+    service.close()
     labels = {"model_name": "toy", "outcome": "written"}
     assert value("cachescope_ledger_records_total", labels) == 0
