@@ -19,9 +19,9 @@ demo: setup ## serve a small model and drive it with real clients; HOLD=1 leaves
 
 test: setup lint ## the checks and the suite, on a real engine
 	@# What needs no engine runs on all cores; engines would take each other's.
-	$(BIN)/pytest $(SLOWEST) -n auto tests/core tests/page
+	$(BIN)/pytest $(SLOWEST) -n auto tests/core tests/page tests/usage
 	$(BIN)/pytest $(SLOWEST) --ignore=tests/compat --ignore=tests/core --ignore=tests/lmcache \
-		--ignore=tests/page
+		--ignore=tests/page --ignore=tests/usage
 	@# By itself: LMCache imports llvmlite, over which vLLM 0.32 falls when it starts on a CPU.
 	$(BIN)/pytest $(SLOWEST) tests/lmcache
 

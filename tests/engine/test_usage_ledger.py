@@ -63,7 +63,7 @@ def keeping(tiny_model, tmp_path_factory, directory: Path, receiver: Receiver) -
     assert sum(kept_tokens(directory).values()) == sum(whole.values()) + prompt_tokens
 
 
-@pytest.mark.parametrize("requests", [250, pytest.param(5000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("requests", [150, pytest.param(5000, marks=pytest.mark.slow)])
 def test_it_adds_up_to_the_metrics_to_the_token(
     keeping: Api, directory: Path, requests: int
 ) -> None:

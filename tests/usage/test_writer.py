@@ -2,6 +2,7 @@ import sqlite3
 import time
 from collections import Counter
 from collections.abc import Iterator
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -20,12 +21,12 @@ from vllm_cachescope.usage.writer import Writer
 class Writing:
     """A writer of a database of its own, and what it counts."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, interval_s: float = 0.01) -> None:
         self.url = URL.create("sqlite", database=str(path))
         self.counts: Counter[str] = Counter()
         self.refused: list[Exception] = []
         self._engine = connect(self.url)
-        self.writer = Writer(self._open, NameLimits(), self._count, lambda: MONDAY, 0.01)
+        self.writer = Writer(self._open, NameLimits(), self._count, lambda: MONDAY, interval_s)
 
     def _open(self) -> Store:
         store = Store(self._engine, KEEP)
@@ -67,6 +68,23 @@ def test_what_is_left_is_written_when_the_process_ends(writing: Writing) -> None
     books = Books(writing.url)
     assert books.tokens() == tokens_of(records)
     assert writing.counts == {"written": 10}
+    books.close()
+
+
+def _leave(path: str) -> None:
+    """Leave a record in the queue, and end."""
+    writing = Writing(Path(path), interval_s=100)
+    writing.writer.start()
+    writing.writer.put(record())
+
+
+def test_also_of_a_process_that_multiprocessing_started(tmp_path: Path) -> None:
+    # As vLLM's API processes are, where there are several: such a process calls no `atexit`.
+    process = get_context("fork").Process(target=_leave, args=(str(tmp_path / "ledger.db"),))
+    process.start()
+    process.join(30)
+    books = Books(URL.create("sqlite", database=str(tmp_path / "ledger.db")))
+    assert books.tokens() == tokens_of([record()])
     books.close()
 
 

@@ -183,7 +183,10 @@ class RequestHandler:
         """Diagnose and record a request whose prompts are over."""
         # A prompt that comes later yet, in the background, goes on from one that was diagnosed.
         context.on_over = partial(self._record, context)
-        self._diagnose(context, reply, pending, body, headers)
+        try:
+            self._diagnose(context, reply, pending, body, headers)
+        except Exception:
+            logger.exception("The request could not be diagnosed")
 
     def _diagnose(
         self,

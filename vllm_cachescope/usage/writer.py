@@ -1,10 +1,10 @@
 """The writer of the ledger: a thread that writes what requests leave in its queue."""
 
-import atexit
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from multiprocessing.util import Finalize
 
 from sqlalchemy.exc import InterfaceError, OperationalError
 
@@ -78,7 +78,9 @@ class Writer:
     def start(self) -> None:
         """Start the thread, and have what is left written when the process ends."""
         self._thread.start()
-        atexit.register(self.close)
+        # Not `atexit`, which is passed over in a process that `multiprocessing` has started, as
+        # vLLM starts its API processes where there are several.
+        Finalize(None, self.close, exitpriority=0)
 
     def put(self, record: RequestRecord) -> None:
         """Leave a record to be written. Never blocks."""
