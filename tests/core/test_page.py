@@ -1,6 +1,7 @@
 """What the page's addresses answer to whom, before any browser looks."""
 
 import json
+import logging
 import re
 from hashlib import sha256
 from typing import Any
@@ -310,3 +311,19 @@ def test_the_newest_of_many_are_found_at_once():
 
     assert len(memory.newest(None, 500, after=Counted(newest - 5))) == 5
     assert walked <= 5 + 3
+
+
+def test_the_polls_of_an_open_page_do_not_fill_the_access_log():
+    Asked()
+    Asked()
+    log = logging.getLogger("uvicorn.access")
+
+    def is_logged(path: str, status: int = 200, method: str = "GET") -> bool:
+        args = "127.0.0.1:1", method, path, "1.1", status
+        record = logging.LogRecord(log.name, logging.INFO, "", 0, "%s", args, None)
+        return bool(log.filter(record))
+
+    assert not is_logged("/cachescope/requests?after=a.1")
+    assert not is_logged("/behind/cachescope/requests")
+    assert is_logged("/cachescope/requests", status=401)
+    assert is_logged("/cachescope") and is_logged("/v1/messages", method="POST")

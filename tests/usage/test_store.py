@@ -6,20 +6,39 @@ import pytest
 from sqlalchemy import select
 
 from tests.usage.ledgers import KEEP, MONDAY, Books, record, some_records, tokens_of
+from vllm_cachescope.usage.ledger_requests import OVERLAP_S, LedgerRequests
 from vllm_cachescope.usage.query import TooManyRowsError
-from vllm_cachescope.usage.recent import recent
+from vllm_cachescope.usage.recent_requests import UnavailableError
 from vllm_cachescope.usage.store import DAY_S, Store, week_of
-from vllm_cachescope.usage.tables import REQUESTS, SESSIONS, TOKENS, USAGE
+from vllm_cachescope.usage.tables import METADATA, REQUESTS, SESSIONS, TOKENS, USAGE
 
 
 def test_records_come_back_as_they_were(books: Books) -> None:
     written = some_records(1, 50)
     books.write(*written)
-    with books.engine.connect() as connection:
-        assert recent(connection, 100) == written[::-1]
-        assert recent(connection, 2, before=written[10].at) == [written[9], written[8]]
-        own = [one for one in written if (one.org, one.replica) == ("name:acme", "b")]
-        assert recent(connection, 3, "name:acme", "b") == own[:-4:-1]
+    now = written[-1].at + 60
+    requests = LedgerRequests(books.engine, lambda: now)
+    listed = requests.newest(None, 100)
+    assert [one.record for one in listed] == written[::-1]
+    numbers = [one.number for one in listed]
+    assert numbers == sorted(numbers, reverse=True)
+    own = [one for one in listed if one.record.org == "name:acme"]
+    assert requests.newest("name:acme", 3) == own[:3]
+    assert requests.newest(None, 2, before=numbers[10]) == listed[11:13]
+    assert requests.newest(None, 100, after=numbers[4]) == listed[:4]
+    assert requests.newest("name:acme", 100, numbers[20], numbers[9]) == [
+        one for one in listed[10:20] if one.record.org == "name:acme"
+    ]
+    # What has just come is listed again: another writer's rows may have come in between.
+    now = written[-1].at + OVERLAP_S / 2
+    latest = [one for one in listed if one.record.at > now - OVERLAP_S]
+    assert requests.newest(None, 100, after=numbers[0]) == latest != []
+
+
+def test_a_database_that_is_away_is_told_of(books: Books) -> None:
+    METADATA.drop_all(books.engine)
+    with pytest.raises(UnavailableError):
+        LedgerRequests(books.engine).newest(None, 1)
 
 
 def test_sums_are_those_of_the_records_whatever_is_summed_up_and_when(books: Books) -> None:

@@ -37,6 +37,8 @@ logger = logger_of(__name__)
 MOST = 500
 """How many requests one answer lists at most: some 10 ms of work."""
 
+REQUESTS = "/cachescope/requests"
+
 _PATH = re.compile(r"(?:^|/)cachescope(?:/|/(requests|request|diff)|/page/([a-z_]+\.[a-z]+))?$")
 
 _BASE = Multipliers()

@@ -13,8 +13,9 @@ from vllm_cachescope.api.diffs import Diffs
 from vllm_cachescope.api.engines import Engines
 from vllm_cachescope.api.ignored_markers import IgnoredMarkers
 from vllm_cachescope.api.operations import Operations
-from vllm_cachescope.api.page import Page
+from vllm_cachescope.api.page import REQUESTS, Page
 from vllm_cachescope.api.peers import ALONE, Peers
+from vllm_cachescope.api.poll_filter import leave_out
 from vllm_cachescope.api.recorder import Recorder, Trace
 from vllm_cachescope.api.request_details import RequestDetails
 from vllm_cachescope.api.stage_times import StageTimes
@@ -164,6 +165,7 @@ class Services:
             else:
                 recorder.add_sink(lambda record, _: memory.add(record))
             page = Page(requests, details, diffs, server.model_name, prices, peers)
+            leave_out(REQUESTS)
             logger.info("The page is at /cachescope")
 
         def forget(org: str | None, session: str | None) -> int:

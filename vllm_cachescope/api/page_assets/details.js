@@ -25,26 +25,25 @@ export class Details {
 
   async open(request, timeline) {
     this.timeline?.select(null);
-    const known = this.request === request ? this.known : null;
-    Object.assign(this, { request, timeline, known });
+    Object.assign(this, { request, timeline });
     timeline.select(request);
     this.element.hidden = false;
     document.body.classList.add("with-details");
     // On a phone the details lie over the lower part of the page.
     if (narrow.matches) timeline.element.closest(".session").scrollIntoView({ block: "start" });
-    this.#render(known ? known : undefined);
+    this.#render(undefined);
     const shown = (this.#shown += 1);
     const answer = await this.server.details(request).catch((error) => ({ failed: error.message }));
     if (shown !== this.#shown || this.request !== request) return;
-    this.known = answer;
     this.#render(answer);
+    byId("spoken").textContent = this.element.querySelector(".verdict").innerText;
   }
 
   close({ refocus = true } = {}) {
     if (!this.isOpen) return;
     const { request, timeline } = this;
     this.#shown += 1;
-    this.request = this.known = null;
+    this.request = null;
     this.element.hidden = true;
     this.element.replaceChildren();
     document.body.classList.remove("with-details");
@@ -91,9 +90,11 @@ export class Details {
 
   #verdict(known) {
     const { request } = this;
-    const kind = request.isBreak ? (request.expected ? "expected" : "break") : "fine";
+    const [kind, title] = request.isBreak
+      ? (request.expected ? ["expected", "Expected break"] : ["break", "Break"])
+      : request.cause ? ["fine", "No break"] : ["unknown", "Not compared with others"];
     const box = h("section", { class: `verdict ${kind}` },
-      h("p", { class: "kind" }, request.isBreak ? (request.expected ? "Expected break" : "Break") : "No break"),
+      h("p", { class: "kind" }, title),
       h("p", { class: "cause" }, cause(request.cause)));
     if (request.path) box.append(h("p", { class: "path" }, "at ", h("code", null, h("bdi", null, request.path))));
     if (request.missed) {
