@@ -11,6 +11,7 @@ BENCHMARKS = (
     "envelopes",
     "overhead",
     "remote_tier",
+    "report",
     "shared_prefix",
 )
 

@@ -22,23 +22,27 @@ from demo.session import agent_session, marked
 _MB = 1_000_000
 
 
-def sessions(count: int, turns: int, tools: int, start: float = 1.7e9) -> Iterator[dict[str, Any]]:
-    """Yield the calls of sessions that take turns, as a recorder writes them: a call has the body
-    of its turn, and half of the sessions a subagent that shares their tools."""
-    made = [agent_session(seed, turns=turns, tools=tools) for seed in range(count)]
-    number = 0
-    for turn in range(turns):
-        for i, session in enumerate(made):
-            body = {"model": "large", **session.body(turn)}
-            if i % 2 and turn % 4 == 3:
-                body |= {"model": "small", "tools": body["tools"][: tools // 2 + 1]}
-                body["messages"] = body["messages"][-1:]
-            number += 1
-            yield {
-                "timestamp": start + 3 * number,
-                "session_id": f"session {i}",
-                "body": marked(body),
-            }
+def sessions(
+    count: int, turns: int, tools: int, rules: int = 40, side_by_side: int = 16
+) -> Iterator[dict[str, Any]]:
+    """Yield the calls of sessions, so many at a time taking turns, as a recorder writes them.
+
+    A call has the whole body of its turn. In half of the sessions every fourth call is that of a
+    subagent, on another model and with some of the tools.
+    """
+    at = 1.7e9
+    for first in range(0, count, side_by_side):
+        seeds = range(first, min(count, first + side_by_side))
+        made = [agent_session(seed, turns=turns, tools=tools, rules=rules) for seed in seeds]
+        for turn in range(turns):
+            for seed, session in zip(seeds, made, strict=True):
+                body = {"model": "large", **session.body(turn)}
+                if seed % 2 and turn % 4 == 3:
+                    body |= {"model": "small", "tools": body["tools"][: tools // 2 + 1]}
+                    body["messages"] = body["messages"][-1:]
+                at += 1.5
+                name = f"session {seed}"
+                yield {"timestamp": at, "session_id": name, "body": marked(body)}
 
 
 def different(words: int, calls: int) -> Iterator[dict[str, Any]]:
@@ -108,7 +112,7 @@ def main() -> int:
             result.add(f"{name}: memory", [memory for _, memory in runs], "MB")
         small = 2_000 if options.quick else 20_000
         for count in (small, 5 * small):
-            calls, size = write(path, sessions(count // 20, 20, 1))
+            calls, size = write(path, sessions(count // 10, 10, 2, rules=2))
             result.add(f"{calls:,} calls: size", [size / _MB], "MB")
             seconds, memory = report(path)
             result.add(f"{calls:,} calls: CPU time", [seconds], "s")
