@@ -9,6 +9,7 @@ BENCHMARKS = (
     "cpu_tier",
     "diagnosis",
     "envelopes",
+    "neighbours",
     "overhead",
     "remote_tier",
     "report",

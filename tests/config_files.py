@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ def in_file(config: Mapping[str, Any]) -> dict[str, Any]:
     text = json.dumps(config)
     path = _DIRECTORY / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
     _DIRECTORY.mkdir(parents=True, exist_ok=True)
-    path.touch(mode=0o600)
-    path.write_text(text)
+    # Engines of one configuration start at once: none may find the file empty.
+    with tempfile.NamedTemporaryFile("w", dir=_DIRECTORY, delete=False) as file:
+        file.write(text)
+    os.replace(file.name, path)
     return {"config_file": str(path)}

@@ -11,12 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from vllm_cachescope.connectors.redis.channel import Refusal, Reply, command
 from vllm_cachescope.connectors.redis.server_clock import ServerClock
-from vllm_cachescope.connectors.redis.sorted_sets import (
-    SortedSets,
-    members,
-    scored,
-    until,
-)
+from vllm_cachescope.connectors.redis.sorted_sets import SortedSets, add, expiry_ms, members
 from vllm_cachescope.tenancy.owner_tags import TAG_BYTES
 from vllm_cachescope.tiers.keyspace import MODELS, Keyspace, OwnerNames, split
 
@@ -69,12 +64,12 @@ class OwnerIndex:
         entries = list(entries)
         if (ahead_s := self._sets.ahead_s(self._names.began, deadline)) is not None:
             last_us = max(int((at + ahead_s) * 1e6) for _, at in entries)
-            commands = [*self._entering(entries, ahead_s), *until(self._names.began, last_us)]
+            commands = [*self._entering(entries, ahead_s), self._lasting(last_us)]
             began = command(b"GET", self._names.began)
             replies = self._sets.ask(self._names.began, [*commands, began], deadline)
             if replies and (replies[-1] is not None or self._begin(last_us, deadline)):
-                listing = command(b"ZADD", MODELS, b"GT", b"%d" % last_us, self._model)
-                if self._sets.ask(MODELS, [listing, *until(MODELS, last_us)], deadline):
+                listing = add(MODELS, {self._model: last_us})
+                if self._sets.ask(MODELS, [*listing], deadline):
                     return ""
         return self._give_up(max(at for _, at in entries) - self._clock(), deadline)
 
@@ -89,10 +84,9 @@ class OwnerIndex:
             return
         entries = list(entries)
         last_us = max(int((at + ahead_s) * 1e6) for _, at in entries)
-        commands = [*self._entering(entries, ahead_s, b"XX"), *until(self._names.began, last_us)]
+        commands = [*self._entering(entries, ahead_s, b"XX"), self._lasting(last_us)]
         self._sets.ask(self._names.began, commands, deadline)
-        listing = command(b"ZADD", MODELS, b"XX", b"GT", b"%d" % last_us, self._model)
-        self._sets.ask(MODELS, [listing, *until(MODELS, last_us)], deadline)
+        self._sets.ask(MODELS, [*add(MODELS, {self._model: last_us}, b"XX")], deadline)
 
     def find(self, prefix: bytes, deadline: Callable[[], float]) -> Iterator[list[bytes]]:
         """Yield the names of all entries in the index, of whatever model, whose owner begins with
@@ -157,8 +151,13 @@ class OwnerIndex:
         (info,) = self._ask_node_of(name, [command(b"INFO")], deadline)
         if not (server_id := _server_id(info)):
             return False
-        begin = command(b"SET", name, server_id, b"NX")
-        return bool(self._sets.ask(name, [begin, *until(name, last_us)], deadline))
+        until_ms = b"%d" % expiry_ms(last_us)
+        begin = command(b"SET", name, server_id, b"NX", b"PXAT", until_ms)
+        return bool(self._sets.ask(name, [begin, self._lasting(last_us)], deadline))
+
+    def _lasting(self, last_us: int) -> bytes:
+        """Return the command that keeps the note on who began the sets until a time at least."""
+        return command(b"PEXPIREAT", self._names.began, b"%d" % expiry_ms(last_us), b"GT")
 
     def _give_up(self, lifetime_s: float, deadline: float) -> str:
         """Note that entries are stored which are not in the index. Return the server's words if it
@@ -187,9 +186,8 @@ class OwnerIndex:
 def _add(
     name: bytes, expires_us: Mapping[bytes, int], now: bytes, only: Sequence[bytes]
 ) -> Iterator[bytes]:
-    yield command(b"ZADD", name, *only, b"GT", *scored(expires_us))
+    yield from add(name, expires_us, *only)
     yield command(b"ZREMRANGEBYSCORE", name, b"-inf", now)
-    yield from until(name, max(expires_us.values()))
 
 
 def _server_id(info: Reply) -> bytes:

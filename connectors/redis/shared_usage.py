@@ -11,11 +11,10 @@ from vllm_cachescope.connectors.redis.channel import Reply, command
 from vllm_cachescope.connectors.redis.server_clock import ServerClock
 from vllm_cachescope.connectors.redis.sorted_sets import (
     SortedSets,
+    add,
     members,
     number,
     pairs,
-    scored,
-    until,
 )
 from vllm_cachescope.tenancy.owner_tags import org_of
 from vllm_cachescope.tiers.keyspace import Keyspace, key_in, usage_beside
@@ -68,10 +67,9 @@ class SharedUsage:
         for account, expires_us in accounts.items():
             name, last_us = self._keyspace.usage(account), max(expires_us.values())
             commands += [
-                command(b"ZADD", name, b"GT", *scored(expires_us)),
+                *add(name, expires_us),
                 command(b"ZREMRANGEBYSCORE", name, b"-inf", b"%d" % now_us),
-                command(b"ZADD", self._keyspace.accounts, b"GT", b"%d" % last_us, account),
-                *(c for n in (name, self._keyspace.accounts) for c in until(n, last_us)),
+                *add(self._keyspace.accounts, {account: last_us}),
             ]
         counts = [command(b"ZCARD", self._keyspace.usage(account)) for account in accounts]
         replies = self._ask([*commands, *counts], deadline)
@@ -98,9 +96,8 @@ class SharedUsage:
         for account, expires_us in self._by_account(entries, ahead_s).items():
             name, last_us = self._keyspace.usage(account), max(expires_us.values())
             commands += [
-                command(b"ZADD", name, b"XX", b"GT", *scored(expires_us)),
-                command(b"ZADD", self._keyspace.accounts, b"XX", b"GT", b"%d" % last_us, account),
-                *(c for n in (name, self._keyspace.accounts) for c in until(n, last_us)),
+                *add(name, expires_us, b"XX"),
+                *add(self._keyspace.accounts, {account: last_us}, b"XX"),
             ]
         self._ask(commands, deadline)
 

@@ -4,12 +4,24 @@ Each set expires with the last entry that is in it: nobody has to clean up after
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 
 from vllm_cachescope.connectors.redis.channel import Refusal, Reply, command
 from vllm_cachescope.connectors.redis.server_clock import ServerClock
 from vllm_cachescope.logs import logger_of
 
 logger = logger_of(__name__)
+
+AT_ONCE = 1000
+"""Members that one call of the script adds; Lua takes some 8000 words at most."""
+
+# A script, since a set whose expiry was lost with the connection would stay for ever. What has no
+# expiry yet counts as longer than any for GT.
+_ADD = b"""
+local added = redis.call('ZADD', KEYS[1], unpack(ARGV, 2))
+redis.call('PEXPIREAT', KEYS[1], ARGV[1], 'NX')
+redis.call('PEXPIREAT', KEYS[1], ARGV[1], 'GT')
+return added"""
 
 
 class SortedSets:
@@ -69,18 +81,25 @@ class SortedSets:
         return int((self._clock() + ahead_s) * 1e6)
 
 
-def scored(members: Mapping[bytes, int]) -> Iterator[bytes]:
-    """Yield the words that add members to a set, each with its score."""
-    for member, expires_us in members.items():
-        yield b"%d" % expires_us
-        yield member
+def add(name: bytes, expires_us: Mapping[bytes, int], *only: bytes) -> Iterator[bytes]:
+    """Yield the commands that add members to a set, or let them be in it for longer. The set lives
+    as long as the last of them at least.
+
+    Args:
+        name: the set's name.
+        expires_us: when each member expires.
+        only: ``XX`` if members that are not in the set are to be ignored.
+    """
+    left = iter(expires_us.items())
+    while batch := dict(islice(left, AT_ONCE)):
+        scored = (word for member, at in batch.items() for word in (b"%d" % at, member))
+        until_ms = b"%d" % expiry_ms(max(batch.values()))
+        yield command(b"EVAL", _ADD, b"1", name, until_ms, *only, b"GT", *scored)
 
 
-def until(name: bytes, last_us: int) -> Iterator[bytes]:
-    """Yield the commands that let a name live until a time at least."""
-    # What has no expiry yet counts as longer than any for GT.
-    for condition in (b"NX", b"GT"):
-        yield command(b"PEXPIREAT", name, b"%d" % (last_us // 1000 + 1), condition)
+def expiry_ms(last_us: int) -> int:
+    """Return when a name may expire that is needed until a time in µs, in ms."""
+    return last_us // 1000 + 1
 
 
 def pairs(reply: Reply = None) -> Iterator[tuple[bytes, float]]:

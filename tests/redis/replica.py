@@ -1,6 +1,7 @@
 """Real engines in processes of their own, which share a Redis."""
 
 import multiprocessing
+import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -75,7 +76,12 @@ class Replica:
         """Wait until the engine has started."""
         if not self._started:
             assert self._pipe.poll(_START_S), "the engine does not start"
-            assert self._pipe.recv() == "ready"
+            try:
+                said = self._pipe.recv()
+            except EOFError:
+                self._process.join()
+                said = f"it ended with status {self._process.exitcode}"
+            assert said == "ready", f"the engine did not start: {said}"
             self._started = True
 
     def stop(self) -> None:
@@ -97,7 +103,12 @@ def _serve(
 ) -> None:
     from tests.engine.engine import Engine
 
-    engine = Engine(model, scratch, config=config, **options)
+    try:
+        engine = Engine(model, scratch, config=config, **options)
+    except Exception:
+        # What a test has printed is easily cut; why an engine is not there must not be.
+        pipe.send(traceback.format_exc())
+        raise
     pipe.send("ready")
     while True:
         # vLLM's own loop steps on as long as blocks are being stored.

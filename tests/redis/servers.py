@@ -94,9 +94,12 @@ class RedisServer:
         self._process.wait()
 
     def stop(self) -> None:
-        """Make it hang."""
+        """Make it hang; return once it does."""
         assert self._process is not None
         os.kill(self._process.pid, signal.SIGSTOP)
+        # A process that is running takes a while to notice.
+        status = Path(f"/proc/{self._process.pid}/status")
+        wait_until(lambda: "State:\tT" in status.read_text())
 
     def resume(self) -> None:
         """Let it go on."""
