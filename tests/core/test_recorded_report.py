@@ -171,6 +171,10 @@ def test_breaks_are_told_once_for_each_place(
     row = next(row for row in found["rows"] if row["cause"] == "tools_changed")
     assert row["region"] == "tools" and row["path"] == "tools[4]" and row["missed"] > 1000
     assert row["changes"][0]["fields"] == ["description"]
+    assert main(["report", str(tmp_path / "t.jsonl"), "--calls"]) == 0
+    told = capsys.readouterr().out.splitlines()[-8:]
+    assert sum("tools_changed at tools[4]" in line for line in told) == 4
+    assert all(f"t.jsonl:{i}" in line and "%" in line for i, line in enumerate(told, 1))
     # An hour would have kept what expired.
     assert found["costs"]["1h"]["read"] > found["costs"]["5m"]["read"]
 
@@ -293,3 +297,40 @@ def test_calls_without_times_are_a_gap_apart(
         assert found["costs"]["5m"]["read"] == read * found["tokens"]
     assert main(["report", path]) == 0
     assert "3 calls tell no time" in capsys.readouterr().out
+
+
+def test_a_claude_trace_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    agent, lines = Agent("traced", scale=0.4), []
+    for turn in range(3):
+        usage = {"input_tokens": 10, "cache_read_input_tokens": 900 * turn}
+        usage["cache_creation_input_tokens"] = 900
+        request = {
+            "timestamp": 1.7e9 + 20 * turn,
+            "method": "POST",
+            "url": "https://gateway/v1/messages?beta=true",
+            "headers": {"X-Claude-Code-Session-Id": "s1"},
+            "body": agent.turn().body(),
+        }
+        response = {"status_code": 200, "body": {"id": f"msg_{turn}", "usage": usage}}
+        lines.append({"request": request, "response": response, "logged_at": "later"})
+    found = report(capsys, write(tmp_path / "log.jsonl", lines))
+    assert found["measured"] == {"tokens": 3 * 910 + 2700, "read": 2700}
+    assert [row["session"] for row in found["rows"]] == ["s1"] * 3
+    assert [row["kind"] for row in found["rows"]] == ["first_request", *["continuation"] * 2]
+
+
+def test_names_in_chat_completions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = random.Random(9)
+    source = "\n".join(words(rng, 60) for _ in range(40))
+    messages: list[Body] = [{"role": "user", "content": "Read it."}]
+    for number in range(2):
+        function = {"name": "open_file", "arguments": json.dumps({"path": "a/b.txt"})}
+        asked = {"id": f"c{number}", "type": "function", "function": function}
+        messages += [
+            {"role": "assistant", "content": None, "tool_calls": [asked]},
+            {"role": "tool", "tool_call_id": f"c{number}", "content": source},
+        ]
+    body = {"model": "m", "messages": messages, "seed": 1, "n": 1}
+    found = report(capsys, write(tmp_path / "t.jsonl", [body]))["elsewhere"]
+    assert set(found["by_tool"]) == {"result of open_file"} and set(found["by_scope"]) == {"prompt"}
+    assert found["by_file"]["a/b.txt"] == found["tokens"] > 100
