@@ -6,7 +6,6 @@ as 100,000 calls. No engine is needed.
 """
 
 import json
-import os
 import random
 import subprocess
 import sys
@@ -73,18 +72,23 @@ def write(path: Path, calls: Iterator[dict[str, Any]], most: int | None = None) 
         return count, file.tell()
 
 
+_RUN = """
+import os, re, sys, time
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+from vllm_cachescope.cli.main import main
+status = main(["report", sys.argv[1], "--price", "3"])
+peak = re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]
+print(time.process_time(), peak, file=sys.stderr)
+sys.exit(status)
+"""
+
+
 def report(path: Path) -> tuple[float, float]:
     """Run the report on one core. Return its CPU seconds and its largest memory in MB."""
-    core = min(os.sched_getaffinity(0))
-    command = [sys.executable, "-m", "vllm_cachescope", "report", str(path), "--price", "3"]
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.DEVNULL,
-        preexec_fn=lambda: os.sched_setaffinity(0, {core}),
-    )
-    _, status, usage = os.wait4(process.pid, 0)
-    assert status == 0, status
-    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / _MB
+    command = [sys.executable, "-c", _RUN, str(path)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    seconds, kilobytes = ran.stderr.split()[-2:]
+    return float(seconds), int(kilobytes) * 1024 / _MB
 
 
 def main() -> int:

@@ -1,14 +1,20 @@
+import io
 import json
+import os
 import random
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tests.core.agent_session import Agent, Body, tool, words
 from vllm_cachescope.cli.main import main
+from vllm_cachescope.cli.report import progress
+from vllm_cachescope.cli.report.ordered_calls import ordered_calls
 from vllm_cachescope.cli.report.repeats import MIN_CHARS, chunks
 from vllm_cachescope.cli.report.summary import ratio
 from vllm_cachescope.cli.report.tables import in_words
@@ -334,3 +340,28 @@ def test_names_in_chat_completions(tmp_path: Path, capsys: pytest.CaptureFixture
     found = report(capsys, write(tmp_path / "t.jsonl", [body]))["elsewhere"]
     assert set(found["by_tool"]) == {"result of open_file"} and set(found["by_scope"]) == {"prompt"}
     assert found["by_file"]["a/b.txt"] == found["tokens"] > 100
+
+
+def test_a_terminal_shows_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    terminal = Console(file=shown, force_terminal=True, width=100)
+    monkeypatch.setattr(progress, "Console", lambda stderr: terminal)
+    path = Path(
+        write(tmp_path / "t.jsonl", [call(1.7e9 + i, "s", "m", "Hello") for i in range(70)])
+    )
+    calls = list(ordered_calls([path], []))
+    assert list(progress.with_progress(iter(calls), [path])) == calls
+    assert "Reading" in shown.getvalue() and "64 calls" in shown.getvalue()
+
+
+def test_many_files_without_times(tmp_path: Path) -> None:
+    body = call(0, "s", "m", "Hello")["body"]
+    paths = [Path(write(tmp_path / f"{i}.jsonl", [body, body])) for i in range(40)]
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 20, limits[1]))
+    try:
+        found = [path for path, _ in ordered_calls(paths, [])]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert found == [path for path in paths for _ in range(2)]
