@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
 from types import FrameType
@@ -32,7 +33,7 @@ from demo.client import (
     empty_device_cache,
     read_metrics,
 )
-from demo.hold import hold
+from demo.hold import KEYS, hold
 from demo.server import Server
 from demo.session import AgentSession, agent_session, marked
 from vllm_cachescope.cli.serve import serve_command
@@ -53,6 +54,7 @@ CONFIG: dict[str, Any] = {
     "ttls": [f"{TTL_S}s"],
     "regions": {"messages": {"scope": "session"}},
     "page": True,
+    "tenants": {sha256(key.encode()).hexdigest(): org for org, key in KEYS.items()},
 }
 
 # Seconds each step takes on an idle machine with two cores: what the progress bar is made of.
@@ -153,9 +155,8 @@ class Run:
         self.claims: list[Claim] = []
         self.ttft_s: dict[str, float] = {}
         self._clients = {
-            ("anthropic", org): AnthropicClient(server.url, f"key-of-{org}")
-            for org in ("north", "south")
-        } | {("openai", "north"): OpenAIClient(server.url, "key-of-north")}
+            ("anthropic", org): AnthropicClient(server.url, key) for org, key in KEYS.items()
+        } | {("openai", "north"): OpenAIClient(server.url, KEYS["north"])}
 
     def ask(
         self,
@@ -494,13 +495,13 @@ def serving(
     """Return the demo's server; enter it to start it.
 
     Args:
-        model: the model's directory.
+        model: the model's directory. Diffs of what breaks prefixes go beside it.
         token: the operator's token.
         on_wait: as of `Server`.
     """
     command = serve_command(
         str(model),
-        CONFIG,
+        CONFIG | {"diffs": {"directory": str(model.parent / "diffs")}},
         [
             *("--served-model-name", MODEL, "--dtype", "float32", "--enforce-eager"),
             *("--max-model-len", "32768", "--chat-template-content-format", "openai"),

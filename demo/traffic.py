@@ -87,10 +87,8 @@ def _compacted(session: AgentSession, turn: int) -> Iterator[_Body]:
             "The conversation is summarized below:\nAnalysis: the office asked about berths and "
             "cargo, and the records were looked up. " + "One question was answered. " * 40
         )
-        body["messages"] = [
-            {"role": "user", "content": [{"type": "text", "text": summary}]},
-            *body["messages"][19:],
-        ]
+        opening = {"role": "user", "content": [{"type": "text", "text": summary}]}
+        body["messages"] = [opening, *body["messages"][21:]]
     yield body
 
 

@@ -22,7 +22,7 @@ from demo.run import serving  # noqa: E402
 from demo.traffic import steps  # noqa: E402
 
 TOKEN = "the operator of the pictures"
-WIDE = {"viewport": {"width": 1360, "height": 860}, "device_scale_factor": 1.5}
+WIDE = {"viewport": {"width": 1360, "height": 1130}, "device_scale_factor": 1.5}
 PHONE = {
     "viewport": {"width": 390, "height": 844},
     "device_scale_factor": 2,
@@ -54,7 +54,12 @@ def take(browser: Any, url: str, path: Path, key: str, opens: bool, **context: A
         broken = session.locator(".request.break").first
         broken.click(force=True)
         page.locator("#details .suggestion").wait_for()
+        page.click("text=Show the diff")
+        page.locator("pre.diff").wait_for()
+        page.locator("#details .verdict").scroll_into_view_if_needed()
         page.mouse.move(5, 5)
+        if not context.get("is_mobile"):
+            page.evaluate("scrollTo(0, 0)")
     page.wait_for_timeout(400)
     page.screenshot(path=path)
     page.context.close()
@@ -78,7 +83,8 @@ def main() -> None:
                 ("page-phone.png", True, PHONE),
             ):
                 take(browser, server.url, directory / name, TOKEN, opens, **context)
-            take(browser, server.url, directory / "page-tenant.png", KEYS["south"], False, **WIDE)
+            tenant = directory / "page-tenant.png"
+            take(browser, server.url, tenant, KEYS["south"], False, **WIDE)
             browser.close()
 
 

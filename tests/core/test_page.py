@@ -1,6 +1,7 @@
 """What the page's addresses answer to whom, before any browser looks."""
 
 import json
+import logging
 import re
 from hashlib import sha256
 from typing import Any
@@ -154,7 +155,7 @@ def diagnosis(names: tuple[str, ...] = ("weigh",)) -> Diagnosis:
 
 
 async def test_details_are_those_of_the_one_request(asked):
-    details = asked.front.services.diagnoser._details  # noqa: SLF001
+    details = asked.front.services.page.details
     details.add("id-1", Break.of(1e9 + 1.2, Caller("name:a", "s"), "m", diagnosis(), "a.diff"))
 
     async def told(key: str, at_s: float, request_id: str = "id-1") -> Any:
@@ -310,3 +311,19 @@ def test_the_newest_of_many_are_found_at_once():
 
     assert len(memory.newest(None, 500, after=Counted(newest - 5))) == 5
     assert walked <= 5 + 3
+
+
+def test_the_polls_of_an_open_page_do_not_fill_the_access_log():
+    Asked()
+    Asked()
+    log = logging.getLogger("uvicorn.access")
+
+    def is_logged(path: str, status: int = 200, method: str = "GET") -> bool:
+        args = "127.0.0.1:1", method, path, "1.1", status
+        record = logging.LogRecord(log.name, logging.INFO, "", 0, "%s", args, None)
+        return bool(log.filter(record))
+
+    assert not is_logged("/cachescope/requests?after=a.1")
+    assert not is_logged("/behind/cachescope/requests")
+    assert is_logged("/cachescope/requests", status=401)
+    assert is_logged("/cachescope") and is_logged("/v1/messages", method="POST")

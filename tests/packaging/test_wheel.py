@@ -128,6 +128,11 @@ def test_the_wheel_holds_the_package_and_nothing_else(tree, dist):
         if path.suffix in (".css", ".gz", ".html", ".js", ".svg")
     }
     assert data and data <= names
+    files = {
+        f"vllm_cachescope/{path.relative_to(tree / 'vllm_cachescope')}"
+        for path in (tree / "vllm_cachescope" / "api" / "page_assets").iterdir()
+    }
+    assert files and files <= names
     assert "vllm_cachescope-0.1.0.dist-info/licenses/LICENSE" in names
 
 

@@ -1,11 +1,13 @@
 """A crowd of made-up sessions behind the real API side, for what no engine can be asked in a test:
 the page with tens of thousands of requests."""
 
+import itertools
 import random
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -17,9 +19,15 @@ from vllm_cachescope.api.engines import Engines, Purged
 from vllm_cachescope.api.middleware import CacheScopeMiddleware
 from vllm_cachescope.api.services import Server
 from vllm_cachescope.cache.report import Row
-from vllm_cachescope.config import load
+from vllm_cachescope.config import LedgerSettings, load
 from vllm_cachescope.tenancy.scope import Scope
+from vllm_cachescope.tenancy.shares import own_account
+from vllm_cachescope.usage.batch import Batch
+from vllm_cachescope.usage.database import address, connect, make_private
+from vllm_cachescope.usage.name_limits import NameLimits
 from vllm_cachescope.usage.record import RequestRecord
+from vllm_cachescope.usage.store import Store
+from vllm_cachescope.usage.usage_ledger import retention_of
 
 TOKEN = "the operator of the crowd"
 BLOCK = 16
@@ -29,6 +37,26 @@ BREAKS = [
     ("messages_changed", "messages", "messages[12].content[0]"),
     ("params_changed", "params", "tool_choice"),
 ]
+
+
+def request(at: float, **fields: Any) -> RequestRecord:
+    rows = (Row("read_device", Scope.ORG, 300, 1024), Row("created", Scope.ORG, 300, 512))
+    own = {"org": "name:acme", "session": "one", "model": "small", "replica": "", "engine": 0}
+    own |= {"request_id": f"chatcmpl-{at}", "rows": rows, "lineage": 1, "cause": "continuation"}
+    return RequestRecord(at=at, **own | fields)
+
+
+def broken(at: float, **fields: Any) -> RequestRecord:
+    own = {"cause": "tools_changed", "region": "tools", "path": "tools[0]", "expected": False}
+    rows = (Row("read_device", Scope.ORG, 300, 64), Row("created", Scope.ORG, 300, 1472))
+    return request(at, **own | {"rows": rows, "missed_tokens": 960} | fields)
+
+
+def turns(count: int = 12, *breaks: int, **fields: Any) -> list[RequestRecord]:
+    """Return a session's requests, those of the numbers in ``breaks`` with a break."""
+    now = time.time()
+    makers = [broken if number in breaks else request for number in range(count)]
+    return [make(now - 60 + number, **fields) for number, make in enumerate(makers)]
 
 
 def session_records(
@@ -119,6 +147,19 @@ def crowd(sessions: int, requests: int, orgs: int = 3, seed: int = 1) -> list[Re
     return sorted(records, key=lambda record: record.at)
 
 
+def keep(directory: Path, records: list[RequestRecord]) -> None:
+    """Write records into the ledger that a server with ``directory`` will find there."""
+    settings = LedgerSettings(directory=directory)
+    url = address(settings)
+    make_private(url)
+    engine = connect(url)
+    store = Store(engine, retention_of(settings))
+    store.create()
+    for start in range(0, len(records), 2000):
+        store.write(Batch.of(records[start : start + 2000], NameLimits(own_account)))
+    engine.dispose()
+
+
 class NoEngines(Engines):
     async def health(self) -> list[list[dict[str, Any]]]:
         return []
@@ -143,7 +184,7 @@ class Front(CacheScopeMiddleware):
         own = {"secret": "the secret of the crowd", "operator_token": TOKEN, "page": True}
         self._config = load(own | config)
         self._api_keys = api_keys
-        self.services = self._connected({"app": Starlette()})._services  # noqa: SLF001
+        self.services = self.connected({"app": Starlette()}).services
 
     def connect(self, state: Any) -> Server:
         return Server(
@@ -159,30 +200,46 @@ class Front(CacheScopeMiddleware):
     def add(self, *records: RequestRecord) -> None:
         """Have requests been over."""
         for record in records:
-            for sink in self.services.recorder._sinks:  # noqa: SLF001
-                sink(record, None)
+            self.services.recorder.hand_on(record, None)
+
+
+class Processes:
+    """Several API processes behind one address, which answer in turn."""
+
+    def __init__(self, *fronts: Front) -> None:
+        self._next = itertools.cycle(fronts)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await next(self._next)(scope, receive, send)
 
 
 class Served:
     """The page with whatever requests a test has, on a port of its own.
 
     Args:
-        records: requests that are over.
+        records: requests that are over, by API process.
         api_keys: the keys that the server insists on; none if it lets anyone in.
         config: further keys of the configuration.
+
+    Attributes:
+        front: the first API process.
+        url: the server's address.
     """
 
     def __init__(
-        self, records: list[RequestRecord], api_keys: tuple[str, ...] = (), **config: Any
+        self, *records: list[RequestRecord], api_keys: tuple[str, ...] = (), **config: Any
     ) -> None:
-        self.front = Front(Starlette(), api_keys, config)
-        self.front.add(*records)
+        fronts = [Front(Starlette(), api_keys, config) for _ in records]
+        for front, own in zip(fronts, records, strict=True):
+            front.add(*own)
+        self.front, *_ = fronts
+        self._app = Processes(*fronts)
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
         """Serve, until `stop`."""
-        config = uvicorn.Config(self.front, port=self.port, log_level="warning", lifespan="off")
+        config = uvicorn.Config(self._app, port=self.port, log_level="warning", lifespan="off")
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
         self._thread.start()
@@ -198,9 +255,9 @@ class Served:
 
 
 @contextmanager
-def served(records: list[RequestRecord], *api_keys: str, **config: Any) -> Iterator[Served]:
+def served(*records: list[RequestRecord], **options: Any) -> Iterator[Served]:
     """Serve the page with ``records``; see `Served`."""
-    one = Served(records, api_keys, **config)
+    one = Served(*records, **options)
     one.start()
     try:
         yield one

@@ -11,10 +11,10 @@ from vllm_cachescope.usage.tables import METADATA
 
 
 @pytest.fixture(scope="session")
-def postgres_url(tmp_path_factory) -> Iterator[str]:
+def postgres_url() -> Iterator[str]:
     if postgres.programs() is None:
         pytest.skip("PostgreSQL is not installed")
-    with postgres.serve(tmp_path_factory.mktemp("postgres")) as url:
+    with postgres.serve() as url:
         yield url
 
 

@@ -1,10 +1,10 @@
 """A real PostgreSQL server of the tests."""
 
 import os
-import pwd
 import shutil
 import socket
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,20 +21,17 @@ def programs() -> Path | None:
 
 
 @contextmanager
-def serve(scratch: Path) -> Iterator[str]:
-    """Run a server with its files in ``scratch``; yield an address of SQLAlchemy's."""
+def serve() -> Iterator[str]:
+    """Run a server; yield an address of SQLAlchemy's."""
     bin_ = programs()
     assert bin_ is not None
-    user = None
-    if os.geteuid() == 0:
-        user = _USER
+    user = _USER if os.geteuid() == 0 else None
+    # Not in pytest's own directory, which it keeps from other users.
+    scratch = Path(tempfile.mkdtemp(prefix="cachescope-postgres-"))
+    if user is not None:
         shutil.chown(scratch, user)
-        for parent in scratch.parents:
-            if parent.stat().st_uid == 0 and parent.name.startswith("pytest-"):
-                parent.chmod(0o755)
     data = scratch / "data"
-    home = pwd.getpwnam(user).pw_dir if user else None
-    quiet = {"user": user, "stdout": subprocess.DEVNULL, "cwd": home, "check": True}
+    quiet = {"user": user, "stdout": subprocess.DEVNULL, "cwd": scratch, "check": True}
     subprocess.run([bin_ / "initdb", "-D", data, "-A", "trust", "-U", _USER, "-N"], **quiet)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -45,4 +42,5 @@ def serve(scratch: Path) -> Iterator[str]:
     try:
         yield f"postgresql+psycopg://{_USER}@127.0.0.1:{port}/{_USER}"
     finally:
-        subprocess.run([*control, "-m", "immediate", "stop"], **quiet)
+        subprocess.run([*control, "-m", "fast", "-t", "120", "stop"], **quiet)
+        shutil.rmtree(scratch)

@@ -46,7 +46,7 @@ class CacheScopeMiddleware(ABC):
             or scope["path"].endswith(PATHS)
             or is_page_path(scope["path"])
         ):
-            await self._connected(scope).handle(scope, receive, send)
+            await self.connected(scope).handle(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 
@@ -56,12 +56,17 @@ class CacheScopeMiddleware(ABC):
         async def connecting() -> Message:
             message = await receive()
             if message["type"] == "lifespan.startup":
-                self._connected(scope)
+                self.connected(scope)
             return message
 
         return connecting
 
-    def _connected(self, scope: Scope) -> RequestHandler:
+    def connected(self, scope: Scope) -> RequestHandler:
+        """Return the handler of requests, connected to the server by now.
+
+        Raises:
+            ConfigError: if the configuration cannot be used.
+        """
         if self._handler is None:
             services = Services.of(self.connect(scope["app"].state))
             self._handler = RequestHandler(self._app, services)

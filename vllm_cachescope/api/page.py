@@ -37,6 +37,8 @@ logger = logger_of(__name__)
 MOST = 500
 """How many requests one answer lists at most: some 10 ms of work."""
 
+REQUESTS = "/cachescope/requests"
+
 _PATH = re.compile(r"(?:^|/)cachescope(?:/|/(requests|request|diff)|/page/([a-z_]+\.[a-z]+))?$")
 
 _BASE = Multipliers()
@@ -58,6 +60,9 @@ class Page:
         prices: what tokens cost, if that is known.
         peers: the API processes of the server, of which this is one.
         wall_clock: seconds since the epoch.
+
+    Attributes:
+        details: what is known of requests besides their records.
     """
 
     def __init__(
@@ -71,7 +76,7 @@ class Page:
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._requests = requests
-        self._details = details
+        self.details = details
         self._diffs = diffs
         self._model_name = model_name
         self._prices = prices or Prices()
@@ -188,7 +193,7 @@ class Page:
 
     def _detailed(self, viewer: Viewer, query: QueryParams) -> Answer:
         at_ms = _number(query.get("at"), "at", 0, 0, 2**53)
-        found = self._details.find(viewer.org, query.get("id", ""), at_ms / 1000)
+        found = self.details.find(viewer.org, query.get("id", ""), at_ms / 1000)
         shown = None if found is None else found.to_dict(viewer.is_operator)
         return Answer({"details": shown})
 

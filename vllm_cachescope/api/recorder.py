@@ -1,7 +1,7 @@
 """The recorder: makes the record of each request that is over, and hands it on."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from vllm_cachescope.api.request_context import RequestContext
 from vllm_cachescope.cache.report import Report
@@ -15,6 +15,9 @@ logger = logger_of(__name__)
 Sink = Callable[[RequestRecord, Diagnosis | None], None]
 """Takes a record on the event loop's thread, with the request's diagnosis if there is one. It must
 not block."""
+
+Trace = Callable[[RequestContext, RequestRecord | None], None]
+"""Takes a request that is over, with its record if there is one."""
 
 
 class Recorder:
@@ -34,33 +37,53 @@ class Recorder:
         self._replica = replica
         self._wall_clock = wall_clock
         self._sinks: list[Sink] = []
+        self._trace: Trace | None = None
 
     @property
     def is_used(self) -> bool:
         """Whether anybody wants records."""
-        return bool(self._sinks)
+        return bool(self._sinks) or self._trace is not None
 
     def add_sink(self, sink: Sink) -> None:
         """Have ``sink`` called with each record."""
         self._sinks.append(sink)
 
+    def trace_with(self, trace: "Trace") -> None:
+        """Have ``trace`` called with each request that is over, recorded or not."""
+        self._trace = trace
+
     def record(
         self, context: RequestContext, diagnosis: Diagnosis | None, response_id: str | None
     ) -> None:
-        """Record a request that is over, unless no engine has begun to compute any of its prompts.
+        """Record those prompts of a request that are over, and were not recorded before. There is
+        no record where no engine has begun to compute any.
 
         Args:
             context: the request's context.
             diagnosis: its concluded diagnosis; None if there is none.
             response_id: its response's id; None if that is not known.
         """
-        if not self._sinks or not (context.reports or context.untold):
+        if not self.is_used:
             return
-        try:
-            record = self._record(context, diagnosis, response_id)
-        except Exception:
-            logger.exception("The request could not be recorded")
-            return
+        known = {**context.reports, **context.untold}
+        reports = {nonce: known[nonce] for nonce in known if nonce not in context.recorded}
+        context.recorded |= reports.keys()
+        record = None
+        if reports:
+            try:
+                record = self._record(context, reports, diagnosis, response_id)
+            except Exception:
+                logger.exception("The request could not be recorded")
+        if record is not None:
+            self.hand_on(record, diagnosis)
+        if self._trace is not None:
+            try:
+                self._trace(context, record)
+            except Exception:
+                logger.exception("The trace of a request could not be sent")
+
+    def hand_on(self, record: RequestRecord, diagnosis: Diagnosis | None) -> None:
+        """Give a record to everyone who wants records."""
         for sink in self._sinks:
             try:
                 sink(record, diagnosis)
@@ -68,10 +91,14 @@ class Recorder:
                 logger.exception("The record of a request could not be kept")
 
     def _record(
-        self, context: RequestContext, diagnosis: Diagnosis | None, response_id: str | None
+        self,
+        context: RequestContext,
+        found: Mapping[str, Report],
+        diagnosis: Diagnosis | None,
+        response_id: str | None,
     ) -> RequestRecord:
-        reports = [*context.reports.values(), *context.untold.values()]
-        timings = context.timings.values()
+        reports = list(found.values())
+        timings = [context.timings[nonce] for nonce in found if nonce in context.timings]
         model = context.request.model if context.request is not None else ""
         record = RequestRecord(
             at=self._wall_clock(),

@@ -1,7 +1,8 @@
 """The context of one HTTP request on its way through the API process."""
 
 from asyncio import Task
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,6 +63,13 @@ class RequestContext:
         fetching: the task that fetches the reports that no output brings, as those of a request
             whose client has disconnected; None if there is none.
         is_recorded: whether somebody keeps the request's record, and wants every report.
+        traces: the adapter's own notes for the traces of the request's prompts, by nonce.
+        recorded: nonces of the prompts that a record has.
+        under_way: how many of the request's prompts the engine has, or is about to be given. The
+            server may be done with the request before: it does not wait for what it has cut off,
+            and a response may be computed in the background.
+        on_over: called whenever the server is done with the request and no prompt is under way;
+            None while the server is not done.
     """
 
     caller: Caller
@@ -75,6 +83,30 @@ class RequestContext:
     plans: dict[str, Plan] = field(default_factory=dict)
     fetching: Task[None] | None = None
     is_recorded: bool = False
+    traces: dict[str, Any] = field(default_factory=dict)
+    recorded: set[str] = field(default_factory=set)
+    under_way: int = 0
+    on_over: Callable[[], None] | None = None
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Note that a prompt is under way for as long as this lasts."""
+        self.under_way += 1
+        try:
+            yield
+        finally:
+            self.under_way -= 1
+            self._call_if_over()
+
+    def end(self, on_over: Callable[[], None]) -> None:
+        """Note that the server is done with the request; ``on_over`` is called, now and perhaps
+        later, when no prompt is under way."""
+        self.on_over = on_over
+        self._call_if_over()
+
+    def _call_if_over(self) -> None:
+        if self.on_over is not None and not self.under_way:
+            self.on_over()
 
 
 current_request: ContextVar[RequestContext | None] = ContextVar("cachescope_request", default=None)

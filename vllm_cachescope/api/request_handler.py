@@ -4,6 +4,7 @@ the usage into the reply, and diagnoses the request."""
 import asyncio
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 from starlette.datastructures import QueryParams
 from starlette.responses import JSONResponse
@@ -39,11 +40,14 @@ class RequestHandler:
     Args:
         app: the server.
         services: what its requests are served with.
+
+    Attributes:
+        services: the same.
     """
 
     def __init__(self, app: ASGIApp, services: Services) -> None:
         self._app = app
-        self._services = services
+        self.services = services
         self._queue = SessionQueue()
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -52,13 +56,13 @@ class RequestHandler:
         protocol = protocol_of(scope["path"])
         if scope["path"].endswith(PATHS):
             await self._operate(headers, scope, receive, send)
-        elif (page := self._services.page) is not None and is_page_path(scope["path"]):
+        elif (page := self.services.page) is not None and is_page_path(scope["path"]):
             await self._show(page, headers, scope, receive, send)
-        elif not self._services.is_known(headers):
+        elif not self.services.is_known(headers):
             # The server will refuse it; nothing is done for a client it does not know.
             await self._app(scope, receive, send)
         elif protocol is None:
-            caller = self._services.directory.caller(headers, None)
+            caller = self.services.directory.caller(headers, None)
             await self._pass_on(RequestContext(caller), scope, receive, send)
         else:
             await self._serve(protocol, headers, scope, receive, send)
@@ -69,8 +73,8 @@ class RequestHandler:
         async def body() -> bytes:
             return (await read_body(scope, receive))[0]
 
-        known = self._services.is_known(headers)
-        answer = await self._services.operations.answer(
+        known = self.services.is_known(headers)
+        answer = await self.services.operations.answer(
             scope["method"],
             scope["path"],
             headers,
@@ -91,7 +95,7 @@ class RequestHandler:
         query = QueryParams(scope["query_string"])
 
         def viewer() -> Viewer:
-            return self._services.viewer(headers)
+            return self.services.viewer(headers)
 
         answer = await page.answer(scope["method"], scope["path"], query, headers, viewer)
         await answer(scope, receive, send)
@@ -107,7 +111,7 @@ class RequestHandler:
         raw, replayed = await read_body(scope, receive)
         try:
             wants_tiers = _wants_tiers(headers)
-            body = await read_incoming(raw, protocol, self._services.config)
+            body = await read_incoming(raw, protocol, self.services.config)
         except BadRequest as error:
             await JSONResponse(error_body(protocol, error), 400)(scope, replayed, send)
             return
@@ -115,15 +119,15 @@ class RequestHandler:
         if body is None:
             await self._app(scope, replayed, send)
             return
-        directory = self._services.directory
+        directory = self.services.directory
         caller = directory.caller(headers, body.request.session)
         if not directory.may_write_global(caller.org):
             body = replace(body, request=without_global(body.request))
-        self._services.ignored_markers.count(body.request)
+        self.services.ignored_markers.count(body.request)
         if body.raw is not None:
             scope, replayed = with_body(scope, receive, body.raw)
         context = RequestContext(caller, body.request, body.forwarded, wants_tiers)
-        context.is_recorded = self._services.recorder.is_used
+        context.is_recorded = self.services.recorder.is_used
         # Opened now only for a client that wants to hear of it: fingerprints of a long prompt take
         # some milliseconds, which the first token of other requests need not wait for.
         pending = None
@@ -135,26 +139,29 @@ class RequestHandler:
         try:
             await self._run(context, scope, replayed, reply.send)
         finally:
-            self._diagnose(context, reply, pending, body, headers)
+            context.end(partial(self._over, context, reply, pending, body, headers))
 
     async def _pass_on(
         self, context: RequestContext, scope: Scope, receive: Receive, send: Send
     ) -> None:
         """Serve a request whose body is not read."""
-        recorder = self._services.recorder
+        recorder = self.services.recorder
         context.is_recorded = recorder.is_used
         try:
             await self._run(context, scope, receive, send)
         finally:
-            if context.fetching is None:
-                recorder.record(context, None, None)
-            else:
-                self._queue.put_off(context.caller, self._record_later(context))
+            context.end(partial(self._record, context))
 
-    async def _record_later(self, context: RequestContext) -> None:
-        assert context.fetching is not None
-        await asyncio.wait([context.fetching])
-        self._services.recorder.record(context, None, None)
+    def _record(self, context: RequestContext) -> None:
+        """Record what is over of a request, and is not diagnosed."""
+        if context.fetching is None:
+            self.services.recorder.record(context, None, None)
+        else:
+            self._queue.put_off(context.caller, self._record_later(context, context.fetching))
+
+    async def _record_later(self, context: RequestContext, fetching: asyncio.Task[None]) -> None:
+        await asyncio.wait([fetching])
+        self.services.recorder.record(context, None, None)
 
     async def _run(
         self, context: RequestContext, scope: Scope, receive: Receive, send: Send
@@ -164,6 +171,19 @@ class RequestHandler:
             await self._app(scope, receive, send)
         finally:
             current_request.reset(token)
+
+    def _over(
+        self,
+        context: RequestContext,
+        reply: Reply,
+        pending: PendingDiagnosis | None,
+        body: IncomingBody,
+        headers: Mapping[str, str],
+    ) -> None:
+        """Diagnose and record a request whose prompts are over."""
+        # A prompt that comes later yet, in the background, goes on from one that was diagnosed.
+        context.on_over = partial(self._record, context)
+        self._diagnose(context, reply, pending, body, headers)
 
     def _diagnose(
         self,
@@ -207,7 +227,7 @@ class RequestHandler:
         """Open a diagnosis; the fingerprint of a large body is made on a thread of its own."""
         fingerprint = None
         if body.is_large:
-            make = self._services.diagnoser.fingerprint
+            make = self.services.diagnoser.fingerprint
             try:
                 fingerprint = await asyncio.to_thread(
                     make, context.caller, body.request, body.fields, headers
@@ -225,7 +245,7 @@ class RequestHandler:
         fingerprint: Fingerprint | None,
     ) -> PendingDiagnosis | None:
         try:
-            return self._services.diagnoser.open(
+            return self.services.diagnoser.open(
                 context.caller, body.request, body.fields, headers, context.reports, fingerprint
             )
         except Exception:
@@ -238,11 +258,11 @@ class RequestHandler:
         if pending is not None:
             try:
                 timings = [context.timings[nonce] for nonce in context.reports]
-                self._services.diagnoser.close(pending, context.reports.values(), reply.id, timings)
+                self.services.diagnoser.close(pending, context.reports.values(), reply.id, timings)
             except Exception:
                 logger.exception("The request could not be diagnosed")
         diagnosis = None if pending is None else pending.diagnosis
-        self._services.recorder.record(context, diagnosis, reply.id)
+        self.services.recorder.record(context, diagnosis, reply.id)
 
 
 def _wants_tiers(headers: Mapping[str, str]) -> bool:

@@ -13,9 +13,10 @@ from vllm_cachescope.api.diffs import Diffs
 from vllm_cachescope.api.engines import Engines
 from vllm_cachescope.api.ignored_markers import IgnoredMarkers
 from vllm_cachescope.api.operations import Operations
-from vllm_cachescope.api.page import Page
+from vllm_cachescope.api.page import REQUESTS, Page
 from vllm_cachescope.api.peers import ALONE, Peers
-from vllm_cachescope.api.recorder import Recorder
+from vllm_cachescope.api.poll_filter import leave_out
+from vllm_cachescope.api.recorder import Recorder, Trace
 from vllm_cachescope.api.request_details import RequestDetails
 from vllm_cachescope.api.viewer import Viewer, viewer_of
 from vllm_cachescope.config import Config
@@ -46,6 +47,7 @@ class Server:
         registry: where its metrics are.
         peers: its API processes, of which this is one.
         replica: its name among the servers of one operator.
+        trace: sends the trace of a request that is over; None where the server traces nothing.
     """
 
     config: Config
@@ -57,6 +59,7 @@ class Server:
     registry: CollectorRegistry = REGISTRY
     peers: Peers = ALONE
     replica: str = ""
+    trace: Trace | None = None
 
 
 def directory_of(config: Config, api_keys: Collection[str]) -> CallerDirectory:
@@ -132,6 +135,8 @@ class Services:
             details=details,
         )
         recorder = Recorder(server.model_name, server.replica)
+        if server.trace is not None:
+            recorder.trace_with(server.trace)
         prices = Prices() if config.prices is None else read_prices(config.prices)
         ledger = _ledger(server, directory, prices)
         if ledger is not None:
@@ -145,6 +150,7 @@ class Services:
             else:
                 recorder.add_sink(lambda record, _: memory.add(record))
             page = Page(requests, details, diffs, server.model_name, prices, peers)
+            leave_out(REQUESTS)
             logger.info("The page is at /cachescope")
 
         def forget(org: str | None, session: str | None) -> int:

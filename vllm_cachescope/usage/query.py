@@ -4,14 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Table, func, literal, select
+from sqlalchemy import ColumnElement, Connection, Table, func, select
 
 from vllm_cachescope.usage.batch import HOUR_S
 from vllm_cachescope.usage.names import kept_name
 from vllm_cachescope.usage.period import format_time, month_of
 from vllm_cachescope.usage.prices import Prices
 from vllm_cachescope.usage.record import ttl_class
-from vllm_cachescope.usage.store import DAY_S, week_column
+from vllm_cachescope.usage.store import day_column, week_column
 from vllm_cachescope.usage.tables import TOKENS, USAGE
 from vllm_cachescope.usage.totals import Totals
 
@@ -151,7 +151,7 @@ def _rows(
 def _column(table: Table, name: str) -> ColumnElement[Any]:
     hour: ColumnElement[int] = table.c.hour
     if name in ("day", "month"):
-        return hour - hour % literal(DAY_S, literal_execute=True)
+        return day_column(hour)
     if name == "week":
         return week_column(hour)
     column: ColumnElement[Any] = table.c["ttl_s" if name == "ttl" else name]

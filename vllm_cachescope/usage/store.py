@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import (
+    BindParameter,
     ColumnElement,
     Connection,
     Engine,
@@ -177,14 +178,7 @@ class Store:
         for table in (TOKENS, USAGE):
             hour = table.c.hour
             which = and_(hour < before, hour % DAY_S != 0)
-            with self._engine.connect() as connection:
-                days = connection.execute(
-                    select(hour - hour % DAY_S).where(which).distinct()
-                ).scalars()
-                listed = list(days)
-            for day in listed:
-                which = and_(hour >= day, hour < day + DAY_S)
-                self._sum_up(table, which, {"hour": literal(day)})
+            self._sum_up(table, which, {"hour": day_column(hour)})
 
     def _drop_days(self, before: int) -> None:
         with self._engine.begin() as connection:
@@ -230,6 +224,11 @@ def week_column(hour: ColumnElement[int]) -> ColumnElement[int]:
     return hour - (hour + days) % week
 
 
+def day_column(hour: ColumnElement[int]) -> ColumnElement[int]:
+    """Return the beginning of the day, in UTC, of a column in seconds since the epoch."""
+    return hour - hour % literal(DAY_S, literal_execute=True)
+
+
 def _sum_up(
     connection: Connection,
     table: Table,
@@ -243,7 +242,8 @@ def _sum_up(
     names = [c.name for c in table.c if c.name != "id" and c.name not in summed]
     keys = [replaced.get(name, table.c[name]).label(name) for name in names]
     sums = [func.sum(table.c[name]).label(name) for name in summed]
-    grouped = [table.c[name] for name in names if name not in replaced]
+    fixed = [name for name in replaced if isinstance(replaced[name], BindParameter)]
+    grouped = [replaced.get(name, table.c[name]) for name in names if name not in fixed]
     rows = select(*keys, *sums).where(which, table.c.id <= last).group_by(*grouped)
     connection.execute(insert(table).from_select([*names, *summed], rows))
     connection.execute(delete(table).where(which, table.c.id <= last))

@@ -48,6 +48,9 @@ class Writer:
             queue was full, ``failed`` if the database refused them.
         wall_clock: seconds since the epoch.
         interval_s: how long records are collected for.
+
+    Attributes:
+        purges: organisations and sessions that wait to be purged, in order.
     """
 
     def __init__(
@@ -66,7 +69,7 @@ class Writer:
         self._interval_s = interval_s
         self._queue: deque[RequestRecord] = deque()
         # Those that wait for the records in front of them: a purge is of what was before.
-        self._purges: dict[tuple[str | None, str | None], None] = {}
+        self.purges: dict[tuple[str | None, str | None], None] = {}
         self._wake = threading.Event()
         self._is_closed = False
         self._is_failing = False
@@ -86,16 +89,17 @@ class Writer:
 
     def purge(self, org: str | None, session: str | None = None) -> None:
         """Have the store forget an organisation or a session; see `Store.purge`. Never blocks."""
-        if len(self._purges) >= MAX_PURGES:
+        if len(self.purges) >= MAX_PURGES:
             session = None
-        self._purges[org, session] = None
+        self.purges[org, session] = None
         self._wake.set()
 
     def close(self) -> None:
         """Write what is left, for at most `LAST_S` seconds, and end the thread."""
         self._is_closed = True
         self._wake.set()
-        self._thread.join(LAST_S)
+        if self._thread.is_alive():
+            self._thread.join(LAST_S)
 
     def _run(self) -> None:
         pause_s = self._interval_s
@@ -113,7 +117,7 @@ class Writer:
         try:
             if self._store is None:
                 self._store = self._open_store()
-            purges = list(self._purges)
+            purges = list(self.purges)
             is_taken = True
             while self._queue:
                 is_taken &= self._write(self._store)
@@ -129,11 +133,11 @@ class Writer:
 
     def _purge(self, store: Store, purge: tuple[str | None, str | None]) -> None:
         # Taken out first: another one of the same may come while this one is carried out.
-        del self._purges[purge]
+        del self.purges[purge]
         try:
             store.purge(*purge)
         except Exception:
-            self._purges[purge] = None
+            self.purges[purge] = None
             raise
 
     def _write(self, store: Store) -> bool:

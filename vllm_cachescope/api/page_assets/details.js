@@ -91,9 +91,11 @@ export class Details {
 
   #verdict(known) {
     const { request } = this;
-    const kind = request.isBreak ? (request.expected ? "expected" : "break") : "fine";
+    const [kind, title] = request.isBreak
+      ? (request.expected ? ["expected", "Expected break"] : ["break", "Break"])
+      : request.cause ? ["fine", "No break"] : ["unknown", "Not compared with others"];
     const box = h("section", { class: `verdict ${kind}` },
-      h("p", { class: "kind" }, request.isBreak ? (request.expected ? "Expected break" : "Break") : "No break"),
+      h("p", { class: "kind" }, title),
       h("p", { class: "cause" }, cause(request.cause)));
     if (request.path) box.append(h("p", { class: "path" }, "at ", h("code", null, h("bdi", null, request.path))));
     if (request.missed) {

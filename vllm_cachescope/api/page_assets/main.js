@@ -8,6 +8,7 @@ import { Refused, Server } from "./server.js";
 import { Sessions } from "./sessions.js";
 import { count, organisation, sentence, tier } from "./words.js";
 
+const TRIES = 8;  // to find the API process that has older requests
 const EVERY_MS = 2000;
 const SLOWEST_MS = 30000;
 const DRAWN_MS = 700;  // how often what is loaded is drawn while more is on its way
@@ -87,10 +88,8 @@ class Board {
       byId("banner").hidden = true;
       this.take(answer, isFirst);
       this.soon(EVERY_MS);
-      if (isFirst) {
-        // Not waited for: what is new goes on.
-        void this.fillUp(run);
-      }
+      // Not waited for: what is new goes on.
+      if (server.hasOlder && this.requests.count < AT_FIRST) void this.fillUp(run);
     } catch (error) {
       if (run === this.run) this.failed(error);
     } finally {
@@ -115,26 +114,32 @@ class Board {
     this.sessions.update(changed, this.now);
     this.overview.draw(this.now, this.currency);
     legend(this.requests.tiers);
-    byId("older").hidden = !server.hasOlder || this.requests.count < AT_FIRST;
+    byId("older").hidden = !server.hasOlder || this.filling === this.run;
   }
 
   // Load older requests up to what a tab has at first, an answer at a time.
   async fillUp(run, most = AT_FIRST) {
+    if (this.filling === run) return;
+    this.filling = run;
+    const changed = new Set();
+    let [drawn, inVain] = [performance.now(), 0];
     try {
-      const changed = new Set();
-      let drawn = performance.now();
-      while (run === this.run && server.hasOlder && this.requests.count < most) {
-        const { list, requests } = await server.older();
-        if (run !== this.run || !requests.length) break;
+      while (run === this.run && server.hasOlder && this.requests.count < most && inVain < TRIES) {
+        const { list, requests } = await server.older(most - this.requests.count);
+        if (run !== this.run) return;
+        // Of several API processes one may answer that has nothing older.
+        inVain = requests.length ? 0 : inVain + 1;
         for (const key of this.requests.add(list, requests)) changed.add(key);
         if (performance.now() - drawn < DRAWN_MS) continue;
         this.draw(changed);
         changed.clear();
         drawn = performance.now();
       }
-      if (run === this.run) this.draw(changed);
     } catch (error) {
       if (run === this.run) this.failed(error);
+    } finally {
+      if (this.filling === run) this.filling = null;
+      if (run === this.run) this.draw(changed);
     }
   }
 

@@ -1,6 +1,8 @@
 // The server behind the page. The key goes into a header, and nowhere else.
 
 const KEY = "cachescope key";  // in this tab's storage
+const MOST = 500;  // requests in an answer
+const AT_ONCE = 200;  // requests in the first answer, so that something is drawn soon
 
 export class Refused extends Error {
   constructor(status, message) {
@@ -41,7 +43,7 @@ export class Server {
   // What is new since the last time, newest first: at first the newest there are.
   async news() {
     const after = [...this.#cursors].map(([list, { newest }]) => `${list}.${newest}`).join(",");
-    const answer = await this.#get("requests", after ? { after } : {});
+    const answer = await this.#get("requests", after ? { after } : { limit: AT_ONCE });
     const known = this.#cursors.get(answer.list);
     const requests = answer.requests;
     let oldest = answer.oldest;
@@ -62,13 +64,13 @@ export class Server {
     return [...this.#cursors.values()].some(({ oldest }) => oldest !== null);
   }
 
-  // The next older requests; none if there are none.
-  async older() {
+  // The next older requests, so many at most; none if there are none.
+  async older(most) {
     const before = [...this.#cursors]
       .filter(([, { oldest }]) => oldest !== null)
       .map(([list, { oldest }]) => `${list}.${oldest}`)
       .join(",");
-    const answer = await this.#get("requests", { before });
+    const answer = await this.#get("requests", { before, limit: Math.min(most, MOST) });
     const known = this.#cursors.get(answer.list);
     // Another API process answers, of which there is nothing older.
     if (!known || known.oldest === null) return { list: answer.list, requests: [] };

@@ -19,7 +19,7 @@ const LOWEST = 12;  // a lane has room for so much at least
 // How far apart requests are: closer, down to what can still be pointed at, where there are many.
 const coarse = matchMedia("(pointer: coarse)");
 const pitchFor = (requests, room) => {
-  const [least, most] = coarse.matches ? [20, 26] : [12, 22];
+  const [least, most] = coarse.matches ? [20, 30] : [12, 28];
   return Math.max(least, Math.min(most, Math.floor((room - 8) / Math.max(requests, 1))));
 };
 
