@@ -66,10 +66,14 @@ class SharedPrefixes:
         digest = repr((fingerprint.protocol, fingerprint.model, asked)).encode()
         cut = segments(call.request, self._defaults)
         by_path = _segments_by_path(call.request, cut)
-        for i in range(len(fingerprint)):
-            segment = by_path.get(fingerprint.path(i), cut[-1])
-            own = call.session if segment.scope is Scope.SESSION else None
-            chained = digest + fingerprint.hash(i) + repr((segment.scope, own)).encode()
+        of_scope: dict[Scope, bytes] = {}
+        for i, path in enumerate(fingerprint.paths.split("\n") if len(fingerprint) else ()):
+            segment = by_path.get(path, cut[-1])
+            sharers = of_scope.get(segment.scope)
+            if sharers is None:
+                own = call.session if segment.scope is Scope.SESSION else None
+                sharers = of_scope[segment.scope] = repr((segment.scope, own)).encode()
+            chained = digest + fingerprint.hash(i) + sharers
             digest = blake2b(chained, digest_size=_DIGEST_BYTES).digest()
             used_at, ttl_s = self._used.get(digest, (-math.inf, 0.0))
             reading = reading and at - used_at <= ttl_s

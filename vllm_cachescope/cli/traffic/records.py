@@ -16,6 +16,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from vllm_cachescope.cli.traffic.call import LeftOut, TrafficError
 
 STANDARD_INPUT = Path("-")
@@ -58,7 +60,7 @@ def read_records(path: Path, left_out: list[LeftOut]) -> Iterator[tuple[str, Any
 
 def _line(source: str, data: bytes, left_out: list[LeftOut]) -> Iterator[tuple[str, Any]]:
     try:
-        value = json.loads(data.decode("utf-8", "surrogateescape"))
+        value = _decoded(data)
     except (ValueError, RecursionError) as error:
         cut = "" if data.endswith(b"\n") else " (the file ends within it)"
         left_out.append(LeftOut(source, f"not JSON{cut}: {error}"))
@@ -69,9 +71,21 @@ def _line(source: str, data: bytes, left_out: list[LeftOut]) -> Iterator[tuple[s
         yield source, value
 
 
+def _decoded(data: bytes) -> Any:
+    """Return the JSON value in ``data``.
+
+    Raises:
+        ValueError, RecursionError: if it is none.
+    """
+    try:
+        return msgspec.json.decode(data)  # Twice as fast as the standard library, and strict.
+    except (RecursionError, ValueError):
+        return json.loads(data.decode("utf-8", "surrogateescape"))
+
+
 def _parsed(data: bytes) -> Any:
     try:
-        return json.loads(data.decode("utf-8", "surrogateescape"))
+        return _decoded(data)
     except (ValueError, RecursionError):
         return None
 
