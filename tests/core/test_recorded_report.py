@@ -365,3 +365,18 @@ def test_many_files_without_times(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert found == [path for path in paths for _ in range(2)]
+
+
+def test_names_move_no_cursor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = "\x1b[2J[red]\x07\u202eevil"
+    agent = Agent("hostile", scale=0.4)
+    agent.model, agent.tools[2]["name"] = name, name
+    lines = []
+    for turn in range(4):
+        agent.tools[2]["description"] += "!" * (turn == 2)
+        lines.append({"timestamp": 1.7e9 + turn, "session_id": name, "body": agent.turn().body()})
+    assert main(["report", write(tmp_path / "t.jsonl", lines), "--calls"]) == 0
+    said = capsys.readouterr()
+    shown = said.out + said.err
+    assert "evil" in shown and "[red]" in shown
+    assert all(one.isprintable() or one == "\n" for one in shown)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from vllm_cachescope.cli.console import printable
 from vllm_cachescope.cli.report.recording import Recording
 
 _SESSION = 16
@@ -31,9 +32,8 @@ def call_lines(recording: Recording) -> Iterator[str]:
 def _line(
     session: str, lineage: str, tokens: str, shared: str, read: str, cause: str, call: str
 ) -> str:
-    # What a client names must not move the cursor of a terminal.
-    told = f"{session:<{_SESSION}} {lineage:>7} {tokens:>11} {shared:>8} {read:>8}  {call}  {cause}"
-    return "".join(one if one.isprintable() else "?" for one in told)
+    numbers = f"{lineage:>7} {tokens:>11} {shared:>8} {read:>8}"
+    return printable(f"{session:<{_SESSION}} {numbers}  {call}  {cause}")
 
 
 def _share(part: int, whole: int) -> str:
