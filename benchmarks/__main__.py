@@ -9,6 +9,7 @@ BENCHMARKS = (
     "cpu_tier",
     "diagnosis",
     "envelopes",
+    "explain",
     "neighbours",
     "overhead",
     "remote_tier",

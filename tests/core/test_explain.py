@@ -2,6 +2,7 @@ import argparse
 import gzip
 import io
 import json
+import math
 import os
 import random
 import subprocess
@@ -65,7 +66,11 @@ def check_complete(explanation: Explanation) -> None:
     for call in explanation.calls:
         diagnosis = call.diagnosis
         uncached = sum(tokens for _, tokens in diagnosis.uncached)
-        lost = sum(m.tokens for m in diagnosis.engine if m.cause is MissCause.EXPIRED)
+        lost = sum(
+            miss.tokens
+            for miss in diagnosis.engine
+            if miss.cause in (MissCause.EXPIRED, MissCause.NEVER_STORED)
+        )
         read = diagnosis.shared_tokens - lost + sum(call.shared.values())
         assert uncached == diagnosis.prompt_tokens - read
         assert diagnosis.unknown_tokens == 0
@@ -146,10 +151,10 @@ def test_a_lifetime_explains_what_expired(tmp_path: Path) -> None:
         for at, body in zip((0, 200, 700), bodies, strict=True)
     ]
     path = write(tmp_path / "idle.jsonl", lines)
-    assert [c.diagnosis.cause for c in explained(path).calls][1:] == [
+    assert [c.diagnosis.cause for c in explained(path, math.inf).calls][1:] == [
         DiagnosisKind.CONTINUATION
     ] * 2
-    explanation = explained(path, 300)
+    explanation = explained(path)
     last = explanation.calls[-1].diagnosis
     assert last.cause == MissCause.EXPIRED and not last.expected
     assert last.engine[0].ttl_s == 300 and last.engine[0].age_s == 200
@@ -193,7 +198,7 @@ def test_any_use_counts_and_so_do_lifetimes_of_its_own(
         {"timestamp": at, "session_id": "s", "body": prompt(system, questions[name], ttl)}
         for at, name, ttl in calls
     ]
-    explanation = explained(write(tmp_path / "calls.jsonl", lines), 300)
+    explanation = explained(write(tmp_path / "calls.jsonl", lines))
     tokens = {"system": len(system) / 4, "question": len(questions["a"]) / 4}
     *_, last = explanation.calls
     misses = [miss for miss in last.diagnosis.engine if miss.cause is MissCause.EXPIRED]
@@ -205,7 +210,7 @@ def test_any_use_counts_and_so_do_lifetimes_of_its_own(
 def test_a_lifetime_of_the_whole_request(tmp_path: Path) -> None:
     body = {"model": "m", "prompt": "x" * 4000, "prompt_cache_retention": "24h"}
     lines = [{"timestamp": at, "body": body} for at in (0, 86_000, 200_000)]
-    _, second, third = explained(write(tmp_path / "calls.jsonl", lines), 300).calls
+    _, second, third = explained(write(tmp_path / "calls.jsonl", lines)).calls
     assert second.diagnosis.engine == ()
     assert third.diagnosis.engine[0].ttl_s == 86_400
     assert "a longer lifetime" in third.diagnosis.suggestion
@@ -404,12 +409,24 @@ def test_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     run(str(write(tmp_path / "bodies.jsonl", session(1))))
     printed = capsys.readouterr().out
     for part in (
-        "lineage 1",
-        f"{tmp_path}/bodies.jsonl:2  tools_changed at tools[4], token 535; 3,537 tokens missed\n",
-        "tool_changed at tools[4]: Fetch (description)",
-        "Keep description of Fetch fixed; move what varies into a message.\n",
+        "CS204 tool_changed at tools[4].description: 1 call, 3,483 tokens, 12.9% of all\n",
+        f"      {tmp_path}/bodies.jsonl:2: Fetch: text was added at its end\n",
+        " of tools[4].description:\n      - '…",
+        " Revision 1.'\n",
         "6 calls",
         "1 breaks, 1 of them unexpected",
+    ):
+        assert part in printed
+    assert "lineage 1" not in printed
+
+
+def test_each_break_by_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(str(write(tmp_path / "bodies.jsonl", session(1))), "--all")
+    printed = capsys.readouterr().out
+    for part in (
+        "lineage 1",
+        f"{tmp_path}/bodies.jsonl:2  CS204 tool_changed at tools[4].description, token 589; 3,483",
+        "tool_changed at tools[4]: Fetch (description)",
     ):
         assert part in printed
 
@@ -421,10 +438,11 @@ def test_files_of_one_name_are_told_apart(
         (tmp_path / name).mkdir()
         write(tmp_path / name / "calls.jsonl", session(1, 2))
     files = [f"{tmp_path}/{name}/calls.jsonl" for name in "ab"]
-    run(*files)
+    run(*files, "--all")
     lines = capsys.readouterr().out.splitlines()
     for file in files:
-        assert lines[lines.index(f"{file}, lineage 1") + 1].startswith(f"  {file}:2  tools_changed")
+        told = lines[lines.index(f"{file}, lineage 1") + 1]
+        assert told.startswith(f"  {file}:2  CS204 tool_changed at tools[4].description")
 
 
 def test_conversations_that_could_have_shared(
@@ -444,11 +462,10 @@ def test_conversations_that_could_have_shared(
     assert run(path, "--max-breaks", "0") == 0
     printed = capsys.readouterr().out
     for part in (
-        "No prefix broke.\nnew lineages that could have shared more\n",
-        f"  {path}:2  new_lineage at system[0], token 0; ",
-        "      system_changed at system[0]: ",
+        "No prefix broke.\nCS701 could_share at system[0]: 2 calls, ",
+        f"      {path}:2 to {path}:3: a value in a system block that is another one in each",
+        "      character 13 of system[0]:\n      - 'It is 10:15:30. ",
         "      → Move the value that varies in system[0] into the latest message.\n",
-        f"  {path}:3  new_lineage",
         "0 breaks, 0 of them unexpected; 2 new lineages could have shared more.",
     ):
         assert part in printed
@@ -491,9 +508,10 @@ def test_what_conversations_share_expires_and_is_of_one_model(tmp_path: Path) ->
     used = [*later[:1], of_one_head(None, "third", at=200), *later[1:]]
     other = [of_one_head(None, "one"), of_one_head(None, "other", model="another")]
     for name, calls, ttl_s, shared in [
-        ("later", later, 300, 0),
-        ("refreshed", used, 300, 2),
-        ("without expiry", later, None, 1),
+        ("later", later, None, 0),
+        ("refreshed", used, None, 2),
+        ("kept for longer", later, 600, 1),
+        ("without expiry", later, math.inf, 1),
         ("another model", other, None, 0),
     ]:
         explanation = explained(write(tmp_path / f"{name}.jsonl", calls), ttl_s)

@@ -152,6 +152,36 @@ def test_a_system_block_that_differs_in_each_request_is_a_warning() -> None:
     assert at_last("fair", "foul") == at_last("fair", "foul", "fair") == []
 
 
+@pytest.mark.parametrize(
+    ("text", "severity"),
+    [
+        ("Write dates like 2026-01-31.", INFO),
+        ("For example 6fa459ea-ee8a-3ca4-894e-db77e160355e.", INFO),
+        ("The charter of 2026-01-31 holds.", INFO),  # the same in all requests
+        ("Today is 2026-01-31.", WARNING),
+    ],
+)
+def test_a_value_that_stays_is_a_note(text: str, severity: Severity) -> None:
+    bodies = [unmarked(agent(text).turn().body()) for _ in range(2)]
+    assert [one for *_, one in found(*bodies)] == [severity]
+
+
+def test_a_value_that_changes_is_a_warning_whatever_stands_before_it() -> None:
+    bodies = [unmarked(agent(f"The charter of 2026-01-3{i} holds.").body()) for i in range(2)]
+    assert {severity for *_, severity in found(*bodies)} == {WARNING}
+
+
+def test_a_breakpoint_that_stays_while_the_conversation_grows() -> None:
+    made = agent()
+    stuck, moving = [], []
+    for _ in range(3):
+        moving.append(made.turn().body())
+        stuck.append(made.body())
+        del stuck[-1]["messages"][-1]["content"][-1]["cache_control"]
+    assert warnings(*stuck) == {("stuck_breakpoint", "system[2].cache_control")}
+    assert warnings(*moving) == warnings(*stuck[:2]) == set()
+
+
 def test_only_what_is_shared_is_looked_at() -> None:
     made = agent()
     made.ask("It is 2026-11-21T10:15:30Z, nonce=abc123def.")
@@ -306,8 +336,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     path.write_text(json.dumps(agent("Today is 2026-11-21.").body()) + "\n")
     assert run(str(path)) == 1
     printed = capsys.readouterr().out
-    line = f"{path}:1  date at system[1]: an absolute date: '2026-11-21'; move it into the latest"
-    assert f"{line} message\n" in printed
+    line = f"{path}:1  CS802 date at system[1]: an absolute date: '2026-11-21'; move it into the"
+    assert f"{line} latest message\n" in printed
     assert "1 requests, 2 warnings, 0 notes." in printed
     assert run(str(path), "--json") == 1
     data = json.loads(capsys.readouterr().out)

@@ -17,6 +17,8 @@ from vllm_cachescope.prompt.boundaries import common_prefix
 
 _MAX_DEPTH = 64
 _MAX_VALUE = 120  # characters of a value that is another one each time
+_LONGEST = 50_000  # characters of a text that is searched for several values
+_LONG = 200  # characters of what may be shortened
 _NUMBER = re.compile(r"[0-9A-Fa-f-]*[0-9][0-9A-Fa-f-]*")
 _WORD = re.compile(r"[\w:.+/-]")
 
@@ -70,7 +72,7 @@ def _kind(old: Any, new: Any, was: str, now: str) -> EditKind:
         return EditKind.VALUE
     if now.startswith(was) and was:
         return EditKind.GREW
-    if 2 * len(now) <= len(was):
+    if len(was) >= _LONG and 2 * len(now) <= len(was):
         return EditKind.CUT
     return EditKind.TEXT
 
@@ -180,6 +182,8 @@ def _is_value(was: str, now: str) -> bool:
         masked = _NUMBER.sub("0", value)
         if value and masked == _NUMBER.sub("0", other):
             return True
+    if max(len(was), len(now)) > _LONGEST:
+        return False
     # Several values, one beside the other or far apart.
     ours, theirs = volatile_values(now), volatile_values(was)
     if not ours or len(ours) != len(theirs):

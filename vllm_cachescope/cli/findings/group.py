@@ -13,7 +13,7 @@ class Group:
     """The losses of one rule at one place.
 
     Attributes:
-        loss: the first of them; of those that say more than the first, the last.
+        loss: the last of them that says as much as any before it: how often a value changed.
         first: file and line of the first.
         last: file and line of the last.
         calls: how many calls have one.
@@ -57,6 +57,6 @@ def grouped(calls: Iterable[Explained]) -> list[Group]:
             group.tokens += loss.tokens
             if len(group.sources) < _SOURCES:
                 group.sources.append(call.source)
-            if len(loss.suggestion) > len(group.loss.suggestion):
+            if len(loss.suggestion) >= len(group.loss.suggestion):
                 group.loss = loss  # It knows by now how often the value changed.
     return sorted(groups.values(), key=lambda group: (-group.loss.rule.level, -group.tokens))
