@@ -10,6 +10,7 @@ BENCHMARKS = (
     "diagnosis",
     "envelopes",
     "explain",
+    "ledger",
     "neighbours",
     "overhead",
     "remote_tier",

@@ -133,6 +133,14 @@ def test_all_of_it_works_with_the_keyboard(browser):
         one.page.keyboard.press("b")
         one.page.locator("#details h2", has_text="Request 9 of 12").wait_for()
         assert spoken(one).startswith("Request 9 of 12")
+        one.page.locator("#spoken", has_text="The tools changed").wait_for(state="attached")
+        # Enter once more leads into the details, from where Escape leads back.
+        one.page.keyboard.press("Enter")
+        assert one.page.evaluate("document.activeElement.id") == "details"
+        one.page.keyboard.press("ArrowLeft")
+        one.page.locator("#details h2", has_text="Request 8 of 12").wait_for()
+        one.page.keyboard.press("ArrowRight")
+        one.page.locator("#details h2", has_text="Request 9 of 12").wait_for()
         one.page.keyboard.press("Escape")
         assert one.page.locator("#details").is_hidden()
         assert spoken(one).startswith("Request 9 of 12")

@@ -6,8 +6,8 @@ import pytest
 from sqlalchemy import select
 
 from tests.usage.ledgers import KEEP, MONDAY, Books, record, some_records, tokens_of
-from vllm_cachescope.usage.batch import record_of
 from vllm_cachescope.usage.query import TooManyRowsError
+from vllm_cachescope.usage.recent import recent
 from vllm_cachescope.usage.store import DAY_S, Store, week_of
 from vllm_cachescope.usage.tables import REQUESTS, SESSIONS, TOKENS, USAGE
 
@@ -16,8 +16,10 @@ def test_records_come_back_as_they_were(books: Books) -> None:
     written = some_records(1, 50)
     books.write(*written)
     with books.engine.connect() as connection:
-        found = connection.execute(select(REQUESTS).order_by(REQUESTS.c.id)).all()
-    assert [record_of(row) for row in found] == written
+        assert recent(connection, 100) == written[::-1]
+        assert recent(connection, 2, before=written[10].at) == [written[9], written[8]]
+        own = [one for one in written if (one.org, one.replica) == ("name:acme", "b")]
+        assert recent(connection, 3, "name:acme", "b") == own[:-4:-1]
 
 
 def test_sums_are_those_of_the_records_whatever_is_summed_up_and_when(books: Books) -> None:
@@ -163,6 +165,10 @@ def test_made_up_names_are_bounded(books: Books, monkeypatch: pytest.MonkeyPatch
         dict(row.key)["session"]: row.totals.requests
         for row in books.ask("session", org="name:loud")
     }
+    monkeypatch.setattr("vllm_cachescope.usage.name_limits.MAX_MODELS", 2)
+    books.write(*(record(model=f"adapter {i}") for i in range(4)))
+    models = {dict(row.key)["model"]: row.totals.requests for row in books.ask("model")}
+    assert models == {"toy": 19, "adapter 0": 1, "(other models)": 3}
     assert loud == {"0": 1, "1": 1, "2": 1, "": 6}
 
 

@@ -69,3 +69,7 @@ class LedgerService:
     async def answer(self, fields: Mapping[str, str], caller_org: str | None) -> Response:
         """Answer a query; see `UsageEndpoint.answer`."""
         return await self._endpoint.answer(fields, caller_org)
+
+    def close(self) -> None:
+        """Write what is left. A process that ends does so by itself."""
+        self._ledger.close()

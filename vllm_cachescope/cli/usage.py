@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 from vllm_cachescope.cli.console import show
-from vllm_cachescope.cli.usage_tables import phase_table, usage_table
+from vllm_cachescope.cli.usage_tables import phase_table, print_usage
 from vllm_cachescope.config import ConfigError
 from vllm_cachescope.config.ledger import FILE, PASSWORD_VARIABLE
 from vllm_cachescope.config.secret import OPERATOR_VARIABLE, secret_text
@@ -221,7 +221,10 @@ def _write(answer: dict[str, Any], arguments: argparse.Namespace) -> None:
             to_parquet(answer, output)
             return
         if arguments.format == "table" and output is None:
-            show(lambda console: console.print(_table(answer, arguments)))
+            if arguments.phases:
+                show(lambda console: console.print(phase_table(answer)))
+            else:
+                show(lambda console: print_usage(console, answer))
             return
     except ImportError as error:
         raise UsageError(
@@ -243,7 +246,3 @@ def _write(answer: dict[str, Any], arguments: argparse.Namespace) -> None:
         output.write_text(text)
     except OSError as error:
         raise UsageError(f"{output}: {error}") from None
-
-
-def _table(answer: dict[str, Any], arguments: argparse.Namespace) -> Any:
-    return phase_table(answer) if arguments.phases else usage_table(answer)

@@ -1,17 +1,34 @@
 """Tables of usage for a terminal."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from rich.console import Group
+from rich.console import Console, Group
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 _TIMES = ("hour", "day", "week", "month")
 
 
-def usage_table(answer: Mapping[str, Any]) -> Table:
-    """Return the table of an answer of ``GET /cachescope/usage``."""
+_WIDE = ("uncached", "created", "read", "output tokens", "prefill saved")
+"""The columns that are left out where not all of them fit."""
+
+
+def print_usage(console: Console, answer: Mapping[str, Any]) -> None:
+    """Print the table of an answer of ``GET /cachescope/usage``."""
+    table = usage_table(answer)
+    width = Measurement.get(console, console.options.update(width=10_000), table).maximum
+    if console.is_terminal:
+        console.print(table if width <= console.width else usage_table(answer, _WIDE))
+    else:
+        # Whatever reads it has no width.
+        console.width = max(width, console.width)
+        console.print(table)
+
+
+def usage_table(answer: Mapping[str, Any], without: Collection[str] = ()) -> Table:
+    """Return the table of an answer, without the columns named."""
     currency = answer["currency"]
     table = Table(
         title=f"Usage from {_time(answer['since'])} to {_time(answer['until'])}",
@@ -38,13 +55,15 @@ def usage_table(answer: Mapping[str, Any]) -> Table:
             (f"with, {currency}", _money),
             ("saved", _share),
         ]
+    shown = [number for number, (name, _) in enumerate(columns) if name not in without]
     footer = _values(total, currency is not None)
-    for (name, show), value in zip(columns, footer, strict=True):
-        table.add_column(name, show(value), justify="right")
+    for number in shown:
+        name, show = columns[number]
+        table.add_column(name, show(footer[number]), justify="right")
     for row in answer["rows"] if answer["by"] else [total]:
         keys = [_key(name, row[name]) for name in answer["by"]]
-        values = zip(columns, _values(row, currency is not None), strict=True)
-        table.add_row(*keys, *(show(value) for (_, show), value in values))
+        values = _values(row, currency is not None)
+        table.add_row(*keys, *(columns[number][1](values[number]) for number in shown))
     return table
 
 

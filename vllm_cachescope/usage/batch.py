@@ -71,7 +71,8 @@ class Batch:
         org, session = limits.admit(
             hour, kept_name(record.org), kept_name(record.session or ""), record.org
         )
-        model, replica = kept_name(record.model), kept_name(record.replica)
+        model = limits.admit_model(hour, kept_name(record.model))
+        replica = kept_name(record.replica)
         row = request_row(record) | {"account": kept_name(limits.account_of(record.org))}
         self.requests.append(row)
         key = Key(hour, org, session, model, replica)

@@ -10,6 +10,12 @@ MAX_SESSIONS = 2000
 MAX_MADE_UP = 1000
 """How many organisations that anyone could have made up have sums of their own in one hour."""
 
+MAX_MODELS = 1000
+"""How many models have sums of their own in one hour: adapters are models, too."""
+
+OTHER_MODELS = "(other models)"
+"""Name of all further ones together."""
+
 _HOURS = 3  # that are remembered: records come late by seconds, and clocks are set
 
 
@@ -30,6 +36,7 @@ class NameLimits:
         self.account_of = account_of
         self._sessions: dict[int, defaultdict[str, set[tuple[str, str]]]] = {}
         self._made_up: dict[int, set[str]] = {}
+        self._models: dict[int, set[str]] = {}
 
     def admit(self, hour: int, org: str, session: str, org_id: str) -> tuple[str, str]:
         """Return the organisation and the session that a request counts under.
@@ -54,11 +61,20 @@ class NameLimits:
         known.add(name)
         return org, session
 
+    def admit_model(self, hour: int, model: str) -> str:
+        """Return the model that a request counts under, after `admit` for the same ``hour``."""
+        models = self._models.get(hour, set())
+        if model not in models and len(models) >= MAX_MODELS:
+            return OTHER_MODELS
+        models.add(model)
+        return model
+
     def _of(self, hour: int) -> tuple[defaultdict[str, set[tuple[str, str]]], set[str]]:
         if hour not in self._sessions:
             self._sessions[hour] = defaultdict(set)
             self._made_up[hour] = set()
+            self._models[hour] = set()
             for old in sorted(self._sessions)[:-_HOURS]:
-                del self._sessions[old], self._made_up[old]
+                del self._sessions[old], self._made_up[old], self._models[old]
         # An hour that is older than those remembered is counted anew.
         return self._sessions.get(hour, defaultdict(set)), self._made_up.get(hour, set())

@@ -9,10 +9,8 @@ import contextvars
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
-
-from vllm.tracing import SpanAttributes, SpanKind, extract_trace_context, instrument_manual
-from vllm.v1.engine import output_processor
 
 from vllm_cachescope.api.request_context import RequestContext
 from vllm_cachescope.logs import logger_of
@@ -23,6 +21,9 @@ logger = logger_of(__name__)
 
 OWN_SPAN = "cachescope_request"
 """Name of the span of a request that vLLM sends none of."""
+
+REQUEST_ID = "gen_ai.request.id"
+"""The attribute of vLLM's span that has the request's id."""
 
 _Send = Callable[[Mapping[str, Any]], None]
 """Sends a span with further attributes."""
@@ -46,9 +47,15 @@ class PromptTrace:
 
 
 class Tracer:
-    """Holds back vLLM's spans, and sends them with usage."""
+    """Holds back vLLM's spans, and sends them with usage.
 
-    def __init__(self) -> None:
+    Args:
+        tracing: vLLM's module of that name.
+    """
+
+    def __init__(self, tracing: Any) -> None:
+        self._tracing = tracing
+        self._instrument: Callable[..., None] = tracing.instrument_manual
         self._traces: dict[str, PromptTrace] = {}
 
     @classmethod
@@ -57,12 +64,15 @@ class Tracer:
         observability = getattr(vllm_config, "observability_config", None)
         if getattr(observability, "otlp_traces_endpoint", None) is None:
             return None
-        tracer = cls()
-        module: Any = output_processor
-        if hasattr(module, "instrument_manual"):
-            module.instrument_manual = tracer.hold
-        else:
-            logger.warning("vLLM's own spans go without usage; there are further ones with it")
+        # Not above: few servers trace.
+        tracing: Any = import_module("vllm.tracing")
+        output_processor: Any = import_module("vllm.v1.engine.output_processor")
+        names = vars(output_processor)
+        if "instrument_manual" not in names or not hasattr(tracing, "extract_trace_context"):
+            logger.warning("Spans of requests go without usage: this vLLM makes them otherwise")
+            return None
+        tracer = cls(tracing)
+        names["instrument_manual"] = tracer.hold
         return tracer
 
     def begin(
@@ -97,9 +107,9 @@ class Tracer:
         kind: Any = None,
     ) -> None:
         """Do what vLLM's `instrument_manual` does, later if the span is of a prompt of ours."""
-        trace = self._traces.get((attributes or {}).get(SpanAttributes.GEN_AI_REQUEST_ID, ""))
+        trace = self._traces.get((attributes or {}).get(REQUEST_ID, ""))
         if trace is None:
-            instrument_manual(span_name, start_time, end_time, attributes, context, kind)
+            self._instrument(span_name, start_time, end_time, attributes, context, kind)
             return
         end_ns = time.time_ns() if end_time is None else end_time
         # Without a parent in the headers, the span's parent is the one that is current now.
@@ -107,7 +117,7 @@ class Tracer:
 
         def send(more: Mapping[str, Any]) -> None:
             known = {**(attributes or {}), **more}
-            here.run(instrument_manual, span_name, start_time, end_ns, known, context, kind)
+            here.run(self._instrument, span_name, start_time, end_ns, known, context, kind)
 
         trace.held.append(send)
 
@@ -125,7 +135,7 @@ class Tracer:
             if report is not None and report.engine is not None and not trace.is_sent:
                 usage = usage_attributes(report, context.timings[nonce].output_tokens)
             if not trace.held and usage:
-                trace.held.append(_own_span(trace))
+                trace.held.append(self._own_span(trace))
             for send in trace.held:
                 # Further samples of a prompt have the same usage, which counts once.
                 send({**usage, **of_request} if usage else of_request)
@@ -133,14 +143,12 @@ class Tracer:
                 trace.is_sent = True
             trace.held.clear()
 
+    def _own_span(self, trace: PromptTrace) -> _Send:
+        end_ns = time.time_ns()
 
-def _own_span(trace: PromptTrace) -> _Send:
-    end_ns = time.time_ns()
+        def send(attributes: Mapping[str, Any]) -> None:
+            parent = self._tracing.extract_trace_context(trace.headers)
+            kind = self._tracing.SpanKind.SERVER
+            self._instrument(OWN_SPAN, trace.began_ns, end_ns, dict(attributes), parent, kind)
 
-    def send(attributes: Mapping[str, Any]) -> None:
-        parent = extract_trace_context(trace.headers)
-        instrument_manual(
-            OWN_SPAN, trace.began_ns, end_ns, dict(attributes), parent, SpanKind.SERVER
-        )
-
-    return send
+        return send

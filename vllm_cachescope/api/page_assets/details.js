@@ -25,26 +25,25 @@ export class Details {
 
   async open(request, timeline) {
     this.timeline?.select(null);
-    const known = this.request === request ? this.known : null;
-    Object.assign(this, { request, timeline, known });
+    Object.assign(this, { request, timeline });
     timeline.select(request);
     this.element.hidden = false;
     document.body.classList.add("with-details");
     // On a phone the details lie over the lower part of the page.
     if (narrow.matches) timeline.element.closest(".session").scrollIntoView({ block: "start" });
-    this.#render(known ? known : undefined);
+    this.#render(undefined);
     const shown = (this.#shown += 1);
     const answer = await this.server.details(request).catch((error) => ({ failed: error.message }));
     if (shown !== this.#shown || this.request !== request) return;
-    this.known = answer;
     this.#render(answer);
+    byId("spoken").textContent = this.element.querySelector(".verdict").innerText;
   }
 
   close({ refocus = true } = {}) {
     if (!this.isOpen) return;
     const { request, timeline } = this;
     this.#shown += 1;
-    this.request = this.known = null;
+    this.request = null;
     this.element.hidden = true;
     this.element.replaceChildren();
     document.body.classList.remove("with-details");

@@ -114,6 +114,7 @@ class Board {
     this.sessions.update(changed, this.now);
     this.overview.draw(this.now, this.currency);
     legend(this.requests.tiers);
+    byId("legend").hidden = !this.requests.count;
     byId("older").hidden = !server.hasOlder || this.filling === this.run;
   }
 
@@ -187,7 +188,9 @@ class Board {
   }
 
   open(request, timeline) {
-    void this.details.open(request, timeline);
+    // Asked for once more: on to the details themselves.
+    if (this.details.request === request) byId("details").focus();
+    else void this.details.open(request, timeline);
   }
 
   move(request, timeline) {

@@ -18,11 +18,15 @@ export class Overview {
       this.draw();
     });
     this.now = Date.now() / 1000;
-    new ResizeObserver(() => this.draw()).observe(this.chart);
+    new ResizeObserver(() => {
+      if (requests.count) this.draw();
+    }).observe(this.chart);
   }
 
   // Keep the places of what is on its way.
   await() {
+    byId("overview").hidden = false;
+    this.chart.hidden = true;
     const skeleton = () => h("div", { class: "tile card skeleton" });
     byId("tiles").replaceChildren(...Array.from({ length: 4 }, skeleton));
   }
@@ -31,6 +35,7 @@ export class Overview {
     this.now = now;
     this.currency = currency;
     const { requests } = this;
+    byId("overview").hidden = !requests.count;
     if (!requests.count) {
       byId("tiles").replaceChildren();
       this.chart.hidden = true;
