@@ -14,13 +14,14 @@ help: ## list the targets
 setup: ## make .venv with vLLM for CPUs and this package
 	@scripts/setup.sh
 
-demo: setup ## serve a small model with the plugin and drive it with real clients
-	@$(BIN)/python -m demo.run
+demo: setup ## serve a small model and drive it with real clients; HOLD=1 leaves its page open
+	@$(BIN)/python -m demo.run $(if $(HOLD),--hold)
 
 test: setup lint ## the checks and the suite, on a real engine
 	@# What needs no engine runs on all cores; engines would take each other's.
-	$(BIN)/pytest $(SLOWEST) -n auto tests/core
-	$(BIN)/pytest $(SLOWEST) --ignore=tests/compat --ignore=tests/core --ignore=tests/lmcache
+	$(BIN)/pytest $(SLOWEST) -n auto tests/core tests/page
+	$(BIN)/pytest $(SLOWEST) --ignore=tests/compat --ignore=tests/core --ignore=tests/lmcache \
+		--ignore=tests/page
 	@# By itself: LMCache imports llvmlite, over which vLLM 0.32 falls when it starts on a CPU.
 	$(BIN)/pytest $(SLOWEST) tests/lmcache
 
@@ -28,6 +29,7 @@ thorough: setup ## the long forms of tests: more examples, larger bodies, longer
 	$(BIN)/pytest -n auto --hypothesis-profile=thorough -m 'slow or not slow' tests/core
 	$(BIN)/pytest -m slow tests/redis
 	$(BIN)/pytest -m slow tests/engine
+	$(BIN)/pytest -m slow tests/page
 
 lint: setup ## ruff, mypy --strict, and which room may import which
 	$(BIN)/ruff check .

@@ -10,9 +10,11 @@ BENCHMARKS = (
     "diagnosis",
     "envelopes",
     "explain",
+    "ledger",
     "neighbours",
     "overhead",
     "remote_tier",
+    "report",
     "shared_prefix",
 )
 

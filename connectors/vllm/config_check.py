@@ -16,6 +16,7 @@ from vllm_cachescope.config import CONNECTOR, Config, ConfigError, load
 from vllm_cachescope.config.exposure import refuse_secrets
 from vllm_cachescope.connectors.vllm import memory, private_files, store_factory
 from vllm_cachescope.connectors.vllm.findings import Finding, Status, settle
+from vllm_cachescope.usage.prices import read_prices
 
 _MULTI = "MultiConnector"
 
@@ -30,7 +31,28 @@ def load_checked(extra_config: Mapping[str, Any]) -> Config:
     refuse_secrets(extra_config)
     config = load(extra_config)
     config.check(store_factory.check)
+    check_ledger(config)
     return config
+
+
+def check_ledger(config: Config) -> None:
+    """Check the file of prices, and the ledger's address, without connecting to its database.
+
+    Raises:
+        ConfigError: if either cannot be used, or what it needs is not installed.
+    """
+    if config.prices is not None:
+        read_prices(config.prices)
+    if config.ledger is None:
+        return
+    try:
+        from vllm_cachescope.usage import database
+    except ImportError as error:
+        raise ConfigError(
+            f"ledger: it needs SQLAlchemy ({error}); install it with pip install "
+            "'vllm-cachescope[ledger]'"
+        ) from error
+    database.address(config.ledger)
 
 
 def read(kv_transfer_config: Any) -> Config:

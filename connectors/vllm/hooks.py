@@ -194,6 +194,18 @@ HOOKS = (
         is_needed=False,
     ),
     Hook(
+        "traces",
+        "spans of requests go without usage",
+        {
+            ("tracing/__init__.py", "instrument_manual"): (
+                "span_name start_time end_time attributes context kind"
+            ),
+            ("tracing/otel.py", "extract_trace_context"): "headers",
+        },
+        {"v1/engine/output_processor.py": ("        instrument_manual(",)},
+        is_needed=False,
+    ),
+    Hook(
         "start-up",
         _STOPS,
         {("engine/arg_utils.py", "EngineArgs.create_engine_config"): "self"},

@@ -59,6 +59,10 @@ def check(
             yield remote_stores.check_package(kind)
         for tier in config.tiers:
             yield remote_stores.check(tier, config)
+        if config.ledger is not None:
+            from vllm_cachescope.connectors.vllm import ledger_check
+
+            yield ledger_check.check(config.ledger)
     yield from launched
 
 

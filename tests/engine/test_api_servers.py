@@ -4,14 +4,18 @@ of them cannot know it says."""
 import time
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from sqlalchemy import select
 
 from tests.engine.bodies import EPHEMERAL, agent_body, session
+from tests.engine.ledgers import agreed, reading
 from tests.engine.server import NAMED_KEY, OPERATOR_TOKEN, SMALL, Api, serve_scoped
+from vllm_cachescope.usage.tables import REQUESTS
 
 pytestmark = pytest.mark.engine
 
@@ -19,10 +23,16 @@ TWO = ("--api-server-count", "2", "--data-parallel-size", "2")
 
 
 @pytest.fixture(scope="module")
-def api(tiny_model, tmp_path_factory) -> Iterator[Api]:
+def directory(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("ledger") / "of two"
+
+
+@pytest.fixture(scope="module")
+def api(tiny_model, tmp_path_factory, directory: Path) -> Iterator[Api]:
     scratch = tmp_path_factory.mktemp("processes")
     # As a user does: which metrics add up is settled when their library is imported.
     own = {"as_user": True, "module": "tests.engine.vllm_cli"}
+    own["ledger"] = {"directory": str(directory)}
     with serve_scoped(tiny_model, scratch, *SMALL, *TWO, **own) as api:
         yield api
 
@@ -127,3 +137,21 @@ def await_equal(find: Any, expected: Any) -> None:
     while (found := find()) != expected and time.monotonic() < deadline:
         time.sleep(0.1)
     assert found == expected
+
+
+def test_both_write_one_ledger(
+    api: Api, processes: dict[int, httpx.Client], directory: Path
+) -> None:
+    for turn in range(3):
+        for rank, client in processes.items():
+            message(client, agent_body("ledger", temperature=0), f"ledger {rank} {turn}")
+    agreed(api, directory)
+    with reading(directory) as connection:
+        assert set(connection.execute(select(REQUESTS.c.engine)).scalars()) == {0, 1}
+    # Either process answers for both.
+    answers = [
+        client.get("/cachescope/usage", params={"by": "session"}).json()["total"]
+        for client in processes.values()
+    ]
+    assert answers[0] == answers[1]
+    assert answers[0]["requests"] >= 6

@@ -13,6 +13,7 @@ from vllm_cachescope.api.diagnostics import anthropic_diagnostics, openai_diagno
 from vllm_cachescope.api.diffs import Diffs
 from vllm_cachescope.api.peers import ALONE, Peers
 from vllm_cachescope.api.request_context import PromptTiming
+from vllm_cachescope.api.request_details import RequestDetails
 from vllm_cachescope.cache.report import EngineId, Report
 from vllm_cachescope.diagnosis.attribution import EngineReport
 from vllm_cachescope.diagnosis.computed_prompt import ComputedPrompt, prefix_source
@@ -92,6 +93,7 @@ class Diagnoser:
         peers: the API processes of the server, of which this is one.
         model_name: the model's name in vLLM's own metrics.
         account_of: returns who answers for an organisation, by its id.
+        details: where to keep the diagnosis of each request; None to keep none but breaks.
 
     Attributes:
         breaks: the breaks among what was diagnosed.
@@ -109,7 +111,9 @@ class Diagnoser:
         model_name: str = "",
         account_of: AccountOf = own_account,
         peers: Peers = ALONE,
+        details: RequestDetails | None = None,
     ) -> None:
+        self._details = details
         self.peers = peers
         self.breaks = BreakLog(registry, model_name, account_of)
         self._model_name = model_name
@@ -224,8 +228,7 @@ class Diagnoser:
         pending.diagnosis = conclude(pending.diagnosis, found, pending.placement.ancestor)
         unexplained = self._unexplained.labels(self._model_name, str(engine.rank))
         unexplained.inc(pending.diagnosis.unknown_tokens)
-        if not pending.diagnosis.expected or pending.diagnosis.kind.is_break:
-            self._record(pending, engine)
+        self._record(pending, engine, response_id)
 
     def orgs(self) -> list[str]:
         """Return the organisations of which requests are kept."""
@@ -238,6 +241,8 @@ class Diagnoser:
             How many requests were dropped.
         """
         self.breaks.purge(org, session)
+        if self._details is not None:
+            self._details.purge(org, session)
         self._fingerprint.purge(org)
         if self._diffs is not None:
             self._diffs.purge(org, session)
@@ -287,11 +292,18 @@ class Diagnoser:
             used_at=now,
         )
 
-    def _record(self, pending: PendingDiagnosis, engine: EngineId) -> None:
+    def _record(self, pending: PendingDiagnosis, engine: EngineId, response_id: str | None) -> None:
         caller, diagnosis = pending.caller, pending.diagnosis
+        is_break = not diagnosis.expected or diagnosis.kind.is_break
+        if not is_break and self._details is None:
+            return
         at, model = self._wall_clock(), pending.request.model
         diff = None
-        if self._diffs is not None:
+        if is_break and self._diffs is not None:
             about = {"model": model, "cause": diagnosis.cause, "lineage": diagnosis.lineage}
             diff = self._diffs.write(caller, diagnosis.changes, at, about)
-        self.breaks.add(Break.of(at, caller, model, diagnosis, diff), engine.rank)
+        seen = Break.of(at, caller, model, diagnosis, diff)
+        if is_break:
+            self.breaks.add(seen, engine.rank)
+        if self._details is not None and response_id is not None:
+            self._details.add(response_id, seen)

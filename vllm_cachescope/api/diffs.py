@@ -6,6 +6,7 @@ The one place that writes prompt text. The text is redacted before it is kept (`
 import difflib
 import json
 import os
+import re
 import secrets
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,6 +32,8 @@ MAX_UNWRITTEN = 16
 """Files that may wait to be written; further ones are dropped."""
 
 SUFFIX = ".diff"
+
+_NAME = re.compile(r"[0-9]{8}T[0-9]{12}-[0-9a-f]{8}\.diff")
 
 _KINDS = frozenset(
     {
@@ -102,6 +105,18 @@ class Diffs:
         head = {"at": at, "org": caller.org, "session": caller.session, **details}
         self._pool.submit(self._save, name, head, pairs)
         return name
+
+    def read(self, name: str) -> str | None:
+        """Return what the file called ``name`` says, as `write` has named it; None if there is no
+        such file, or not any more."""
+        if not _NAME.fullmatch(name):
+            return None
+        try:
+            descriptor = os.open(self._directory / name, os.O_RDONLY | os.O_NOFOLLOW)
+            with open(descriptor, encoding="utf-8", errors="replace") as file:
+                return file.read(self._max_bytes)
+        except OSError:
+            return None
 
     def purge(self, org: str | None, session: str | None = None) -> None:
         """Drop the texts and delete the files of ``org``, or of one session of ``org``; with None,

@@ -6,6 +6,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vllm_cachescope.api.operations import PATHS
+from vllm_cachescope.api.page import is_page_path
 from vllm_cachescope.api.request_handler import RequestHandler
 from vllm_cachescope.api.services import Server, Services
 
@@ -41,9 +42,11 @@ class CacheScopeMiddleware(ABC):
         if scope["type"] == "lifespan":
             await self._app(scope, self._connecting(scope, receive), send)
         elif scope["type"] == "http" and (
-            scope["method"] == "POST" or scope["path"].endswith(PATHS)
+            scope["method"] == "POST"
+            or scope["path"].endswith(PATHS)
+            or is_page_path(scope["path"])
         ):
-            await self._connected(scope).handle(scope, receive, send)
+            await self.connected(scope).handle(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 
@@ -53,12 +56,17 @@ class CacheScopeMiddleware(ABC):
         async def connecting() -> Message:
             message = await receive()
             if message["type"] == "lifespan.startup":
-                self._connected(scope)
+                self.connected(scope)
             return message
 
         return connecting
 
-    def _connected(self, scope: Scope) -> RequestHandler:
+    def connected(self, scope: Scope) -> RequestHandler:
+        """Return the handler of requests, connected to the server by now.
+
+        Raises:
+            ConfigError: if the configuration cannot be used.
+        """
         if self._handler is None:
             services = Services.of(self.connect(scope["app"].state))
             self._handler = RequestHandler(self._app, services)

@@ -5,6 +5,8 @@
                                 tier's address, what is wrong with it, and who holds most of it
 ``GET /cachescope/breaks``      the latest breaks: the caller's organisation's, everyone's to the
                                 operator
+``GET /cachescope/usage``       what was used: by the caller's organisation, by everyone to the
+                                operator; see `usage_endpoint`
 ``POST /cachescope/purge``      drop the entries of an organisation or a session on every tier:
                                 the caller's own, within `purge_budget`; anyone's for the operator
 ==============================  =================================================================
@@ -12,19 +14,21 @@
 The operator is whoever presents `Config.operators_token` as an API key.
 """
 
-import hmac
 from collections.abc import Awaitable, Callable, Mapping
 from math import ceil
 from typing import Any
+
+from starlette.responses import Response
 
 from vllm_cachescope.api.answers import Answer, Refused
 from vllm_cachescope.api.diagnoser import Diagnoser
 from vllm_cachescope.api.engines import Engines, Purged
 from vllm_cachescope.api.purge_budget import BURST, PER_SECOND, PurgeBudget
 from vllm_cachescope.api.purge_request import PurgeRequest
+from vllm_cachescope.api.viewer import presents
 from vllm_cachescope.config import Config
 from vllm_cachescope.logs import logger_of
-from vllm_cachescope.tenancy.caller import ANONYMOUS, UNLISTED, CallerDirectory, api_key
+from vllm_cachescope.tenancy.caller import ANONYMOUS, UNLISTED, CallerDirectory
 from vllm_cachescope.tenancy.owner_tags import EVERYONE, UNLISTED_TAG, OwnerTags
 
 logger = logger_of(__name__)
@@ -32,9 +36,10 @@ logger = logger_of(__name__)
 BREAKS = "/cachescope/breaks"
 HEALTH = "/cachescope/health"
 PURGE = "/cachescope/purge"
-PATHS = (BREAKS, HEALTH, PURGE)
+USAGE = "/cachescope/usage"
+PATHS = (BREAKS, HEALTH, PURGE, USAGE)
 
-_METHODS = {BREAKS: "GET", HEALTH: "GET", PURGE: "POST"}
+_METHODS = {BREAKS: "GET", HEALTH: "GET", PURGE: "POST", USAGE: "GET"}
 
 _FOR_ALL = ("name", "up", "readable", "writable", "used_bytes", "capacity_bytes")
 """The fields of a tier's health that everyone may see."""
@@ -51,6 +56,8 @@ class Operations:
         forget: drops what this process knows of an organisation, or of a session of it (with None
             of everyone), and returns how many requests that were.
         clock: seconds, never running backwards.
+        usage: answers the fields of a query of the ledger, for an organisation (None for the
+            operator); None where no ledger is kept.
     """
 
     def __init__(
@@ -61,7 +68,9 @@ class Operations:
         engines: Engines,
         forget: Callable[[str | None, str | None], int],
         clock: Callable[[], float],
+        usage: Callable[[Mapping[str, str], str | None], Awaitable[Response]] | None = None,
     ) -> None:
+        self._usage = usage
         self._operator_token = config.operators_token()
         self._directory = directory
         self._tags = OwnerTags(config.secret_bytes())
@@ -77,7 +86,8 @@ class Operations:
         headers: Mapping[str, str],
         is_known: bool,
         read_body: Callable[[], Awaitable[bytes]],
-    ) -> Answer:
+        fields: Mapping[str, str] | None = None,
+    ) -> Response:
         """Return the response to a request.
 
         Args:
@@ -86,9 +96,10 @@ class Operations:
             headers: its headers, names in lower case, each character a byte.
             is_known: whether the server itself would let the caller in.
             read_body: reads its body.
+            fields: the fields of its query.
         """
         operation = next(known for known in PATHS if path.endswith(known))
-        is_operator = self._is_operator(headers)
+        is_operator = presents(self._operator_token, headers)
         org = None
         if not is_operator and is_known:
             org = self._directory.caller(headers, None).org
@@ -106,6 +117,8 @@ class Operations:
                 breaks = self._diagnoser.breaks.recent(org)
                 listed = [seen.to_dict(is_operator) for seen in breaks]
                 return Answer({"breaks": listed} | self._diagnoser.peers.to_dict())
+            if operation == USAGE:
+                return await self._used(fields or {}, org)
             request = PurgeRequest.read(await read_body(), org, self._directory)
             if org is not None:
                 self._charge(org)
@@ -115,12 +128,14 @@ class Operations:
         except TimeoutError:
             return Refused(503, "api_error", "the engine does not answer").answer()
 
-    def _is_operator(self, headers: Mapping[str, str]) -> bool:
-        token, presented = self._operator_token, api_key(headers)
-        if token is None or presented is None:
-            return False
-        # A header's characters are the bytes that came.
-        return hmac.compare_digest(token, presented.encode("latin-1"))
+    async def _used(self, fields: Mapping[str, str], org: str | None) -> Response:
+        if self._usage is None:
+            raise Refused(
+                404,
+                "not_found_error",
+                "this server keeps no ledger; its operator can set ledger.directory or ledger.url",
+            )
+        return await self._usage(fields, org)
 
     async def _health(self, is_operator: bool) -> Answer:
         """Answer 200 whatever state the tiers are in: without them requests run all the same."""

@@ -1,7 +1,8 @@
 """The context of one HTTP request on its way through the API process."""
 
 from asyncio import Task
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,7 @@ class PromptTiming:
         began: when the engine was given the prompt, in seconds of `time.monotonic`.
         computed_at: when the engine returned its first token, or was told to cut the prompt off, on
             the same clock; None before.
+        output_tokens: tokens that the engine has returned so far, over all samples.
     """
 
     tokens: Sequence[int]
@@ -30,6 +32,14 @@ class PromptTiming:
     readable_tokens: int
     began: float
     computed_at: float | None = None
+    output_tokens: int = 0
+
+    @property
+    def ttft_s(self) -> float | None:
+        """Seconds until the first token came; None if none has."""
+        if self.computed_at is None or not self.output_tokens:
+            return None
+        return self.computed_at - self.began
 
 
 @dataclass(slots=True)
@@ -46,10 +56,20 @@ class RequestContext:
             it is started.
         reports: the engine's report on each of the request's prompts, by the prompt's nonce. The
             first token brings an estimate, the last one the engine's own count.
+        untold: the engine's report on each of the request's prompts whose usage the client is not
+            told, by nonce: those to pool, and those without token ids.
         timings: each of the request's prompts with its times, by the same nonce.
         plans: the plan of each of the request's prompts, by the same nonce.
-        fetching: the task that fetches the reports of a request whose client has disconnected;
-            None if there is none.
+        fetching: the task that fetches the reports that no output brings, as those of a request
+            whose client has disconnected; None if there is none.
+        is_recorded: whether somebody keeps the request's record, and wants every report.
+        traces: the adapter's own notes for the traces of the request's prompts, by nonce.
+        recorded: nonces of the prompts that a record has.
+        under_way: how many of the request's prompts the engine has, or is about to be given. The
+            server may be done with the request before: it does not wait for what it has cut off,
+            and a response may be computed in the background.
+        on_over: called whenever the server is done with the request and no prompt is under way;
+            None while the server is not done.
     """
 
     caller: Caller
@@ -58,9 +78,35 @@ class RequestContext:
     wants_tiers: bool = False
     rendering: Task[Any] | None = None
     reports: dict[str, Report] = field(default_factory=dict)
+    untold: dict[str, Report] = field(default_factory=dict)
     timings: dict[str, PromptTiming] = field(default_factory=dict)
     plans: dict[str, Plan] = field(default_factory=dict)
     fetching: Task[None] | None = None
+    is_recorded: bool = False
+    traces: dict[str, Any] = field(default_factory=dict)
+    recorded: set[str] = field(default_factory=set)
+    under_way: int = 0
+    on_over: Callable[[], None] | None = None
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Note that a prompt is under way for as long as this lasts."""
+        self.under_way += 1
+        try:
+            yield
+        finally:
+            self.under_way -= 1
+            self._call_if_over()
+
+    def end(self, on_over: Callable[[], None]) -> None:
+        """Note that the server is done with the request; ``on_over`` is called, now and perhaps
+        later, when no prompt is under way."""
+        self.on_over = on_over
+        self._call_if_over()
+
+    def _call_if_over(self) -> None:
+        if self.on_over is not None and not self.under_way:
+            self.on_over()
 
 
 current_request: ContextVar[RequestContext | None] = ContextVar("cachescope_request", default=None)

@@ -4,7 +4,9 @@ the usage into the reply, and diagnoses the request."""
 import asyncio
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
+from starlette.datastructures import QueryParams
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -12,10 +14,12 @@ from vllm_cachescope.api.diagnoser import PendingDiagnosis
 from vllm_cachescope.api.http_request import joined_headers, read_body, with_body
 from vllm_cachescope.api.incoming_body import IncomingBody, read_incoming
 from vllm_cachescope.api.operations import PATHS
+from vllm_cachescope.api.page import Page, is_page_path
 from vllm_cachescope.api.replies import Reply
 from vllm_cachescope.api.request_context import RequestContext, current_request
 from vllm_cachescope.api.services import Services
 from vllm_cachescope.api.session_queue import SessionQueue
+from vllm_cachescope.api.viewer import Viewer
 from vllm_cachescope.diagnosis.fingerprint import Fingerprint
 from vllm_cachescope.errors import BadRequest
 from vllm_cachescope.logs import logger_of
@@ -36,11 +40,14 @@ class RequestHandler:
     Args:
         app: the server.
         services: what its requests are served with.
+
+    Attributes:
+        services: the same.
     """
 
     def __init__(self, app: ASGIApp, services: Services) -> None:
         self._app = app
-        self._services = services
+        self.services = services
         self._queue = SessionQueue()
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -49,12 +56,14 @@ class RequestHandler:
         protocol = protocol_of(scope["path"])
         if scope["path"].endswith(PATHS):
             await self._operate(headers, scope, receive, send)
-        elif not self._services.is_known(headers):
+        elif (page := self.services.page) is not None and is_page_path(scope["path"]):
+            await self._show(page, headers, scope, receive, send)
+        elif not self.services.is_known(headers):
             # The server will refuse it; nothing is done for a client it does not know.
             await self._app(scope, receive, send)
         elif protocol is None:
-            context = RequestContext(self._services.directory.caller(headers, None))
-            await self._run(context, scope, receive, send)
+            caller = self.services.directory.caller(headers, None)
+            await self._pass_on(RequestContext(caller), scope, receive, send)
         else:
             await self._serve(protocol, headers, scope, receive, send)
 
@@ -64,10 +73,31 @@ class RequestHandler:
         async def body() -> bytes:
             return (await read_body(scope, receive))[0]
 
-        known = self._services.is_known(headers)
-        answer = await self._services.operations.answer(
-            scope["method"], scope["path"], headers, known, body
+        known = self.services.is_known(headers)
+        answer = await self.services.operations.answer(
+            scope["method"],
+            scope["path"],
+            headers,
+            known,
+            body,
+            QueryParams(scope["query_string"]),
         )
+        await answer(scope, receive, send)
+
+    async def _show(
+        self,
+        page: Page,
+        headers: Mapping[str, str],
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+    ) -> None:
+        query = QueryParams(scope["query_string"])
+
+        def viewer() -> Viewer:
+            return self.services.viewer(headers)
+
+        answer = await page.answer(scope["method"], scope["path"], query, headers, viewer)
         await answer(scope, receive, send)
 
     async def _serve(
@@ -81,7 +111,7 @@ class RequestHandler:
         raw, replayed = await read_body(scope, receive)
         try:
             wants_tiers = _wants_tiers(headers)
-            body = await read_incoming(raw, protocol, self._services.config)
+            body = await read_incoming(raw, protocol, self.services.config)
         except BadRequest as error:
             await JSONResponse(error_body(protocol, error), 400)(scope, replayed, send)
             return
@@ -89,14 +119,15 @@ class RequestHandler:
         if body is None:
             await self._app(scope, replayed, send)
             return
-        directory = self._services.directory
+        directory = self.services.directory
         caller = directory.caller(headers, body.request.session)
         if not directory.may_write_global(caller.org):
             body = replace(body, request=without_global(body.request))
-        self._services.ignored_markers.count(body.request)
+        self.services.ignored_markers.count(body.request)
         if body.raw is not None:
             scope, replayed = with_body(scope, receive, body.raw)
         context = RequestContext(caller, body.request, body.forwarded, wants_tiers)
+        context.is_recorded = self.services.recorder.is_used
         # Opened now only for a client that wants to hear of it: fingerprints of a long prompt take
         # some milliseconds, which the first token of other requests need not wait for.
         pending = None
@@ -108,7 +139,29 @@ class RequestHandler:
         try:
             await self._run(context, scope, replayed, reply.send)
         finally:
-            self._diagnose(context, reply, pending, body, headers)
+            context.end(partial(self._over, context, reply, pending, body, headers))
+
+    async def _pass_on(
+        self, context: RequestContext, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        """Serve a request whose body is not read."""
+        recorder = self.services.recorder
+        context.is_recorded = recorder.is_used
+        try:
+            await self._run(context, scope, receive, send)
+        finally:
+            context.end(partial(self._record, context))
+
+    def _record(self, context: RequestContext) -> None:
+        """Record what is over of a request, and is not diagnosed."""
+        if context.fetching is None:
+            self.services.recorder.record(context, None, None)
+        else:
+            self._queue.put_off(context.caller, self._record_later(context, context.fetching))
+
+    async def _record_later(self, context: RequestContext, fetching: asyncio.Task[None]) -> None:
+        await asyncio.wait([fetching])
+        self.services.recorder.record(context, None, None)
 
     async def _run(
         self, context: RequestContext, scope: Scope, receive: Receive, send: Send
@@ -119,6 +172,19 @@ class RequestHandler:
         finally:
             current_request.reset(token)
 
+    def _over(
+        self,
+        context: RequestContext,
+        reply: Reply,
+        pending: PendingDiagnosis | None,
+        body: IncomingBody,
+        headers: Mapping[str, str],
+    ) -> None:
+        """Diagnose and record a request whose prompts are over."""
+        # A prompt that comes later yet, in the background, goes on from one that was diagnosed.
+        context.on_over = partial(self._record, context)
+        self._diagnose(context, reply, pending, body, headers)
+
     def _diagnose(
         self,
         context: RequestContext,
@@ -127,8 +193,8 @@ class RequestHandler:
         body: IncomingBody,
         headers: Mapping[str, str],
     ) -> None:
-        """Diagnose a request that is over, at once where that is quick; ``pending`` is None if it
-        was put off until now."""
+        """Diagnose and record a request that is over, at once where that is quick; ``pending`` is
+        None if its diagnosis was put off until now."""
         to_open = pending is None and bool(context.reports or context.fetching)
         waits = context.fetching is not None or not self._queue.is_empty(context.caller)
         if waits or (to_open and body.is_large):
@@ -137,8 +203,7 @@ class RequestHandler:
             return
         if to_open:
             pending = self._opened(context, body, headers, None)
-        if pending is not None:
-            self._close(pending, context, reply)
+        self._close(pending, context, reply)
 
     async def _diagnose_later(
         self,
@@ -152,8 +217,7 @@ class RequestHandler:
             await asyncio.wait([context.fetching])
         if pending is None and context.reports:
             pending = await self._open(context, body, headers)
-        if pending is not None:
-            self._close(pending, context, reply)
+        self._close(pending, context, reply)
 
     # A mistake in a diagnosis costs the diagnosis, and never the request.
 
@@ -163,7 +227,7 @@ class RequestHandler:
         """Open a diagnosis; the fingerprint of a large body is made on a thread of its own."""
         fingerprint = None
         if body.is_large:
-            make = self._services.diagnoser.fingerprint
+            make = self.services.diagnoser.fingerprint
             try:
                 fingerprint = await asyncio.to_thread(
                     make, context.caller, body.request, body.fields, headers
@@ -181,19 +245,24 @@ class RequestHandler:
         fingerprint: Fingerprint | None,
     ) -> PendingDiagnosis | None:
         try:
-            return self._services.diagnoser.open(
+            return self.services.diagnoser.open(
                 context.caller, body.request, body.fields, headers, context.reports, fingerprint
             )
         except Exception:
             logger.exception("The request could not be diagnosed")
             return None
 
-    def _close(self, pending: PendingDiagnosis, context: RequestContext, reply: Reply) -> None:
-        try:
-            timings = [context.timings[nonce] for nonce in context.reports]
-            self._services.diagnoser.close(pending, context.reports.values(), reply.id, timings)
-        except Exception:
-            logger.exception("The request could not be diagnosed")
+    def _close(
+        self, pending: PendingDiagnosis | None, context: RequestContext, reply: Reply
+    ) -> None:
+        if pending is not None:
+            try:
+                timings = [context.timings[nonce] for nonce in context.reports]
+                self.services.diagnoser.close(pending, context.reports.values(), reply.id, timings)
+            except Exception:
+                logger.exception("The request could not be diagnosed")
+        diagnosis = None if pending is None else pending.diagnosis
+        self.services.recorder.record(context, diagnosis, reply.id)
 
 
 def _wants_tiers(headers: Mapping[str, str]) -> bool:

@@ -4,6 +4,7 @@ import hmac
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from prometheus_client import REGISTRY, CollectorRegistry
 
@@ -12,10 +13,21 @@ from vllm_cachescope.api.diffs import Diffs
 from vllm_cachescope.api.engines import Engines
 from vllm_cachescope.api.ignored_markers import IgnoredMarkers
 from vllm_cachescope.api.operations import Operations
+from vllm_cachescope.api.page import REQUESTS, Page
 from vllm_cachescope.api.peers import ALONE, Peers
+from vllm_cachescope.api.poll_filter import leave_out
+from vllm_cachescope.api.recorder import Recorder, Trace
+from vllm_cachescope.api.request_details import RequestDetails
+from vllm_cachescope.api.viewer import Viewer, viewer_of
 from vllm_cachescope.config import Config
 from vllm_cachescope.logs import logger_of
 from vllm_cachescope.tenancy.caller import CallerDirectory, api_key
+from vllm_cachescope.usage.prices import Prices, read_prices
+from vllm_cachescope.usage.recent_requests import RecentRequests
+from vllm_cachescope.usage.request_memory import RequestMemory
+
+if TYPE_CHECKING:
+    from vllm_cachescope.api.ledger_service import LedgerService
 
 logger = logger_of(__name__)
 
@@ -34,6 +46,8 @@ class Server:
             a session of it; with None, of everyone.
         registry: where its metrics are.
         peers: its API processes, of which this is one.
+        replica: its name among the servers of one operator.
+        trace: sends the trace of a request that is over; None where the server traces nothing.
     """
 
     config: Config
@@ -44,6 +58,8 @@ class Server:
     purge_renderings: Callable[[str | None, str | None], None]
     registry: CollectorRegistry = REGISTRY
     peers: Peers = ALONE
+    replica: str = ""
+    trace: Trace | None = None
 
 
 def directory_of(config: Config, api_keys: Collection[str]) -> CallerDirectory:
@@ -76,6 +92,9 @@ class Services:
         diagnoser: diagnoses the requests.
         operations: answers what an operator asks.
         ignored_markers: counts the markers that requests are served without.
+        recorder: makes the records of the requests that are over.
+        page: the page; None where it is off.
+        operator_token: makes its holder the operator; None for nobody.
     """
 
     config: Config
@@ -84,13 +103,17 @@ class Services:
     diagnoser: Diagnoser
     operations: Operations
     ignored_markers: IgnoredMarkers
+    recorder: Recorder
+    page: Page | None
+    operator_token: bytes | None
 
     @classmethod
     def of(cls, server: Server) -> "Services":
         """Return the services in front of ``server``.
 
         Raises:
-            ConfigError: if the directory for diffs cannot be used.
+            ConfigError: if the directory for diffs, the ledger's database or the file of prices
+                cannot be used.
         """
         config = server.config
         secret = config.secret_bytes()
@@ -100,6 +123,7 @@ class Services:
                 "Any client may share as global, since no tenants are listed; see global_writers"
             )
         diffs = None if config.diffs is None else Diffs(config.diffs, time.monotonic)
+        details = RequestDetails(directory.account) if config.page else None
         diagnoser = Diagnoser(
             secret,
             server.block_tokens,
@@ -108,18 +132,65 @@ class Services:
             model_name=server.model_name,
             account_of=directory.account,
             peers=server.peers,
+            details=details,
         )
+        recorder = Recorder(server.model_name, server.replica)
+        if server.trace is not None:
+            recorder.trace_with(server.trace)
+        prices = Prices() if config.prices is None else read_prices(config.prices)
+        ledger = _ledger(server, directory, prices)
+        if ledger is not None:
+            recorder.add_sink(ledger.put)
+        page, memory = None, RequestMemory(directory.account)
+        if details is not None:
+            requests: RecentRequests = memory
+            peers = server.peers
+            if ledger is not None and ledger.keeps_requests:
+                requests, peers = ledger.requests, ALONE
+            else:
+                recorder.add_sink(lambda record, _: memory.add(record))
+            page = Page(requests, details, diffs, server.model_name, prices, peers)
+            leave_out(REQUESTS)
+            logger.info("The page is at /cachescope")
 
         def forget(org: str | None, session: str | None) -> int:
             server.purge_renderings(org, session)
+            memory.purge(org, session)
+            if ledger is not None:
+                ledger.purge(org, session)
             return diagnoser.purge(org, session)
 
         server.engines.on_purge(forget)
         operations = Operations(
-            config, directory, diagnoser, server.engines, forget, time.monotonic
+            config,
+            directory,
+            diagnoser,
+            server.engines,
+            forget,
+            time.monotonic,
+            None if ledger is None else ledger.answer,
         )
         ignored_markers = IgnoredMarkers(server.registry, server.model_name)
-        return cls(config, server.api_keys, directory, diagnoser, operations, ignored_markers)
+        return cls(
+            config,
+            server.api_keys,
+            directory,
+            diagnoser,
+            operations,
+            ignored_markers,
+            recorder,
+            page,
+            config.operators_token(),
+        )
+
+    def viewer(self, headers: Mapping[str, str]) -> Viewer:
+        """Return who looks with these ``headers``.
+
+        Raises:
+            Refused: if the server does not know them.
+        """
+        known = self.is_known(headers)
+        return viewer_of(headers, known, self.directory, self.operator_token)
 
     def is_known(self, headers: Mapping[str, str]) -> bool:
         """Tell whether the server will let a client with these ``headers`` in."""
@@ -127,3 +198,18 @@ class Services:
         # All of them, and each to its end: how long it takes tells nothing of a key.
         matches = [hmac.compare_digest(key.encode(), presented.encode()) for key in self.api_keys]
         return not self.api_keys or any(matches)
+
+
+def _ledger(server: Server, directory: CallerDirectory, prices: Prices) -> "LedgerService | None":
+    """Return the server's ledger; None if it keeps none.
+
+    Raises:
+        ConfigError: if the ledger's database cannot be used.
+    """
+    config = server.config
+    if config.ledger is None:
+        return None
+    # Not above: it needs SQLAlchemy, which is not installed everywhere.
+    from vllm_cachescope.api.ledger_service import LedgerService
+
+    return LedgerService(config.ledger, prices, directory, server.registry, server.model_name)

@@ -80,6 +80,8 @@ class Report:
             than it has where it was cut off; None if that is not known.
         blocks: the hashes of its blocks, equal where another prompt could have read them; None if
             they are not known.
+        prefill_seconds_saved: seconds that the engine would have taken to compute what was read, at
+            the rate that it had measured by then; None while it has measured none.
     """
 
     rows: tuple[Row, ...]
@@ -89,6 +91,7 @@ class Report:
     reach_s: float | None = None
     computed_tokens: int | None = None
     blocks: PrefixHashes | None = None
+    prefill_seconds_saved: float | None = None
 
     def tokens(self, outcome: str) -> int:
         """Return the tokens with ``outcome``."""

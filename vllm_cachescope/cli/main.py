@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 import vllm_cachescope
-from vllm_cachescope.cli import check, explain, lint, purge, serve
+from vllm_cachescope.cli import check, explain, lint, purge, report, serve, usage
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--version", action="version", version=f"%(prog)s {vllm_cachescope.__version__}"
     )
     subparsers = parser.add_subparsers(dest="command", required=True)
-    for command in (serve, check, explain, lint, purge):
+    for command in (serve, check, explain, lint, report, purge, usage):
         command.add_command(subparsers)
     args, unknown = parser.parse_known_args(argv)
     if args.command in ("serve", "check"):

@@ -3,6 +3,7 @@
 from vllm_cachescope.config.config import Config
 from vllm_cachescope.config.diffs import DiffSettings
 from vllm_cachescope.config.error import ConfigError
+from vllm_cachescope.config.ledger import LedgerSettings
 from vllm_cachescope.config.loading import load
 from vllm_cachescope.config.quotas import OrgQuota, TierQuotas
 from vllm_cachescope.config.secret import SECRET_VARIABLE, make_up_secret
@@ -18,6 +19,7 @@ __all__ = [
     "ConfigError",
     "DiffSettings",
     "LMCacheTier",
+    "LedgerSettings",
     "OrgQuota",
     "RedisTier",
     "Tier",

@@ -8,6 +8,7 @@ from pydantic import ByteSize, Field, SecretStr, model_validator
 
 from vllm_cachescope.config.diffs import DiffSettings
 from vllm_cachescope.config.error import ConfigError
+from vllm_cachescope.config.ledger import LedgerSettings
 from vllm_cachescope.config.markers import MarkerPolicy
 from vllm_cachescope.config.quotas import LOCAL_TIERS, OrgQuota, TierQuotas, check_quotas
 from vllm_cachescope.config.regions import Regions
@@ -49,8 +50,11 @@ class Config(Model):
         operator_token: bearer token that lets its holder see and manage every organisation's
             entries at the server's ``/cachescope`` paths; None for nobody.
         operator_token_file: file the token is read from, instead of `operator_token`.
+        page: whether the server shows its page at ``/cachescope``.
         sweep_interval: how often an idle engine drops expired blocks.
         diffs: diffs of what broke a prefix, for the operator; None to keep no prompt text.
+        ledger: the ledger of what was used; None to keep none.
+        prices: YAML or JSON file with what tokens cost, by model; None for no costs.
         tiers: tiers behind the CPU tier, looked up in this order.
         quotas: what organisations may hold, by the name of a tier.
         self_describing_kv_events: whether KV events of the CPU tier and remote ones carry the
@@ -70,8 +74,11 @@ class Config(Model):
     org_header: Annotated[str, Field(min_length=1)] | None = None
     operator_token: Annotated[SecretStr, Field(min_length=MIN_SECRET)] | None = None
     operator_token_file: Path | None = None
+    page: Annotated[bool, Field(strict=True)] = False
     sweep_interval: Duration = 5
     diffs: DiffSettings | None = None
+    ledger: LedgerSettings | None = None
+    prices: Path | None = None
     tiers: tuple[AnyTier, ...] = ()
     quotas: dict[str, TierQuotas] = Field(default_factory=dict)
     self_describing_kv_events: Annotated[bool, Field(strict=True)] = True
@@ -125,6 +132,8 @@ class Config(Model):
         self.operators_token()
         if self.diffs is not None:
             self.diffs.check()
+        if self.ledger is not None:
+            self.ledger.check()
         for settings in self.tiers:
             check_store(settings)
 
@@ -156,6 +165,7 @@ class Config(Model):
     def secret_files(self) -> dict[str, Path]:
         """Return the files that hold nothing but a secret, by the keys that name them."""
         files = {
+            "ledger.password_file": None if self.ledger is None else self.ledger.password_file,
             "secret_file": self.secret_file,
             "operator_token_file": self.operator_token_file,
             **{

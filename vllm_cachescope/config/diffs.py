@@ -1,13 +1,11 @@
 """The settings of diffs: where they are written, how many are kept, what they leave out."""
 
-import os
-import stat
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import ByteSize, Field
 
-from vllm_cachescope.config.error import ConfigError
+from vllm_cachescope.config.private_directory import check_private_directory
 from vllm_cachescope.config.values import Model, Pattern
 
 
@@ -34,19 +32,4 @@ class DiffSettings(Model):
         Raises:
             ConfigError: if the directory can be neither used nor made.
         """
-        key = f"diffs.directory: {self.directory}"
-        try:
-            if not self.directory.exists():
-                parent = next(one for one in self.directory.absolute().parents if one.exists())
-                if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-                    raise ConfigError(f"{key} cannot be made: {parent} cannot be written to")
-                return
-            mode = stat.S_IMODE(self.directory.stat().st_mode)
-        except OSError as error:
-            raise ConfigError(f"{key} cannot be made: {error}") from None
-        if not self.directory.is_dir():
-            raise ConfigError(f"{key} cannot be made: there is a file of that name")
-        if mode & 0o077:
-            raise ConfigError(f"{key} is open to others (mode {mode:o}); allowed: 700")
-        if not os.access(self.directory, os.R_OK | os.W_OK | os.X_OK):
-            raise ConfigError(f"{key} cannot be written to")
+        check_private_directory(self.directory, "diffs.directory")

@@ -16,7 +16,8 @@ _FILE = "a file of mode 600 that config_file names (--cachescope of cachescope s
 _INSTEAD = {
     "secret": f"secret_file, the variable {SECRET_VARIABLE}, or ",
     "operator_token": f"operator_token_file, the variable {OPERATOR_VARIABLE}, or ",
-    "url": "the tier's password_file, the variable CACHESCOPE_<NAME OF THE TIER>_PASSWORD, or ",
+    "url": "password_file beside it, the variable CACHESCOPE_<NAME OF THE TIER>_PASSWORD (of the "
+    "ledger CACHESCOPE_LEDGER_PASSWORD), or ",
 }
 
 
@@ -57,4 +58,4 @@ def _is_secret(value: Any, key: tuple[str, ...]) -> bool:
     if _NAME.search(name) and not _NAMES_A_PLACE.search(name):
         return True
     # Elsewhere, such as in a pattern of `diffs.redact`, that may be anything.
-    return key[0] == "tiers" and isinstance(value, str) and bool(_ADDRESS.search(value))
+    return key[0] in ("ledger", "tiers") and isinstance(value, str) and bool(_ADDRESS.search(value))

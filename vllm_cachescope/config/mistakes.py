@@ -12,7 +12,9 @@ _Location = tuple[int | str, ...]
 _UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
 _TENANTS = ("tenants", "tenants_file")
 _HIDDEN = ("secret", "operator_token", "tiers", *_TENANTS)
-"""What may hold a secret: a tier's address a password; where digests belong, stand API keys."""
+_ADDRESSES = (("ledger",), ("ledger", "url"))
+"""What may hold a secret: a tier's or a database's address a password; where digests belong, stand
+API keys."""
 
 
 def describe(error: ValidationError, model: Any = None, prefix: _Location = ()) -> str:
@@ -29,7 +31,9 @@ def describe(error: ValidationError, model: Any = None, prefix: _Location = ()) 
         is_unknown = detail["type"] in _UNKNOWN_KEY
         # A key that is misspelt may be that of a secret, too.
         is_plain = not is_unknown or isinstance(detail["input"], int | float | None)
-        is_hidden = bool(location) and (location[0] in _HIDDEN or not is_plain)
+        is_hidden = bool(location) and (
+            location[0] in _HIDDEN or location in _ADDRESSES or not is_plain
+        )
         shown = "not shown" if is_hidden else repr(detail["input"])
         message = detail["msg"].removeprefix("Value error, ")
         if is_unknown:

@@ -83,6 +83,34 @@ class SharedMemo(Generic[_K, _V]):
                 if org in (None, owner)
             ]
 
+    def newest(
+        self,
+        org: str | None,
+        limit: int,
+        is_after: Callable[[_V], bool],
+        skips: Callable[[_V], bool],
+    ) -> list[_V]:
+        """Return at most ``limit`` values of each account, the most recently used first, of ``org``
+        or of all with None.
+
+        Args:
+            org: the organisation.
+            limit: how many of each account.
+            is_after: says no of the first value that is too old, where an account's end.
+            skips: says of a value that it is left out.
+        """
+        found: list[_V] = []
+        with self._lock:
+            for account in list(self._values) if org is None else [self._account_of(org)]:
+                left = limit
+                for (owner, _), value in reversed(self._values.get(account, {}).items()):
+                    if not left or not is_after(value):
+                        break
+                    if org in (None, owner) and not skips(value):
+                        found.append(value)
+                        left -= 1
+        return found
+
     def orgs(self) -> set[str]:
         """Return the organisations of which values are kept."""
         with self._lock:

@@ -2,11 +2,11 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vllm_cachescope.cache.report import Outcome, Report, Row
-from vllm_cachescope.tenancy.scope import Scope
+from vllm_cachescope.tenancy.scope import Scope, short_name
 
 FIVE_MINUTES_S = 300
 ONE_HOUR_S = 3600
@@ -103,8 +103,30 @@ class RequestRecord:
 
     @property
     def is_break(self) -> bool:
-        """Whether a change of the client's, or a loss of the cache's, cost tokens."""
+        """Whether it is among the breaks: of a change in front of what had been cached, or of a
+        loss of the cache's."""
         return self.region is not None or not self.expected
+
+    def diagnosed(
+        self,
+        lineage: int,
+        cause: str,
+        expected: bool,
+        where: tuple[str, str] | None,
+        missed_tokens: int,
+    ) -> "RequestRecord":
+        """Return the record with what a diagnosis found; ``where`` is the region and the path of
+        a break."""
+        region, path = where or (None, None)
+        return replace(
+            self,
+            lineage=lineage,
+            cause=cause,
+            expected=expected,
+            region=region,
+            path=None if path is None else short_name(path),
+            missed_tokens=missed_tokens,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as plain data for JSON, tokens by outcome."""

@@ -7,8 +7,11 @@ no response shows it.
 import asyncio
 import time
 from collections.abc import AsyncGenerator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
+
+from vllm.sampling_params import RequestOutputKind
 
 from vllm_cachescope.api.request_context import PromptTiming, RequestContext, current_request
 from vllm_cachescope.cache.report import Report, estimate
@@ -16,6 +19,7 @@ from vllm_cachescope.config import Config
 from vllm_cachescope.connectors.vllm import engine_rpc
 from vllm_cachescope.connectors.vllm.api_server import media_ids
 from vllm_cachescope.connectors.vllm.api_server.planning import Planner
+from vllm_cachescope.connectors.vllm.api_server.tracing import Tracer
 from vllm_cachescope.connectors.vllm.plan_transport import take_report, with_plan, without_plan
 from vllm_cachescope.logs import logger_of
 from vllm_cachescope.prompt.plan import Plan, Span
@@ -33,11 +37,18 @@ class Admission:
         config: the configuration.
         secret: key of the scope keys and of the plans' MACs.
         directory: the organisations, and what they may share.
+        tracer: holds vLLM's spans back; None where vLLM traces nothing.
     """
 
     def __init__(
-        self, state: Any, config: Config, secret: bytes, directory: CallerDirectory
+        self,
+        state: Any,
+        config: Config,
+        secret: bytes,
+        directory: CallerDirectory,
+        tracer: Tracer | None = None,
     ) -> None:
+        self._tracer = tracer
         self._engine = state.engine_client
         self._secret = secret
         self._planner = Planner(state, config, secret, directory)
@@ -58,57 +69,77 @@ class Admission:
     ) -> AsyncGenerator[Any, None]:
         """Do what the engine client's `generate` does, for a prompt with a plan."""
         context = current_request.get()
-        plan = unreported = None
-        if context is not None:
-            plan = await self._plan(context, prompt, options.get("session_id"))
-            if plan is None:
-                unreported = self._plan_whole(context.caller, prompt)
-        if (known := plan or unreported) is not None:
-            sampling_params = with_plan(sampling_params, known, self._secret)
-        else:
-            sampling_params = without_plan(sampling_params)
-        reported = False
-        outputs = self._generate(prompt, sampling_params, request_id, **options)
-        try:
-            async for output in outputs:
-                data = take_report(output)
-                if context is not None and plan is not None:
+        with _running(context):
+            plan = unreported = None
+            if context is not None:
+                plan = await self._plan(context, prompt, options.get("session_id"))
+                if plan is None:
+                    unreported = self._plan_whole(context.caller, prompt)
+            if (known := plan or unreported) is not None:
+                sampling_params = with_plan(sampling_params, known, self._secret)
+            else:
+                sampling_params = without_plan(sampling_params)
+            reported = False
+            if self._tracer is not None and context is not None and plan is not None:
+                headers = options.get("trace_headers")
+                self._tracer.begin(context, request_id, plan.nonce, headers)
+            counts = OutputCount(sampling_params)
+            outputs = self._generate(prompt, sampling_params, request_id, **options)
+            try:
+                async for output in outputs:
+                    data = take_report(output)
+                    if context is not None and unreported is not None and data is not None:
+                        context.untold[unreported.nonce] = Report.from_wire(data)
+                        reported = True
+                    if context is not None and plan is not None:
+                        timing = context.timings[plan.nonce]
+                        timing.output_tokens += counts.new(output)
+                        timing.computed_at = timing.computed_at or time.monotonic()
+                        if data is not None:
+                            context.reports[plan.nonce] = Report.from_wire(data)
+                            reported = True
+                        elif plan.nonce not in context.reports:
+                            context.reports[plan.nonce] = estimate(
+                                plan, self._block_size, output.num_cached_tokens or 0
+                            )
+                        if output.finished and not reported:
+                            # The API's side ends a request at a stop string. The engine's last
+                            # output then goes nowhere, and its report has to be fetched.
+                            await self._fetch_report(context.reports, plan)
+                            reported = True
+                    yield output
+            finally:
+                await outputs.aclose()
+                if self._tracer is not None:
+                    self._tracer.end(request_id)
+                if context is not None and plan is not None and not reported:
                     timing = context.timings[plan.nonce]
                     timing.computed_at = timing.computed_at or time.monotonic()
-                    if data is not None:
-                        context.reports[plan.nonce] = Report.from_wire(data)
-                        reported = True
-                    elif plan.nonce not in context.reports:
-                        context.reports[plan.nonce] = estimate(
-                            plan, self._block_size, output.num_cached_tokens or 0
-                        )
-                    if output.finished and not reported:
-                        # The API's side ends a request at a stop string. The engine's last output
-                        # then goes nowhere, and the report in it has to be fetched.
-                        await self._fetch_report(context, plan)
-                        reported = True
-                yield output
-        finally:
-            await outputs.aclose()
-            if context is not None and plan is not None and not reported:
-                timing = context.timings[plan.nonce]
-                timing.computed_at = timing.computed_at or time.monotonic()
-                # Not awaited: the client has disconnected, and its task is cancelled.
-                self._fetch_later(context, plan)
+                    # Not awaited: the client has disconnected, and its task is cancelled.
+                    self._fetch_later(context, context.reports, plan)
+                if context is not None and unreported is not None and not reported:
+                    self._fetch_untold(context, unreported)
 
-    def encode(
+    async def encode(
         self, prompt: Any, pooling_params: Any, request_id: str, **options: Any
     ) -> AsyncGenerator[Any, None]:
         """Do what the engine client's `encode` does, for a prompt with a plan. There is no usage
-        to tell the client of, and no report."""
+        to tell the client of, and no output brings the report."""
         context = current_request.get()
-        plan = None if context is None else self._plan_whole(context.caller, prompt)
-        if plan is not None:
-            pooling_params = with_plan(pooling_params, plan, self._secret)
-        outputs: AsyncGenerator[Any, None] = self._encode(
-            prompt, pooling_params, request_id, **options
-        )
-        return outputs
+        with _running(context):
+            plan = None if context is None else self._plan_whole(context.caller, prompt)
+            if plan is not None:
+                pooling_params = with_plan(pooling_params, plan, self._secret)
+            outputs: AsyncGenerator[Any, None] = self._encode(
+                prompt, pooling_params, request_id, **options
+            )
+            try:
+                async for output in outputs:
+                    yield output
+            finally:
+                await outputs.aclose()
+                if context is not None and plan is not None:
+                    self._fetch_untold(context, plan)
 
     async def _plan(
         self, context: RequestContext, prompt: Any, session_id: str | None
@@ -139,17 +170,22 @@ class Admission:
         tokens = _length(prompt)
         return self._planner.plan_whole(caller, tokens) if tokens else None
 
-    def _fetch_later(self, context: RequestContext, plan: Plan) -> None:
+    def _fetch_untold(self, context: RequestContext, plan: Plan) -> None:
+        """Fetch a report that only the request's record needs."""
+        if context.is_recorded:
+            self._fetch_later(context, context.untold, plan)
+
+    def _fetch_later(self, context: RequestContext, reports: dict[str, Report], plan: Plan) -> None:
         before = context.fetching
 
         async def fetch() -> None:
             if before is not None:
                 await before
-            await self._fetch_report(context, plan)
+            await self._fetch_report(reports, plan)
 
         context.fetching = asyncio.get_running_loop().create_task(fetch())
 
-    async def _fetch_report(self, context: RequestContext, plan: Plan) -> None:
+    async def _fetch_report(self, reports: dict[str, Report], plan: Plan) -> None:
         try:
             answers = await engine_rpc.call(self._engine, "report", plan.nonce)
         except Exception:
@@ -157,7 +193,34 @@ class Admission:
             return
         for data in answers:
             if data is not None:
-                context.reports[plan.nonce] = Report.from_wire(data)
+                reports[plan.nonce] = Report.from_wire(data)
+
+
+def _running(context: RequestContext | None) -> AbstractContextManager[None]:
+    return nullcontext() if context is None else context.running()
+
+
+class OutputCount:
+    """The count of the tokens that one call of the engine client's `generate` returns.
+
+    Args:
+        sampling_params: the call's parameters, which say whether outputs repeat earlier tokens.
+    """
+
+    def __init__(self, sampling_params: Any) -> None:
+        self._repeats = sampling_params.output_kind is RequestOutputKind.CUMULATIVE
+        self._counted: dict[int, int] = {}
+
+    def new(self, output: Any) -> int:
+        """Return how many tokens ``output`` has that no output before had."""
+        new = 0
+        for sample in output.outputs:
+            tokens = len(sample.token_ids)
+            if self._repeats:
+                before, self._counted[sample.index] = self._counted.get(sample.index, 0), tokens
+                tokens -= before
+            new += tokens
+        return new
 
 
 def _begun(context: RequestContext, tokens: list[int]) -> Plan | None:

@@ -3,6 +3,7 @@
 import asyncio
 import atexit
 import secrets
+import socket
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -14,8 +15,10 @@ from vllm_cachescope.api.engines import Engines, Purged
 from vllm_cachescope.api.middleware import CacheScopeMiddleware
 from vllm_cachescope.api.peers import ALONE, Peers
 from vllm_cachescope.api.services import Server, directory_of
+from vllm_cachescope.config import Config
 from vllm_cachescope.connectors.vllm import config_check, engine_rpc, shm_regions
 from vllm_cachescope.connectors.vllm.api_server.admission import Admission
+from vllm_cachescope.connectors.vllm.api_server.tracing import Tracer
 from vllm_cachescope.logs import logger_of
 from vllm_cachescope.tiers.purges import PURGE_S
 
@@ -50,7 +53,8 @@ def connect(state: Any) -> Server:
     config = config_check.read(client.vllm_config.kv_transfer_config)
     api_keys = [key for key in (state.args.api_key or [envs.VLLM_API_KEY]) if key]
     directory = directory_of(config, api_keys)
-    admission = Admission(state, config, config.secret_bytes(), directory)
+    tracer = Tracer.installed(client.vllm_config)
+    admission = Admission(state, config, config.secret_bytes(), directory, tracer)
     # vLLM kills its engine without letting it clean up. When this process ends, which does the
     # killing, the engine is gone.
     atexit.register(shm_regions.remove_stale)
@@ -76,7 +80,16 @@ def connect(state: Any) -> Server:
         engines=engines,
         purge_renderings=admission.purge_renderings,
         peers=peers,
+        replica=_replica(config, state.args),
+        trace=None if tracer is None else tracer.send,
     )
+
+
+def _replica(config: Config, arguments: Any) -> str:
+    """Return the server's name among others: host name and port unless it is configured."""
+    if config.ledger is not None and config.ledger.replica is not None:
+        return config.ledger.replica
+    return f"{socket.gethostname()}:{arguments.port}"
 
 
 class EngineProcesses(Engines):

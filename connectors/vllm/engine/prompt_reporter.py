@@ -9,6 +9,7 @@ from typing import Any
 from vllm.v1.request import Request
 
 from vllm_cachescope.cache.eviction_history import EvictionHistory
+from vllm_cachescope.cache.prefill_rate import PrefillRate
 from vllm_cachescope.cache.prefix_hashes import hashes_of_blocks
 from vllm_cachescope.cache.report import EngineId, Outcome, Report, attribute_tokens
 from vllm_cachescope.connectors.vllm.engine import hashing
@@ -29,6 +30,7 @@ class PromptReporter:
         rank: the engine's number among those behind one API server, from 0.
         hash_settings: the settings that block hashes depend on; see `hashing.digest`.
         shared_tiers: names of the tiers that the engine shares with others.
+        prefill_rate: how fast the engine computes prompts.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class PromptReporter:
         rank: int,
         hash_settings: Mapping[str, Any],
         shared_tiers: Sequence[str],
+        prefill_rate: PrefillRate,
     ) -> None:
         self._layout = layout
         self._history = history
@@ -49,6 +52,7 @@ class PromptReporter:
         self._epoch = secrets.token_hex(8)
         self._hash_settings = hash_settings
         self._shared_tiers = tuple(shared_tiers)
+        self._prefill_rate = prefill_rate
 
     def note_read(self, prompt: Prompt, request: Request, external_tokens: int) -> None:
         """Note what a prompt reads when it is scheduled for the first time, and what it misses.
@@ -62,6 +66,7 @@ class PromptReporter:
             (Outcome.READ_DEVICE, prompt.local_tokens),
             *self._external_reads(prompt, request, external_tokens),
         ]
+        prompt.prefill_rate = self._prefill_rate.tokens_per_s
         layout = self._layout
         whole = request.num_prompt_tokens // layout.tokens_per_hash
         stride = layout.tokens_per_step // layout.tokens_per_hash
@@ -78,14 +83,18 @@ class PromptReporter:
         since, step = self._history.since, self._layout.tokens_per_step
         covered = prompt.plan.covered_tokens // step * step
         created = prompt.created.ranges(self._layout.groups, covered)
+        report = attribute_tokens(prompt.plan, step, prompt.read, created)
         return replace(
-            attribute_tokens(prompt.plan, step, prompt.read, created),
+            report,
             misses=prompt.misses,
             unasked=prompt.unasked,
             engine=self._engine_id(prompt.adapter),
             reach_s=None if since is None else self._clock() - since,
             computed_tokens=min(prompt.computed_tokens, prompt.plan.spans[-1].end),
             blocks=prompt.blocks,
+            prefill_seconds_saved=report.read_tokens / prompt.prefill_rate
+            if prompt.prefill_rate
+            else None,
         )
 
     def _engine_id(self, adapter: str | None) -> EngineId:

@@ -73,6 +73,8 @@ class Prompt:
         local_tokens: tokens that the prefix cache held at the last look-up.
         read: ``(outcome, tokens)`` of what was read when the prompt was first scheduled; None
             before.
+        prefill_rate: tokens per second that the engine was seen to compute when the prompt was
+            read; None if it was seen to compute none.
         misses: the tokens behind those that were read, up to the first unknown block.
         unasked: why a remote tier could not be asked for that block; None if all were asked.
         created: what the prompt newly cached.
@@ -90,6 +92,7 @@ class Prompt:
     request: Request | None
     local_tokens: int = 0
     read: list[tuple[str, int]] | None = None
+    prefill_rate: float | None = None
     misses: tuple[CacheMiss, ...] = ()
     unasked: CacheMiss | None = None
     created: Creation = field(default_factory=Creation)

@@ -113,6 +113,7 @@ class CacheScopeConnectorScheduler(TierParent):
             settings.rank,
             settings.hash_settings,
             [remote.name for remote in self.remotes],
+            self._prefill_rate,
         )
 
     # One request's way through, in the order in which vLLM calls.

@@ -1,0 +1,113 @@
+"""The tables of the ledger."""
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    Float,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+)
+
+from vllm_cachescope.usage.names import MAX_KEPT
+
+# SQLite counts rows up by itself only in a column of this very type.
+_ID = BigInteger().with_variant(Integer, "sqlite")
+
+METADATA = MetaData()
+
+REQUESTS = Table(
+    "cachescope_requests",
+    METADATA,
+    Column("id", _ID, primary_key=True),
+    Column("at", Float(53), nullable=False),
+    Column("org", String(MAX_KEPT), nullable=False),
+    # Who answers for the organisation, and gives way first if it has most rows.
+    Column("account", String(MAX_KEPT), nullable=False),
+    Column("session", String(MAX_KEPT)),
+    Column("model", String(MAX_KEPT), nullable=False),
+    Column("replica", String(MAX_KEPT), nullable=False),
+    Column("engine", Integer),
+    Column("request_id", String(MAX_KEPT)),
+    # The tokens by outcome, scope and TTL, in JSON: read in whole, and never asked for by part.
+    Column("tokens", Text, nullable=False),
+    Column("output_tokens", BigInteger, nullable=False),
+    Column("prefill_seconds_saved", Float(53)),
+    Column("ttft_s", Float(53)),
+    Column("lineage", Integer),
+    Column("cause", String(64)),
+    Column("expected", Boolean, nullable=False),
+    Column("region", String(64)),
+    Column("path", String(MAX_KEPT)),
+    Column("missed_tokens", BigInteger, nullable=False),
+    Index("cachescope_requests_at", "at"),
+    Index("cachescope_requests_org", "org", "at"),
+    Index("cachescope_requests_account", "account", "id"),
+)
+"""The latest requests, one by one."""
+
+TOKENS = Table(
+    "cachescope_tokens",
+    METADATA,
+    Column("id", _ID, primary_key=True),
+    Column("hour", BigInteger, nullable=False),
+    Column("org", String(MAX_KEPT), nullable=False),
+    Column("session", String(MAX_KEPT), nullable=False),
+    Column("model", String(MAX_KEPT), nullable=False),
+    Column("replica", String(MAX_KEPT), nullable=False),
+    Column("outcome", String(64), nullable=False),
+    Column("scope", String(16), nullable=False),
+    Column("ttl_s", BigInteger, nullable=False),
+    Column("tokens", BigInteger, nullable=False),
+    Index("cachescope_tokens_hour", "hour"),
+    Index("cachescope_tokens_org", "org", "hour"),
+)
+"""Tokens of prompts by hour (its beginning, in seconds since the epoch).
+
+A row is added for what each writer has counted, and rows of one key are summed up later: what is
+asked for is always a sum, so that no database's own way to add to a row is needed.
+"""
+
+USAGE = Table(
+    "cachescope_usage",
+    METADATA,
+    Column("id", _ID, primary_key=True),
+    Column("hour", BigInteger, nullable=False),
+    Column("org", String(MAX_KEPT), nullable=False),
+    Column("session", String(MAX_KEPT), nullable=False),
+    Column("model", String(MAX_KEPT), nullable=False),
+    Column("replica", String(MAX_KEPT), nullable=False),
+    Column("requests", BigInteger, nullable=False),
+    Column("breaks", BigInteger, nullable=False),
+    Column("missed_tokens", BigInteger, nullable=False),
+    Column("output_tokens", BigInteger, nullable=False),
+    Column("prefill_seconds_saved", Float(53), nullable=False),
+    Index("cachescope_usage_hour", "hour"),
+    Index("cachescope_usage_org", "org", "hour"),
+)
+"""What else is counted of requests, by the same hour, organisation, session, model and replica."""
+
+SESSIONS = Table(
+    "cachescope_sessions",
+    METADATA,
+    Column("id", _ID, primary_key=True),
+    Column("week", BigInteger, nullable=False),
+    Column("org", String(MAX_KEPT), nullable=False),
+    # Empty for all models: a session may use several, and counts once.
+    Column("model", String(MAX_KEPT), nullable=False),
+    Column("sessions", BigInteger, nullable=False),
+    Index("cachescope_sessions_week", "week"),
+)
+"""How many sessions a week had whose rows name none any more."""
+
+JOBS = Table(
+    "cachescope_jobs",
+    METADATA,
+    Column("name", String(32), primary_key=True),
+    Column("at", Float(53), nullable=False),
+)
+"""When each job on these tables was last done, by whichever server."""
