@@ -31,12 +31,14 @@ class Tool:
         write: makes the lines of a recording in its form.
         judge: says of what it printed whether it names the session's cause, a part of it, or
             another or none.
+        compares: whether it compares prompts at all.
     """
 
     name: str
     command: Callable[[Path, Path], list[str]]
     write: Callable[[Records], Iterable[dict[str, Any]]]
     judge: Callable[[Session, str], str]
+    compares: bool = True
 
 
 def unmarked(value: Any) -> Any:
@@ -274,6 +276,7 @@ def tools(folder: Path) -> list[Tool]:
             lambda programs, file: [str(programs / "pcd"), "analyze", str(file)],
             _for_doctor,
             _judge_doctor,
+            compares=False,
         ),
     ]
 
