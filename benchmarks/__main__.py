@@ -15,6 +15,7 @@ BENCHMARKS = (
     "neighbours",
     "overhead",
     "remote_tier",
+    "report",
     "shared_prefix",
 )
 

@@ -6,7 +6,6 @@ as 100,000 calls. No engine is needed.
 """
 
 import json
-import os
 import random
 import subprocess
 import sys
@@ -22,23 +21,27 @@ from demo.session import agent_session, marked
 _MB = 1_000_000
 
 
-def sessions(count: int, turns: int, tools: int, start: float = 1.7e9) -> Iterator[dict[str, Any]]:
-    """Yield the calls of sessions that take turns, as a recorder writes them: a call has the body
-    of its turn, and half of the sessions a subagent that shares their tools."""
-    made = [agent_session(seed, turns=turns, tools=tools) for seed in range(count)]
-    number = 0
-    for turn in range(turns):
-        for i, session in enumerate(made):
-            body = {"model": "large", **session.body(turn)}
-            if i % 2 and turn % 4 == 3:
-                body |= {"model": "small", "tools": body["tools"][: tools // 2 + 1]}
-                body["messages"] = body["messages"][-1:]
-            number += 1
-            yield {
-                "timestamp": start + 3 * number,
-                "session_id": f"session {i}",
-                "body": marked(body),
-            }
+def sessions(
+    count: int, turns: int, tools: int, rules: int = 40, side_by_side: int = 16
+) -> Iterator[dict[str, Any]]:
+    """Yield the calls of sessions, so many at a time taking turns, as a recorder writes them.
+
+    A call has the whole body of its turn. In half of the sessions every fourth call is that of a
+    subagent, on another model and with some of the tools.
+    """
+    at = 1.7e9
+    for first in range(0, count, side_by_side):
+        seeds = range(first, min(count, first + side_by_side))
+        made = [agent_session(seed, turns=turns, tools=tools, rules=rules) for seed in seeds]
+        for turn in range(turns):
+            for seed, session in zip(seeds, made, strict=True):
+                body = {"model": "large", **session.body(turn)}
+                if seed % 2 and turn % 4 == 3:
+                    body |= {"model": "small", "tools": body["tools"][: tools // 2 + 1]}
+                    body["messages"] = body["messages"][-1:]
+                at += 1.5
+                name = f"session {seed}"
+                yield {"timestamp": at, "session_id": name, "body": marked(body)}
 
 
 def different(words: int, calls: int) -> Iterator[dict[str, Any]]:
@@ -69,18 +72,23 @@ def write(path: Path, calls: Iterator[dict[str, Any]], most: int | None = None) 
         return count, file.tell()
 
 
+_RUN = """
+import os, re, sys, time
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+from vllm_cachescope.cli.main import main
+status = main(["report", sys.argv[1], "--price", "3"])
+peak = re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]
+print(time.process_time(), peak, file=sys.stderr)
+sys.exit(status)
+"""
+
+
 def report(path: Path) -> tuple[float, float]:
     """Run the report on one core. Return its CPU seconds and its largest memory in MB."""
-    core = min(os.sched_getaffinity(0))
-    command = [sys.executable, "-m", "vllm_cachescope", "report", str(path), "--price", "3"]
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.DEVNULL,
-        preexec_fn=lambda: os.sched_setaffinity(0, {core}),
-    )
-    _, status, usage = os.wait4(process.pid, 0)
-    assert status == 0, status
-    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / _MB
+    command = [sys.executable, "-c", _RUN, str(path)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    seconds, kilobytes = ran.stderr.split()[-2:]
+    return float(seconds), int(kilobytes) * 1024 / _MB
 
 
 def main() -> int:
@@ -108,7 +116,7 @@ def main() -> int:
             result.add(f"{name}: memory", [memory for _, memory in runs], "MB")
         small = 2_000 if options.quick else 20_000
         for count in (small, 5 * small):
-            calls, size = write(path, sessions(count // 20, 20, 1))
+            calls, size = write(path, sessions(count // 10, 10, 2, rules=2))
             result.add(f"{calls:,} calls: size", [size / _MB], "MB")
             seconds, memory = report(path)
             result.add(f"{calls:,} calls: CPU time", [seconds], "s")

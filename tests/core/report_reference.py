@@ -43,6 +43,8 @@ class PlainCache:
             else:
                 short += new
             behind = max(behind, view.ends[i])
+            if view.ends[i] <= read:
+                continue
             entry = self.entries.get(view.keys[i])
             ttl = marks[i] if entry is None or entry.until < at else max(entry.ttl, marks[i])
             until = at + ttl if entry is None else max(entry.until, at + ttl)

@@ -1,14 +1,20 @@
+import io
 import json
+import os
 import random
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tests.core.agent_session import Agent, Body, tool, words
 from vllm_cachescope.cli.main import main
+from vllm_cachescope.cli.report import progress
+from vllm_cachescope.cli.report.ordered_calls import ordered_calls
 from vllm_cachescope.cli.report.repeats import MIN_CHARS, chunks
 from vllm_cachescope.cli.report.summary import ratio
 from vllm_cachescope.cli.report.tables import in_words
@@ -171,6 +177,10 @@ def test_breaks_are_told_once_for_each_place(
     row = next(row for row in found["rows"] if row["cause"] == "tools_changed")
     assert row["region"] == "tools" and row["path"] == "tools[4]" and row["missed"] > 1000
     assert row["changes"][0]["fields"] == ["description"]
+    assert main(["report", str(tmp_path / "t.jsonl"), "--calls"]) == 0
+    told = capsys.readouterr().out.splitlines()[-8:]
+    assert sum("tools_changed at tools[4]" in line for line in told) == 4
+    assert all(f"t.jsonl:{i}" in line and "%" in line for i, line in enumerate(told, 1))
     # An hour would have kept what expired.
     assert found["costs"]["1h"]["read"] > found["costs"]["5m"]["read"]
 
@@ -293,3 +303,80 @@ def test_calls_without_times_are_a_gap_apart(
         assert found["costs"]["5m"]["read"] == read * found["tokens"]
     assert main(["report", path]) == 0
     assert "3 calls tell no time" in capsys.readouterr().out
+
+
+def test_a_claude_trace_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    agent, lines = Agent("traced", scale=0.4), []
+    for turn in range(3):
+        usage = {"input_tokens": 10, "cache_read_input_tokens": 900 * turn}
+        usage["cache_creation_input_tokens"] = 900
+        request = {
+            "timestamp": 1.7e9 + 20 * turn,
+            "method": "POST",
+            "url": "https://gateway/v1/messages?beta=true",
+            "headers": {"X-Claude-Code-Session-Id": "s1"},
+            "body": agent.turn().body(),
+        }
+        response = {"status_code": 200, "body": {"id": f"msg_{turn}", "usage": usage}}
+        lines.append({"request": request, "response": response, "logged_at": "later"})
+    found = report(capsys, write(tmp_path / "log.jsonl", lines))
+    assert found["measured"] == {"tokens": 3 * 910 + 2700, "read": 2700}
+    assert [row["session"] for row in found["rows"]] == ["s1"] * 3
+    assert [row["kind"] for row in found["rows"]] == ["first_request", *["continuation"] * 2]
+
+
+def test_names_in_chat_completions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = random.Random(9)
+    source = "\n".join(words(rng, 60) for _ in range(40))
+    messages: list[Body] = [{"role": "user", "content": "Read it."}]
+    for number in range(2):
+        function = {"name": "open_file", "arguments": json.dumps({"path": "a/b.txt"})}
+        asked = {"id": f"c{number}", "type": "function", "function": function}
+        messages += [
+            {"role": "assistant", "content": None, "tool_calls": [asked]},
+            {"role": "tool", "tool_call_id": f"c{number}", "content": source},
+        ]
+    body = {"model": "m", "messages": messages, "seed": 1, "n": 1}
+    found = report(capsys, write(tmp_path / "t.jsonl", [body]))["elsewhere"]
+    assert set(found["by_tool"]) == {"result of open_file"} and set(found["by_scope"]) == {"prompt"}
+    assert found["by_file"]["a/b.txt"] == found["tokens"] > 100
+
+
+def test_a_terminal_shows_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    terminal = Console(file=shown, force_terminal=True, width=100)
+    monkeypatch.setattr(progress, "Console", lambda stderr: terminal)
+    path = Path(
+        write(tmp_path / "t.jsonl", [call(1.7e9 + i, "s", "m", "Hello") for i in range(70)])
+    )
+    calls = list(ordered_calls([path], []))
+    assert list(progress.with_progress(iter(calls), [path])) == calls
+    assert "Reading" in shown.getvalue() and "64 calls" in shown.getvalue()
+
+
+def test_many_files_without_times(tmp_path: Path) -> None:
+    body = call(0, "s", "m", "Hello")["body"]
+    paths = [Path(write(tmp_path / f"{i}.jsonl", [body, body])) for i in range(40)]
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 20, limits[1]))
+    try:
+        found = [path for path, _ in ordered_calls(paths, [])]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert found == [path for path in paths for _ in range(2)]
+
+
+def test_names_move_no_cursor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = "\x1b[2J[red]\x07\u202eevil"
+    agent = Agent("hostile", scale=0.4)
+    agent.model, agent.tools[2]["name"] = name, name
+    lines = []
+    for turn in range(4):
+        agent.tools[2]["description"] += "!" * (turn == 2)
+        lines.append({"timestamp": 1.7e9 + turn, "session_id": name, "body": agent.turn().body()})
+    assert main(["report", write(tmp_path / "t.jsonl", lines), "--calls"]) == 0
+    said = capsys.readouterr()
+    shown = said.out + said.err
+    assert "evil" in shown and "[red]" in shown
+    assert all(one.isprintable() or one == "\n" for one in shown)

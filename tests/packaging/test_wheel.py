@@ -122,6 +122,12 @@ def test_the_wheel_holds_the_package_and_nothing_else(tree, dist):
     assert {name for name in names if name.endswith(".py")} == expected
     assert "vllm_cachescope/connectors/vllm/__init__.py" in expected
     assert "vllm_cachescope/py.typed" in names
+    data = {
+        str(path.relative_to(tree))
+        for path in (tree / "vllm_cachescope").rglob("*.*")
+        if path.suffix in (".css", ".gz", ".html", ".js", ".svg")
+    }
+    assert data and data <= names
     files = {
         f"vllm_cachescope/{path.relative_to(tree / 'vllm_cachescope')}"
         for path in (tree / "vllm_cachescope" / "api" / "page_assets").iterdir()

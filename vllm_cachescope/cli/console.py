@@ -16,3 +16,9 @@ def show(render: Callable[[Console], None]) -> None:
     with console.capture() as rendered:
         render(console)
     print(rendered.get(), end="")
+
+
+def printable(text: str) -> str:
+    """Return a text that a client chose without what would move a terminal's cursor, or colour it:
+    each such character is a question mark."""
+    return "".join(one if one.isprintable() else "?" for one in text)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from vllm_cachescope.cli.report.cost_replay import CostReplay, Floats, Tokens
 from vllm_cachescope.cli.report.marking import Marking, all_markings
-from vllm_cachescope.cli.report.prompt_view import PLACES, Place, PromptView
+from vllm_cachescope.cli.report.prompt_view import PLACES, PromptView
 from vllm_cachescope.usage.prices import Multipliers
 from vllm_cachescope.usage.record import FIVE_MINUTES_S, ONE_HOUR_S
 
@@ -108,9 +108,8 @@ class MarkingSearch:
         self._multipliers = multipliers
         self._weights = weights
         self._min_tokens = min_tokens
-        self._markings = all_markings()
-        self._ttls = [_ttls(marking) for marking in self._markings]
-        self._all = np.stack(self._ttls, axis=1)
+        self._markings = (*all_markings(), Marking((), as_recorded=True))
+        self._all = _Table.of(self._markings)
         self._replay = CostReplay(len(self._markings), min_tokens)
         self._spent: dict[int, Tokens] = {}
         self._calls = 0
@@ -125,12 +124,13 @@ class MarkingSearch:
             view: the prompt.
         """
         self._calls += 1
-        tokens = self._replay.use(at, view, _marks(view, self._all))
+        tokens = self._replay.use(at, view, self._all.marks(view))
         self._spent.setdefault(agent, Tokens.none(len(self._markings))).add(tokens)
         places = [view.places.get(place, -1) for place in PLACES]
         keys = array("q", view.keys).tobytes()
         ends = array("q", view.ends).tobytes()
-        marshal.dump((at, agent, places, keys, ends, view.lookback), self._file)
+        marks = view.marks, view.marked, view.lookback
+        marshal.dump((at, agent, places, keys, ends, *marks), self._file)
 
     def best(self) -> BestMarking:
         """Return the best mix that is found."""
@@ -180,13 +180,13 @@ class MarkingSearch:
         """Return what each agent's tokens become under each of ``mixes``."""
         replay = CostReplay(len(mixes), self._min_tokens)
         spent: dict[int, Tokens] = {}
-        ttls: dict[int, Floats] = {}
+        tables: dict[int, _Table] = {}
         for prompt in self._prompts():
-            own = ttls.get(prompt.agent)
+            own = tables.get(prompt.agent)
             if own is None:
-                ways = [self._ttls[mix[prompt.agent]] for mix in mixes]
-                own = ttls[prompt.agent] = np.stack(ways, axis=1)
-            tokens = replay.use(prompt.at, prompt.view, _marks(prompt.view, own))
+                ways = [self._markings[mix[prompt.agent]] for mix in mixes]
+                own = tables[prompt.agent] = _Table.of(ways)
+            tokens = replay.use(prompt.at, prompt.view, own.marks(prompt.view))
             spent.setdefault(prompt.agent, Tokens.none(len(mixes))).add(tokens)
         return spent
 
@@ -194,11 +194,11 @@ class MarkingSearch:
         self._file.seek(0)
         while True:
             try:
-                at, agent, places, keys, ends, lookback = marshal.load(self._file)
+                at, agent, places, keys, ends, marks, marked, back = marshal.load(self._file)
             except EOFError:
                 return
             found = {place: at for place, at in zip(PLACES, places, strict=True) if at >= 0}
-            view = PromptView(_unpacked(keys), _unpacked(ends), found, (), False, lookback)
+            view = PromptView(_unpacked(keys), _unpacked(ends), found, marks, marked, back)
             yield _Prompt(at, agent, view)
 
     def _costs(self, agent: int, tokens: Tokens) -> NDArray[np.float64]:
@@ -217,18 +217,34 @@ def _unpacked(data: bytes) -> "array[int]":
     return numbers
 
 
-def _ttls(marking: Marking) -> Floats:
-    """Return the TTL of a marking at each of `PLACES`, 0 where it sets no breakpoint."""
-    by_place: dict[Place, int] = dict(marking.marks)
-    return np.array([by_place.get(place, 0) for place in PLACES], np.float32)
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """Some markings as numbers.
 
+    Attributes:
+        ttls: for each of `PLACES` the TTL of each marking, 0 where it sets no breakpoint.
+        as_recorded: 1 for each marking that is as recorded.
+    """
 
-def _marks(view: PromptView, ttls: Floats) -> list[tuple[int, Floats]]:
-    return [
-        (view.places[place], row)
-        for place, row in zip(PLACES, ttls, strict=True)
-        if place in view.places
-    ]
+    ttls: Floats
+    as_recorded: Floats
+
+    @classmethod
+    def of(cls, markings: Sequence[Marking]) -> "_Table":
+        rows = [dict(marking.marks) for marking in markings]
+        return cls(
+            np.array([[row.get(place, 0) for row in rows] for place in PLACES], np.float32),
+            np.array([marking.as_recorded for marking in markings], np.float32),
+        )
+
+    def marks(self, view: PromptView) -> list[tuple[int, Floats]]:
+        """Return the breakpoints in a prompt, as `CostReplay.use` takes them."""
+        found = [
+            (view.places[place], row)
+            for place, row in zip(PLACES, self.ttls, strict=True)
+            if place in view.places
+        ]
+        return found + [(block, ttl_s * self.as_recorded) for block, ttl_s in view.marks]
 
 
 def _rounded(costs: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from vllm_cachescope.cli import traffic_files
 from vllm_cachescope.cli.console import show
+from vllm_cachescope.cli.report.call_lines import call_lines
 from vllm_cachescope.cli.report.cost_replay import MIN_TOKENS
 from vllm_cachescope.cli.report.left_out import LeftOutLines
 from vllm_cachescope.cli.report.ordered_calls import ordered_calls
@@ -35,6 +36,7 @@ def add_command(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
     )
     traffic_files.add_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print all of it as JSON, every call")
+    parser.add_argument("--calls", action="store_true", help="print a line for each call as well")
     parser.add_argument("--html", type=Path, metavar="PAGE", help="write a page with a timeline")
     parser.add_argument(
         "--tokenizer",
@@ -113,6 +115,9 @@ def run(args: argparse.Namespace) -> int:
             print(piece, end="")
     else:
         show(lambda console: render(summary, console))
+        if args.calls:
+            for line in call_lines(recording):
+                print(line)
     return 2 if args.strict and left_out else 0
 
 

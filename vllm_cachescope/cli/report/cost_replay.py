@@ -5,7 +5,8 @@ meets:
 
 - A prefix is written at a breakpoint, where one of at least `MIN_TOKENS` tokens ends.
 - It is found by a breakpoint at its end, or up to `prompt_view.LOOKBACK` blocks behind it.
-- A use refreshes all that was read, at no cost.
+- A use refreshes all that was read, at no cost, each prefix for the lifetime that it was written
+  with: a breakpoint inside of what is read lengthens nothing.
 - Behind what was read, tokens are written up to the last breakpoint, each for the longest lifetime
   of the breakpoints behind it; what comes after the last one is neither.
 
@@ -105,7 +106,7 @@ class CostReplay:
         used = ttls > 0
         read = self._read(now, view, blocks, used)
         ends = np.array([view.ends[block] for block in blocks], np.float32)[:, None]
-        self._write(now, view, blocks, ttls)
+        self._write(now, view, blocks, np.where(ends > read, ttls, 0))
 
         reached = np.maximum.accumulate(np.where(used, ends, 0), axis=0)
         before = np.maximum(read, np.vstack([np.zeros_like(read)[None], reached[:-1]]))
@@ -144,6 +145,7 @@ class CostReplay:
     def _write(
         self, now: np.float32, view: PromptView, blocks: Sequence[int], ttls: Floats
     ) -> None:
+        """Write prefixes with their TTLs; 0 where one is not written."""
         rows = [self._row(view.keys[block]) for block in blocks]
         until, ttl = self._until[rows], self._ttl[rows]
         kept = np.where(until >= now, np.maximum(ttl, ttls), ttls)

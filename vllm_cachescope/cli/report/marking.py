@@ -19,12 +19,16 @@ class Marking:
     Attributes:
         marks: ``(place, TTL in seconds)``, in the order of places. A place that a prompt has not is
             left out there.
+        as_recorded: whether the breakpoints are those that each prompt was recorded with, instead.
     """
 
     marks: tuple[tuple[Place, int], ...]
+    as_recorded: bool = False
 
     def __str__(self) -> str:
         """Say it in words, as in ``system 1h, end 5m``."""
+        if self.as_recorded:
+            return "as recorded"
         named = [f"{place} {format_duration(ttl_s)}" for place, ttl_s in self.marks]
         return ", ".join(named) or "no breakpoints"
 

@@ -2,15 +2,14 @@
 
 import heapq
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, repeat
 from pathlib import Path
 
-from vllm_cachescope.cli.traffic import BlockCall, Call, LeftOut, stream_traffic
+from vllm_cachescope.cli.traffic import STANDARD_INPUT, BlockCall, Call, LeftOut, stream_traffic
 
 AnyCall = Call | BlockCall
 
 _WINDOW = 64  # calls that a recorder may have written before an earlier one
-_MAX_OPEN = 128  # files that are read side by side
+_MAX_OPEN = 128  # files that are read side by side; more would be too many to have open
 
 
 def ordered_calls(paths: Sequence[Path], left_out: list[LeftOut]) -> Iterator[tuple[Path, AnyCall]]:
@@ -28,22 +27,22 @@ def ordered_calls(paths: Sequence[Path], left_out: list[LeftOut]) -> Iterator[tu
         OSError: if a file cannot be read.
         TrafficError: if one is damaged.
     """
-    timed: list[Iterator[tuple[float, int, Path, AnyCall]]] = []
-    rest: list[Iterator[tuple[Path, AnyCall]]] = []
-    for number, path in enumerate(paths):
-        calls = in_order(stream_traffic(path, left_out))
-        first = next(calls, None)
-        if first is None:
-            continue
-        whole = chain((first,), calls)
-        if first.at is not None and len(timed) < _MAX_OPEN:
-            timed.append(_timed(number, path, whole))
-        else:
-            rest.append(zip(repeat(path), whole, strict=False))
-    for _, _, path, call in heapq.merge(*timed, key=lambda one: one[:2]):
+    timed = [path for path in paths if path != STANDARD_INPUT and _tells_time(path)][:_MAX_OPEN]
+    streams = [_timed(number, path, left_out) for number, path in enumerate(timed)]
+    for _, _, path, call in heapq.merge(*streams, key=lambda one: one[:2]):
         yield path, call
-    for calls_of_file in rest:
-        yield from calls_of_file
+    for path in paths:
+        if path not in timed:
+            for call in in_order(stream_traffic(path, left_out)):
+                yield path, call
+
+
+def _tells_time(path: Path) -> bool:
+    """Whether the first call in a file tells when it was made."""
+    calls = stream_traffic(path, [])
+    first = next(calls, None)
+    calls.close()
+    return first is not None and first.at is not None
 
 
 def in_order(calls: Iterable[AnyCall]) -> Iterator[AnyCall]:
@@ -64,9 +63,9 @@ def in_order(calls: Iterable[AnyCall]) -> Iterator[AnyCall]:
 
 
 def _timed(
-    number: int, path: Path, calls: Iterable[AnyCall]
+    number: int, path: Path, left_out: list[LeftOut]
 ) -> Iterator[tuple[float, int, Path, AnyCall]]:
     at = 0.0
-    for call in calls:
+    for call in in_order(stream_traffic(path, left_out)):
         at = max(at, call.at or at)
         yield at, number, path, call

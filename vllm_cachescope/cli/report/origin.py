@@ -47,7 +47,7 @@ def origins(parts: Sequence[Part], paths: Collection[str]) -> dict[str, Origin]:
     answered: dict[str, str] = {}  # by message, the call whose result it is, in Chat
     found: dict[str, Origin] = {}
     for part in parts:
-        content = part.content if isinstance(part.content, Mapping) else {}
+        content = _fields(part.content)
         kind = content.get("type")
         if part.region is Region.TOOLS:
             origin = Origin("tool", _tool_name(content))
@@ -71,6 +71,13 @@ def origins(parts: Sequence[Part], paths: Collection[str]) -> dict[str, Origin]:
         if part.path in paths:
             found[part.path] = origin
     return found
+
+
+def _fields(content: object) -> Mapping[str, Any]:
+    """Return the fields of a part; in Chat, the first call of a message is a list of one."""
+    if isinstance(content, list) and len(content) == 1:
+        content = content[0]
+    return content if isinstance(content, Mapping) else {}
 
 
 def _call(content: Mapping[str, Any]) -> tuple[str, str, str | None] | None:

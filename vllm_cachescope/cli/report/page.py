@@ -16,8 +16,6 @@ MOST_CALLS = 20_000
 
 _OWN = resources.files("vllm_cachescope") / "cli" / "report" / "assets"
 _SHARED = resources.files("vllm_cachescope") / "api" / "page_assets"
-_SHARED_MODULES = ("details", "dom", "requests", "sessions", "timeline", "words")
-_OWN_MODULES = ("heat", "report")
 _IMPORT = re.compile(r'\bfrom "\./([a-z_]+)\.js"')
 _START = 'import "report";'
 
@@ -57,10 +55,16 @@ def write_page(path: Path, summary: Mapping[str, Any], recording: Recording) -> 
 
 def _importmap() -> str:
     """Return an import map with all modules in it: a page that is a file may load no other one."""
-    modules = [(_SHARED, name) for name in _SHARED_MODULES] + [(_OWN, n) for n in _OWN_MODULES]
     imports: dict[str, str] = {}
-    for folder, name in modules:
-        text = (folder / f"{name}.js").read_text(encoding="utf-8")
+    left = ["report"]
+    while left:
+        name = left.pop()
+        if name in imports:
+            continue
+        own = _OWN / f"{name}.js"
+        file = own if own.is_file() else _SHARED / f"{name}.js"
+        text = file.read_text(encoding="utf-8")
+        left += _IMPORT.findall(text)
         packed = base64.b64encode(_IMPORT.sub(r'from "\1"', text).encode()).decode()
         imports[name] = f"data:text/javascript;base64,{packed}"
     return json.dumps({"imports": imports})

@@ -17,8 +17,8 @@ from vllm_cachescope.usage.record import FIVE_MINUTES_S
 _MAX_BINS = 512  # longer sessions are cut between bins of several calls
 _MAX_AGENTS = 16
 _SHARE_WEIGHT = 1.0  # nats of a difference in shares, against those of a difference in agents
-_CUT = 2.0  # price of a cut, in multiples of log(calls)
-_SHOWN_CUT = 0.7  # of one where something shows that a phase ends
+_CUT = 1.2  # price of a cut, in multiples of log(calls)
+_SHOWN_CUT = 0.3  # of one where something shows that a phase ends
 _SHIFT = 0.005  # shares that differ by less are told as equal
 
 

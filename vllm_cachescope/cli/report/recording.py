@@ -180,14 +180,15 @@ class Recording:
             row["measured_read"] = call.usage.read_tokens
             tokens, read = self.measured
             self.measured = tokens + call.usage.prompt_tokens, read + call.usage.read_tokens
-        self._note(call, caller, view, agent, diagnosis, shared, row)
+        head = made.start(made.static_parts)
+        self._note(call, caller, view, agent, diagnosis, shared, head, row)
 
     def _add_blocks(self, path: Path, call: BlockCall) -> None:
         view = self._views.of_blocks(call)
         shared = self._known(view)
         kind = DiagnosisKind.CONTINUATION if shared else DiagnosisKind.NEW_LINEAGE
         diagnosis = Diagnosis(kind, True, None, (), shared, 0, call.tokens, (), lineage=1)
-        self._note(call, Caller(str(path)), view, self._agent(""), diagnosis, shared, {})
+        self._note(call, Caller(str(path)), view, self._agent(""), diagnosis, shared, 0, {})
 
     def _note(
         self,
@@ -197,16 +198,19 @@ class Recording:
         agent: Agent,
         diagnosis: Diagnosis,
         shared: int,
+        head: int,
         row: dict[str, Any],
     ) -> None:
-        """Note what is known of a call."""
+        """Note what is known of a call, whose tools and system prompt have ``head`` tokens."""
         marks = [(block, _lifetimes(ttl_s)) for block, ttl_s in view.marks]
         tokens = self._replay.use(self._now, view, marks)
         self._search.add(self._now, agent.number, view)
         agent.add(tokens)
         own = Spent.of(tokens, RECORDED)
         kept = int(tokens.read[FOREVER])
-        diagnosis = _with_misses(diagnosis, view, shared, own.read, kept)
+        # Whether tools and system prompts are stored for others is left to the best marking.
+        begun = shared if shared > head else kept
+        diagnosis = _with_misses(diagnosis, view, begun, own.read, kept)
         losses = cache_losses(diagnosis)
         if (change := change_loss(diagnosis, None, text=False)) is not None:
             losses.insert(0, change)

@@ -23,7 +23,7 @@ MIN_CHARS = 128
 
 _MAX_CHARS = 1024
 _ENDS = 4  # one line in so many ends a chunk
-_MAX_CHUNKS = 2**19
+_MAX_CHUNKS = 2**18
 _MAX_ORIGINS = 4096
 
 

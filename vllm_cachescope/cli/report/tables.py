@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from vllm_cachescope.cli.console import printable
 from vllm_cachescope.cli.report import summary as ways
 from vllm_cachescope.cli.report.summary import agent_name, ratio
 
@@ -73,7 +74,7 @@ def _render_sessions(report: Mapping[str, Any], console: Console) -> None:
         for one in session["lineages"][:_LINEAGES]:
             lineages.add_row(
                 str(one["lineage"]),
-                Text(agent_name(agents[one["agent"]])),
+                _text(agent_name(agents[one["agent"]])),
                 f"{one['calls']:,}",
                 f"{one['tokens']:,}",
                 _percent(one["shared_tokens"], one["tokens"]),
@@ -97,10 +98,10 @@ def _render_breaks(breaks: Mapping[str, Any], console: Console) -> None:
                 f"{group['code']} {group['rule']}",
                 style="bold red" if group["level"] == "warning" else "yellow",
             ),
-            Text(group["place"]),
+            _text(group["place"]),
             f"{group['calls']:,}",
             f"{group['missed_tokens']:,}",
-            Text(group["suggestion"]),
+            _text(group["suggestion"]),
         )
     console.print(table)
     _more(len(breaks["groups"]) - _GROUPS, "kinds of breaks", console)
@@ -121,7 +122,7 @@ def _render_costs(report: Mapping[str, Any], console: Console) -> None:
         )
     console.print(table)
     if report["unpriced_models"]:
-        names = ", ".join(name or "(no name)" for name in report["unpriced_models"][:5])
+        names = ", ".join(printable(name) or "(no name)" for name in report["unpriced_models"][:5])
         text = f"No price is known of: {names}. Give --prices or --price."
         console.print(text, highlight=False, markup=False, soft_wrap=True)
     _render_best(report, console)
@@ -146,7 +147,7 @@ def _render_best(report: Mapping[str, Any], console: Console) -> None:
     agents = sorted(markings["agents"], key=lambda one: -one["tokens"])
     for one in agents[:_AGENTS]:
         table.add_row(
-            Text(agent_name(one)),
+            _text(agent_name(one)),
             f"{one['calls']:,}",
             f"{one['tokens']:,}",
             _percent(one["read"], one["tokens"]),
@@ -185,7 +186,7 @@ def _render_elsewhere(elsewhere: Mapping[str, Any], tokens: int, console: Consol
             continue
         table = _table(f"Repeated, by {title}", [title], ["tokens"], console)
         for name, count in counts[:_TOP]:
-            table.add_row(Text(name), f"{count:,}")
+            table.add_row(_text(name), f"{count:,}")
         console.print(table)
         _more(len(counts) - _TOP, f"{title}s", console)
 
@@ -205,7 +206,7 @@ def _table(
     last: Iterable[str] = (),
 ) -> Table:
     """Return a table without rows, and print its title, which a narrow table would wrap."""
-    console.print(Text(title, style="bold"), soft_wrap=True)
+    console.print(_text(title, "bold"), soft_wrap=True)
     table = Table()
     for name in first:
         table.add_column(name, overflow="fold")
@@ -214,6 +215,10 @@ def _table(
     for name in last:
         table.add_column(name, overflow="fold")
     return table
+
+
+def _text(text: str, style: str = "") -> Text:
+    return Text(printable(text), style=style)
 
 
 def _more(count: int, what: str, console: Console) -> None:

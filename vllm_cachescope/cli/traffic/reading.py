@@ -2,7 +2,7 @@
 
 import gzip
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,7 @@ def read_traffic(path: Path, left_out: list[LeftOut] | None = None) -> list[Call
     return calls
 
 
-def stream_traffic(path: Path, left_out: list[LeftOut]) -> Iterator[Call | BlockCall]:
+def stream_traffic(path: Path, left_out: list[LeftOut]) -> Generator[Call | BlockCall]:
     """Yield the calls in a file one by one, in the order in which they stand there.
 
     Args:
