@@ -250,6 +250,10 @@ _CHANGES: dict[str, tuple[str, Callable[[Bodies, random.Random], None]]] = {
         ),
     ),
     "messages_removed": ("messages", _history(lambda m: m.__delitem__(slice(1, 3)))),
+    "messages_reordered": (
+        "messages",
+        _history(lambda m: m.__setitem__(slice(1, 5), m[3:5] + m[1:3])),
+    ),
     "messages_changed": (
         "messages",
         _history(lambda m: _put(m[1]["content"][0], "text", " ", " surely ")),

@@ -464,7 +464,7 @@ def test_conversations_that_could_have_shared(
     for part in (
         "No prefix broke.\nCS701 could_share at system[0]: 2 calls, ",
         f"      {path}:2 to {path}:3: a value in a system block that is another one in each",
-        "      character 13 of system[0]:\n      - 'It is 10:15:30. ",
+        "      character 13 of system[0]:\n      - 'It is 10:15:31. ",
         "      → Move the value that varies in system[0] into the latest message.\n",
         "0 breaks, 0 of them unexpected; 2 new lineages could have shared more.",
     ):

@@ -143,5 +143,5 @@ async def test_a_broken_database_is_told_without_its_address(
     assert "sesame" not in str(refused.value) + caplog.text
     value = registry.get_sample_value
     service.close()
-    labels = {"model_name": "toy", "outcome": "written"}
+    labels = {"model_name": "toy", "engine": "none", "outcome": "written"}
     assert value("cachescope_ledger_records_total", labels) == 0

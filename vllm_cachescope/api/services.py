@@ -48,12 +48,12 @@ class Server:
         engines: the engines behind it.
         purge_renderings: drops what the server keeps of rendered prompts of an organisation, or of
             a session of it; with None, of everyone.
-        tools_behind_system: whether its chat template renders tools behind the system prompt; None
-            while that is not known.
         registry: where its metrics are.
         peers: its API processes, of which this is one.
         replica: its name among the servers of one operator.
         trace: sends the trace of a request that is over; None where the server traces nothing.
+        tools_behind_system: whether its chat template renders tools behind the system prompt; None
+            while that is not known.
     """
 
     config: Config
@@ -62,11 +62,11 @@ class Server:
     api_keys: Collection[str]
     engines: Engines
     purge_renderings: Callable[[str | None, str | None], None]
-    tools_behind_system: Callable[[], bool | None] = lambda: None
     registry: CollectorRegistry = REGISTRY
     peers: Peers = ALONE
     replica: str = ""
     trace: Trace | None = None
+    tools_behind_system: Callable[[], bool | None] = lambda: None
 
 
 def directory_of(config: Config, api_keys: Collection[str]) -> CallerDirectory:
