@@ -31,10 +31,10 @@ class Application:
 class Connecting(CacheScopeMiddleware):
     def __init__(self) -> None:
         super().__init__(server)
-        self.connected: list[object] = []
+        self.states: list[object] = []
 
     def connect(self, state: Any) -> Server:
-        self.connected.append(state)
+        self.states.append(state)
         config = load({"secret": "a secret of the tests"})
         return Server(config, "m", 16, (), Nothing(), lambda *_: None, CollectorRegistry())
 
@@ -64,10 +64,10 @@ async def serve(middleware: Connecting, kind: str, **fields: object) -> None:
 async def test_it_connects_once_at_the_start_or_with_the_first_request(announced: bool) -> None:
     middleware = Connecting()
     await serve(middleware, "http", method="GET", path="/v1/models")
-    assert not middleware.connected
+    assert not middleware.states
     if announced:
         await serve(middleware, "lifespan")
-        assert middleware.connected == ["the state"]
+        assert middleware.states == ["the state"]
     for path in ("/v1/messages", "/tokenize"):
         await serve(middleware, "http", method="POST", path=path)
-        assert middleware.connected == ["the state"]
+        assert middleware.states == ["the state"]
