@@ -80,7 +80,9 @@ def test_what_is_read_and_created(engine: Replica, kind: Kind, chance: random.Ra
     engine.call("empty_device")
     from_cpu = ask(engine, "acme", tokens)
     assert (from_cpu.outcome("read_cpu"), from_cpu.created) == (whole, 0)
-    assert cold.tokens == warm.tokens == from_cpu.tokens == expected
+    assert cold.tokens == expected
+    assert warm.tokens == from_cpu.tokens
+    assert warm.tokens == expected or not kind.is_exact
 
 
 def test_nobody_else_reads_it(engine: Replica, kind: Kind, chance: random.Random) -> None:
@@ -180,7 +182,7 @@ def test_random_prompts(engine: Replica, kind: Kind, chance: random.Random) -> N
         if chance.random() < 0.7:
             cuts.insert(0, (end, Scope.GLOBAL, 3600))
         (answer,) = engine.run(Ask(tokens, sealed(plan(Caller("acme"), *cuts))))
-        assert answer.tokens == expected
+        assert answer.tokens == expected or (answer.read and not kind.is_exact)
         read += answer.read
     assert read > 0
 

@@ -1,6 +1,7 @@
 """What a real server's metrics say of real requests is what their replies say."""
 
 import time
+from collections import Counter
 
 import httpx
 import pytest
@@ -27,14 +28,15 @@ Values = dict[tuple[str, ...], float]
 
 
 def values(api: Api, metric: Metric, suffix: str = "") -> Values:
-    """Return what a metric shows, by the values of its own labels."""
+    """Return what a metric shows, by the values of its own labels: of the engine, and of requests
+    that no engine had."""
     text = httpx.get(f"{api.url}/metrics", timeout=60).text
-    return {
-        tuple(sample.labels[label] for label in metric.labels): sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-        if sample.name == metric.shown + suffix
-    }
+    shown: Counter[tuple[str, ...]] = Counter()
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if sample.name == metric.shown + suffix:
+                shown[tuple(sample.labels[label] for label in metric.labels)] += sample.value
+    return dict(shown)
 
 
 def grown(api: Api, metric: Metric, before: Values, suffix: str = "") -> Values:
