@@ -28,7 +28,7 @@ if [ ! -e "$policy" ] &&
 fi
 
 install() {
-    $root apt-get install -y --no-install-recommends "${missing[@]}" >"$log" 2>&1 </dev/null
+    $root apt-get install -y "${missing[@]}" >"$log" 2>&1 </dev/null
 }
 
 echo "installing what tests run: ${missing[*]}"
