@@ -5,13 +5,10 @@ import json
 import sys
 import urllib.error
 import urllib.request
-from pathlib import Path
 from typing import Any
 
+from vllm_cachescope.cli.server_access import DEFAULT_URL, add_token_arguments, read_token
 from vllm_cachescope.config import ConfigError
-from vllm_cachescope.config.secret import OPERATOR_VARIABLE, secret_text
-
-DEFAULT_URL = "http://localhost:8000"
 
 _TIMEOUT_S = 180  # a server may take this long: longer than it gives its slowest tier
 
@@ -44,15 +41,7 @@ def add_command(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
         action="append",
         help=f"a server's address, once for each server (default: {DEFAULT_URL})",
     )
-    parser.add_argument(
-        "--token-file",
-        metavar="FILE",
-        type=Path,
-        help="file with the operator token, or with the organisation's own API key (default: the "
-        f"variable {OPERATOR_VARIABLE})",
-    )
-    # Not an abbreviation of the other one: others would see the token in the list of processes.
-    parser.add_argument("--token", help=argparse.SUPPRESS)
+    add_token_arguments(parser)
     parser.set_defaults(run=lambda arguments: _run(parser, arguments))
 
 
@@ -63,15 +52,10 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
         parser.error("say what: --org NAME, --session ID or both, or --all")
     if arguments.all:
         body = {"all": True}
-    if arguments.token is not None:
-        parser.error(
-            "--token: a token may not stand on a command line, which others can read; allowed: "
-            f"--token-file, or the variable {OPERATOR_VARIABLE}"
-        )
     try:
-        token = secret_text(None, arguments.token_file, "token", OPERATOR_VARIABLE, shortest=1)
+        token = read_token(arguments)
     except ConfigError as error:
-        parser.error(f"--{error.args[0].replace('token_file', 'token-file', 1)}")
+        parser.error(str(error.args[0]))
     reached = [purge(url, body, token) for url in arguments.url or [DEFAULT_URL]]
     return 0 if all(reached) else 1
 

@@ -11,12 +11,11 @@ from typing import Any
 from urllib.parse import urlencode
 
 from vllm_cachescope.cli.console import show
+from vllm_cachescope.cli.server_access import DEFAULT_URL, add_token_arguments, read_token
 from vllm_cachescope.cli.usage_tables import phase_table, print_usage
 from vllm_cachescope.config import ConfigError
 from vllm_cachescope.config.ledger import FILE, PASSWORD_VARIABLE
-from vllm_cachescope.config.secret import OPERATOR_VARIABLE, secret_text
-
-DEFAULT_URL = "http://localhost:8000"
+from vllm_cachescope.config.secret import secret_text
 
 _TIMEOUT_S = 60
 _FORMATS = ("table", "csv", "json", "parquet")
@@ -76,19 +75,15 @@ def add_command(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
     parser.add_argument(
         "--password-file", metavar="FILE", type=Path, help="file with the database's password"
     )
+    # As with the token: not an abbreviation of the other one.
+    parser.add_argument("--password", help=argparse.SUPPRESS)
     parser.add_argument(
         "--prices",
         metavar="FILE",
         type=Path,
         help="what tokens cost, with --database or --directory; a server has its own",
     )
-    parser.add_argument(
-        "--token-file",
-        metavar="FILE",
-        type=Path,
-        help="file with the operator token, or with the organisation's own API key (default: the "
-        f"variable {OPERATOR_VARIABLE})",
-    )
+    add_token_arguments(parser)
     parser.set_defaults(run=lambda arguments: _run(parser, arguments))
 
 
@@ -104,7 +99,7 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
         answer = _from_database(arguments) if is_local else _from_server(arguments)
         _write(answer, arguments)
     except ConfigError as error:
-        parser.error(str(error.args[0]).replace("token_file", "token-file", 1))
+        parser.error(str(error.args[0]))
     except UsageError as error:
         print(f"cachescope usage: {error}", file=sys.stderr)
         return 1
@@ -115,10 +110,10 @@ def _from_server(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the answer of a running server.
 
     Raises:
-        ConfigError: if the token's file cannot be read.
+        ConfigError: if the token stands on the command line, or its file cannot be read.
         UsageError: if the server cannot be reached, or refuses.
     """
-    token = secret_text(None, arguments.token_file, "token", OPERATOR_VARIABLE, shortest=1)
+    token = read_token(arguments)
     names = ("since", "until", "by", "org", "session", "model")
     fields = {name: value for name in names if (value := getattr(arguments, name))}
     if arguments.phases:
@@ -174,7 +169,7 @@ def _from_database(arguments: argparse.Namespace) -> dict[str, Any]:
         url = URL.create("sqlite", database=str(file.absolute()))
     else:
         url = database.parse(arguments.database, "--database")
-        if url.password is not None:
+        if url.password is not None or arguments.password is not None:
             raise ConfigError(
                 "--database: a password may not stand on a command line, which others can read; "
                 f"allowed: --password-file, or the variable {PASSWORD_VARIABLE}"
