@@ -1,5 +1,7 @@
 """The tables of the ledger."""
 
+from typing import Any
+
 from sqlalchemy import (
     BigInteger,
     Boolean,
@@ -50,46 +52,47 @@ REQUESTS = Table(
 )
 """The latest requests, one by one."""
 
-TOKENS = Table(
+
+def _of_hours(name: str, *columns: Column[Any]) -> Table:
+    """Return a table of sums by hour (its beginning, in seconds since the epoch), organisation,
+    session, model and replica, with columns of its own."""
+    return Table(
+        name,
+        METADATA,
+        Column("id", _ID, primary_key=True),
+        Column("hour", BigInteger, nullable=False),
+        Column("org", String(MAX_KEPT), nullable=False),
+        Column("session", String(MAX_KEPT), nullable=False),
+        Column("model", String(MAX_KEPT), nullable=False),
+        Column("replica", String(MAX_KEPT), nullable=False),
+        *columns,
+        Index(f"{name}_hour", "hour"),
+        Index(f"{name}_org", "org", "hour"),
+    )
+
+
+TOKENS = _of_hours(
     "cachescope_tokens",
-    METADATA,
-    Column("id", _ID, primary_key=True),
-    Column("hour", BigInteger, nullable=False),
-    Column("org", String(MAX_KEPT), nullable=False),
-    Column("session", String(MAX_KEPT), nullable=False),
-    Column("model", String(MAX_KEPT), nullable=False),
-    Column("replica", String(MAX_KEPT), nullable=False),
     Column("outcome", String(64), nullable=False),
     Column("scope", String(16), nullable=False),
     Column("ttl_s", BigInteger, nullable=False),
     Column("tokens", BigInteger, nullable=False),
-    Index("cachescope_tokens_hour", "hour"),
-    Index("cachescope_tokens_org", "org", "hour"),
 )
-"""Tokens of prompts by hour (its beginning, in seconds since the epoch).
+"""Tokens of prompts.
 
 A row is added for what each writer has counted, and rows of one key are summed up later: what is
 asked for is always a sum, so that no database's own way to add to a row is needed.
 """
 
-USAGE = Table(
+USAGE = _of_hours(
     "cachescope_usage",
-    METADATA,
-    Column("id", _ID, primary_key=True),
-    Column("hour", BigInteger, nullable=False),
-    Column("org", String(MAX_KEPT), nullable=False),
-    Column("session", String(MAX_KEPT), nullable=False),
-    Column("model", String(MAX_KEPT), nullable=False),
-    Column("replica", String(MAX_KEPT), nullable=False),
     Column("requests", BigInteger, nullable=False),
     Column("breaks", BigInteger, nullable=False),
     Column("missed_tokens", BigInteger, nullable=False),
     Column("output_tokens", BigInteger, nullable=False),
     Column("prefill_seconds_saved", Float(53), nullable=False),
-    Index("cachescope_usage_hour", "hour"),
-    Index("cachescope_usage_org", "org", "hour"),
 )
-"""What else is counted of requests, by the same hour, organisation, session, model and replica."""
+"""What else is counted of requests."""
 
 SESSIONS = Table(
     "cachescope_sessions",
