@@ -10,6 +10,7 @@ from vllm_cachescope.connectors.redis.address import Address
 from vllm_cachescope.connectors.redis.channel import Refusal, Reply, command
 from vllm_cachescope.connectors.redis.connections import Connections
 from vllm_cachescope.connectors.redis.owner_index import NoIndex, OwnerIndex
+from vllm_cachescope.connectors.redis.purge_log import RedisPurgeLog
 from vllm_cachescope.connectors.redis.renewal import AT_ONCE, renewals
 from vllm_cachescope.connectors.redis.server_clock import ServerClock
 from vllm_cachescope.connectors.redis.shared_usage import SharedUsage
@@ -320,6 +321,9 @@ class RedisStore(Store):
         if self._usage is not None:
             self._usage.dropped(names, deadline)
         return _total(replies)
+
+    def purge_log(self) -> RedisPurgeLog:
+        return RedisPurgeLog(self._secret_digest, self._connections.ask_node_of)
 
     def take_evicted(self) -> list[bytes]:
         keys, self._evicted = self._evicted, []

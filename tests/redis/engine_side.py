@@ -18,6 +18,7 @@ from vllm_cachescope.tiers.keyspace import Keyspace, qualified, secret_digest
 from vllm_cachescope.tiers.leases import Leases
 from vllm_cachescope.tiers.limits import Limits
 from vllm_cachescope.tiers.local_usage import LocalUsage
+from vllm_cachescope.tiers.purge_notices import PurgeNotices
 from vllm_cachescope.tiers.remote import RemoteTier
 from vllm_cachescope.tiers.store import Store
 
@@ -79,6 +80,7 @@ class EngineSide:
         wall: Callable[[], float] = time.time,
         encrypt: bool = False,
         inventory: Inventory | None = None,
+        name: str = "",
         **limits: object,
     ) -> None:
         self.wall = wall
@@ -100,6 +102,8 @@ class EngineSide:
             random.random,
             local_usage,
             inventory,
+            PurgeNotices(secret),
+            name,
         )
         self.tier.start()
         self._requests = 0

@@ -41,6 +41,14 @@ class Pair:
         """Return the names of the blocks the server holds."""
         return list(entries(self.server))
 
+    def purged(self, engine: Replica, purge_id: str) -> dict[str, Any]:
+        """Return what has become of a purge that ``engine`` was told of, once it is over. As its
+        API process does, the other engine is asked meanwhile what it has heard of."""
+        (other,) = {self.a, self.b} - {engine}
+        while (answer := engine.call("command_purged", purge_id)) is None:
+            other.call("command_heed", "the other one", 0)
+        return answer
+
     def replace_b(self) -> None:
         """Kill the second engine and start another one in its place, in a fresh interpreter."""
         self.b.stop()

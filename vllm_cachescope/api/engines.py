@@ -13,16 +13,28 @@ class Purged:
     Attributes:
         entries: how many entries were deleted on each tier, over all engines: ``{"device": 12}``.
         unreached: the tiers that may still hold some, with the reason.
+        confirmed: the names of other replicas that have purged as well.
+        missing: by the names of those that may not have, the reason.
     """
 
     entries: dict[str, int] = field(default_factory=dict)
     unreached: dict[str, str] = field(default_factory=dict)
+    confirmed: set[str] = field(default_factory=set)
+    missing: dict[str, str] = field(default_factory=dict)
 
     def add(self, other: "Purged") -> None:
         """Add the result of another purge."""
         for tier, entries in other.entries.items():
             self.entries[tier] = self.entries.get(tier, 0) + entries
         self.unreached |= other.unreached
+        self.missing |= other.missing
+        # One of the engines of a replica may not have.
+        self.confirmed = (self.confirmed | other.confirmed) - self.missing.keys()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is known that all entries are gone."""
+        return not self.unreached and not self.missing
 
 
 class Engines(ABC):
@@ -53,5 +65,5 @@ class Engines(ABC):
 
     def on_purge(self, forget: Callable[[str | None, str | None], object]) -> None:  # noqa: B027
         """Have ``forget`` called with the organisation and the session (None for all) of each
-        purge that another API process of the server carries out. Where there is but one process
-        there is nothing to do."""
+        purge that another API process of the server carries out, or another replica. Where
+        there is none there is nothing to do."""

@@ -185,14 +185,24 @@ class Operations:
         logger.info("Purged %s for %s: %s entries", request, by, purged.entries)
         for tier, reason in purged.unreached.items():
             logger.warning("The purge did not reach tier %s: %s", tier, reason)
+        for replica, reason in purged.missing.items():
+            logger.warning("The purge may not have reached replica %s: %s", replica, reason)
         answer = {
             "orgs": orgs or None,
             "session": session,
             "purged": purged.entries,
             "fingerprints": requests,
             "unreached": purged.unreached,
+            "replicas": _replicas(purged, is_operator=caller_org is None),
         }
-        return Answer(answer, 502 if purged.unreached else 200)
+        return Answer(answer, 200 if purged.is_whole else 502)
+
+
+def _replicas(purged: Purged, is_operator: bool) -> dict[str, Any]:
+    """Return which other replicas have purged as well, by name to the operator."""
+    if is_operator:
+        return {"confirmed": sorted(purged.confirmed), "missing": purged.missing}
+    return {"confirmed": len(purged.confirmed), "missing": len(purged.missing)}
 
 
 def _shown(tier: Mapping[str, Any], is_operator: bool, orgs: Mapping[str, str]) -> dict[str, Any]:

@@ -19,8 +19,9 @@ def add_command(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
         "purge",
         help="purge cached entries of running servers",
         description="Purges the entries of an organisation, of one of its sessions, or all, on "
-        "every tier, and says how many. Name every replica: each has a device and a CPU tier of "
-        "its own. The exit status is 1 if a server or a tier could not be reached.",
+        "every tier, and says how many. Replicas that share a Redis purge as well, and are named "
+        "once they have; others have to be named here. The exit status is 1 if a server or a tier "
+        "could not be reached, or a replica has not said that it is done.",
     )
     parser.add_argument(
         "--org",
@@ -39,7 +40,8 @@ def add_command(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
         "--url",
         metavar="URL",
         action="append",
-        help=f"a server's address, once for each server (default: {DEFAULT_URL})",
+        help="a server's address, once for each server that shares no Redis with another "
+        f"(default: {DEFAULT_URL})",
     )
     add_token_arguments(parser)
     parser.set_defaults(run=lambda arguments: _run(parser, arguments))
@@ -89,7 +91,21 @@ def purge(url: str, body: dict[str, object], token: str | None) -> bool:
     print(f"{url}: entries forgotten: {counts}")
     for tier, reason in answer["unreached"].items():
         print(f"{url}: {tier} could not be reached: {reason}", file=sys.stderr)
-    return not answer["unreached"]
+    others = answer["replicas"]
+    if others["confirmed"]:
+        print(f"{url}: done as well: {_named(others['confirmed'])}")
+    if others["missing"]:
+        print(f"{url}: not known to be done: {_named(others['missing'])}", file=sys.stderr)
+    return not answer["unreached"] and not others["missing"]
+
+
+def _named(replicas: list[str] | dict[str, str] | int) -> str:
+    """Return replicas in words; who is not the operator is told their number only."""
+    if isinstance(replicas, int):
+        return f"{replicas} other replica{'s' if replicas > 1 else ''}"
+    if isinstance(replicas, dict):
+        return "; ".join(f"{name} ({reason})" for name, reason in replicas.items())
+    return ", ".join(replicas)
 
 
 def _answer(request: urllib.request.Request) -> dict[str, Any]:

@@ -86,6 +86,32 @@ class OwnerNames:
         return b"cachescope:%d:%b:%b" % (FORMAT, self.namespace, key.encode())
 
 
+@dataclass(frozen=True, slots=True)
+class PurgeLogNames:
+    """The names of the purge log of all engines with one secret, of whatever model; see
+    `purge_log`. They are on one node of a Cluster.
+
+    Attributes:
+        secret_digest: see `secret_digest`.
+    """
+
+    secret_digest: bytes
+
+    @property
+    def log(self) -> bytes:
+        """The name of the set of notices."""
+        return self._prefix + b"log"
+
+    @property
+    def followers(self) -> bytes:
+        """The name of the hash of the engines that follow."""
+        return self._prefix + b"followers"
+
+    @property
+    def _prefix(self) -> bytes:
+        return b"cachescope:%d:{purges}:%b:" % (FORMAT, self.secret_digest)
+
+
 HANDSHAKES = f"cachescope:{FORMAT}:*:secret".encode()
 """A pattern for the names under which engines leave the digests of their secrets, of whatever
 model."""

@@ -23,6 +23,7 @@ from vllm_cachescope.tiers.availability import Availability
 from vllm_cachescope.tiers.block_states import Absence, BlockState, BlockStates
 from vllm_cachescope.tiers.context import TierContext
 from vllm_cachescope.tiers.envelope import Envelopes
+from vllm_cachescope.tiers.fleet_purges import FleetPurges
 from vllm_cachescope.tiers.inquiries import Inquiries, Lookup
 from vllm_cachescope.tiers.inventory import Change, Inventory
 from vllm_cachescope.tiers.jobs import Finished, LoadJob, Outgoing, Purge
@@ -31,6 +32,7 @@ from vllm_cachescope.tiers.limits import Limits
 from vllm_cachescope.tiers.load_jobs import LoadJobs
 from vllm_cachescope.tiers.local_usage import LocalUsage
 from vllm_cachescope.tiers.operation_times import OperationTimes
+from vllm_cachescope.tiers.purge_notices import PurgeNotices
 from vllm_cachescope.tiers.purges import Purges
 from vllm_cachescope.tiers.store import Store
 from vllm_cachescope.tiers.store_jobs import StoreJobs
@@ -57,6 +59,11 @@ class RemoteTier:
         local_usage: finds the entries that are too many; None if there are no quotas, or the store
             counts itself.
         inventory: is kept up to date with what this engine has stored; None if nobody asks.
+        notices: seals what engines on one store tell each other of purges; None if they do not.
+        engine_name: what an operator knows the engine by.
+
+    Attributes:
+        fleet: the purges of all engines on the store; None where the store keeps no log of them.
     """
 
     def __init__(
@@ -70,9 +77,12 @@ class RemoteTier:
         random: Callable[[], float],
         local_usage: LocalUsage | None = None,
         inventory: Inventory | None = None,
+        notices: PurgeNotices | None = None,
+        engine_name: str = "",
     ) -> None:
         self.name = name
-        self.address = new_store().address
+        store = new_store()
+        self.address = store.address
         self._availability = Availability(
             name, self.address, limits, clock, random, self._store_came_up, self._store_went_down
         )
@@ -94,6 +104,9 @@ class RemoteTier:
         self._load_jobs = LoadJobs(self._tier)
         self._store_jobs = StoreJobs(self._tier)
         self._purges = Purges(self._tier, self._store_jobs)
+        self.fleet: FleetPurges | None = None
+        if notices is not None and store.purge_log() is not None:
+            self.fleet = FleetPurges(self._tier, notices, engine_name)
 
     def start(self) -> None:
         """Start the threads, and wait a moment for the store's first answer, so that what is
@@ -103,6 +116,8 @@ class RemoteTier:
         self._load_jobs.start()
         self._store_jobs.start()
         self._purges.start()
+        if self.fleet is not None:
+            self.fleet.start()
         self._availability.wait_for_first_greeting(self._tier.limits.timeout_s)
 
     @property
@@ -111,6 +126,8 @@ class RemoteTier:
         return self._availability.usable
 
     def _store_came_up(self) -> None:
+        if self.fleet is not None:
+            self.fleet.wake()
         self._load_jobs.wake()
         self._store_jobs.wake()
 
@@ -236,11 +253,12 @@ class RemoteTier:
             RuntimeError: if a thread still uses a slot.
         """
         limits, clock = self._tier.limits, self._tier.clock
-        for part in (self._load_jobs, self._store_jobs, self._purges, self._inquiries):
+        fleet = () if self.fleet is None else (self.fleet,)
+        for part in (self._load_jobs, self._store_jobs, self._purges, self._inquiries, *fleet):
             part.stop()
         self._purges.end("the engine is going down")
         deadline = clock() + 2 * max(limits.timeout_s, limits.load_deadline_s)
-        for part in (self._inquiries, self._store_jobs, self._purges, self._load_jobs):
+        for part in (*fleet, self._inquiries, self._store_jobs, self._purges, self._load_jobs):
             part.join(deadline)
         if self._load_jobs.busy or self._store_jobs.busy:
             raise RuntimeError(f"tier {self.name}: a transfer does not end")

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from vllm_cachescope.tiers.purge_log import PurgeLog
+
 
 class StoreFailed(Exception):
     """The store did not answer, or not in time, or with nonsense. Its connection is gone."""
@@ -189,6 +191,11 @@ class Store(ABC):
         """Return the keys that were deleted since the last time because their organisations held
         too much; none where the store does not count that."""
         return []
+
+    def purge_log(self) -> PurgeLog | None:
+        """Return the way to the purge log of all engines with our secret on this store; None where
+        the store keeps none."""
+        return None
 
     @abstractmethod
     def close(self) -> None:

@@ -13,7 +13,7 @@ from vllm import envs
 
 from vllm_cachescope.api.engines import Engines, Purged
 from vllm_cachescope.api.middleware import CacheScopeMiddleware
-from vllm_cachescope.api.peers import ALONE, Peers
+from vllm_cachescope.api.peers import Peers
 from vllm_cachescope.api.services import Server, directory_of
 from vllm_cachescope.config import Config
 from vllm_cachescope.connectors.vllm import config_check, engine_rpc, shm_regions
@@ -24,6 +24,9 @@ from vllm_cachescope.tiers.purges import PURGE_S
 
 ANSWER_S = 10.0
 """How long an engine may take to answer a command, in seconds: longer than a long step."""
+
+HEED_S = 0.5
+"""How often an engine is asked what others have purged, in seconds."""
 
 logger = logger_of(__name__)
 
@@ -60,10 +63,12 @@ def connect(state: Any) -> Server:
     atexit.register(shm_regions.remove_stale)
     parallel = client.vllm_config.parallel_config
     peers = Peers(parallel._api_process_count, max(0, parallel._api_process_rank))
-    engines = EngineProcesses(client, peers)
+    replica = _replica(config, state.args)
+    engines = EngineProcesses(client, replica, peers.count > 1 or bool(config.tiers))
     # A task that nothing refers to would be collected.
     loop = asyncio.get_running_loop()
     state.cachescope_sweeper = loop.create_task(engines.sweep_every(config.sweep_interval))
+    state.cachescope_listener = loop.create_task(engines.heed_every(HEED_S))
     tools_behind = loop.create_task(admission.renders_tools_behind_system())
     if peers.count > 1 and peers.rank == 0:
         logger.warning(
@@ -81,7 +86,7 @@ def connect(state: Any) -> Server:
         purge_renderings=admission.purge_renderings,
         tools_behind_system=lambda: tools_behind.result() if tools_behind.done() else None,
         peers=peers,
-        replica=_replica(config, state.args),
+        replica=replica,
         trace=None if tracer is None else tracer.send,
     )
 
@@ -98,39 +103,49 @@ class EngineProcesses(Engines):
 
     Args:
         client: the engine client.
-        peers: the API processes in front of them.
+        name: what an operator knows the server by.
+        has_others: whether anyone else may purge: another API process, or another replica.
     """
 
-    def __init__(self, client: Any, peers: Peers = ALONE) -> None:
+    def __init__(self, client: Any, name: str, has_others: bool) -> None:
         self._client = client
-        self._peers = peers
+        self._name = name
+        self._has_others = has_others
         self._forget: Callable[[str | None, str | None], object] = lambda org, session: None
-        # Ids of the purges that this process has carried out, or heard of.
-        self._known_purges: set[str] = set()
+        # Ids of the purges of this process that it has not heard of yet.
+        self._own_purges: set[str] = set()
 
     def on_purge(self, forget: Callable[[str | None, str | None], object]) -> None:
         self._forget = forget
 
     async def sweep_every(self, interval_s: float) -> None:
-        """Have the engines drop what has expired, also while they have nothing to do, and forget
-        what other API processes have purged."""
+        """Have the engines drop what has expired, also while they have nothing to do."""
         while True:
             await asyncio.sleep(interval_s)
             try:
                 await engine_rpc.call(self._client, "sweep")
-                if self._peers.count > 1:
-                    await self._follow_purges()
             except Exception as error:
                 # The engine may be busy going down; the server reports that itself.
                 logger.debug("Sweep failed: %s", error)
 
-    async def _follow_purges(self) -> None:
-        # Each purge goes to all engines: any of them knows of it.
-        purges, *_ = await engine_rpc.call(self._client, "purges")
-        news = [purge for purge in purges if purge[0] not in self._known_purges]
-        self._known_purges = {purge_id for purge_id, *_ in purges}
-        for _, org, session in news:
-            self._forget(org, session)
+    async def heed_every(self, interval_s: float) -> None:
+        """Have the engines carry out what other replicas have purged, also while they have nothing
+        to do, and forget here what others have purged."""
+        heard = 0
+        while self._has_others:
+            await asyncio.sleep(interval_s)
+            try:
+                # Each purge goes to all engines: any of them knows of it.
+                purges, *_ = await engine_rpc.call(self._client, "heed", self._name, heard)
+            except Exception as error:
+                logger.debug("Purges of others are not known: %s", error)
+                continue
+            for number, purge_id, org, session in purges:
+                heard = number
+                if purge_id in self._own_purges:
+                    self._own_purges.remove(purge_id)
+                else:
+                    self._forget(org, session)
 
     async def health(self) -> list[list[dict[str, Any]]]:
         """Return the state of each tier of each engine process.
@@ -150,11 +165,12 @@ class EngineProcesses(Engines):
                 done within twice `PURGE_S`.
         """
         purge_id = secrets.token_hex(8)
-        self._known_purges.add(purge_id)
+        if self._has_others:
+            self._own_purges.add(purge_id)
         entries: Counter[str] = Counter()
-        for purged in await self._call("purge", prefix, purge_id, org, session):
-            entries.update(purged)
-        unreached: dict[str, str] = {}
+        for local in await self._call("purge", prefix, purge_id, org, session):
+            entries.update(local)
+        purged = Purged()
         end = time.monotonic() + 2 * PURGE_S
         pause_s = 0.01
         while None in (answers := await self._call("purged", purge_id)):
@@ -163,11 +179,13 @@ class EngineProcesses(Engines):
             await asyncio.sleep(pause_s)
             pause_s = min(0.5, 2 * pause_s)
         for answer in answers:
-            for tier, (deleted, reason) in answer.items():
+            for tier, (deleted, reason) in answer["tiers"].items():
                 entries[tier] += deleted
                 if reason is not None:
-                    unreached[tier] = reason
-        return Purged(dict(entries), unreached)
+                    purged.unreached[tier] = reason
+            purged.add(Purged({}, {}, set(answer["confirmed"]), answer["missing"]))
+        purged.entries = dict(entries)
+        return purged
 
     async def _call(self, command: str, *args: Any) -> list[Any]:
         return await asyncio.wait_for(engine_rpc.call(self._client, command, *args), ANSWER_S)

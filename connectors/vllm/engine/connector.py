@@ -57,7 +57,9 @@ from vllm_cachescope.prompt.plan import PLAN_KEY
 from vllm_cachescope.prompt.request import Region
 from vllm_cachescope.registration import TotalCounter, TotalHistogram
 from vllm_cachescope.tenancy.org_labels import OrgLabels
+from vllm_cachescope.tiers.fleet_purges import Announcement, FleetPurges
 from vllm_cachescope.tiers.jobs import Purge
+from vllm_cachescope.tiers.purge_notices import PurgeNotice
 from vllm_cachescope.usage.prices import Multipliers, read_prices
 
 MAX_PURGES = 4096
@@ -114,6 +116,8 @@ class CacheScopeConnector(OffloadingConnector):
         # Whether the metrics do not show yet what an idle engine has dropped, or noticed.
         self._has_news = False
         self._purges: FIFOCache[str, dict[str, Purge]] = FIFOCache(MAX_PURGES)
+        self._announcements: FIFOCache[str, list[Announcement]] = FIFOCache(MAX_PURGES)
+        self._purge_count = 0
         self._purge_log: FIFOCache[str, tuple[str | None, str | None]] = FIFOCache(MAX_PURGES)
 
     @property
@@ -171,6 +175,7 @@ class CacheScopeConnector(OffloadingConnector):
             )
 
     def on_new_request(self, request: Request) -> None:
+        self._carry_out_purges()
         self.cachescope.on_new_request(request)
         lora, adapter = request.lora_request, hashing.adapter_of(request)
         if lora and adapter and not self._adapters.admit(lora, adapter):
@@ -181,6 +186,10 @@ class CacheScopeConnector(OffloadingConnector):
         self, request: Request, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
         self.cachescope.set_local_tokens(request, num_computed_tokens)
+        self._carry_out_purges()
+        if any(fleet.is_late() for fleet in self._fleets):
+            # What was just found may have been purged by another engine.
+            return None, False
         if self.cachescope.is_loading(request):
             # vLLM would look up every block of it once more, in each step, and take the
             # interpreter from the threads that load them.
@@ -194,6 +203,7 @@ class CacheScopeConnector(OffloadingConnector):
         self.cachescope.update_state_after_alloc(request, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        self._carry_out_purges()
         self.cachescope.on_step_scheduled(scheduler_output)
         self._events.collect()
         meta = super().build_connector_meta(scheduler_output)
@@ -284,28 +294,79 @@ class CacheScopeConnector(OffloadingConnector):
         self, prefix: bytes, purge_id: str, org: str | None = None, session: str | None = None
     ) -> dict[str, int]:
         """Purge all entries whose owner begins with ``prefix``; return how many the device and
-        the CPU tier held. Remote tiers take longer: `command_purged` tells of them under
-        ``purge_id``, and `command_purges` tells all API processes of ``org`` and ``session``."""
-        self._purge_log[purge_id] = org, session
+        the CPU tier held. Remote tiers and other engines on them take longer: `command_purged`
+        tells of them under ``purge_id``, and `command_heed` tells all API processes of ``org`` and
+        ``session``."""
+        self._note_purge(purge_id, org, session)
         entries = self.cachescope.purge(prefix)
         self._has_news |= any(entries.values())
         remotes = self.cachescope.remotes
+        notice = PurgeNotice(purge_id, prefix, org, session)
+        self._announcements[purge_id] = [fleet.announce(notice) for fleet in self._fleets]
         self._purges[purge_id] = {remote.name: remote.tier.purge(prefix) for remote in remotes}
         return entries
 
-    def command_purged(self, purge_id: str) -> dict[str, tuple[int, str | None]] | None:
-        """Return for each remote tier how many entries a purge has deleted there, and why some may
-        be left (None if none are); None while the purge is under way."""
+    def command_purged(self, purge_id: str) -> dict[str, Any] | None:
+        """Return what has become of a purge; None while it is under way.
+
+        Returns:
+            ``tiers``: for each remote tier how many entries were deleted there, and why some may
+            be left (None if none are); ``confirmed``: the names of other engines that have carried
+            it out; ``missing``: by the names of those that may not have, the reason.
+        """
         if (purges := self._purges.get(purge_id)) is None:
             reason = "what became of the purge is not known any more; purge again"
-            return {remote.name: (0, reason) for remote in self.cachescope.remotes}
-        if not all(purge.over for purge in purges.values()):
+            tiers = {remote.name: (0, reason) for remote in self.cachescope.remotes}
+            return {"tiers": tiers, "confirmed": [], "missing": {}}
+        announcements = self._announcements.get(purge_id, [])
+        are_over = [purge.over for purge in purges.values()]
+        if not all([*are_over, *(one.over for one in announcements)]):
             return None
-        return {name: (purge.entries, purge.reason) for name, purge in purges.items()}
+        return {
+            "tiers": {name: (purge.entries, purge.reason) for name, purge in purges.items()},
+            "confirmed": [name for one in announcements for name in one.confirmed],
+            "missing": {name: why for one in announcements for name, why in one.missing.items()},
+        }
 
-    def command_purges(self) -> list[tuple[str, str | None, str | None]]:
-        """Return the id, the organisation and the session (None for all) of the latest purges."""
-        return [(purge_id, *what) for purge_id, what in self._purge_log.items()]
+    def command_heed(self, name: str, heard: int) -> list[tuple[int, str, str | None, str | None]]:
+        """Carry out what other engines have purged, and return what API processes are to forget.
+
+        Args:
+            name: what an operator knows this engine's server by.
+            heard: the number of the latest purge that the caller has heard of; 0 for none.
+
+        Returns:
+            The later purges, of those that can be asked about: number, id, organisation and
+            session (None for all).
+        """
+        for fleet in self._fleets:
+            fleet.name = name
+        self._carry_out_purges()
+        first = self._purge_count - len(self._purge_log) + 1
+        if heard >= self._purge_count:
+            return []
+        numbered = enumerate(self._purge_log.items(), first)
+        return [(n, purge_id, *what) for n, (purge_id, what) in numbered if n > heard]
+
+    def _note_purge(self, purge_id: str, org: str | None, session: str | None) -> None:
+        self._purge_count += 1
+        self._purge_log[purge_id] = org, session
+
+    @property
+    def _fleets(self) -> list[FleetPurges]:
+        remotes = self.cachescope.remotes
+        return [remote.tier.fleet for remote in remotes if remote.tier.fleet is not None]
+
+    def _carry_out_purges(self) -> None:
+        """Carry out what other engines on the same stores have purged."""
+        for fleet in self._fleets:
+            for errand in fleet.take():
+                notice = errand.notice
+                known_as = notice.purge_id or f"away until {errand.position}"
+                self._note_purge(known_as, notice.org, notice.session)
+                self._has_news |= any(self.cachescope.purge(notice.prefix).values())
+                remotes = [] if errand.at_home else self.cachescope.remotes
+                fleet.carried_out(errand, [one.tier.purge(notice.prefix) for one in remotes])
 
     def command_sweep(self) -> int:
         """Drop everything that has expired; return how many entries."""

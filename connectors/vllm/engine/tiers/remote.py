@@ -1,6 +1,8 @@
 """The managers of remote tiers, as vLLM's tiering framework wants secondary tiers to be."""
 
+import os
 import random
+import socket
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -41,6 +43,7 @@ from vllm_cachescope.tiers.jobs import Outgoing
 from vllm_cachescope.tiers.keyspace import Keyspace, qualified, secret_digest, split
 from vllm_cachescope.tiers.leases import Leases
 from vllm_cachescope.tiers.local_usage import LocalUsage
+from vllm_cachescope.tiers.purge_notices import PurgeNotices
 from vllm_cachescope.tiers.remote import RemoteTier
 
 if TYPE_CHECKING:
@@ -126,6 +129,8 @@ class RemoteTierManager(SecondaryTierManager):
             Inventory(time.monotonic)
             if offloading_spec.kv_events_config.enable_kv_cache_events
             else None,
+            PurgeNotices(secret),
+            f"{socket.gethostname()}:{os.getpid()}",
         )
         self._uses: dict[str, _Use] = {}
         self.tier.start()
