@@ -20,6 +20,7 @@ class BlockState(Enum):
     Attributes:
         HELD: the store holds it.
         GONE: the store held it and does not any more: it has expired, or the store evicted it.
+        PURGED: it was purged there.
         DAMAGED: what the store held was damaged or forged, and was dropped there.
         LATE: it was found, and did not arrive by the load's deadline.
         CROWDED: it was found, and too much was being loaded already.
@@ -32,6 +33,7 @@ class BlockState(Enum):
 
     HELD = "held"
     GONE = "gone"
+    PURGED = "purged"
     DAMAGED = "damaged"
     LATE = "late"
     CROWDED = "crowded"
@@ -60,6 +62,7 @@ class Absence:
 
 ABSENCES = {
     BlockState.GONE: Absence(MissCause.EVICTED),
+    BlockState.PURGED: Absence(MissCause.EVICTED, detail="it was purged"),
     BlockState.DAMAGED: Absence(MissCause.EVICTED, detail="it was damaged or forged, and deleted"),
     BlockState.LATE: Absence(MissCause.TIMED_OUT),
     BlockState.CROWDED: Absence(MissCause.TIMED_OUT, detail="too much was being loaded"),
@@ -110,6 +113,19 @@ class BlockStates:
             for key in keys:
                 if self._states.get(key) is BlockState.HELD:
                     self._states[key] = BlockState.GONE
+
+    def purged(self, prefix: bytes) -> None:
+        """Note that the store holds nothing more whose owner begins with ``prefix``.
+
+        The scheduler's thread takes the lock, too: it is not held while all keys are looked at.
+        """
+        with self._lock:
+            known = list(self._states.items())
+        for key, state in known:
+            if state is BlockState.HELD and key.startswith(prefix):
+                with self._lock:
+                    if self._states.get(key) is BlockState.HELD:
+                        self._states[key] = BlockState.PURGED
 
     def find(self, key: bytes) -> BlockState | None:
         """Return the state of ``key``; None if nothing is known of it."""

@@ -129,6 +129,8 @@ class Purges:
             logger.exception("Tier %s: a purge failed", self._tier.name)
             store.close()
             reason = str(error)
+        if reason is None:
+            self._tier.states.purged(purge.prefix)
         if self._tier.local_usage is not None:
             self._tier.local_usage.purged(purge.prefix)
         if self._tier.inventory is not None:
