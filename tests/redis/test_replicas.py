@@ -13,6 +13,7 @@ from tests.engine.samples import of_engine
 from tests.redis.pair import GREEDY, GREEDY_BLOCKS, Pair, ask, running_pair
 from tests.redis.replica import Replica
 from tests.redis.servers import wait_until
+from vllm_cachescope.cache.miss_causes import MissCause
 from vllm_cachescope.metrics import PROMOTIONS, TIER_BYTES
 from vllm_cachescope.tenancy.scope import Caller, Scope
 
@@ -118,12 +119,33 @@ def test_what_no_breakpoint_covers_is_not_shared(pair):
     assert len(pair.names()) == 4
 
 
-def test_a_new_process_finds_what_the_old_one_left(pair):
-    tokens, expected = computed_by_a(pair, 6)
+def test_an_engine_is_killed_in_the_middle_of_traffic(pair):
+    """Its sessions are read by the other one, whose replies do not suffer; so does the engine that
+    comes in its place."""
+    chance = random.Random(6)
+    sessions = [draw_tokens(chance, blocks * BLOCK + 7) for blocks in (4, 8, 12)]
+    expected = [answer.tokens for answer in pair.b.run(*(ask(tokens) for tokens in sessions))]
+    stored(pair, 24)
+    # Neither of these is read by anyone afterwards: what was being stored may be there or not.
+    lost = [draw_tokens(chance, 20 * BLOCK) for _ in range(2)]
+    pair.b.begin(*(ask(tokens) for tokens in lost))
+    own = [draw_tokens(chance, 6 * BLOCK + 1) for _ in range(3)]
+    begun = pair.a.begin(*(ask(tokens) for tokens in [*own, *sessions]))
+    pair.b.stop()
+    answers = pair.a.wait(*begun)
+    for answer, tokens, blocks in zip(answers[3:], expected, (4, 8, 12), strict=True):
+        assert answer.tokens == tokens
+        assert answer.outcome("read_redis") == blocks * BLOCK
+    for answer, tokens in zip(answers, own, strict=False):
+        assert answer.tokens == reference(pair.a, tokens)
+    for tokens in lost:
+        (answer,) = pair.a.run(ask(tokens))
+        assert answer.tokens == reference(pair.a, tokens)
+        assert MissCause.UNKNOWN not in {miss.cause for miss in answer.report.misses}
     pair.replace_b()
-    (answer,) = pair.b.run(ask(tokens))
-    assert answer.outcome("read_redis") == 12 * BLOCK
-    assert answer.tokens == expected
+    answers = pair.b.run(*(ask(tokens) for tokens in sessions))
+    assert [answer.tokens for answer in answers] == expected
+    assert sum(answer.outcome("read_redis") for answer in answers) == 24 * BLOCK
 
 
 def test_isolation_by_random_schedules(pair):
