@@ -5,9 +5,9 @@ from pathlib import Path
 
 _MOUNTS = Path("/proc/self/mountinfo")
 
-REMOTE = frozenset(
-    ("9p", "afs", "beegfs", "ceph", "cifs", "coda", "fuse.glusterfs", "fuse.s3fs", "fuse.sshfs")
-    + ("glusterfs", "gpfs", "lustre", "nfs", "nfs4", "orangefs", "smb3", "smbfs", "virtiofs")
+REMOTE = (
+    *("9p", "afs", "beegfs", "ceph", "cifs", "coda", "fuse.glusterfs", "fuse.s3fs", "fuse.sshfs"),
+    *("glusterfs", "gpfs", "lustre", "nfs", "nfs4", "orangefs", "smb3", "smbfs", "virtiofs"),
 )
 """The types of file systems that other machines may have mounted, too."""
 
