@@ -8,6 +8,7 @@ BENCHMARKS = (
     "boundaries",
     "cpu_tier",
     "diagnosis",
+    "disk_tier",
     "envelopes",
     "explain",
     "ledger",

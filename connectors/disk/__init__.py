@@ -13,7 +13,7 @@ from vllm_cachescope.connectors.disk.store import DiskStore
 from vllm_cachescope.tiers.keyspace import Keyspace
 from vllm_cachescope.tiers.leases import Leases
 
-__all__ = ["Space", "parse", "stores"]
+__all__ = ["DiskStore", "Space", "parse", "stores"]
 
 
 def parse(path: Path) -> None:

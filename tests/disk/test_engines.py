@@ -99,9 +99,9 @@ def test_a_damaged_file_is_computed_again(pair: Pair):
 def test_what_a_killed_engine_left_is_read(pair: Pair):
     """It is killed in the middle of storing a further prompt."""
     tokens, expected = left_by(pair, 3, 12)
-    more = draw_tokens(random.Random(4), 40 * BLOCK)
-    pair.a.begin(ask(more))
+    more = draw_tokens(random.Random(4), 24 * BLOCK + 7)
     before = len(files(pair.place))
+    pair.a.begin(ask(more))
     wait_until(lambda: len(files(pair.place)) > before)
     pair.a.stop()
     (answer,) = pair.b.run(ask(tokens))
