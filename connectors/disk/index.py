@@ -61,6 +61,8 @@ _PRAGMAS = (
     # Only the upkeep waits for the disk; see `Index.checkpoint`.
     "PRAGMA wal_autocheckpoint = 0",
     "PRAGMA temp_store = MEMORY",
+    # 16 MiB of each thread's: half of the index of 100,000 entries.
+    "PRAGMA cache_size = -16384",
     "PRAGMA trusted_schema = OFF",
 )
 

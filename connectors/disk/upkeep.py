@@ -84,7 +84,10 @@ class Upkeep:
         before = index.files()
         there = set(backend.directory.names())
         writing = clear_out(backend.directory.path / WRITERS)
-        unnamed = there - index.files().keys()
+        unnamed = there - before.keys()
+        if unnamed:
+            # What has been entered meanwhile has a name by now.
+            unnamed -= index.files().keys()
         now = backend.now_ms() / 1000
         damaged = 0
         for name in unnamed:

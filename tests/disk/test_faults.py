@@ -186,8 +186,7 @@ def test_a_full_file_system_refuses_stores_and_serves_reads(small_disk, start_si
     assert side.tier.usable
     assert side.tier.take_stats()["store", "stored"] >= 10
     (disk / "other").unlink()
-    wait_until(lambda: side.tier.health()["writable"] or bool(side.put(keys(1, "again"))))
-    side.put(keys(5, "later"))
+    wait_until(lambda: side.finished[side.put(keys(5, "later"))].complete)
     assert len(side.get_exact(keys(5, "later")).keys) == 5
 
 
