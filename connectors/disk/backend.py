@@ -133,7 +133,7 @@ class Backend:
                 return
             ending, writer, self._writer = self.upkeep.stop(), self._writer, None
         if ending is not None:
-            ending.join()
+            ending.join(_PATIENCE_S)
         if writer is not None:
             writer.end()
 
