@@ -12,6 +12,7 @@ BENCHMARKS = (
     "boundaries",
     "cpu_tier",
     "diagnosis",
+    "disk_tier",
     "envelopes",
     "explain",
     "ledger",

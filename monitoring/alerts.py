@@ -10,6 +10,8 @@ from monitoring.recordings import BASELINE, BREAK_RATIO, BY, HIT_RATIO, QUERY_RA
 from vllm_cachescope.metrics import (
     EARLY_EVICTIONS,
     EVICTIONS,
+    ORG,
+    ORG_EVICTIONS,
     REFUSED_PLANS,
     TIER_KEYS,
     TIER_UP,
@@ -67,6 +69,8 @@ def alerts(timing: Timing) -> list[Alert]:
         rate(of(EARLY_EVICTIONS, 'reason="capacity"', 'last_copy="true"'), window), *_TIER
     )
     pressed = total(rate(of(EVICTIONS, 'reason="quota"'), window), *_TIER)
+    pushed = total(rate(of(ORG_EVICTIONS, 'part="caused"', 'org!=""'), window), *_TIER, ORG)
+    matched = f"on ({', '.join(_TIER)}) group_left ()"
     asked = total(rate(of(TIER_KEYS, 'operation=~"lookup|load"'), window), *_TIER)
     late = total(
         rate(of(TIER_KEYS, 'operation=~"lookup|load"', 'outcome=~"late|dropped|failed"'), window),
@@ -122,6 +126,16 @@ def alerts(timing: Timing) -> list[Alert]:
             "An organisation presses against its quota of {{ $labels.tier }}",
             "{{ $value | humanizePercentage }} of what leaves the tier {{ $labels.tier }} of "
             "{{ $labels.model_name }} goes because its organisation is over its quota.",
+        ),
+        Alert(
+            "CacheScopeNoisyNeighbour",
+            f"{ratio(pushed, left, matched)} > {limits.NEIGHBOUR_SHARE}",
+            timing.hold,
+            "warning",
+            "{{ $labels.org }} pushes others out of the tier {{ $labels.tier }}",
+            "{{ $value | humanizePercentage }} of what leaves the tier {{ $labels.tier }} of "
+            "{{ $labels.model_name }} goes before its time because {{ $labels.org }} needs the "
+            "room. A quota would have it evict its own.",
         ),
         Alert(
             "CacheScopeTierLate",

@@ -17,6 +17,9 @@ EARLY_SHARE = 0.2
 QUOTA_SHARE = 0.1
 """Share of the entries that leave a tier which may have to go for their organisation's quota."""
 
+NEIGHBOUR_SHARE = 0.2
+"""Share of the entries that leave a tier which may go for one and the same other organisation."""
+
 LATE_SHARE = 0.05
 """Share of the chunks asked of a remote tier that may come late, fail or not be asked for."""
 

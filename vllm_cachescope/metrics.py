@@ -155,6 +155,16 @@ EVICTIONS = Metric(
     "its quota, purge, reset).",
     ("tier", "reason"),
 )
+ORG_EVICTIONS = Metric(
+    "cachescope_org_evictions",
+    "counter",
+    "Entries that left the device or the CPU tier before their time for want of room, by the part "
+    "of organisations in it: suffered (it was theirs, and another's took its room), caused (theirs "
+    "took it from another's), own (both were theirs, or they were over their quota). Who caused it "
+    "is not known of every eviction.",
+    ("tier", "part"),
+    by_org=True,
+)
 EARLY_EVICTIONS = Metric(
     "cachescope_early_evictions",
     "counter",
@@ -321,6 +331,7 @@ METRICS = (
     RESIDENT_BYTES,
     RESIDENT_ENTRIES,
     EVICTIONS,
+    ORG_EVICTIONS,
     EARLY_EVICTIONS,
     EVICTION_IDLE,
     QUOTA_USED,

@@ -58,6 +58,9 @@ HOOKS = (
         _STOPS,
         {
             ("v1/core/kv_cache_manager.py", "KVCacheManager.get_computed_blocks"): "self request",
+            ("v1/core/kv_cache_manager.py", "KVCacheManager.allocate_slots"): (
+                "self request num_new_tokens"
+            ),
             ("v1/core/block_pool.py", "BlockPool.evict_blocks"): "self block_ids",
             ("v1/core/block_pool.py", "BlockPool.get_new_blocks"): "self num_blocks",
             ("v1/core/block_pool.py", "BlockHashToBlockMap.get_one_block"): "self key",
@@ -74,7 +77,10 @@ HOOKS = (
                 "self.fake_free_list_head.next_free_block",
                 "self.fake_free_list_tail",
             ),
-            "v1/core/sched/scheduler.py": ("self.kv_cache_manager.get_computed_blocks(request",),
+            "v1/core/sched/scheduler.py": (
+                "self.kv_cache_manager.get_computed_blocks(request",
+                "self.kv_cache_manager.allocate_slots(",
+            ),
         },
     ),
     Hook(

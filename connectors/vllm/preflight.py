@@ -15,6 +15,7 @@ from typing import Any
 from vllm_cachescope.config import CONNECTOR, Config, ConfigError
 from vllm_cachescope.connectors.vllm import config_check, hooks, remote_stores
 from vllm_cachescope.connectors.vllm.findings import Finding, Status
+from vllm_cachescope.connectors.vllm.store_factory import CLIENTS
 from vllm_cachescope.connectors.vllm.versions import TRIED, was_tried
 from vllm_cachescope.prompt.request import Region
 
@@ -56,7 +57,8 @@ def check(
     if config is not None:
         yield from config_check.surroundings(extra_config, config, engines)
         for kind in dict.fromkeys(tier.type for tier in config.tiers):
-            yield remote_stores.check_package(kind)
+            if kind in CLIENTS:
+                yield remote_stores.check_package(kind)
         for tier in config.tiers:
             yield remote_stores.check(tier, config)
         if config.ledger is not None:

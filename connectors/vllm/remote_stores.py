@@ -1,9 +1,12 @@
 """The stores of remote tiers, looked at from outside: reachable, and of our secret."""
 
+import os
 import time
 from importlib import metadata
 
-from vllm_cachescope.config import Config, Tier
+from pydantic import ByteSize
+
+from vllm_cachescope.config import Config, DiskTier, Tier
 from vllm_cachescope.connectors.vllm import store_factory
 from vllm_cachescope.connectors.vllm.findings import Finding, Status
 from vllm_cachescope.tiers.keyspace import Keyspace, secret_digest
@@ -59,7 +62,23 @@ def check(settings: Tier, config: Config) -> Finding:
         found = f"{store.address} is used by engines with another secret, and by none with this one"
         remedy = "one secret for all replicas of a model; then ignore this for other models"
         return Finding(subject, Status.FAILURE, found, remedy)
+    if isinstance(settings, DiskTier) and (crowded := _crowding(settings)):
+        remedy = "a smaller capacity, or a larger file system"
+        return Finding(subject, Status.WARNING, f"{store.address}: {crowded}; {found}", remedy)
     return Finding(subject, Status.OK, f"{store.address} answers; {found}")
+
+
+def _crowding(settings: DiskTier) -> str | None:
+    """Return why a tier will not reach its capacity; None if it can."""
+    there = next(one for one in (settings.path, *settings.path.parents) if one.exists())
+    system = os.statvfs(there)
+    most = system.f_blocks * system.f_frsize - settings.keep_free
+    if settings.capacity <= most:
+        return None
+    return (
+        f"capacity is {settings.capacity.human_readable()}, and its file system has room for "
+        f"{ByteSize(max(0, most)).human_readable()} with keep_free"
+    )
 
 
 def check_package(name: str) -> Finding:

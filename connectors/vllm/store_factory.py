@@ -9,14 +9,14 @@ from importlib import import_module
 from types import ModuleType
 
 from vllm_cachescope.cache.quotas import Quotas
-from vllm_cachescope.config import ConfigError, LMCacheTier, RedisTier, Tier
+from vllm_cachescope.config import ConfigError, DiskTier, LMCacheTier, RedisTier, Tier
 from vllm_cachescope.tiers.keyspace import Keyspace
 from vllm_cachescope.tiers.leases import Leases
 from vllm_cachescope.tiers.limits import Limits
 from vllm_cachescope.tiers.store import Store
 
-_CLIENTS = {"lmcache": "LMCache", "redis": "redis-py"}
-"""What the package of a tier's type needs."""
+CLIENTS = {"lmcache": "LMCache", "redis": "redis-py"}
+"""What tiers of a type need: the Python package with the type's name. Others need none."""
 
 
 def check(settings: Tier) -> None:
@@ -29,6 +29,8 @@ def check(settings: Tier) -> None:
     try:
         if isinstance(settings, RedisTier):
             connector.parse(settings.url.get_secret_value(), settings.password())
+        elif isinstance(settings, DiskTier):
+            connector.parse(settings.path)
         else:
             connector.parse(settings.adapter)
     except ConfigError as error:
@@ -85,6 +87,12 @@ def stores(
             quotas,
             settings.password(),
         )
+    elif isinstance(settings, DiskTier):
+        connector = _connector(settings)
+        space = connector.Space(int(settings.capacity), int(settings.keep_free))
+        made = connector.stores(
+            settings.path, space, keyspace, secret_digest, leases, clock, time.time, quotas
+        )
     else:
         made = _connector(settings).stores(
             settings.adapter,
@@ -102,11 +110,13 @@ def stores(
 
 def counts_usage(settings: Tier) -> bool:
     """Whether the store of a tier counts what organisations hold, for all engines at once."""
-    return isinstance(settings, RedisTier)
+    return isinstance(settings, RedisTier | DiskTier)
 
 
 def is_on_disk(settings: Tier) -> bool:
     """Whether the store of a tier is a file system, local or mounted."""
+    if isinstance(settings, DiskTier):
+        return True
     return isinstance(settings, LMCacheTier) and settings.adapter["type"] in ("fs", "fs_native")
 
 
@@ -119,7 +129,9 @@ def _connector(settings: Tier) -> ModuleType:
     try:
         return import_module(f"vllm_cachescope.connectors.{settings.type}")
     except ImportError as error:
+        if settings.type not in CLIENTS:
+            raise
         raise ConfigError(
-            f"tier {settings.name}: type {settings.type} needs {_CLIENTS[settings.type]} "
+            f"tier {settings.name}: type {settings.type} needs {CLIENTS[settings.type]} "
             f"({error}); install it with pip install 'vllm-cachescope[{settings.type}]'"
         ) from error

@@ -3,9 +3,16 @@
 from grafana_foundation_sdk.builders import timeseries
 from grafana_foundation_sdk.models.common import StackingMode
 
+from monitoring.limits import NEIGHBOUR_SHARE
 from monitoring.panels import Query, Words, graph
 from monitoring.queries import CHOSEN, STEP, grown, of, rate, ratio, total
-from vllm_cachescope.metrics import INPUT_COST, LOST_TOKENS, PREFILL_SECONDS_SAVED, PROMPT_TOKENS
+from vllm_cachescope.metrics import (
+    INPUT_COST,
+    LOST_TOKENS,
+    ORG_EVICTIONS,
+    PREFILL_SECONDS_SAVED,
+    PROMPT_TOKENS,
+)
 
 _LISTED = 'org!=""'
 _EMPTY = "No organisation is listed for metrics"
@@ -66,7 +73,24 @@ def panels() -> list[timeseries.Panel]:
             ),
             [Query(total(rate(of(PREFILL_SECONDS_SAVED, CHOSEN, _LISTED)), "org"), "{{org}}")],
             "short",
-            span=12,
+        ),
+        graph(
+            Words(
+                "Evictions caused and suffered by organisation",
+                "Entries in a second that left the device or the CPU tier before their time: "
+                "*caused* made room for this organisation, *suffered* were its own and made room "
+                "for another.",
+                f"One that causes more than {NEIGHBOUR_SHARE:.0%} of what leaves a tier is a noisy "
+                "neighbour: give it a quota. `cachescope usage --by org` has everyone's.",
+                _EMPTY,
+            ),
+            [
+                Query(
+                    total(rate(of(ORG_EVICTIONS, CHOSEN, _LISTED, 'part!="own"')), "org", "part"),
+                    "{{org}}, {{part}}",
+                )
+            ],
+            "short",
         ),
         graph(
             Words(
@@ -82,7 +106,6 @@ def panels() -> list[timeseries.Panel]:
                 )
             ],
             "short",
-            span=12,
             stacking=StackingMode.NORMAL,
         ),
     ]

@@ -11,6 +11,7 @@ from vllm_cachescope.config import SECRET_VARIABLE, Config, ConfigError, OrgQuot
 from vllm_cachescope.prompt.request import Region
 from vllm_cachescope.tenancy.scope import Scope
 
+DISK = {"type": "disk", "path": "/x", "capacity": "1GiB"}
 REDIS = {"type": "redis", "url": "redis://cache"}
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -53,8 +54,8 @@ def test_nothing_set_is_a_configuration() -> None:
         ({"tenants": {"abc": "acme"}}, ["tenants: 3 characters", "SHA-256"]),
         ({"org_header": ""}, ["org_header"]),
         ({"sweep_interval": "0s"}, ["sweep_interval", "'0s'"]),
-        ({"tiers": [{"type": "rediss"}]}, ["tiers.0", "'rediss'", "lmcache, redis"]),
-        ({"tiers": [{"url": "redis://h"}]}, ["tiers.0", "type", "lmcache, redis"]),
+        ({"tiers": [{"type": "rediss"}]}, ["tiers.0", "'rediss'", "disk, lmcache, redis"]),
+        ({"tiers": [{"url": "redis://h"}]}, ["tiers.0", "type", "disk, lmcache, redis"]),
         ({"tiers": [{"type": "redis"}]}, ["tiers.0.url", "required"]),
         (
             {"tiers": [{"type": "redis", "url": "redis://h", "adapter": {}}]},
@@ -75,6 +76,20 @@ def test_nothing_set_is_a_configuration() -> None:
         (
             {"tiers": [{"type": "redis", "url": "redis://h", "encrypt": "yes"}]},
             ["tiers.0.encrypt", "valid boolean"],
+        ),
+        ({"tiers": [{"type": "disk", "path": "/x"}]}, ["tiers.0.capacity", "required"]),
+        (
+            {"tiers": [DISK | {"path": "cache"}]},
+            ["tiers.0.path", "cache depends on where", "from /"],
+        ),
+        ({"tiers": [DISK | {"capacity": 0}]}, ["tiers.0.capacity", "greater than 0"]),
+        (
+            {"tiers": [DISK], "quotas": {"disk": {"capacity": 1}}},
+            ["quotas.disk.capacity", "knows its own"],
+        ),
+        (
+            {"tiers": [DISK], "quotas": {"disk": {"reserve": "2GiB"}}},
+            ["quotas.disk", "more is reserved"],
         ),
         ({"quotas": {"gpu": {}}}, ["quotas.gpu", "no such tier", "device, cpu"]),
         ({"quotas": {"cpu": {"qouta": 1}}}, ["quotas.cpu.qouta", "capacity, orgs, quota, reserve"]),

@@ -104,6 +104,52 @@ def test_a_flood_washes_away_nothing_but_itself(engine, chance, tier):
     assert exact(engine, "flood", flood[0]).read == 0
 
 
+def test_who_evicts_whose_blocks_is_counted(engine, chance):
+    """Three organisations within their quotas are too many for the tier together."""
+    orgs = [f"pushing {number}" for number in range(4)]
+    tags = {OWNERS.prefix(org): org for org in orgs}
+    engine.call("command_evictions")
+    for org in orgs[:3]:
+        for tokens in prompts(chance, 3):
+            ask(engine, org, tokens)
+    first = parts(engine, "cpu", tags)
+    assert first["caused", orgs[2]] == first["suffered", orgs[0]] == 3 * 3 * BLOCKS - CPU_CHUNKS
+    assert not any(part == "own" for part, _ in first)
+    # One that is over its quota makes room for itself.
+    for tokens in prompts(chance, 2):
+        ask(engine, orgs[2], tokens)
+    again = parts(engine, "cpu", tags)
+    assert set(again) == {("own", orgs[2])} and again["own", orgs[2]] >= 2 * BLOCKS
+    assert parts(engine, "cpu", tags) == {}
+
+
+def test_who_evicts_whose_blocks_from_the_device_is_counted(engine, chance):
+    orgs = [f"crowding {number}" for number in range(40)]
+    engine.call("command_evictions")
+    for org in orgs:
+        for tokens in prompts(chance, 3):
+            ask(engine, org, tokens)
+    engine.call("command_sweep")
+    found = parts(engine, "device", {OWNERS.prefix(org): org for org in orgs})
+    suffered, caused = (
+        {org: n for (part, org), n in found.items() if part == which}
+        for which in ("suffered", "caused")
+    )
+    assert sum(suffered.values()) == sum(caused.values()) > 0
+    # The first to come suffer first, and the last cause it.
+    assert orgs[0] in suffered and orgs[-1] not in suffered
+    assert orgs[-1] in caused and orgs[0] not in caused
+
+
+def parts(engine: Replica, tier: str, tags: dict[bytes, str]) -> dict[tuple[str, str], int]:
+    """Return how many entries left a tier since the last time, by part and organisation."""
+    return {
+        (part, tags.get(tag, "unknown")): entries
+        for name, part, tag, entries in engine.call("command_evictions")
+        if name == tier
+    }
+
+
 def test_the_fullest_quota_shows(engine, chance):
     def used() -> dict[tuple[str, ...], float]:
         engine.call("command_sweep")

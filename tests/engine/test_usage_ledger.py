@@ -18,7 +18,7 @@ from tests.engine.ledgers import agreed, kept_tokens, reading
 from tests.engine.otlp import Receiver, Span, receive
 from tests.engine.server import MODEL, NAMED_KEY, OPERATOR_TOKEN, SMALL, Api, plugin, serve
 from tests.engine.traffic import Traffic
-from vllm_cachescope.usage.tables import REQUESTS, TOKENS, USAGE
+from vllm_cachescope.usage.tables import EVICTIONS, REQUESTS, TOKENS, USAGE
 
 pytestmark = pytest.mark.engine
 
@@ -110,6 +110,29 @@ def test_it_adds_up_to_the_metrics_to_the_token(
     assert replicas == {"the first"}
     counted = keeping.metrics("cachescope_ledger_records_total", "outcome")
     assert counted == {("written",): total["requests"], ("dropped",): 0, ("failed",): 0}
+
+
+def test_evictions_add_up_to_the_metrics(keeping: Api, directory: Path) -> None:
+    """The test before has left more than the tiers hold."""
+
+    def kept() -> dict[tuple[str, str], int]:
+        c = EVICTIONS.c
+        with reading(directory) as connection:
+            sums = select(c.tier, c.part, func.sum(c.entries)).group_by(c.tier, c.part)
+            return {(tier, part): int(n) for tier, part, n in connection.execute(sums)}
+
+    def told() -> dict[tuple[str, str], int]:
+        return dict(+keeping.metrics("cachescope_org_evictions_total", "tier", "part"))
+
+    deadline = time.monotonic() + 15
+    while kept() != told() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert kept() == told()
+    assert kept()["cpu", "suffered"] == kept()["cpu", "caused"] > 0
+    with reading(directory) as connection:
+        orgs = set(connection.execute(select(EVICTIONS.c.org)).scalars())
+    # The server has served everyone whose blocks it holds.
+    assert orgs and "unknown" not in orgs
 
 
 def test_no_text_of_prompts_is_kept_and_nobody_else_reads_it(keeping: Api, directory: Path) -> None:

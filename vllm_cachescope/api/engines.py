@@ -1,7 +1,7 @@
 """The engines behind an API server, as its operations need them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,6 +62,13 @@ class Engines(ABC):
         Raises:
             TimeoutError: if an engine does not answer.
         """
+
+    def on_evictions(  # noqa: B027
+        self, note: Callable[[Sequence[tuple[str, str, bytes, int]]], object]
+    ) -> None:
+        """Have ``note`` called now and then with the evictions since the last time: tier, part
+        (suffered, caused, own), tag of the organisation, entries. Where engines count none there is
+        nothing to do."""
 
     def on_purge(self, forget: Callable[[str | None, str | None], object]) -> None:  # noqa: B027
         """Have ``forget`` called with the organisation and the session (None for all) of each

@@ -1,7 +1,9 @@
 """The ledger as one API process uses it: records go in, and queries are answered."""
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 
+from cachetools import LRUCache
 from prometheus_client import CollectorRegistry
 from starlette.responses import Response
 
@@ -10,11 +12,18 @@ from vllm_cachescope.config import LedgerSettings
 from vllm_cachescope.diagnosis.outcome import Diagnosis
 from vllm_cachescope.metrics import LEDGER_RECORDS, NO_ENGINE
 from vllm_cachescope.registration import counter
-from vllm_cachescope.tenancy.caller import CallerDirectory
+from vllm_cachescope.tenancy.caller import UNLISTED, CallerDirectory
+from vllm_cachescope.tenancy.owner_tags import EVERYONE, NOBODY, UNLISTED_TAG, OwnerTags, org_of
 from vllm_cachescope.usage.prices import Prices
 from vllm_cachescope.usage.recent_requests import RecentRequests
 from vllm_cachescope.usage.record import RequestRecord
 from vllm_cachescope.usage.usage_ledger import UsageLedger
+
+MAX_ORGS = 20_000
+"""How many organisations evictions can be counted for by name: those served last."""
+
+UNKNOWN = "unknown"
+"""Whose evictions count where it is not known whose they are."""
 
 
 class LedgerService:
@@ -26,6 +35,9 @@ class LedgerService:
         directory: the organisations.
         registry: where its counter is registered.
         model_name: the model's name in the server's own metrics.
+        replica: the server's name among others.
+        secret: key of the owner tags.
+        wall_clock: seconds since the epoch.
 
     Attributes:
         requests: the recent requests in it.
@@ -42,6 +54,9 @@ class LedgerService:
         directory: CallerDirectory,
         registry: CollectorRegistry,
         model_name: str,
+        replica: str = "",
+        secret: bytes = b"",
+        wall_clock: Callable[[], float] = time.time,
     ) -> None:
         records = counter(LEDGER_RECORDS, registry)
         ends = {
@@ -53,11 +68,37 @@ class LedgerService:
         )
         self.keeps_requests = settings.max_requests > 0
         self.requests: RecentRequests = self._ledger.requests
+        self._model_name = model_name
+        self._replica = replica
+        self._tags = OwnerTags(secret)
+        self._wall_clock = wall_clock
+        # The organisations that engines may tell of, by their tags.
+        self._orgs: LRUCache[bytes, str] = LRUCache(MAX_ORGS)
+        self._seen: LRUCache[str, bool] = LRUCache(MAX_ORGS)
+        self._orgs[org_of(NOBODY)] = EVERYONE
         self._endpoint = UsageEndpoint(self._ledger, directory)
 
     def put(self, record: RequestRecord, _diagnosis: Diagnosis | None) -> None:
         """Leave a record to be written. Never blocks."""
+        self._meet(record.org)
         self._ledger.put(record)
+
+    def put_evictions(self, counted: Sequence[tuple[str, str, bytes, int]]) -> None:
+        """Leave evictions to be written; see `Engines.on_evictions`. Those of an organisation that
+        this process has not served lately are `UNKNOWN`'s. Never blocks."""
+        self._orgs[org_of(NOBODY)] = EVERYONE
+        for tier, part, tag, entries in counted:
+            org = self._orgs.get(tag, UNLISTED if tag == UNLISTED_TAG else UNKNOWN)
+            self._ledger.evictions.add(
+                self._wall_clock(), org, self._model_name, self._replica, tier, part, entries
+            )
+
+    def _meet(self, org: str) -> None:
+        if org not in self._seen:
+            self._seen[org] = True
+            self._orgs.update(dict.fromkeys(self._tags.prefixes(org), org))
+            # Whether it is listed is not known here.
+            self._orgs[self._tags.prefix(org, is_listed=False)] = org
 
     def purge(self, org: str | None, session: str | None) -> None:
         """Have an organisation's or a session's requests forgotten; see `Store.purge`. Never

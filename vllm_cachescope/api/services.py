@@ -229,4 +229,14 @@ def _ledger(server: Server, directory: CallerDirectory, prices: Prices) -> "Ledg
     # Not above: it needs SQLAlchemy, which is not installed everywhere.
     from vllm_cachescope.api.ledger_service import LedgerService
 
-    return LedgerService(config.ledger, prices, directory, server.registry, server.model_name)
+    service = LedgerService(
+        config.ledger,
+        prices,
+        directory,
+        server.registry,
+        server.model_name,
+        server.replica,
+        config.secret_bytes(),
+    )
+    server.engines.on_evictions(service.put_evictions)
+    return service

@@ -11,7 +11,10 @@ from rich.text import Text
 _TIMES = ("hour", "day", "week", "month")
 
 
-_WIDE = ("uncached", "created", "read", "output tokens", "prefill saved")
+_WIDE = (
+    *("uncached", "created", "read", "output tokens", "prefill saved"),
+    *("evicted by others", "evicted of others"),
+)
 """The columns that are left out where not all of them fit."""
 
 
@@ -48,6 +51,8 @@ def usage_table(answer: Mapping[str, Any], without: Collection[str] = ()) -> Tab
         ("reads per write", _ratio),
         ("output tokens", _count),
         ("prefill saved", _seconds),
+        ("evicted by others", _count),
+        ("evicted of others", _count),
     ]
     if currency is not None:
         columns += [
@@ -119,6 +124,8 @@ def _values(row: Mapping[str, Any], with_costs: bool) -> list[Any]:
         row["reads_per_write"],
         row["output_tokens"],
         row["prefill_seconds_saved"],
+        row.get("evictions_suffered"),
+        row.get("evictions_caused"),
     ]
     costs = [row["cost_without"], row["cost_with"], row["saved_share"]]
     return values + (costs if with_costs else [])

@@ -7,7 +7,7 @@ from vllm_cachescope.config.ledger import LedgerSettings
 from vllm_cachescope.config.loading import load
 from vllm_cachescope.config.quotas import OrgQuota, TierQuotas
 from vllm_cachescope.config.secret import SECRET_VARIABLE, make_up_secret
-from vllm_cachescope.config.tiers import LMCacheTier, RedisTier, Tier
+from vllm_cachescope.config.tiers import DiskTier, LMCacheTier, RedisTier, Tier
 
 CONNECTOR = "CacheScopeConnector"
 """The connector's name in vLLM's ``--kv-transfer-config``."""
@@ -18,6 +18,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "DiffSettings",
+    "DiskTier",
     "LMCacheTier",
     "LedgerSettings",
     "OrgQuota",

@@ -21,7 +21,7 @@ from vllm_cachescope.config.secret import (
     secret_text,
 )
 from vllm_cachescope.config.tenants import Tenants, read_tenants
-from vllm_cachescope.config.tiers import AnyTier, RedisTier, Tier
+from vllm_cachescope.config.tiers import AnyTier, DiskTier, RedisTier, Tier
 from vllm_cachescope.config.values import Duration, Model
 from vllm_cachescope.durations import format_duration
 from vllm_cachescope.prompt.request import Region
@@ -95,7 +95,10 @@ class Config(Model):
         names = [*LOCAL_TIERS, *(tier.name for tier in self.tiers)]
         if len(set(names)) < len(names):
             raise ValueError(f"tiers: two tiers have one name: {', '.join(names)}")
-        check_quotas(self.quotas, names, self.cpu_bytes)
+        capacities = {"cpu": int(self.cpu_bytes)} | {
+            tier.name: int(tier.capacity) for tier in self.tiers if isinstance(tier, DiskTier)
+        }
+        check_quotas(self.quotas, names, capacities)
         for region in Region:
             ttl_s = self.regions.of(region).ttl_s
             if ttl_s not in self.allowed_ttls:

@@ -47,13 +47,15 @@ class TierQuotas(OrgQuota):
         )
 
 
-def check_quotas(quotas: Mapping[str, TierQuotas], tiers: Sequence[str], cpu_bytes: int) -> None:
+def check_quotas(
+    quotas: Mapping[str, TierQuotas], tiers: Sequence[str], capacities: Mapping[str, int]
+) -> None:
     """Check that all reserves fit, and that there are such tiers.
 
     Args:
         quotas: the quotas by the tier's name.
         tiers: the names of the tiers there are.
-        cpu_bytes: capacity of the CPU tier, in bytes.
+        capacities: bytes that tiers may hold, for those of which the configuration says so.
 
     Raises:
         ValueError: on quotas that cannot be kept.
@@ -62,9 +64,9 @@ def check_quotas(quotas: Mapping[str, TierQuotas], tiers: Sequence[str], cpu_byt
         key = f"quotas.{tier}"
         if tier not in tiers:
             raise ValueError(f"{key}: there is no such tier; allowed: {', '.join(tiers)}")
-        if tier in LOCAL_TIERS and of_tier.capacity is not None:
+        if tier in (*LOCAL_TIERS, *capacities) and of_tier.capacity is not None:
             raise ValueError(f"{key}.capacity: this tier knows its own; leave it out")
-        capacity = cpu_bytes if tier == "cpu" else of_tier.capacity
+        capacity = capacities.get(tier, of_tier.capacity)
         reserved = 0
         for org in (None, *of_tier.orgs):
             quota, org_key = of_tier.of(org), key if org is None else f"{key}.orgs.{org}"

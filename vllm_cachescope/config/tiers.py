@@ -87,8 +87,32 @@ class LMCacheTier(_Tier):
         return adapter
 
 
-Tier = RedisTier | LMCacheTier
-TIERS: dict[str, type[_Tier]] = {"lmcache": LMCacheTier, "redis": RedisTier}
+class DiskTier(_Tier):
+    """A tier in a directory of this machine.
+
+    Attributes:
+        path: the directory; made if it is not there. All engines that use it set the same values
+            below.
+        capacity: bytes that its files may take up.
+        keep_free: bytes that are left free on its file system, whoever takes them up.
+    """
+
+    type: Literal["disk"]
+    name: TierName = "disk"
+    path: Path
+    capacity: Annotated[ByteSize, Field(gt=0)]
+    keep_free: Annotated[ByteSize, Field(ge=0)] = ByteSize(2**30)
+
+    @field_validator("path")
+    @classmethod
+    def _is_absolute(cls, path: Path) -> Path:
+        if not path.is_absolute():
+            raise ValueError(f"{path} depends on where the server is started; name it from / on")
+        return path
+
+
+Tier = RedisTier | LMCacheTier | DiskTier
+TIERS: dict[str, type[_Tier]] = {"disk": DiskTier, "lmcache": LMCacheTier, "redis": RedisTier}
 """The models of tiers by their ``type``."""
 
 

@@ -314,6 +314,10 @@ class Inquiries:
             if tier.inventory is not None:
                 tier.inventory.touch(touched.items())
         tier.counts.add("reclaim", "expired", store.take_expired())
+        tier.counts.add("reclaim", "damaged", store.take_damaged())
+        if crowded := store.take_crowded():
+            tier.states.note(crowded, BlockState.GONE)
+            tier.counts.add("evict", "capacity", len(crowded))
 
     def _find(self, store: Store, questions: list[tuple[Inquiry, list[bytes]]]) -> None:
         tier = self._tier

@@ -187,6 +187,16 @@ class Store(ABC):
         store itself does that."""
         return 0
 
+    def take_damaged(self) -> int:
+        """Return how many entries were damaged, half-written or without their other half, and
+        deleted, without having been read, since the last time."""
+        return 0
+
+    def take_crowded(self) -> list[bytes]:
+        """Return the keys that were deleted since the last time because the store was full; none
+        where the store does not say."""
+        return []
+
     def take_evicted(self) -> list[bytes]:
         """Return the keys that were deleted since the last time because their organisations held
         too much; none where the store does not count that."""

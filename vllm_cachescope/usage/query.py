@@ -12,7 +12,7 @@ from vllm_cachescope.usage.period import format_time, month_of
 from vllm_cachescope.usage.prices import Prices
 from vllm_cachescope.usage.record import ttl_class
 from vllm_cachescope.usage.store import day_column, week_column
-from vllm_cachescope.usage.tables import TOKENS, USAGE
+from vllm_cachescope.usage.tables import EVICTIONS, TOKENS, USAGE
 from vllm_cachescope.usage.totals import Totals
 
 TIMES = ("hour", "day", "week", "month")
@@ -124,6 +124,9 @@ def ask(
             totals_of(row[:width]).add_requests(
                 requests, breaks, missed, output, float(saved), model, prices
             )
+        for row in _rows(connection, query, EVICTIONS, [EVICTIONS.c.part], [EVICTIONS.c.entries]):
+            part, entries = row[width:]
+            totals_of(row[:width]).add_evictions(part, int(entries))
     made = [
         UsageRow(tuple(zip(query.by, key, strict=True)), totals) for key, totals in found.items()
     ]

@@ -1,7 +1,7 @@
 """The store of the ledger: writes batches, and forgets what is asked for or has become old."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +25,15 @@ from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
 
 from vllm_cachescope.usage.batch import HOUR_S, Batch
 from vllm_cachescope.usage.names import kept_name
-from vllm_cachescope.usage.tables import JOBS, METADATA, REQUESTS, SESSIONS, TOKENS, USAGE
+from vllm_cachescope.usage.tables import (
+    EVICTIONS,
+    JOBS,
+    METADATA,
+    REQUESTS,
+    SESSIONS,
+    TOKENS,
+    USAGE,
+)
 
 DAY_S = 86400
 WEEK_S = 7 * DAY_S
@@ -37,6 +45,7 @@ _MAINTENANCE = "maintenance"
 _SUMMED = {
     TOKENS: ("tokens",),
     USAGE: ("requests", "breaks", "missed_tokens", "output_tokens", "prefill_seconds_saved"),
+    EVICTIONS: ("entries",),
 }
 """The columns of the tables of sums that are summed up; the others are the key."""
 
@@ -89,6 +98,11 @@ class Store:
                 if rows:
                     connection.execute(insert(table), rows)
 
+    def write_evictions(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Add rows of `tables.EVICTIONS`, all of them or none."""
+        with self._engine.begin() as connection:
+            connection.execute(insert(EVICTIONS), list(rows))
+
     def purge(self, org: str | None, session: str | None = None) -> None:
         """Forget the requests of ``org``, or of one session of ``org``; with None, of everyone.
 
@@ -118,7 +132,7 @@ class Store:
         self._drop_days(int(now) - kept.days_for_s)
         hour = int(now) // HOUR_S * HOUR_S
         for one in (hour - HOUR_S, hour):
-            for table in (TOKENS, USAGE):
+            for table in _SUMMED:
                 self._sum_up(table, table.c.hour == one, {})
         return True
 
@@ -175,14 +189,14 @@ class Store:
 
     def _sum_up_days(self, before: int) -> None:
         before = before // DAY_S * DAY_S
-        for table in (TOKENS, USAGE):
+        for table in _SUMMED:
             hour = table.c.hour
             which = and_(hour < before, hour % DAY_S != 0)
             self._sum_up(table, which, {"hour": day_column(hour)})
 
     def _drop_days(self, before: int) -> None:
         with self._engine.begin() as connection:
-            for table in (TOKENS, USAGE):
+            for table in _SUMMED:
                 connection.execute(delete(table).where(table.c.hour < before))
             connection.execute(delete(SESSIONS).where(SESSIONS.c.week < before - WEEK_S))
 

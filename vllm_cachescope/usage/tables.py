@@ -94,6 +94,15 @@ USAGE = _of_hours(
 )
 """What else is counted of requests."""
 
+EVICTIONS = _of_hours(
+    "cachescope_evictions",
+    Column("tier", String(64), nullable=False),
+    Column("part", String(16), nullable=False),
+    Column("entries", BigInteger, nullable=False),
+)
+"""Entries evicted before their time, by the part of the organisation in it: suffered, caused, own.
+The session is always empty."""
+
 SESSIONS = Table(
     "cachescope_sessions",
     METADATA,

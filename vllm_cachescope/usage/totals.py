@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_cachescope.cache.report import Outcome
+from vllm_cachescope.usage.evictions import PARTS
 from vllm_cachescope.usage.prices import Prices, cost_with, cost_without, saved_share
 from vllm_cachescope.usage.record import TTL_CLASSES, ttl_class
 
@@ -26,6 +27,8 @@ class Totals:
         missed_tokens: tokens that breaks have cost.
         output_tokens: tokens that were answered.
         prefill_seconds_saved: seconds of prefill that reading has saved.
+        evictions: entries that left the device or the CPU tier before their time, by each of
+            `evictions.PARTS`.
         cost_without: what the prompts would have cost without caching; None if a price is unknown.
         cost_with: what they cost; None if a price is unknown.
         cost_of_output: what the answers cost; None if a price is unknown.
@@ -39,6 +42,7 @@ class Totals:
     missed_tokens: int | None = None
     output_tokens: int | None = None
     prefill_seconds_saved: float | None = None
+    evictions: Counter[str] = field(default_factory=Counter)
     cost_without: float | None = 0.0
     cost_with: float | None = 0.0
     cost_of_output: float | None = 0.0
@@ -81,6 +85,11 @@ class Totals:
             price = prices.of(model)
             cost = None if price is None else price.cost_of_output(output_tokens)
             self.cost_of_output = _sum(self.cost_of_output, cost)
+
+    def add_evictions(self, part: str, entries: int) -> None:
+        """Add entries that were evicted; ``part`` is one of `evictions.PARTS`."""
+        self.requests = self.requests or 0
+        self.evictions[part] += entries
 
     @property
     def read_tokens(self) -> int:
@@ -133,6 +142,10 @@ class Totals:
             "breaks": self.breaks,
             "missed_tokens": self.missed_tokens,
             "prefill_seconds_saved": _rounded(self.prefill_seconds_saved),
+            **{
+                f"evictions_{part}": None if self.requests is None else self.evictions[part]
+                for part in PARTS
+            },
             "cost_without": _rounded(self.cost_without),
             "cost_with": _rounded(self.cost_with),
             "saved_share": _rounded(saved_share(self.cost_without, self.cost_with)),

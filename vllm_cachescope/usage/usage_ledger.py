@@ -8,6 +8,7 @@ from sqlalchemy import Connection
 from vllm_cachescope.config.ledger import LedgerSettings
 from vllm_cachescope.tenancy.shares import AccountOf, own_account
 from vllm_cachescope.usage.database import address, connect, make_private
+from vllm_cachescope.usage.evictions import PendingEvictions
 from vllm_cachescope.usage.ledger_requests import LedgerRequests
 from vllm_cachescope.usage.name_limits import NameLimits
 from vllm_cachescope.usage.period import format_time
@@ -58,6 +59,11 @@ class UsageLedger:
     def put(self, record: RequestRecord) -> None:
         """Leave a record to be written within a second or two. Never blocks."""
         self._writer.put(record)
+
+    @property
+    def evictions(self) -> PendingEvictions:
+        """Where evictions are left to be written, within a second or two."""
+        return self._writer.evictions
 
     def purge(self, org: str | None, session: str | None = None) -> None:
         """Have an organisation's or a session's requests forgotten; see `Store.purge`. Never

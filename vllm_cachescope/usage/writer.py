@@ -11,6 +11,7 @@ from sqlalchemy.exc import InterfaceError, OperationalError
 from vllm_cachescope.logs import logger_of
 from vllm_cachescope.usage.batch import Batch
 from vllm_cachescope.usage.database import describe
+from vllm_cachescope.usage.evictions import PendingEvictions, rows_of
 from vllm_cachescope.usage.name_limits import NameLimits
 from vllm_cachescope.usage.record import RequestRecord
 from vllm_cachescope.usage.store import Store
@@ -51,6 +52,7 @@ class Writer:
 
     Attributes:
         purges: organisations and sessions that wait to be purged, in order.
+        evictions: evictions that wait to be written.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Writer:
         self._queue: deque[RequestRecord] = deque()
         # Those that wait for the records in front of them: a purge is of what was before.
         self.purges: dict[tuple[str | None, str | None], None] = {}
+        self.evictions = PendingEvictions()
         self._wake = threading.Event()
         self._is_closed = False
         self._is_failing = False
@@ -123,6 +126,7 @@ class Writer:
             is_taken = True
             while self._queue:
                 is_taken &= self._write(self._store)
+            self._write_evictions(self._store)
             for purge in purges:
                 self._purge(self._store, purge)
             self._store.maintain(self._wall_clock(), MAINTAIN_S)
@@ -158,6 +162,16 @@ class Writer:
             self._queue.popleft()
         self._count(outcome, len(records))
         return outcome == "written"
+
+    def _write_evictions(self, store: Store) -> None:
+        counts = self.evictions.take()
+        if not counts:
+            return
+        try:
+            store.write_evictions(rows_of(counts, self._limits))
+        except (OperationalError, InterfaceError):
+            self.evictions.put_back(counts)
+            raise
 
     def _note_failure(self, error: Exception) -> None:
         if not self._is_failing:

@@ -6,7 +6,7 @@ import secrets
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from vllm import envs
@@ -112,11 +112,16 @@ class EngineProcesses(Engines):
         self._name = name
         self._has_others = has_others
         self._forget: Callable[[str | None, str | None], object] = lambda org, session: None
+        self._note_evictions: Callable[[Sequence[tuple[str, str, bytes, int]]], object] | None
+        self._note_evictions = None
         # Ids of the purges of this process that it has not heard of yet.
         self._own_purges: set[str] = set()
 
     def on_purge(self, forget: Callable[[str | None, str | None], object]) -> None:
         self._forget = forget
+
+    def on_evictions(self, note: Callable[[Sequence[tuple[str, str, bytes, int]]], object]) -> None:
+        self._note_evictions = note
 
     async def sweep_every(self, interval_s: float) -> None:
         """Have the engines drop what has expired, also while they have nothing to do."""
@@ -124,6 +129,9 @@ class EngineProcesses(Engines):
             await asyncio.sleep(interval_s)
             try:
                 await engine_rpc.call(self._client, "sweep")
+                if self._note_evictions is not None:
+                    for counted in await engine_rpc.call(self._client, "evictions"):
+                        self._note_evictions(counted)
             except Exception as error:
                 # The engine may be busy going down; the server reports that itself.
                 logger.debug("Sweep failed: %s", error)

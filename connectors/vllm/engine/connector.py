@@ -374,6 +374,10 @@ class CacheScopeConnector(OffloadingConnector):
         self._has_news |= self._gauges.sweep() or expired > 0 or self._events.waiting
         return expired
 
+    def command_evictions(self) -> list[tuple[str, str, bytes, int]]:
+        """Return who suffered and caused evictions since the last time; see `Pressure.take`."""
+        return self.cachescope.counts.pressure.take()
+
     def command_report(self, nonce: str) -> dict[str, Any] | None:
         """Return what has become so far of the prompt with ``nonce``; None if it is not known."""
         report = self.cachescope.report(nonce)

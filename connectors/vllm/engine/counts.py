@@ -9,6 +9,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import Offl
 from vllm_cachescope.cache.eviction_history import EvictionReason
 from vllm_cachescope.cache.ledger import Entry
 from vllm_cachescope.cache.report import Outcome, Report, tier_read
+from vllm_cachescope.connectors.vllm.engine.pressure import Pressure
 from vllm_cachescope.connectors.vllm.engine.stats import move_observations
 from vllm_cachescope.connectors.vllm.engine.tiers.cpu import CPU
 from vllm_cachescope.connectors.vllm.engine.tiers.device import DEVICE
@@ -29,6 +30,7 @@ from vllm_cachescope.metrics import (
     SHARE_BUCKETS,
 )
 from vllm_cachescope.observations import Observations
+from vllm_cachescope.tenancy.org_labels import NO_ORG_LABELS
 from vllm_cachescope.usage.prices import Multipliers
 
 Org = tuple[str, ...]
@@ -55,10 +57,12 @@ class Counts:
             was left.
         idle: shares of their lifetimes for which these had idled, by tier, reason and TTL.
         promotions: chunks that were brought nearer, by the tiers they came from and went to.
+        pressure: evictions by the organisations that suffered and caused them.
         refused_plans: prompts that came with a plan that is not genuine.
     """
 
     multipliers: Multipliers = field(default_factory=Multipliers)
+    pressure: Pressure = field(default_factory=lambda: Pressure(NO_ORG_LABELS))
     tokens: Counter[tuple[str, str, int, Org]] = field(default_factory=Counter)
     requests: Counter[tuple[str, Org]] = field(default_factory=Counter)
     saved_s: dict[tuple[str, Org], float] = field(default_factory=dict)
@@ -98,7 +102,13 @@ class Counts:
                 self.hit_ages.add(1 - (expires_at - now) / ttl_s, labels, blocks)
 
     def add_eviction(
-        self, tier: str, reason: EvictionReason, entry: Entry, now: float, was_last: bool
+        self,
+        tier: str,
+        reason: EvictionReason,
+        entry: Entry,
+        now: float,
+        was_last: bool,
+        by: bytes | None = None,
     ) -> None:
         """Count an entry that left a tier.
 
@@ -108,10 +118,12 @@ class Counts:
             entry: the entry, as it was.
             now: the time in seconds, on the ledger's clock.
             was_last: whether neither the device nor the CPU tier holds it any more.
+            by: the tag of the organisation whose blocks needed the room; None if that is not known.
         """
         self.evictions[tier, reason] += 1
         if (left_s := entry.expires_at - now) > 0:
             self.early[tier, reason, entry.ttl_s, was_last] += 1
+            self.pressure.add(tier, reason, entry.owner, by)
             labels = tier, str(reason), format_duration(entry.ttl_s)
             self.idle.add(1 - left_s / entry.ttl_s, labels)
 
@@ -133,6 +145,7 @@ class Counts:
             # A counter that is not there before it counts looks to Prometheus as if it never rose.
             stats.increase_counter(REFUSED_PLANS.name, self.refused_plans)
             self._is_new = False
+        self.pressure.move_to(stats)
         move_observations(self.hit_ages, HIT_AGE, stats)
         move_observations(self.idle, EVICTION_IDLE, stats)
         for counts in (self.requests, self.saved_s, self.evictions, self.early, self.promotions):

@@ -206,13 +206,17 @@ class LocalTiers:
         if not keys:
             return
         self._device.evict(keys)
-        self._displace((key for key in keys if not self._device.holds(key)), EvictionReason.QUOTA)
+        gone = ((key, None) for key in keys if not self._device.holds(key))
+        self._displace(gone, EvictionReason.QUOTA)
 
     # What the tiers evict by themselves.
 
-    def on_cpu_evicted(self, key: bytes, entry: Entry, reason: EvictionReason) -> None:
-        """Note that the CPU tier evicted ``key``, and displaced it in the ledger."""
-        self._note_evicted(key, entry, reason, CPU)
+    def on_cpu_evicted(
+        self, key: bytes, entry: Entry, reason: EvictionReason, by: bytes | None
+    ) -> None:
+        """Note that the CPU tier evicted ``key``, for an organisation's blocks if that is known,
+        and displaced it in the ledger."""
+        self._note_evicted(key, entry, reason, CPU, by)
 
     def on_prefix_cache_reset(self) -> None:
         """Note that the prefix cache was emptied."""
@@ -223,15 +227,24 @@ class LocalTiers:
         """Have the ledger displace what vLLM has evicted from the device."""
         self._displace(self._device.take_evicted(), EvictionReason.CAPACITY)
 
-    def _displace(self, keys: Iterable[bytes], reason: EvictionReason) -> None:
-        for key in keys:
+    def _displace(
+        self, evicted: Iterable[tuple[bytes, bytes | None]], reason: EvictionReason
+    ) -> None:
+        for key, by in evicted:
             entry = self._ledger.get(key)
             if entry is not None and DEVICE in entry.tiers:
                 self._ledger.displace(key, DEVICE)
-                self._note_evicted(key, entry, reason, DEVICE)
+                self._note_evicted(key, entry, reason, DEVICE, by)
 
-    def _note_evicted(self, key: bytes, entry: Entry, reason: EvictionReason, tier: str) -> None:
+    def _note_evicted(
+        self,
+        key: bytes,
+        entry: Entry,
+        reason: EvictionReason,
+        tier: str,
+        by: bytes | None = None,
+    ) -> None:
         now, was_last = self._clock(), key not in self._ledger
-        self._counts.add_eviction(tier, reason, entry, now, was_last)
+        self._counts.add_eviction(tier, reason, entry, now, was_last, by)
         if was_last:
             self._history.record(key, EvictionRecord(reason, entry.ttl_s, now, tier))

@@ -24,6 +24,7 @@ from vllm_cachescope.connectors.vllm.engine.checkpoints import move_checkpoint
 from vllm_cachescope.connectors.vllm.engine.counts import Counts, Read
 from vllm_cachescope.connectors.vllm.engine.local_tiers import LocalTiers
 from vllm_cachescope.connectors.vllm.engine.miss_explainer import MissExplainer
+from vllm_cachescope.connectors.vllm.engine.pressure import Pressure
 from vllm_cachescope.connectors.vllm.engine.prompt_plans import (
     REFUSED_TTL_S,
     carries_plan,
@@ -98,7 +99,7 @@ class CacheScopeConnectorScheduler(TierParent):
         self._ledger = Ledger()
         self.prefill_rate = PrefillRate()
         self._prompts = Prompts()
-        self.counts = Counts(settings.multipliers)
+        self.counts = Counts(settings.multipliers, Pressure(settings.org_labels))
         self._org_labels = settings.org_labels
         history = EvictionHistory()
         self.local = LocalTiers(
@@ -377,8 +378,10 @@ class CacheScopeConnectorScheduler(TierParent):
         self.local.on_prefix_cache_reset()
         self._events.on_prefix_cache_reset()
 
-    def on_evicted(self, key: bytes, entry: Entry, reason: EvictionReason) -> None:
-        self.local.on_cpu_evicted(key, entry, reason)
+    def on_evicted(
+        self, key: bytes, entry: Entry, reason: EvictionReason, by: bytes | None
+    ) -> None:
+        self.local.on_cpu_evicted(key, entry, reason, by)
 
     def on_promoted(
         self, tier: str, request_id: str, loaded: Collection[tuple[bytes, int]]

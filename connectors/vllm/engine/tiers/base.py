@@ -101,10 +101,13 @@ class TierParent(ABC):
         """The prefix cache was emptied. Called by the device tier."""
 
     @abstractmethod
-    def on_evicted(self, key: bytes, entry: Entry, reason: EvictionReason) -> None:
+    def on_evicted(
+        self, key: bytes, entry: Entry, reason: EvictionReason, by: bytes | None
+    ) -> None:
         """The CPU tier evicted ``key``, and displaced it in the ledger, which may have ``entry``
         still, for the device. Expired and purged keys do not count: the scheduler side has them
-        dropped itself."""
+        dropped itself. ``by`` is the tag of the organisation whose blocks needed the room, if that
+        is known."""
 
     @abstractmethod
     def on_promoted(

@@ -22,6 +22,7 @@ from vllm_cachescope.cache.eviction import LifetimeShare
 from vllm_cachescope.cache.eviction_history import EvictionReason
 from vllm_cachescope.cache.ledger import Ledger
 from vllm_cachescope.cache.quotas import Quotas
+from vllm_cachescope.connectors.vllm.engine.pressure import writer_of
 from vllm_cachescope.connectors.vllm.engine.tiers.base import TierParent
 from vllm_cachescope.tenancy.owner_tags import NOBODY
 
@@ -100,7 +101,7 @@ class ScopePolicy(CachePolicy):
     def evict(
         self, n: int, protected: set[OffloadKey]
     ) -> list[tuple[OffloadKey, ChunkStatus]] | None:
-        now = self._parent.now()
+        now, by = self._parent.now(), self._newcomer(protected)
         own = self._excess_with(protected, n, now)
         keys = self._order.victims(
             n - len(own), now, lambda key: key in own or self._must_stay(key, protected)
@@ -109,7 +110,7 @@ class ScopePolicy(CachePolicy):
             return None
         evicted = [(OffloadKey(key), self._chunks[OffloadKey(key)]) for key in (*own, *keys)]
         for key, _ in evicted:
-            self.drop(key, EvictionReason.QUOTA if key in own else EvictionReason.CAPACITY)
+            self.drop(key, EvictionReason.QUOTA if key in own else EvictionReason.CAPACITY, by)
         return evicted
 
     def ready(self) -> list[OffloadKey]:
@@ -158,6 +159,14 @@ class ScopePolicy(CachePolicy):
             )
         return found
 
+    def _newcomer(self, wanted: set[OffloadKey]) -> bytes | None:
+        """Return the tag of the organisation that ``wanted`` come in for: they are one request's.
+        None if they are here already."""
+        for key in wanted:
+            if key not in self._chunks:
+                return writer_of(self._owner(key))
+        return None
+
     def _must_stay(self, key: bytes, protected: set[OffloadKey]) -> bool:
         return key in protected or self._chunks[OffloadKey(key)].ref_cnt != 0
 
@@ -169,12 +178,12 @@ class ScopePolicy(CachePolicy):
         for key in list(self._chunks):
             self.drop(key, EvictionReason.RESET)
 
-    def drop(self, key: OffloadKey, reason: EvictionReason) -> None:
-        """Remove ``key``, and tell the parent why."""
+    def drop(self, key: OffloadKey, reason: EvictionReason, by: bytes | None = None) -> None:
+        """Remove ``key``, and tell the parent why, and for which organisation."""
         entry = self._ledger.get(key)
         self.remove(key)
         if entry is not None:
-            self._parent.on_evicted(key, entry, reason)
+            self._parent.on_evicted(key, entry, reason, by)
 
     def _use(self, key: OffloadKey, now: float) -> None:
         entry = self._ledger.get(key)

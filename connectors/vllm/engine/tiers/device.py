@@ -12,6 +12,7 @@ from vllm.v1.request import Request
 from vllm_cachescope.cache.eviction import LifetimeShare
 from vllm_cachescope.cache.ledger import Ledger
 from vllm_cachescope.connectors.vllm.engine.tiers.base import TierParent
+from vllm_cachescope.tenancy.owner_tags import org_of
 
 DEVICE = "device"
 
@@ -36,10 +37,13 @@ class DeviceTier:
         self._pool: BlockPool = manager.block_pool
         self._parent = parent
         self._evicted: list[bytes] = []
+        # For which organisation each key of the other list was evicted, as far as is known.
+        self._evicted_for: dict[bytes, bytes] = {}
         self._pool.metrics_collector = _Observer(self._pool.metrics_collector, self)  # type: ignore[assignment]
         for name in _LOOKUPS:
             if hasattr(manager, name):
                 setattr(manager, name, _followed(getattr(manager, name), parent))
+        manager.allocate_slots = self._named(manager.allocate_slots)  # type: ignore[method-assign]
 
     def holds(self, key: bytes) -> bool:
         """Whether the prefix cache can serve ``key`` (block hash and group id)."""
@@ -66,11 +70,13 @@ class DeviceTier:
                 queue.remove(block)
                 queue.prepend_n([block])
 
-    def take_evicted(self) -> list[bytes]:
+    def take_evicted(self) -> list[tuple[bytes, bytes | None]]:
         """Return the keys that vLLM has evicted since the last call, and that the prefix cache
-        does not hold in another block, or again."""
+        does not hold in another block, or again; each with the tag of the organisation whose
+        request needed the block, if that is known."""
         evicted, self._evicted = self._evicted, []
-        return [key for key in evicted if not self.holds(key)]
+        evicted_for, self._evicted_for = self._evicted_for, {}
+        return [(key, evicted_for.get(key)) for key in evicted if not self.holds(key)]
 
     def keep_reserves(
         self, ledger: Ledger, order: LifetimeShare, account_of: Callable[[bytes], bytes]
@@ -99,6 +105,7 @@ class DeviceTier:
     def on_reset(self) -> None:
         """vLLM empties the prefix cache."""
         self._evicted.clear()
+        self._evicted_for.clear()
         self._parent.on_prefix_cache_reset()
 
     def _find(self, key: bytes) -> KVCacheBlock | None:
@@ -109,6 +116,21 @@ class DeviceTier:
         known = len(self._evicted)
         self._pool.evict_blocks({block.block_id})
         del self._evicted[known:]
+
+    def _named(self, allocate: Callable[..., Any]) -> Callable[..., Any]:
+        """Return vLLM's function that gives a request blocks, and note for whom it evicts some."""
+
+        def allocate_and_name(request: Request, *args: Any, **kwargs: Any) -> Any:
+            known = len(self._evicted)
+            blocks = allocate(request, *args, **kwargs)
+            if len(self._evicted) > known:
+                plan = self._parent.plan_of(request.request_id)
+                if plan is not None:
+                    org = org_of(plan.owner)
+                    self._evicted_for.update((key, org) for key in self._evicted[known:])
+            return blocks
+
+        return allocate_and_name
 
     def _pass_over(
         self,
