@@ -200,6 +200,7 @@ def finish(result: Result, directory: Path) -> int:
 
 PROMPTS = {
     2_000: {"turns": 1, "tools": 1, "rules": 1},
+    2_600: {"turns": 1, "tools": 1, "rules": 7},
     5_000: {"turns": 3, "tools": 4, "rules": 14},
     8_000: {"turns": 5, "tools": 8, "rules": 28},
     20_000: {"turns": 20, "tools": 24, "rules": 36},

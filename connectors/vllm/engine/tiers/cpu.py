@@ -47,6 +47,8 @@ class ScopePolicy(CachePolicy):
         self._missed: dict[OffloadKey, tuple[int, bytes]] = {}
         # Accounts that may hold more than their quota.
         self._grown: set[bytes] = set()
+        # Keys that a promotion under way needs, and for how many prompts.
+        self._held: Counter[bytes] = Counter()
 
     def bind(self, parent: TierParent, quotas: Quotas | None) -> None:
         """Connect the policy to the engine's lifetimes. To be called before the first chunk.
@@ -116,6 +118,26 @@ class ScopePolicy(CachePolicy):
         """Return the keys that can be read now."""
         return [key for key, chunk in self._chunks.items() if chunk.is_ready]
 
+    def hold(self, keys: Iterable[bytes]) -> None:
+        """Evict none of ``keys``, here or to come, before `release` of the same keys."""
+        self._held.update(keys)
+
+    def release(self, keys: Iterable[bytes]) -> None:
+        """Allow what `hold` has forbidden."""
+        for key in keys:
+            self._held[key] -= 1
+            if self._held[key] <= 0:
+                del self._held[key]
+
+    def held_idle(self, also: Iterable[bytes] = ()) -> int:
+        """Return how many chunks must stay although no transfer uses them: those held, and those
+        of ``also``."""
+        found = {key for key in also if key not in self._held}
+        return sum(
+            (chunk := self._chunks.get(OffloadKey(key))) is not None and chunk.ref_cnt == 0
+            for key in (*self._held, *found)
+        )
+
     def excess(self) -> list[bytes]:
         """Return the keys that organisations hold beyond their quotas, the oldest of each, without
         those in the middle of a transfer."""
@@ -159,7 +181,9 @@ class ScopePolicy(CachePolicy):
         return found
 
     def _must_stay(self, key: bytes, protected: set[OffloadKey]) -> bool:
-        return key in protected or self._chunks[OffloadKey(key)].ref_cnt != 0
+        if key in protected or key in self._held:
+            return True
+        return self._chunks[OffloadKey(key)].ref_cnt != 0
 
     def _owner(self, key: OffloadKey) -> bytes:
         entry = self._ledger.get(key)
