@@ -91,10 +91,14 @@ def stored(engine: Replica, server: RedisServer, prompts: list[list[int]], *orgs
     """Have prompts computed, and everything forgotten but what Redis holds; return the answers."""
     answers = []
     whole: set[tuple[int, ...]] = set()
+
+    def are_stored() -> bool:
+        return len(entries(server)) >= len(whole)
+
     for ask in asks(prompts, *orgs):
         answers += [answer.tokens for answer in engine.run(ask)]
         whole |= {tuple(ask.tokens[:end]) for end in range(BLOCK, len(ask.tokens) + 1, BLOCK)}
-        wait_until(lambda blocks=len(whole): len(entries(server)) >= blocks)
+        wait_until(are_stored)
     engine.call("empty")
     return answers
 
@@ -112,6 +116,8 @@ def test_all_of_a_burst_is_read(engine, server, chance, orgs):
     assert [answer.outcome("read_redis") for answer in answers] == [BLOCKS * BLOCK] * USERS
     assert [answer.tokens for answer in answers] == cold
     assert grown(engine, before) == {"at_once": 1, "waited": USERS - 1}
+    waited_s = [answer.report.memory_wait_s for answer in answers if answer.report]
+    assert waited_s[0] is None and all(0 < seconds < 10 for seconds in waited_s[1:])
     assert engine.call(held) == 0
 
 
@@ -192,6 +198,7 @@ def test_a_redis_that_dies_meanwhile_costs_the_hits_and_not_the_requests(engine,
         answers = engine.call(end_burst)
     finally:
         server.start()
+        wait_until(lambda: engine.call("command_health")[-1]["up"])
     assert [answer.tokens for answer in answers] == cold
     ended = grown(engine, before)
     assert ended.pop("at_once") == 1 and sum(ended.values()) == USERS - 1

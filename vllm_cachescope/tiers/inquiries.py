@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from queue import Empty, SimpleQueue
 
-from vllm_cachescope.cache.miss_causes import MissCause
+from vllm_cachescope.cache.miss_causes import NO_ROOM, MissCause
 from vllm_cachescope.logs import logger_of
 from vllm_cachescope.tiers.block_states import ABSENCES, Absence, BlockState
 from vllm_cachescope.tiers.context import TierContext
@@ -240,7 +240,7 @@ class Inquiries:
         if inquiry.answers.get(key):
             if inquiry.given_up is not None:
                 return Absence(MissCause.TIMED_OUT, detail=inquiry.given_up)
-            return Absence(MissCause.EVICTED, detail="the CPU tier had no room to load it into")
+            return Absence(MissCause.EVICTED, detail=f"{NO_ROOM} to load it into")
         return None
 
     def absence(self, request_id: str, key: bytes) -> Absence | None:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -227,11 +228,11 @@ class CacheScopeConnector(OffloadingConnector):
     def _with_report(
         self, request: Request, params: dict[str, Any] | None
     ) -> dict[str, Any] | None:
-        self._promotions.end(request.request_id)
+        waited_s = self._promotions.end(request.request_id)
         report = self.cachescope.request_finished(request)
         if report is None:
             return params
-        return {**(params or {}), PLAN_KEY: report.to_wire()}
+        return {**(params or {}), PLAN_KEY: replace(report, memory_wait_s=waited_s).to_wire()}
 
     def take_events(self) -> Iterable[KVCacheEvent]:
         return self._events.take()

@@ -20,9 +20,11 @@ from vllm.v1.kv_offload.base import OffloadKey, ReqContext
 from vllm.v1.kv_offload.tiering.manager import TieringOffloadingManager
 from vllm.v1.request import Request
 
+from vllm_cachescope.cache.miss_causes import NO_ROOM
 from vllm_cachescope.connectors.vllm.engine.tiers.base import TierParent
 from vllm_cachescope.connectors.vllm.engine.tiers.cpu import ScopePolicy
 from vllm_cachescope.connectors.vllm.engine.tiers.remote import RemoteTierManager
+from vllm_cachescope.durations import format_wait
 from vllm_cachescope.observations import Observations
 from vllm_cachescope.tenancy.owner_tags import UNLISTED_TAG, is_unlisted, org_of
 from vllm_cachescope.tiers.inquiries import Lookup
@@ -78,6 +80,7 @@ class Promotions:
         # Requests that vLLM may look up, with the keys that are held for each.
         self._open: dict[str, list[OffloadKey]] = {}
         self._waiting: dict[str, _Wanted] = {}
+        self._waited_s: dict[str, float] = {}
 
     def may_look_up(self, request: Request, local_tokens: int) -> bool:
         """Whether vLLM may look up a request in this step. If not, it asks in the next one.
@@ -116,13 +119,16 @@ class Promotions:
             self._compute(request_id)
             return True
         bound_s = self._queue.bound_s(request_id)
+        waited_s = self._queue.waited_s(request_id, now)
         verdict = self._queue.ask(request_id, now, partial(self._fits, status, local_tokens))
+        if verdict is not Verdict.WAIT and waited_s > 0:
+            self._waited_s[request_id] = waited_s
         if verdict is Verdict.GO:
-            self._go(request_id, now)
+            self._go(request_id, waited_s)
         elif verdict is Verdict.COMPUTE:
             self._compute(request_id)
             for remote in self._remotes:
-                remote.tier.give_up(request_id, f"no room in the CPU tier within {_time(bound_s)}")
+                remote.tier.give_up(request_id, f"{NO_ROOM} within {format_wait(bound_s)}")
         return verdict is not Verdict.WAIT
 
     def on_scheduled(self, request_id: str) -> None:
@@ -130,12 +136,17 @@ class Promotions:
         self._queue.settle(request_id, time.monotonic())
         self._release(request_id)
 
-    def end(self, request_id: str) -> None:
-        """A request is over, or starts anew."""
+    def end(self, request_id: str) -> float | None:
+        """A request is over, or starts anew.
+
+        Returns:
+            How long it has waited for room, in seconds; None if it has not.
+        """
         self._queue.leave(request_id, time.monotonic())
         self._release(request_id)
         self._open.pop(request_id, None)
         self._waiting.pop(request_id, None)
+        return self._waited_s.pop(request_id, None)
 
     def end_step(self, preempted: Iterable[str]) -> None:
         """A step is scheduled; requests that were preempted in it start anew."""
@@ -170,14 +181,13 @@ class Promotions:
         room = primary._get_num_free_chunks() + primary._num_evictable_cache_chunks
         return need <= room and need <= room - self._policy.held_idle(wanted.present)
 
-    def _go(self, request_id: str, now: float) -> None:
+    def _go(self, request_id: str, waited_s: float) -> None:
         wanted = self._waiting.pop(request_id)
         keys = [*wanted.present, *wanted.missing]
         self._policy.hold(keys)
         self._open[request_id] = keys
-        if (waited_s := self._queue.waited_s(request_id, now)) > 0:
-            for remote in self._remotes:
-                remote.tier.extend(request_id, waited_s)
+        for remote in self._remotes:
+            remote.tier.extend(request_id, waited_s)
 
     def _compute(self, request_id: str) -> None:
         del self._waiting[request_id]
@@ -225,7 +235,3 @@ class Promotions:
             is_known &= found is not Lookup.RETRY
         wanted.is_known &= is_known
         return not is_known
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"
