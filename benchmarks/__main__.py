@@ -6,6 +6,7 @@ import sys
 
 BENCHMARKS = (
     "boundaries",
+    "burst",
     "cpu_tier",
     "diagnosis",
     "envelopes",

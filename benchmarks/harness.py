@@ -229,6 +229,7 @@ def server(
     secret: str | None = None,
     connector: str | None = None,
     environment: Mapping[str, str] | None = None,
+    python: Path | None = None,
     **config: Any,
 ) -> Server:
     """Return a server of the SMALL model, with the plugin or plain; enter it to start it.
@@ -242,6 +243,7 @@ def server(
         connector: a class derived from the plugin's connector, by its module and name; None for the
             plugin's own.
         environment: further variables.
+        python: the interpreter of a plain server; None for this one.
         config: the plugin's configuration.
     """
     model = str(build(MODELS / SMALL.name, SMALL))
@@ -260,7 +262,7 @@ def server(
             command[at] = json.dumps(json.loads(command[at]) | named)
     else:
         module = "vllm.entrypoints.openai.api_server"
-        command = [sys.executable, "-m", module, "--model", model, *options]
+        command = [str(python or sys.executable), "-m", module, "--model", model, *options]
     variables = {
         "VLLM_CPU_KVCACHE_SPACE": "2",
         "VLLM_SERVER_DEV_MODE": "1",

@@ -64,7 +64,7 @@ def test_whoever_finds_room_does_not_wait():
         Verdict.GO,
         Verdict.WAIT,
     ]
-    assert tier.queue.waited_s("a", tier.now) == 0.0
+    assert tier.queue.waited_s("a") == 0.0
     assert tier.outcomes() == {"at_once": 2}
     assert (tier.queue.waiting, tier.queue.granted) == (1, 40)
 
@@ -79,7 +79,7 @@ def test_the_others_come_in_order_and_each_gets_all_or_nothing():
     assert tier.step("small", "c", "b") == [Verdict.WAIT] * 3
     tier.settle("a")
     assert tier.step("small", "c", "b") == [Verdict.WAIT, Verdict.WAIT, Verdict.GO]
-    assert tier.queue.waited_s("b", tier.now) == pytest.approx(0.02)
+    assert tier.queue.waited_s("b") == pytest.approx(0.02)
     tier.settle("b")
     assert tier.step("small", "c") == [Verdict.WAIT, Verdict.GO]
     assert tier.step("small") == [Verdict.GO]
@@ -179,12 +179,12 @@ def test_whoever_is_cut_off_holds_up_nobody():
     tier.join("a")
     tier.join("b")
     tier.join("c")
-    tier.queue.leave("b", tier.now)
+    tier.queue.leave("b")
     tier.settle("a")
     assert tier.step("c") == [Verdict.GO]
-    tier.queue.leave("c", tier.now)
+    tier.queue.leave("c")
     assert tier.queue.granted == 0
-    tier.queue.leave("never there", tier.now)
+    tier.queue.leave("never there")
     tier.queue.settle("never there", tier.now)
     assert tier.outcomes() == {"at_once": 1, "cut_off": 1, "waited": 1}
 
@@ -201,11 +201,24 @@ def test_one_that_does_not_ask_holds_up_nobody():
     assert tier.step("b") == [Verdict.GO]
 
 
+def test_what_the_engine_does_not_come_round_to_ask_is_no_wait_for_room():
+    """As while the device has no free block for the request in front of it."""
+    tier = Tier(limit_s=1.0)
+    tier.join("a")
+    tier.join("b")
+    assert tier.step("b", seconds=0.6) == [Verdict.WAIT]
+    for _ in range(3):
+        tier.step(seconds=10)
+    assert tier.step("b", seconds=0.3) == [Verdict.WAIT]
+    assert tier.queue.waited_s("b") == pytest.approx(0.6)
+    assert tier.step("b", seconds=0.4) == [Verdict.COMPUTE]
+
+
 def test_a_tier_that_dies_meanwhile_is_waited_for_no_longer():
     tier = Tier()
     tier.join("a")
     tier.join("b")
-    tier.queue.leave("b", tier.now + 0.1, WaitOutcome.TIER_LOST)
+    tier.queue.leave("b", WaitOutcome.TIER_LOST)
     assert tier.outcomes() == {"at_once": 1, "tier_lost": 1}
 
 
@@ -263,7 +276,7 @@ def test_whatever_comes_room_is_never_given_twice_and_everyone_leaves_in_time(
         for name in list(asking):
             waited_s = tier.now - came[name]
             if ends[name] == "abort" and waited_s > 0.5:
-                tier.queue.leave(name, tier.now)
+                tier.queue.leave(name)
                 asking.remove(name)
                 continue
             verdict = tier.ask(name)

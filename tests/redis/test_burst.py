@@ -3,12 +3,13 @@ and a device that hold less than two of the prompts; and every answer is that of
 
 import random
 from collections.abc import Iterator
+from hashlib import sha256
 from typing import Any
 
 import pytest
 
 from demo.model import MODELS, TINY, build
-from tests.engine.engine import BLOCK, Answer, Ask, draw_tokens, org_plan, sealed
+from tests.engine.engine import BLOCK, BLOCK_BYTES, Answer, Ask, draw_tokens, org_plan, sealed
 from tests.redis.replica import Replica
 from tests.redis.servers import RedisServer, entries, wait_until
 from vllm_cachescope.connectors.vllm import shm_regions
@@ -35,7 +36,11 @@ def replica(tmp_path_factory, server) -> Iterator[Replica]:
     replica = Replica(
         build(MODELS / "tiny", TINY),
         tmp_path_factory.mktemp("burst"),
-        {"tiers": [tier]},
+        {
+            "tiers": [tier],
+            "tenants": {sha256(b"a key").hexdigest(): "greedy"},
+            "quotas": {"cpu": {"orgs": {"greedy": {"quota": 9 * BLOCK_BYTES}}}},
+        },
         cpu_chunks=CPU_CHUNKS,
         # Four prompts, and the least that the engine starts with: the device is full as well.
         num_gpu_blocks_override=34,
@@ -226,6 +231,17 @@ def test_a_prompt_longer_than_the_cpu_tier_reads_what_fits(engine, server, chanc
     (answer,) = engine.run(*asks([long]))
     assert answer.tokens == cold
     assert answer.read >= CPU_CHUNKS * BLOCK
+
+
+def test_promotions_keep_to_an_organisations_quota(engine, server, chance):
+    """The CPU tier has room for three of these, and the quota for two."""
+    prompts = draw(chance, 3, 4)
+    cold = stored(engine, server, prompts, "name:greedy")
+    before = engine.call(waits)
+    answers = engine.run(*asks(prompts, "name:greedy"))
+    assert [answer.tokens for answer in answers] == cold
+    assert [answer.outcome("read_redis") for answer in answers] == [4 * BLOCK] * 3
+    assert grown(engine, before) == {"at_once": 2, "waited": 1}
 
 
 def test_who_finds_no_room_in_time_computes_and_the_report_says_so(engine, server, chance):

@@ -197,11 +197,11 @@ class Inquiries:
             inquiry.promised_bytes = 0
         return inquiry
 
-    def extend(self, request_id: str, seconds: float) -> None:
-        """Let a request wait for the tier as long as it may, from ``seconds`` later on: until then
-        it has waited for something else."""
+    def restart(self, request_id: str) -> None:
+        """Let a request wait for the tier as long as it may from now on: until now it has waited
+        for something else."""
         if (inquiry := self._inquiries.get(request_id)) is not None:
-            inquiry.deadline += seconds
+            inquiry.deadline = self._tier.clock() + self._tier.limits.load_deadline_s
 
     def give_up(self, request_id: str, why: str) -> None:
         """A request loads nothing of what was found for it, and asks nothing any more."""

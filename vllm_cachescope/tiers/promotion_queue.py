@@ -9,7 +9,8 @@ delay a request of another by no more than its own share.
 Waiting is bounded three times over. A request waits for ``share`` of the time in which the engine
 could compute what it and those before it want, and never longer than ``limit_s``. And a request
 that could not be served by then, as fast as room has been coming free, does not wait at all: under
-overload requests compute, and the queue does not grow.
+overload requests compute, and the queue does not grow. Only that time counts in which the engine
+comes round to a request: while it has no free blocks on the device, say, it waits for these.
 
 Nothing here knows of memory or of tiers; times are parameters, in seconds on one clock that never
 runs backwards. Room is counted in slots, one a block.
@@ -63,9 +64,10 @@ class _Ticket:
         account: whose turn it takes.
         slots: how much room it wants, at least 1.
         number: counts arrivals.
-        came_at: when it came.
         bound_s: how long it may wait.
         asked_in: the step in which it last asked.
+        asked_at: when it last asked.
+        waited_s: how long it has waited, while it asked in each step.
         is_hopeless: whether its turn is not to be expected in time.
         admitted_at: when it got its room; None while it waits.
     """
@@ -73,9 +75,10 @@ class _Ticket:
     account: bytes
     slots: int
     number: int
-    came_at: float
     bound_s: float
     asked_in: int
+    asked_at: float
+    waited_s: float = 0.0
     is_hopeless: bool = False
     admitted_at: float | None = None
 
@@ -139,7 +142,7 @@ class PromotionQueue:
             # If nobody waited, the engine would have those before it to compute as well.
             worth_s *= self._ahead_of(account, slots) / slots
             bound_s = min(bound_s, self._share * worth_s)
-        ticket = _Ticket(account, slots, self._arrivals, now, bound_s, self._step)
+        ticket = _Ticket(account, slots, self._arrivals, bound_s, self._step, now)
         self._arrivals += 1
         self._tickets[request_id] = ticket
         line = self._waiting.setdefault(account, deque())
@@ -161,16 +164,19 @@ class PromotionQueue:
         ticket = self._tickets[request_id]
         if ticket.admitted_at is not None:
             return Verdict.GO
-        if ticket.asked_in < self._step - 1:
+        if ticket.asked_in >= self._step - 1:
+            ticket.waited_s += now - ticket.asked_at
+        else:
+            # What it waited for meanwhile was something else, as a device without free blocks.
             self._head = None
-        ticket.asked_in = self._step
+        ticket.asked_in, ticket.asked_at = self._step, now
         if ticket is self._next() and fits():
             self._admit(ticket, now)
             return Verdict.GO
         if ticket.is_hopeless:
-            self._end(request_id, now, WaitOutcome.TURNED_AWAY)
-        elif now - ticket.came_at >= ticket.bound_s:
-            self._end(request_id, now, WaitOutcome.LATE)
+            self.leave(request_id, WaitOutcome.TURNED_AWAY)
+        elif ticket.waited_s >= ticket.bound_s:
+            self.leave(request_id, WaitOutcome.LATE)
         else:
             return Verdict.WAIT
         return Verdict.COMPUTE
@@ -182,13 +188,10 @@ class PromotionQueue:
         if ticket is not None and ticket.admitted_at is None:
             ticket.slots = max(1, slots)
 
-    def waited_s(self, request_id: str, now: float) -> float:
-        """Return how long a request has waited for room, in seconds; 0 if it is not in the
-        queue."""
-        ticket = self._tickets.get(request_id)
-        if ticket is None:
-            return 0.0
-        return (now if ticket.admitted_at is None else ticket.admitted_at) - ticket.came_at
+    def waited_s(self, request_id: str) -> float:
+        """Return how long a request in the queue has waited for room until it last asked, in
+        seconds."""
+        return self._tickets[request_id].waited_s
 
     def bound_s(self, request_id: str) -> float:
         """Return how long a request in the queue may wait, in seconds."""
@@ -207,15 +210,20 @@ class PromotionQueue:
                 average = self._slots_per_s or newest
                 self._slots_per_s = average + NEWEST_WEIGHT * (newest - average)
             self._settled_at = now
-        self.leave(request_id, now)
-        self._reckon(now)
+        self.leave(request_id)
+        self._reckon()
 
-    def leave(
-        self, request_id: str, now: float, outcome: WaitOutcome = WaitOutcome.CUT_OFF
-    ) -> None:
+    def leave(self, request_id: str, outcome: WaitOutcome = WaitOutcome.CUT_OFF) -> None:
         """Take a request out of the queue; ``outcome`` counts if it was waiting."""
-        if request_id in self._tickets:
-            self._end(request_id, now, outcome)
+        ticket = self._tickets.pop(request_id, None)
+        if ticket is None:
+            return
+        if ticket.admitted_at is None:
+            self._waits.add(ticket.waited_s, (outcome,))
+            self._drop(ticket)
+        else:
+            self._granted -= ticket.slots
+            self._forget()
 
     def end_step(self) -> None:
         """Note that a step is over. A request that did not ask in this step or the last one is
@@ -245,22 +253,13 @@ class PromotionQueue:
         return found
 
     def _admit(self, ticket: _Ticket, now: float) -> None:
-        waited_s = now - ticket.came_at
-        self._waits.add(waited_s, (WaitOutcome.WAITED if waited_s > 0 else WaitOutcome.AT_ONCE,))
+        outcome = WaitOutcome.WAITED if ticket.waited_s > 0 else WaitOutcome.AT_ONCE
+        self._waits.add(ticket.waited_s, (outcome,))
         ticket.admitted_at = now
         self._granted += ticket.slots
         self._now_serving = self._turns[ticket.account]
         self._turns[ticket.account] += ticket.slots
         self._drop(ticket)
-
-    def _end(self, request_id: str, now: float, outcome: WaitOutcome) -> None:
-        ticket = self._tickets.pop(request_id)
-        if ticket.admitted_at is None:
-            self._waits.add(now - ticket.came_at, (outcome,))
-            self._drop(ticket)
-        else:
-            self._granted -= ticket.slots
-            self._forget()
 
     def _drop(self, ticket: _Ticket) -> None:
         """Take a ticket out of its line."""
@@ -293,14 +292,14 @@ class PromotionQueue:
             if other != account
         )
 
-    def _reckon(self, now: float) -> None:
+    def _reckon(self) -> None:
         """Find those that wait without hope: room has been coming free too slowly for them."""
         for account, line in self._waiting.items():
             own = 0
             for ticket in line:
                 ahead = self._before(account, own + ticket.slots) + own
-                left_s = ticket.came_at + ticket.bound_s - now
-                ticket.is_hopeless = self._seconds_for(ahead) > max(0.0, left_s)
+                left_s = max(0.0, ticket.bound_s - ticket.waited_s)
+                ticket.is_hopeless = self._seconds_for(ahead) > left_s
                 own += ticket.slots
 
     def _seconds_for(self, slots: int) -> float:

@@ -150,10 +150,10 @@ class RemoteTier:
         """How many blocks may be loaded at the same time if no others are."""
         return self._tier.limits.inflight_bytes // self._tier.slot_bytes
 
-    def extend(self, request_id: str, seconds: float) -> None:
-        """Let a request wait for the tier for its deadline once more, from ``seconds`` later on:
-        until then it has waited for room."""
-        self._inquiries.extend(request_id, seconds)
+    def restart(self, request_id: str) -> None:
+        """Let a request wait for the tier for its deadline from now on: until now it has waited
+        for room."""
+        self._inquiries.restart(request_id)
 
     def give_up(self, request_id: str, why: str) -> None:
         """Let a request load nothing of what was found for it.

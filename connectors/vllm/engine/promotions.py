@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import (
-    KV_LOAD_TIERS_KEY,
     OffloadingConnectorScheduler,
     RequestOffloadState,
 )
@@ -29,6 +28,9 @@ from vllm_cachescope.observations import Observations
 from vllm_cachescope.tenancy.owner_tags import UNLISTED_TAG, is_unlisted, org_of
 from vllm_cachescope.tiers.inquiries import Lookup
 from vllm_cachescope.tiers.promotion_queue import PromotionQueue, Verdict, WaitOutcome
+
+_CHOSEN_TIERS = "kv_load_tiers"
+"""What a client calls its choice of tiers among a request's ``kv_transfer_params``."""
 
 
 @dataclass(slots=True)
@@ -92,9 +94,12 @@ class Promotions:
         request_id = request.request_id
         if not self._remotes or request_id in self._open or self._is_exempt(request):
             return True
+        status = self._scheduler._req_status.get(request_id)
+        if status is None:
+            return True
         now = time.monotonic()
-        status = self._scheduler._req_status[request_id]
         wanted = self._waiting.get(request_id)
+        is_new = wanted is None
         if wanted is None:
             status.update_offload_keys()
             wanted = self._find(status, local_tokens)
@@ -115,16 +120,15 @@ class Promotions:
                 now,
             )
         elif not any(self._remotes[place].tier.usable for place in wanted.loads):
-            self._queue.leave(request_id, now, WaitOutcome.TIER_LOST)
+            self._queue.leave(request_id, WaitOutcome.TIER_LOST)
             self._compute(request_id)
             return True
         bound_s = self._queue.bound_s(request_id)
-        waited_s = self._queue.waited_s(request_id, now)
-        verdict = self._queue.ask(request_id, now, partial(self._fits, status, local_tokens))
-        if verdict is not Verdict.WAIT and waited_s > 0:
-            self._waited_s[request_id] = waited_s
+        verdict = self._queue.ask(
+            request_id, now, partial(self._fits, status, local_tokens, is_new)
+        )
         if verdict is Verdict.GO:
-            self._go(request_id, waited_s)
+            self._go(request_id)
         elif verdict is Verdict.COMPUTE:
             self._compute(request_id)
             for remote in self._remotes:
@@ -142,7 +146,7 @@ class Promotions:
         Returns:
             How long it has waited for room, in seconds; None if it has not.
         """
-        self._queue.leave(request_id, time.monotonic())
+        self._queue.leave(request_id)
         self._release(request_id)
         self._open.pop(request_id, None)
         self._waiting.pop(request_id, None)
@@ -161,11 +165,15 @@ class Promotions:
     def _is_exempt(self, request: Request) -> bool:
         """Whether what a request finds is not known by looking at the tiers alone."""
         params = request.kv_transfer_params
-        return request.skip_reading_prefix_cache or bool(params and KV_LOAD_TIERS_KEY in params)
+        return request.skip_reading_prefix_cache or bool(params and _CHOSEN_TIERS in params)
 
-    def _fits(self, status: RequestOffloadState, local_tokens: int) -> bool:
+    def _fits(self, status: RequestOffloadState, local_tokens: int, is_new: bool) -> bool:
         """Whether there is room for all that a request wants, as things are now."""
         request_id = status.req_context.req_id
+        if not is_new:
+            # Until now it has waited for room, and not for the tiers.
+            for remote in self._remotes:
+                remote.tier.restart(request_id)
         wanted = self._find(status, local_tokens)
         if not wanted.is_known:
             return False
@@ -175,19 +183,24 @@ class Promotions:
             tier = self._remotes[place].tier
             if min(chunks, tier.most_loads) > tier.load_room:
                 return False
+        newcomers = Counter(
+            self._parent.ttl_and_owner(key, status.req_context)[1] for key in wanted.missing
+        )
+        if not self._policy.fits_quotas(newcomers):
+            return False
         primary = self._primary
         # What can never fit gets all that there is.
         need = min(len(wanted.missing), primary._num_chunks - len(wanted.present))
         room = primary._get_num_free_chunks() + primary._num_evictable_cache_chunks
         return need <= room and need <= room - self._policy.held_idle(wanted.present)
 
-    def _go(self, request_id: str, waited_s: float) -> None:
+    def _go(self, request_id: str) -> None:
         wanted = self._waiting.pop(request_id)
         keys = [*wanted.present, *wanted.missing]
         self._policy.hold(keys)
         self._open[request_id] = keys
-        for remote in self._remotes:
-            remote.tier.extend(request_id, waited_s)
+        if (waited_s := self._queue.waited_s(request_id)) > 0:
+            self._waited_s[request_id] = waited_s
 
     def _compute(self, request_id: str) -> None:
         del self._waiting[request_id]

@@ -1,7 +1,7 @@
 """The CPU tier: vLLM's own primary offloading tier, with our eviction policy and expiry."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -128,6 +128,23 @@ class ScopePolicy(CachePolicy):
             self._held[key] -= 1
             if self._held[key] <= 0:
                 del self._held[key]
+
+    def fits_quotas(self, newcomers: Mapping[bytes, int]) -> bool:
+        """Whether further keys can be held, so many of each owner, without an organisation's
+        holding more than its quota. One that has none held may have what exceeds its quota by
+        itself."""
+        if self._quotas is None:
+            return True
+        quotas, held, more = self._quotas, Counter[bytes](), Counter[bytes]()
+        for key in self._held:
+            if (entry := self._ledger.get(key)) is not None:
+                held[quotas.account_of(entry.owner)] += 1
+        for owner, keys in newcomers.items():
+            more[quotas.account_of(owner)] += keys
+        return not any(
+            held[account] and quotas.over(account, held[account] + keys)
+            for account, keys in more.items()
+        )
 
     def held_idle(self, also: Iterable[bytes] = ()) -> int:
         """Return how many chunks must stay although no transfer uses them: those held, and those
