@@ -1,9 +1,10 @@
-"""A burst of returning users: what Redis holds is read, and not computed again, through a CPU tier
-and a device that hold less than two of the prompts; and every answer is that of a cold run."""
+"""A burst of returning users: what a remote tier holds is read and not computed again, through a
+CPU tier and a device that hold fewer prompts; and every answer is that of a cold run."""
 
 import random
 from collections.abc import Iterator
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,21 +24,65 @@ CPU_CHUNKS = 12
 USERS = 6
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory) -> Iterator[RedisServer]:
-    server = RedisServer(tmp_path_factory.mktemp("redis"))
-    yield server
-    server.close()
+class RedisBehind:
+    """A Redis behind the CPU tier."""
+
+    name = "redis"
+
+    def __init__(self, directory: Path) -> None:
+        self.server = RedisServer(directory)
+        self.tier: dict[str, Any] = {"type": "redis", "url": self.server.url}
+
+    def blocks(self) -> int:
+        return len(entries(self.server))
+
+    def clear(self) -> None:
+        self.server.client.flushall()
+
+    def close(self) -> None:
+        self.server.close()
+
+
+class FilesBehind:
+    """LMCache's files behind the CPU tier."""
+
+    name = "lmcache"
+
+    def __init__(self, directory: Path) -> None:
+        self._files = directory / "files"
+        adapter = {"type": "fs", "base_path": str(self._files)}
+        self.tier: dict[str, Any] = {"type": "lmcache", "adapter": adapter}
+
+    def blocks(self) -> int:
+        return sum(1 for _ in self._files.glob("*0000000076@*.data"))
+
+    def clear(self) -> None:
+        for file in self._files.glob("*"):
+            file.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        pass
+
+
+Behind = RedisBehind | FilesBehind
+
+
+@pytest.fixture(
+    scope="module", params=[RedisBehind, pytest.param(FilesBehind, marks=pytest.mark.slow)]
+)
+def behind(request, tmp_path_factory) -> Iterator[Behind]:
+    behind: Behind = request.param(tmp_path_factory.mktemp("behind"))
+    yield behind
+    behind.close()
 
 
 @pytest.fixture(scope="module")
-def replica(tmp_path_factory, server) -> Iterator[Replica]:
-    tier = {"type": "redis", "url": server.url, "load_deadline": "3s", "first_probe": "50ms"}
+def replica(tmp_path_factory, behind) -> Iterator[Replica]:
     replica = Replica(
         build(MODELS / "tiny", TINY),
         tmp_path_factory.mktemp("burst"),
         {
-            "tiers": [tier],
+            "tiers": [{**behind.tier, "load_deadline": "3s", "first_probe": "50ms"}],
             "tenants": {sha256(b"a key").hexdigest(): "greedy"},
             "quotas": {"cpu": {"orgs": {"greedy": {"quota": 9 * BLOCK_BYTES}}}},
         },
@@ -56,8 +101,8 @@ def chance(request: pytest.FixtureRequest) -> random.Random:
 
 
 @pytest.fixture
-def engine(replica: Replica, server: RedisServer) -> Replica:
-    server.client.flushall()
+def engine(replica: Replica, behind: Behind) -> Replica:
+    behind.clear()
     replica.call("empty")
     # The tests' model computes faster than anything loads: no share of that would be waited for.
     replica.call(set_bounds, 10.0, 1e9)
@@ -92,13 +137,13 @@ def asks(prompts: list[list[int]], *orgs: str) -> list[Ask]:
     ]
 
 
-def stored(engine: Replica, server: RedisServer, prompts: list[list[int]], *orgs: str) -> list[Any]:
-    """Have prompts computed, and everything forgotten but what Redis holds; return the answers."""
+def stored(engine: Replica, behind: Behind, prompts: list[list[int]], *orgs: str) -> list[Any]:
+    """Have prompts computed, and everything forgotten but what is behind; return the answers."""
     answers = []
     whole: set[tuple[int, ...]] = set()
 
     def are_stored() -> bool:
-        return len(entries(server)) >= len(whole)
+        return behind.blocks() >= len(whole)
 
     for ask in asks(prompts, *orgs):
         answers += [answer.tokens for answer in engine.run(ask)]
@@ -113,12 +158,12 @@ def draw(chance: random.Random, count: int = USERS, blocks: int = BLOCKS) -> lis
 
 
 @pytest.mark.parametrize("orgs", [("acme",), ("acme", "other", "third")])
-def test_all_of_a_burst_is_read(engine, server, chance, orgs):
+def test_all_of_a_burst_is_read(engine, behind, chance, orgs):
     prompts = draw(chance)
-    cold = stored(engine, server, prompts, *orgs)
+    cold = stored(engine, behind, prompts, *orgs)
     before = engine.call(waits)
     answers: list[Answer] = engine.run(*asks(prompts, *orgs))
-    assert [answer.outcome("read_redis") for answer in answers] == [BLOCKS * BLOCK] * USERS
+    assert [answer.outcome(f"read_{behind.name}") for answer in answers] == [BLOCKS * BLOCK] * USERS
     assert [answer.tokens for answer in answers] == cold
     assert grown(engine, before) == {"at_once": 1, "waited": USERS - 1}
     waited_s = [answer.report.memory_wait_s for answer in answers if answer.report]
@@ -126,28 +171,28 @@ def test_all_of_a_burst_is_read(engine, server, chance, orgs):
     assert engine.call(held) == 0
 
 
-def test_one_prompt_after_the_other_does_not_wait(engine, server, chance):
+def test_one_prompt_after_the_other_does_not_wait(engine, behind, chance):
     prompts = draw(chance, 3)
-    cold = stored(engine, server, prompts)
+    cold = stored(engine, behind, prompts)
     before = engine.call(waits)
     for ask, tokens in zip(asks(prompts), cold, strict=True):
         (answer,) = engine.run(ask)
-        assert answer.outcome("read_redis") == BLOCKS * BLOCK and answer.tokens == tokens
+        assert answer.outcome(f"read_{behind.name}") == BLOCKS * BLOCK and answer.tokens == tokens
     assert grown(engine, before) == {"at_once": 3}
 
 
-def test_prompts_that_share_their_beginning_need_its_room_once(engine, server, chance):
+def test_prompts_that_share_their_beginning_need_its_room_once(engine, behind, chance):
     begin = draw_tokens(chance, 6 * BLOCK)
     prompts = [begin + draw_tokens(chance, 2 * BLOCK + 5) for _ in range(USERS)]
-    cold = stored(engine, server, prompts)
+    cold = stored(engine, behind, prompts)
     answers = engine.run(*asks(prompts))
     assert [answer.tokens for answer in answers] == cold
     assert all(answer.read == BLOCKS * BLOCK for answer in answers)
 
 
-def test_who_needs_no_promotion_does_not_wait(engine, server, chance):
+def test_who_needs_no_promotion_does_not_wait(engine, behind, chance):
     prompts = draw(chance)
-    stored(engine, server, prompts)
+    stored(engine, behind, prompts)
     new = Ask(draw_tokens(chance, 50), sealed(org_plan("acme", [0] * 50)), max_tokens=1)
     steps = engine.call(steps_until_done, asks(prompts), new)
     # One to be computed in; one more if the first step's budget of tokens was used.
@@ -169,9 +214,9 @@ def steps_until_done(engine: Any, burst: list[Ask], last: Ask) -> int:
     return steps
 
 
-def test_what_is_cut_off_holds_up_nobody_and_leaves_nothing(engine, server, chance):
+def test_what_is_cut_off_holds_up_nobody_and_leaves_nothing(engine, behind, chance):
     prompts = draw(chance)
-    cold = stored(engine, server, prompts)
+    cold = stored(engine, behind, prompts)
     before = engine.call(waits)
     answers = engine.call(cut_off, asks(prompts), [0, 2])
     assert [answer.tokens for answer in answers] == [cold[i] for i in (1, 3, 4, 5)]
@@ -193,16 +238,18 @@ def cut_off(engine: Any, burst: list[Ask], cut: list[int]) -> list[Answer]:
     return [engine.answer(ids[i]) for i in range(len(ids)) if i not in cut]
 
 
-def test_a_redis_that_dies_meanwhile_costs_the_hits_and_not_the_requests(engine, server, chance):
+def test_a_redis_that_dies_meanwhile_costs_the_hits_and_not_the_requests(engine, behind, chance):
+    if not isinstance(behind, RedisBehind):
+        pytest.skip("files do not die")
     prompts = draw(chance)
-    cold = stored(engine, server, prompts)
+    cold = stored(engine, behind, prompts)
     before = engine.call(waits)
     engine.call(begin_burst, asks(prompts))
-    server.kill()
+    behind.server.kill()
     try:
         answers = engine.call(end_burst)
     finally:
-        server.start()
+        behind.server.start()
         wait_until(lambda: engine.call("command_health")[-1]["up"])
     assert [answer.tokens for answer in answers] == cold
     ended = grown(engine, before)
@@ -224,29 +271,29 @@ def end_burst(engine: Any) -> list[Answer]:
     return [engine.answer(request_id) for request_id in engine.burst]
 
 
-def test_a_prompt_longer_than_the_cpu_tier_reads_what_fits(engine, server, chance):
+def test_a_prompt_longer_than_the_cpu_tier_reads_what_fits(engine, behind, chance):
     (long,) = draw(chance, 1, CPU_CHUNKS + 4)
     # In two goes: chunks that are being stored in Redis stay in the CPU tier meanwhile.
-    *_, cold = stored(engine, server, [long[: BLOCKS * BLOCK], long])
+    *_, cold = stored(engine, behind, [long[: BLOCKS * BLOCK], long])
     (answer,) = engine.run(*asks([long]))
     assert answer.tokens == cold
     assert answer.read >= CPU_CHUNKS * BLOCK
 
 
-def test_promotions_keep_to_an_organisations_quota(engine, server, chance):
+def test_promotions_keep_to_an_organisations_quota(engine, behind, chance):
     """The CPU tier has room for three of these, and the quota for two."""
     prompts = draw(chance, 3, 4)
-    cold = stored(engine, server, prompts, "name:greedy")
+    cold = stored(engine, behind, prompts, "name:greedy")
     before = engine.call(waits)
     answers = engine.run(*asks(prompts, "name:greedy"))
     assert [answer.tokens for answer in answers] == cold
-    assert [answer.outcome("read_redis") for answer in answers] == [4 * BLOCK] * 3
+    assert [answer.outcome(f"read_{behind.name}") for answer in answers] == [4 * BLOCK] * 3
     assert grown(engine, before) == {"at_once": 2, "waited": 1}
 
 
-def test_who_finds_no_room_in_time_computes_and_the_report_says_so(engine, server, chance):
+def test_who_finds_no_room_in_time_computes_and_the_report_says_so(engine, behind, chance):
     prompts = draw(chance, 3)
-    cold = stored(engine, server, prompts)
+    cold = stored(engine, behind, prompts)
     before = engine.call(waits)
     engine.call(set_bounds, 0.0, 1.0)
     answers = engine.run(*asks(prompts))
@@ -258,7 +305,7 @@ def test_who_finds_no_room_in_time_computes_and_the_report_says_so(engine, serve
     for answer in late:
         assert answer.report is not None
         (miss,) = answer.report.misses
-        assert (miss.cause, miss.tier) == ("timed_out", "redis")
+        assert (miss.cause, miss.tier) == ("timed_out", behind.name)
         assert miss.detail == "no room in the CPU tier within 0 ms"
 
 
