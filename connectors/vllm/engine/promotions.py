@@ -106,7 +106,8 @@ class Promotions:
             if not wanted.is_known:
                 return False
             if not wanted.missing:
-                self._open[request_id] = []
+                # Others may be loading some of it, and others again want its room.
+                self._hold(request_id, wanted.present)
                 return True
             self._waiting[request_id] = wanted
             plan = self._parent.plan_of(request_id)
@@ -196,11 +197,13 @@ class Promotions:
 
     def _go(self, request_id: str) -> None:
         wanted = self._waiting.pop(request_id)
-        keys = [*wanted.present, *wanted.missing]
-        self._policy.hold(keys)
-        self._open[request_id] = keys
+        self._hold(request_id, [*wanted.present, *wanted.missing])
         if (waited_s := self._queue.waited_s(request_id)) > 0:
             self._waited_s[request_id] = waited_s
+
+    def _hold(self, request_id: str, keys: list[OffloadKey]) -> None:
+        self._policy.hold(keys)
+        self._open[request_id] = keys
 
     def _compute(self, request_id: str) -> None:
         del self._waiting[request_id]
