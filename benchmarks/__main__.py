@@ -10,6 +10,7 @@ from benchmarks.harness import arguments
 BENCHMARKS = (
     "agent_replay",
     "boundaries",
+    "burst",
     "cpu_tier",
     "diagnosis",
     "disk_tier",

@@ -200,6 +200,7 @@ def finish(result: Result, directory: Path) -> int:
 
 PROMPTS = {
     2_000: {"turns": 1, "tools": 1, "rules": 1},
+    2_600: {"turns": 1, "tools": 1, "rules": 7},
     5_000: {"turns": 3, "tools": 4, "rules": 14},
     8_000: {"turns": 5, "tools": 8, "rules": 28},
     20_000: {"turns": 20, "tools": 24, "rules": 36},
@@ -228,6 +229,7 @@ def server(
     secret: str | None = None,
     connector: str | None = None,
     environment: Mapping[str, str] | None = None,
+    python: Path | None = None,
     **config: Any,
 ) -> Server:
     """Return a server of the SMALL model, with the plugin or plain; enter it to start it.
@@ -241,6 +243,7 @@ def server(
         connector: a class derived from the plugin's connector, by its module and name; None for the
             plugin's own.
         environment: further variables.
+        python: the interpreter of a plain server; None for this one.
         config: the plugin's configuration.
     """
     model = str(build(MODELS / SMALL.name, SMALL))
@@ -259,7 +262,7 @@ def server(
             command[at] = json.dumps(json.loads(command[at]) | named)
     else:
         module = "vllm.entrypoints.openai.api_server"
-        command = [sys.executable, "-m", module, "--model", model, *options]
+        command = [str(python or sys.executable), "-m", module, "--model", model, *options]
     variables = {
         "VLLM_CPU_KVCACHE_SPACE": "2",
         "VLLM_SERVER_DEV_MODE": "1",

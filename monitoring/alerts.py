@@ -12,6 +12,7 @@ from vllm_cachescope.metrics import (
     EVICTIONS,
     ORG,
     ORG_EVICTIONS,
+    PROMOTION_WAIT_SECONDS,
     REFUSED_PLANS,
     TIER_KEYS,
     TIER_UP,
@@ -75,6 +76,11 @@ def alerts(timing: Timing) -> list[Alert]:
     late = total(
         rate(of(TIER_KEYS, 'operation=~"lookup|load"', 'outcome=~"late|dropped|failed"'), window),
         *_TIER,
+    )
+    waits = total(rate(of(PROMOTION_WAIT_SECONDS, suffix="_count"), window), *BY)
+    no_room = total(
+        rate(of(PROMOTION_WAIT_SECONDS, 'outcome=~"late|turned_away"', suffix="_count"), window),
+        *BY,
     )
     return [
         Alert(
@@ -145,6 +151,15 @@ def alerts(timing: Timing) -> list[Alert]:
             "The tier {{ $labels.tier }} of {{ $labels.model_name }} answers too late",
             "{{ $value | humanizePercentage }} of the chunks asked of {{ $labels.tier }} came "
             "after the deadline, failed, or were not asked for because the queue was full.",
+        ),
+        Alert(
+            "CacheScopeNoRoom",
+            f"{ratio(no_room, waits)} > {limits.NO_ROOM_SHARE}",
+            timing.hold,
+            "warning",
+            "The CPU tier of {{ $labels.model_name }} is too small for those who come back",
+            "{{ $value | humanizePercentage }} of the prompts that a remote tier holds found no "
+            "room in the CPU tier in time and were computed again. Enlarge cpu_bytes.",
         ),
         Alert(
             "CacheScopeRefusedPlans",

@@ -23,6 +23,9 @@ NEIGHBOUR_SHARE = 0.2
 LATE_SHARE = 0.05
 """Share of the chunks asked of a remote tier that may come late, fail or not be asked for."""
 
+NO_ROOM_SHARE = 0.05
+"""Share of the prompts that a remote tier holds which may find no room in the CPU tier in time."""
+
 
 @dataclass(frozen=True, slots=True)
 class Timing:

@@ -38,6 +38,11 @@ def parse_wait(text: str) -> float:
         ) from None
 
 
+def format_wait(seconds: float) -> str:
+    """Return a wait for people to read: ``"80 ms"``, from a second on ``"1.2 s"``."""
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"
+
+
 @cache
 def format_duration(seconds: int) -> str:
     """Return the shortest exact spelling of ``seconds``: 300 is ``"5m"``, 90 is ``"90s"``."""

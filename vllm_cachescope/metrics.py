@@ -26,6 +26,9 @@ SHARE_BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 STORE_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 """Bounds of what tiers do, in seconds."""
 
+WAIT_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+"""Bounds of how long requests wait for room, in seconds."""
+
 STAGE_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5)
 """Bounds of the stages of a request on the API side, in seconds."""
 
@@ -255,6 +258,15 @@ PROMOTIONS = Metric(
     "from the CPU tier to the device, by the tiers they came from and went to.",
     ("source", "target"),
 )
+PROMOTION_WAIT_SECONDS = Metric(
+    "cachescope_promotion_wait_seconds",
+    "histogram",
+    "Time that a prompt whose blocks a remote tier holds waited for room in the CPU tier, by "
+    "outcome: at_once, waited; and where it was computed instead late (no room within its bound), "
+    "turned_away (none was to be expected within it), tier_lost, cut_off.",
+    ("outcome",),
+    WAIT_BUCKETS,
+)
 
 # The API side.
 
@@ -344,6 +356,7 @@ METRICS = (
     TIER_INFLIGHT_BYTES,
     TIER_QUEUE,
     PROMOTIONS,
+    PROMOTION_WAIT_SECONDS,
     BREAKS,
     LOST_TOKENS,
     UNEXPLAINED_TOKENS,

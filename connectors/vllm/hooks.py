@@ -14,6 +14,7 @@ from vllm_cachescope.connectors.vllm.findings import Finding, Status
 
 _CONNECTOR = "distributed/kv_transfer/kv_connector/v1"
 _METRICS = f"{_CONNECTOR}/offloading/metrics.py"
+_SCHEDULER = f"{_CONNECTOR}/offloading/scheduler.py"
 _COPIES = [f"{way}_{what}" for way in ("load", "store") for what in ("bytes", "time", "size")]
 _OFFLOADING = f"{_CONNECTOR}/offloading_connector.py"
 
@@ -151,6 +152,16 @@ HOOKS = (
                 "self._policy",
             ),
         },
+    ),
+    Hook(
+        "promotions",
+        "what remote tiers hold is computed again where the CPU tier has no room at once",
+        {
+            (_SCHEDULER, "RequestOffloadState.update_offload_keys"): "self",
+            ("v1/kv_offload/cpu/manager.py", "CPUOffloadingManager._get_num_free_chunks"): "self",
+        },
+        {_SCHEDULER: ("self._req_status",)},
+        is_needed=False,
     ),
     Hook(
         "API server",

@@ -6,6 +6,7 @@ from grafana_foundation_sdk.models.common import StackingMode
 from monitoring.panels import GREEN, RED, Query, Words, graph, states
 from monitoring.queries import CHOSEN, of, quantile, rate, smallest, total
 from vllm_cachescope.metrics import (
+    PROMOTION_WAIT_SECONDS,
     PROMOTIONS,
     TIER_BYTES,
     TIER_INFLIGHT_BYTES,
@@ -115,6 +116,44 @@ def panels() -> list[statetimeline.Panel | timeseries.Panel]:
                 )
             ],
             "short",
+        ),
+        graph(
+            Words(
+                "Waits for room in the CPU tier",
+                "Prompts in a second whose blocks a remote tier holds, by whether there was room: "
+                "at_once; waited: in time; and computed instead: late, turned_away (none was to be "
+                "expected in time), tier_lost, cut_off.",
+                "late and turned_away: enlarge `cpu_bytes`; *CacheScopeNoRoom* fires. waited: how "
+                "long is the panel beside this one.",
+                "No remote tier",
+            ),
+            [
+                Query(
+                    total(rate(of(PROMOTION_WAIT_SECONDS, CHOSEN, suffix="_count")), "outcome"),
+                    "{{outcome}}",
+                )
+            ],
+            "short",
+            stacking=StackingMode.NORMAL,
+            span=12,
+        ),
+        graph(
+            Words(
+                "Length of waits for room",
+                "How long prompts waited for room in the CPU tier before they read what a remote "
+                "tier holds, or were computed. Median and 99th percentile.",
+                "At most `cpu_wait`, and `cpu_wait_share` of what computing takes.",
+                "No remote tier",
+            ),
+            [
+                Query(
+                    quantile(q, of(PROMOTION_WAIT_SECONDS, CHOSEN, suffix="_bucket"), ("outcome",)),
+                    f"{{{{outcome}}}}, p{q * 100:g}",
+                )
+                for q in (0.5, 0.99)
+            ],
+            "s",
+            span=12,
         ),
         graph(
             Words(

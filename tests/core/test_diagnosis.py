@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 
 from tests.core.agent_session import TTLS, Agent, Body, Client, words
 from vllm_cachescope.api.diagnostics import anthropic_diagnostics, openai_diagnostics
-from vllm_cachescope.cache.miss_causes import CacheMiss, MissCause
+from vllm_cachescope.cache.miss_causes import NO_ROOM, CacheMiss, MissCause
 from vllm_cachescope.diagnosis.attribution import EngineReport
 from vllm_cachescope.diagnosis.changes import MAX_CHANGES, ChangeKind
 from vllm_cachescope.diagnosis.comparison import compare
@@ -477,13 +477,16 @@ MISSES = [
     (CacheMiss(MissCause.NEVER_STORED, 7936, "cpu", detail="store dropped"), "store dropped"),
     (CacheMiss(MissCause.TIER_UNAVAILABLE, 7936, "redis"), "tier"),
     (CacheMiss(MissCause.TIMED_OUT, 7936, "redis"), "deadline"),
+    (CacheMiss(MissCause.TIMED_OUT, 7936, "redis", detail=f"{NO_ROOM} within 0.4 s"), "cpu_bytes"),
     (CacheMiss(MissCause.ENGINE_RESTARTED, 7936), "outlives"),
     (CacheMiss(MissCause.OTHER_REPLICA, 7936, detail="replica-2"), "replica"),
     (CacheMiss(MissCause.HASH_SETTINGS_DIFFER, 7936), "hash"),
 ]
 
 
-@pytest.mark.parametrize(("miss", "advice"), MISSES, ids=[miss.cause for miss, _ in MISSES])
+@pytest.mark.parametrize(
+    ("miss", "advice"), MISSES, ids=[f"{miss.cause} {miss.detail}" for miss, _ in MISSES]
+)
 def test_engine_causes(miss: CacheMiss, advice: str) -> None:
     client, diagnosis = continuation()
     final = conclude_last(client, diagnosis, EngineReport(9000, 0, 128, (miss,)))
@@ -498,6 +501,15 @@ def test_engine_causes(miss: CacheMiss, advice: str) -> None:
         NEW_CONTENT: 1000,
     }
     check_sums(final, 0)
+
+
+def test_what_a_request_waited_for_is_told() -> None:
+    client, diagnosis = continuation()
+    final = conclude_last(client, diagnosis, EngineReport(9000, 7936, 128, memory_wait_s=0.0804))
+    assert final.waited == "waited for memory 80 ms" == final.to_dict()["waited"]
+    client, diagnosis = continuation()
+    final = conclude_last(client, diagnosis, EngineReport(9000, 7936, 128))
+    assert "waited" not in final.to_dict()
 
 
 def test_several_tiers_each_explain_their_tokens() -> None:

@@ -222,6 +222,7 @@ class Diagnoser:
             read_tokens=sum(report.read_tokens for report in reports),
             block_tokens=self._block_tokens,
             misses=tuple(miss for report in reports for miss in report.misses),
+            memory_wait_s=max(report.memory_wait_s or 0.0 for report in reports),
         )
         computed: tuple[ComputedPrompt, ...] = ()
         if len(reports) == len(timings):
@@ -284,6 +285,7 @@ class Diagnoser:
             unasked=report.unasked,
             reach_s=report.reach_s,
             divergence=divergence,
+            memory_wait_s=report.memory_wait_s or 0.0,
         )
 
     def _computed(self, report: Report, timing: PromptTiming) -> ComputedPrompt:

@@ -26,6 +26,10 @@ class MissCause(StrEnum):
     UNKNOWN = "unknown"
 
 
+NO_ROOM = "no room in the CPU tier"
+"""Begins the detail of a miss for which the CPU tier was too small, or too full for too long."""
+
+
 @dataclass(frozen=True, slots=True)
 class CacheMiss:
     """Tokens that the engine looked for and did not find, or could not have kept.

@@ -87,6 +87,8 @@ class Report:
             they are not known.
         prefill_seconds_saved: seconds that the engine would have taken to compute what was read, at
             the rate that it had measured by then; None while it has measured none.
+        memory_wait_s: seconds that the prompt waited for room in the CPU tier for what a remote
+            tier holds; None if it did not, or where that is not known.
     """
 
     rows: tuple[Row, ...]
@@ -97,6 +99,7 @@ class Report:
     computed_tokens: int | None = None
     blocks: PrefixHashes | None = None
     prefill_seconds_saved: float | None = None
+    memory_wait_s: float | None = None
 
     def tokens(self, outcome: str) -> int:
         """Return the tokens with ``outcome``."""

@@ -22,7 +22,7 @@ from vllm_cachescope.config.secret import (
 )
 from vllm_cachescope.config.tenants import Tenants, read_tenants
 from vllm_cachescope.config.tiers import AnyTier, DiskTier, RedisTier, Tier
-from vllm_cachescope.config.values import Duration, Model
+from vllm_cachescope.config.values import Duration, Model, Wait
 from vllm_cachescope.durations import format_duration
 from vllm_cachescope.prompt.request import Region
 from vllm_cachescope.tenancy.caller import UNLISTED, organisations
@@ -34,6 +34,11 @@ class Config(Model):
 
     Attributes:
         cpu_bytes: size of the CPU tier, over all workers of one engine; ``"4GiB"`` or bytes.
+        cpu_wait: longest that a request waits for room in the CPU tier for what a remote tier
+            holds, in seconds; then it computes that.
+        cpu_wait_share: fraction of the time that computing the blocks, and those that other
+            requests wait for before it, would take, for which a request waits at most; 0 for not
+            at all.
         chunk_tokens: tokens per chunk of the CPU tier, a multiple of the device's block; None
             for one block.
         secret: key of the scope keys and of every hash kept; None for one made up at start,
@@ -64,6 +69,8 @@ class Config(Model):
     """
 
     cpu_bytes: Annotated[ByteSize, Field(gt=0)] = ByteSize(2**30)
+    cpu_wait: Wait = 5.0
+    cpu_wait_share: Annotated[float, Field(ge=0, le=1)] = 0.5
     chunk_tokens: Annotated[int, Field(strict=True, gt=0)] | None = None
     secret: Annotated[SecretStr, Field(min_length=MIN_SECRET)] | None = None
     secret_file: Path | None = None

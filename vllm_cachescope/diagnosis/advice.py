@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from vllm_cachescope.cache.miss_causes import CacheMiss, MissCause
+from vllm_cachescope.cache.miss_causes import NO_ROOM, CacheMiss, MissCause
 from vllm_cachescope.diagnosis.changes import Change, ChangeKind
 from vllm_cachescope.diagnosis.flapping import FlappingField
 from vllm_cachescope.diagnosis.outcome import UNAVOIDABLE, DiagnosisKind
@@ -79,6 +79,8 @@ def advise_on_misses(misses: Sequence[CacheMiss]) -> str:
         return f"Use {longer}: the prefix expired after {format_duration(miss.ttl_s)} without use."
     if miss.cause is MissCause.HASH_SETTINGS_DIFFER and miss.detail:
         return f"Expect this once after each load: {miss.detail}."
+    if miss.detail and miss.detail.startswith(NO_ROOM):
+        return f"Give the CPU tier more memory (cpu_bytes): {miss.detail}."
     if miss.cause is MissCause.NEVER_STORED and miss.detail:
         return f"{_MISS_ADVICE[miss.cause]} ({miss.detail})."
     return f"{_MISS_ADVICE[miss.cause]}."

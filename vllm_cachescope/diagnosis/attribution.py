@@ -37,6 +37,7 @@ class EngineReport:
         prompts: the report on each prompt of a request with several, of which this is the sum.
         divergence: where the tokens of the prompt and of its ancestor's diverge; None if that is
             not known.
+        memory_wait_s: how long it waited for room in the CPU tier, in seconds; 0 if it did not.
     """
 
     prompt_tokens: int
@@ -51,6 +52,7 @@ class EngineReport:
     reach_s: float | None = None
     prompts: tuple["EngineReport", ...] = ()
     divergence: MeasuredDivergence | None = None
+    memory_wait_s: float = 0.0
 
 
 def attribute_misses(

@@ -14,6 +14,7 @@ from vllm_cachescope.diagnosis.forest import LineageNode
 from vllm_cachescope.diagnosis.outcome import UNAVOIDABLE, Diagnosis, DiagnosisKind, Divergence
 from vllm_cachescope.diagnosis.placement import LineagePlacement, Relation
 from vllm_cachescope.diagnosis.prefix_match import match_prefix
+from vllm_cachescope.durations import format_wait
 
 _BY_RELATION = {
     Relation.FIRST: DiagnosisKind.FIRST_REQUEST,
@@ -133,6 +134,9 @@ def conclude(
         missed_tokens=missed,
         engine=tuple(engine),
         suggestion=placed.suggestion if missed else advise_on_misses(engine),
+        waited=f"waited for memory {format_wait(report.memory_wait_s)}"
+        if report.memory_wait_s
+        else "",
     )
     return replace(concluded, uncached=uncached_by_cause(concluded, read, engine))
 

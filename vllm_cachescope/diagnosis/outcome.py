@@ -88,6 +88,8 @@ class Diagnosis:
         ancestor_id: id of the ancestor's response, if that is known.
         flapping: the field that changed earliest, if it keeps changing.
         measured: whether the engine has counted the tokens; if not, all counts are estimates.
+        waited: what the request waited for before it could read, as in "waited for memory 80 ms";
+            empty if it did not.
     """
 
     kind: DiagnosisKind
@@ -105,6 +107,7 @@ class Diagnosis:
     ancestor_id: str | None = None
     flapping: FlappingField | None = None
     measured: bool = False
+    waited: str = ""
 
     @property
     def cause(self) -> str:
@@ -143,4 +146,6 @@ class Diagnosis:
             del change["value"], change["old_value"], change["part_before"]
         data["uncached"] = dict(self.uncached)
         data["cause"] = self.cause
+        if not self.waited:
+            del data["waited"]
         return data

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from queue import Empty, SimpleQueue
 
-from vllm_cachescope.cache.miss_causes import MissCause
+from vllm_cachescope.cache.miss_causes import NO_ROOM, MissCause
 from vllm_cachescope.logs import logger_of
 from vllm_cachescope.tiers.block_states import ABSENCES, Absence, BlockState
 from vllm_cachescope.tiers.context import TierContext
@@ -39,6 +39,7 @@ class Inquiry:
         failures: keys that were found and not loaded, and why. The request's `LoadJob` has the
             same mapping, which threads add to; here single keys are read.
         trouble: why some of the request's questions were not answered; None if all were.
+        given_up: why the request does not load what was found; None while it may.
     """
 
     deadline: float
@@ -48,6 +49,7 @@ class Inquiry:
     over: bool = False
     failures: dict[bytes, BlockState] = field(default_factory=dict)
     trouble: MissCause | None = None
+    given_up: str | None = None
 
 
 class Inquiries:
@@ -130,16 +132,15 @@ class Inquiries:
             self._inquiries[request_id] = inquiry
         return inquiry
 
-    def ask(self, inquiry: Inquiry, key: bytes, room_bytes: int) -> Lookup:
+    def ask(self, inquiry: Inquiry, key: bytes) -> Lookup:
         """Return whether the store holds ``key``, as far as is known. `flush` sends the question.
 
         Past its deadline an inquiry gets no RETRY any more, and is over: no request waits longer
-        for answers. A hit that there is no room to load is a miss, and counted as dropped.
+        for answers.
 
         Args:
             inquiry: the request's, which is not over.
             key: see `keyspace.qualified`.
-            room_bytes: how many bytes may be loaded besides what is being loaded.
         """
         if self._step_begins:
             # Once in a step: an answer in the middle of a prompt's questions would have its end
@@ -157,8 +158,17 @@ class Inquiries:
                 return Lookup.RETRY
             self._end_unanswered(inquiry)
             return Lookup.MISS
-        if not answer:
-            return Lookup.MISS
+        return Lookup.HIT if answer else Lookup.MISS
+
+    def promise(self, inquiry: Inquiry, key: bytes, room_bytes: int) -> Lookup:
+        """Tell a request that it may load ``key``, which was found. If there is no room to load
+        it, that is a miss, and counted as dropped.
+
+        Args:
+            inquiry: the request's, which is not over.
+            key: see `keyspace.qualified`.
+            room_bytes: how many bytes may be loaded besides what is being loaded.
+        """
         if inquiry.promised_bytes + self._tier.slot_bytes > room_bytes:
             self._tier.counts.add("load", "dropped")
             inquiry.failures[key] = BlockState.CROWDED
@@ -186,6 +196,18 @@ class Inquiries:
             inquiry.over = True
             inquiry.promised_bytes = 0
         return inquiry
+
+    def restart(self, request_id: str) -> None:
+        """Let a request wait for the tier as long as it may from now on: until now it has waited
+        for something else."""
+        if (inquiry := self._inquiries.get(request_id)) is not None:
+            inquiry.deadline = self._tier.clock() + self._tier.limits.load_deadline_s
+
+    def give_up(self, request_id: str, why: str) -> None:
+        """A request loads nothing of what was found for it, and asks nothing any more."""
+        if (inquiry := self._inquiries.get(request_id)) is not None:
+            inquiry.over = True
+            inquiry.given_up = why
 
     def end(self, request_id: str) -> None:
         """The request is over, or starts anew."""
@@ -216,7 +238,9 @@ class Inquiries:
         if (state := inquiry.failures.get(key)) is not None:
             return ABSENCES[state]
         if inquiry.answers.get(key):
-            return Absence(MissCause.EVICTED, detail="the CPU tier had no room to load it into")
+            if inquiry.given_up is not None:
+                return Absence(MissCause.TIMED_OUT, detail=inquiry.given_up)
+            return Absence(MissCause.EVICTED, detail=f"{NO_ROOM} to load it into")
         return None
 
     def absence(self, request_id: str, key: bytes) -> Absence | None:

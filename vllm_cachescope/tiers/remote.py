@@ -139,14 +139,47 @@ class RemoteTier:
     # Lookups.
 
     def lookup(self, request_id: str, key: bytes) -> Lookup:
-        """Return whether the store holds ``key``, as far as is known. `flush` sends the question.
+        """Return whether the request may load ``key``: the store holds it, as far as is known, and
+        there is room to load it. `flush` sends the question.
 
         Entries that a purge under way reaches are misses, whatever the store holds still.
         """
+        found = self.peek(request_id, key)
+        inquiry = self._inquiries.open(request_id) if found is Lookup.HIT else None
+        if inquiry is None:
+            return found
+        return self._inquiries.promise(inquiry, key, self._load_jobs.room_bytes)
+
+    def peek(self, request_id: str, key: bytes) -> Lookup:
+        """Return whether the store holds ``key``, as `lookup` does, but promise no load."""
         inquiry = self._inquiries.open(request_id)
         if inquiry is None or inquiry.over or self._purges.reaches(key):
             return Lookup.MISS
-        return self._inquiries.ask(inquiry, key, self._load_jobs.room_bytes)
+        return self._inquiries.ask(inquiry, key)
+
+    @property
+    def load_room(self) -> int:
+        """How many more blocks may be loaded at the same time."""
+        return self._load_jobs.room_bytes // self._tier.slot_bytes
+
+    @property
+    def most_loads(self) -> int:
+        """How many blocks may be loaded at the same time if no others are."""
+        return self._tier.limits.inflight_bytes // self._tier.slot_bytes
+
+    def restart(self, request_id: str) -> None:
+        """Let a request wait for the tier for its deadline from now on: until now it has waited
+        for room."""
+        self._inquiries.restart(request_id)
+
+    def give_up(self, request_id: str, why: str) -> None:
+        """Let a request load nothing of what was found for it.
+
+        Args:
+            request_id: the request.
+            why: the reason in a few words, for the report on the prompt.
+        """
+        self._inquiries.give_up(request_id, why)
 
     def flush(self) -> None:
         """Send what was asked in this step, as one batch. To be called at the end of each step."""

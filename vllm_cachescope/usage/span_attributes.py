@@ -37,6 +37,8 @@ def usage_attributes(report: Report, output_tokens: int) -> Attributes:
             attributes[f"cachescope.created.{ttl}.tokens"] = tokens
     if report.prefill_seconds_saved is not None:
         attributes["cachescope.prefill_seconds_saved"] = report.prefill_seconds_saved
+    if report.memory_wait_s is not None:
+        attributes["cachescope.memory_wait.seconds"] = report.memory_wait_s
     return attributes
 
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -38,6 +39,7 @@ from vllm_cachescope.connectors.vllm.engine.offloading import (
     region_path,
     release_region,
 )
+from vllm_cachescope.connectors.vllm.engine.promotions import Promotions
 from vllm_cachescope.connectors.vllm.engine.scheduler import (
     CacheScopeConnectorScheduler,
     EngineSettings,
@@ -46,6 +48,7 @@ from vllm_cachescope.connectors.vllm.engine.stats import (
     ScopePromMetrics,
     TransferStats,
     add_copies,
+    move_observations,
     move_remote_counts,
 )
 from vllm_cachescope.connectors.vllm.engine.tier_events import TierEvents
@@ -53,12 +56,14 @@ from vllm_cachescope.connectors.vllm.engine.tiers.cpu import CPU
 from vllm_cachescope.connectors.vllm.engine.tiers.device import DEVICE
 from vllm_cachescope.connectors.vllm.versions import warn_if_untried
 from vllm_cachescope.logs import logger_of
+from vllm_cachescope.metrics import PROMOTION_WAIT_SECONDS
 from vllm_cachescope.prompt.plan import PLAN_KEY
 from vllm_cachescope.prompt.request import Region
 from vllm_cachescope.registration import TotalCounter, TotalHistogram
 from vllm_cachescope.tenancy.org_labels import OrgLabels
 from vllm_cachescope.tiers.fleet_purges import Announcement, FleetPurges
 from vllm_cachescope.tiers.jobs import Purge
+from vllm_cachescope.tiers.promotion_queue import PromotionQueue
 from vllm_cachescope.tiers.purge_notices import PurgeNotice
 from vllm_cachescope.usage.prices import Multipliers, read_prices
 
@@ -113,6 +118,7 @@ class CacheScopeConnector(OffloadingConnector):
             org_labels=OrgLabels(config.labelled_orgs(), config.secret_bytes()),
             multipliers=_multipliers(config, str(vllm_config.model_config.served_model_name)),
         )
+        self._queue = PromotionQueue(config.cpu_wait, config.cpu_wait_share)
         # Whether the metrics do not show yet what an idle engine has dropped, or noticed.
         self._has_news = False
         self._purges: FIFOCache[str, dict[str, Purge]] = FIFOCache(MAX_PURGES)
@@ -144,6 +150,9 @@ class CacheScopeConnector(OffloadingConnector):
         self._events = TierEvents(self.connector_scheduler)
         self.cachescope = CacheScopeConnectorScheduler(
             self._settings, kv_cache_manager, self._offloading, self.clock, self._events
+        )
+        self._promotions = Promotions(
+            self.connector_scheduler, self.cachescope, self.cachescope.remotes, self._queue
         )
         places = {
             # One of the device's blocks is vLLM's own.
@@ -194,6 +203,8 @@ class CacheScopeConnector(OffloadingConnector):
             # vLLM would look up every block of it once more, in each step, and take the
             # interpreter from the threads that load them.
             return None, False
+        if not self._promotions.may_look_up(request, num_computed_tokens):
+            return None, False
         return super().get_num_new_matched_tokens(request, num_computed_tokens)
 
     def update_state_after_alloc(
@@ -201,6 +212,7 @@ class CacheScopeConnector(OffloadingConnector):
     ) -> None:
         super().update_state_after_alloc(request, blocks, num_external_tokens)
         self.cachescope.update_state_after_alloc(request, num_external_tokens)
+        self._promotions.on_scheduled(request.request_id)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         self._carry_out_purges()
@@ -208,6 +220,7 @@ class CacheScopeConnector(OffloadingConnector):
         self._events.collect()
         meta = super().build_connector_meta(scheduler_output)
         self.cachescope.on_schedule_end(scheduler_output)
+        self._promotions.end_step(scheduler_output.preempted_req_ids or ())
         return meta
 
     def request_finished(
@@ -225,10 +238,11 @@ class CacheScopeConnector(OffloadingConnector):
     def _with_report(
         self, request: Request, params: dict[str, Any] | None
     ) -> dict[str, Any] | None:
+        waited_s = self._promotions.end(request.request_id)
         report = self.cachescope.request_finished(request)
         if report is None:
             return params
-        return {**(params or {}), PLAN_KEY: report.to_wire()}
+        return {**(params or {}), PLAN_KEY: replace(report, memory_wait_s=waited_s).to_wire()}
 
     def take_events(self) -> Iterable[KVCacheEvent]:
         return self._events.take()
@@ -249,6 +263,7 @@ class CacheScopeConnector(OffloadingConnector):
         add_copies(stats)
         self.cachescope.counts.move_to(stats)
         move_remote_counts(self.cachescope.remotes, stats)
+        move_observations(self._promotions.take_waits(), PROMOTION_WAIT_SECONDS, stats)
         self._gauges.report_to(stats)
         return None if stats.is_empty() else stats
 

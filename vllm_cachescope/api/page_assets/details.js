@@ -100,6 +100,7 @@ export class Details {
     if (request.missed) {
       box.append(h("p", null, h("b", null, count(request.missed)), ` tokens could have been read and were not`));
     }
+    if (known?.waited) box.append(h("p", null, h("bdi", null, `It ${known.waited}`)));
     const suggestion = known?.suggestion;
     if (suggestion) box.append(h("p", { class: "suggestion" }, h("b", null, "What to do "), h("bdi", null, suggestion)));
     return box;

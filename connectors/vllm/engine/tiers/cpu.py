@@ -1,7 +1,7 @@
 """The CPU tier: vLLM's own primary offloading tier, with our eviction policy and expiry."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -48,6 +48,8 @@ class ScopePolicy(CachePolicy):
         self._missed: dict[OffloadKey, tuple[int, bytes]] = {}
         # Accounts that may hold more than their quota.
         self._grown: set[bytes] = set()
+        # Keys that a promotion under way needs, and for how many prompts.
+        self._held: Counter[bytes] = Counter()
 
     def bind(self, parent: TierParent, quotas: Quotas | None) -> None:
         """Connect the policy to the engine's lifetimes. To be called before the first chunk.
@@ -117,6 +119,43 @@ class ScopePolicy(CachePolicy):
         """Return the keys that can be read now."""
         return [key for key, chunk in self._chunks.items() if chunk.is_ready]
 
+    def hold(self, keys: Iterable[bytes]) -> None:
+        """Evict none of ``keys``, here or to come, before `release` of the same keys."""
+        self._held.update(keys)
+
+    def release(self, keys: Iterable[bytes]) -> None:
+        """Allow what `hold` has forbidden."""
+        for key in keys:
+            self._held[key] -= 1
+            if self._held[key] <= 0:
+                del self._held[key]
+
+    def fits_quotas(self, newcomers: Mapping[bytes, int]) -> bool:
+        """Whether further keys can be held, so many of each owner, without an organisation's
+        holding more than its quota. One that has none held may have what exceeds its quota by
+        itself."""
+        if self._quotas is None:
+            return True
+        quotas, held, more = self._quotas, Counter[bytes](), Counter[bytes]()
+        for key in self._held:
+            if (entry := self._ledger.get(key)) is not None:
+                held[quotas.account_of(entry.owner)] += 1
+        for owner, keys in newcomers.items():
+            more[quotas.account_of(owner)] += keys
+        return not any(
+            held[account] and quotas.over(account, held[account] + keys)
+            for account, keys in more.items()
+        )
+
+    def held_idle(self, also: Iterable[bytes] = ()) -> int:
+        """Return how many chunks must stay although no transfer uses them: those held, and those
+        of ``also``."""
+        found = {key for key in also if key not in self._held}
+        return sum(
+            (chunk := self._chunks.get(OffloadKey(key))) is not None and chunk.ref_cnt == 0
+            for key in (*self._held, *found)
+        )
+
     def excess(self) -> list[bytes]:
         """Return the keys that organisations hold beyond their quotas, the oldest of each, without
         those in the middle of a transfer."""
@@ -168,7 +207,9 @@ class ScopePolicy(CachePolicy):
         return None
 
     def _must_stay(self, key: bytes, protected: set[OffloadKey]) -> bool:
-        return key in protected or self._chunks[OffloadKey(key)].ref_cnt != 0
+        if key in protected or key in self._held:
+            return True
+        return self._chunks[OffloadKey(key)].ref_cnt != 0
 
     def _owner(self, key: OffloadKey) -> bytes:
         entry = self._ledger.get(key)

@@ -146,6 +146,10 @@ class RemoteTierManager(SecondaryTierManager):
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
         return _RESULTS[self.tier.lookup(req_context.req_id, self._qualified(key, req_context))]
 
+    def peek(self, key: OffloadKey, req_context: ReqContext) -> Lookup:
+        """Return whether the store holds ``key``, as far as is known; promise no load."""
+        return self.tier.peek(req_context.req_id, self._qualified(key, req_context))
+
     def submit_load(self, job_metadata: TransferJob) -> None:
         job = job_metadata
         keys = [self._qualified(key, job.req_context) for key in job.keys]

@@ -1,0 +1,315 @@
+"""A burst of returning users: what a remote tier holds is read and not computed again, through a
+CPU tier and a device that hold fewer prompts; and every answer is that of a cold run."""
+
+import random
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from demo.model import MODELS, TINY, build
+from tests.engine.engine import BLOCK, BLOCK_BYTES, Answer, Ask, draw_tokens, org_plan, sealed
+from tests.redis.replica import Replica
+from tests.redis.servers import RedisServer, entries, wait_until
+from vllm_cachescope.connectors.vllm import shm_regions
+from vllm_cachescope.metrics import PROMOTION_WAIT_SECONDS
+
+pytestmark = pytest.mark.engine
+
+BLOCKS = 8
+"""Blocks per prompt."""
+CPU_CHUNKS = 12
+USERS = 6
+
+
+class RedisBehind:
+    """A Redis behind the CPU tier."""
+
+    name = "redis"
+
+    def __init__(self, directory: Path) -> None:
+        self.server = RedisServer(directory)
+        self.tier: dict[str, Any] = {"type": "redis", "url": self.server.url}
+
+    def blocks(self) -> int:
+        return len(entries(self.server))
+
+    def clear(self) -> None:
+        self.server.client.flushall()
+
+    def close(self) -> None:
+        self.server.close()
+
+
+class FilesBehind:
+    """LMCache's files behind the CPU tier."""
+
+    name = "lmcache"
+
+    def __init__(self, directory: Path) -> None:
+        self._files = directory / "files"
+        adapter = {"type": "fs", "base_path": str(self._files)}
+        self.tier: dict[str, Any] = {"type": "lmcache", "adapter": adapter}
+
+    def blocks(self) -> int:
+        return sum(1 for _ in self._files.glob("*0000000076@*.data"))
+
+    def clear(self) -> None:
+        for file in self._files.glob("*"):
+            file.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        pass
+
+
+Behind = RedisBehind | FilesBehind
+
+
+@pytest.fixture(
+    scope="module", params=[RedisBehind, pytest.param(FilesBehind, marks=pytest.mark.slow)]
+)
+def behind(request, tmp_path_factory) -> Iterator[Behind]:
+    behind: Behind = request.param(tmp_path_factory.mktemp("behind"))
+    yield behind
+    behind.close()
+
+
+@pytest.fixture(scope="module")
+def replica(tmp_path_factory, behind) -> Iterator[Replica]:
+    replica = Replica(
+        build(MODELS / "tiny", TINY),
+        tmp_path_factory.mktemp("burst"),
+        {
+            "tiers": [{**behind.tier, "load_deadline": "3s", "first_probe": "50ms"}],
+            "tenants": {sha256(b"a key").hexdigest(): "greedy"},
+            "quotas": {"cpu": {"orgs": {"greedy": {"quota": 9 * BLOCK_BYTES}}}},
+        },
+        cpu_chunks=CPU_CHUNKS,
+        # Four prompts, and the least that the engine starts with: the device is full as well.
+        num_gpu_blocks_override=34,
+    )
+    yield replica
+    replica.stop()
+    shm_regions.remove_stale()
+
+
+@pytest.fixture
+def chance(request: pytest.FixtureRequest) -> random.Random:
+    return random.Random(request.node.name)
+
+
+@pytest.fixture
+def engine(replica: Replica, behind: Behind) -> Replica:
+    behind.clear()
+    replica.call("empty")
+    # The tests' model computes faster than anything loads: no share of that would be waited for.
+    replica.call(set_bounds, 10.0, 1e9)
+    assert replica.call(held) == 0
+    return replica
+
+
+def held(engine: Any) -> int:
+    """Return how many keys the engine holds in its CPU tier for promotions."""
+    policy = engine.connector.connector_scheduler.manager.primary_tier._policy  # noqa: SLF001
+    return len(policy._held)  # noqa: SLF001
+
+
+def waits(engine: Any) -> dict[str, float]:
+    """Return how many waits have ended so far, by outcome."""
+    from tests.engine.samples import samples
+
+    counted = samples(PROMOTION_WAIT_SECONDS, "_count")
+    return {outcome: count for (outcome,), count in counted.items()}
+
+
+def grown(engine: Replica, before: dict[str, float]) -> dict[str, float]:
+    now = engine.call(waits)
+    return {key: now[key] - before.get(key, 0) for key in now if now[key] > before.get(key, 0)}
+
+
+def asks(prompts: list[list[int]], *orgs: str) -> list[Ask]:
+    names = orgs or ("acme",)
+    return [
+        Ask(tokens, sealed(org_plan(names[i % len(names)], tokens)))
+        for i, tokens in enumerate(prompts)
+    ]
+
+
+def stored(engine: Replica, behind: Behind, prompts: list[list[int]], *orgs: str) -> list[Any]:
+    """Have prompts computed, and everything forgotten but what is behind; return the answers."""
+    answers = []
+    whole: set[tuple[int, ...]] = set()
+
+    def are_stored() -> bool:
+        return behind.blocks() >= len(whole)
+
+    for ask in asks(prompts, *orgs):
+        answers += [answer.tokens for answer in engine.run(ask)]
+        whole |= {tuple(ask.tokens[:end]) for end in range(BLOCK, len(ask.tokens) + 1, BLOCK)}
+        wait_until(are_stored)
+    engine.call("empty")
+    return answers
+
+
+def draw(chance: random.Random, count: int = USERS, blocks: int = BLOCKS) -> list[list[int]]:
+    return [draw_tokens(chance, blocks * BLOCK + 5) for _ in range(count)]
+
+
+@pytest.mark.parametrize("orgs", [("acme",), ("acme", "other", "third")])
+def test_all_of_a_burst_is_read(engine, behind, chance, orgs):
+    prompts = draw(chance)
+    cold = stored(engine, behind, prompts, *orgs)
+    before = engine.call(waits)
+    answers: list[Answer] = engine.run(*asks(prompts, *orgs))
+    assert [answer.outcome(f"read_{behind.name}") for answer in answers] == [BLOCKS * BLOCK] * USERS
+    assert [answer.tokens for answer in answers] == cold
+    assert grown(engine, before) == {"at_once": 1, "waited": USERS - 1}
+    waited_s = [answer.report.memory_wait_s for answer in answers if answer.report]
+    assert waited_s[0] is None and all(0 < seconds < 10 for seconds in waited_s[1:])
+    assert engine.call(held) == 0
+
+
+def test_one_prompt_after_the_other_does_not_wait(engine, behind, chance):
+    prompts = draw(chance, 3)
+    cold = stored(engine, behind, prompts)
+    before = engine.call(waits)
+    for ask, tokens in zip(asks(prompts), cold, strict=True):
+        (answer,) = engine.run(ask)
+        assert answer.outcome(f"read_{behind.name}") == BLOCKS * BLOCK and answer.tokens == tokens
+    assert grown(engine, before) == {"at_once": 3}
+
+
+def test_prompts_that_share_their_beginning_need_its_room_once(engine, behind, chance):
+    begin = draw_tokens(chance, 6 * BLOCK)
+    prompts = [begin + draw_tokens(chance, 2 * BLOCK + 5) for _ in range(USERS)]
+    cold = stored(engine, behind, prompts)
+    answers = engine.run(*asks(prompts))
+    assert [answer.tokens for answer in answers] == cold
+    assert all(answer.read == BLOCKS * BLOCK for answer in answers)
+
+
+def test_who_needs_no_promotion_does_not_wait(engine, behind, chance):
+    prompts = draw(chance)
+    stored(engine, behind, prompts)
+    new = Ask(draw_tokens(chance, 50), sealed(org_plan("acme", [0] * 50)), max_tokens=1)
+    steps = engine.call(steps_until_done, asks(prompts), new)
+    # One to be computed in; one more if the first step's budget of tokens was used.
+    assert steps <= 3
+
+
+def steps_until_done(engine: Any, burst: list[Ask], last: Ask) -> int:
+    """Return how many steps a request takes that comes after a burst; then end the burst."""
+    ids = [engine.add(ask) for ask in burst]
+    engine.step()
+    request_id = engine.add(last)
+    steps = 1
+    while engine.step() and not engine._answers[request_id].tokens:  # noqa: SLF001
+        steps += 1
+    while engine.step():
+        pass
+    for done in (*ids, request_id):
+        engine.answer(done)
+    return steps
+
+
+def test_what_is_cut_off_holds_up_nobody_and_leaves_nothing(engine, behind, chance):
+    prompts = draw(chance)
+    cold = stored(engine, behind, prompts)
+    before = engine.call(waits)
+    answers = engine.call(cut_off, asks(prompts), [0, 2])
+    assert [answer.tokens for answer in answers] == [cold[i] for i in (1, 3, 4, 5)]
+    assert [answer.read for answer in answers] == [BLOCKS * BLOCK] * 4
+    assert grown(engine, before) == {"at_once": 1, "waited": 4, "cut_off": 1}
+    assert engine.call(held) == 0
+
+
+def cut_off(engine: Any, burst: list[Ask], cut: list[int]) -> list[Answer]:
+    """Put a burst to the engine, and give up some of it: what is being promoted, and what waits."""
+    ids = [engine.add(ask) for ask in burst]
+    promotions = engine.connector._promotions  # noqa: SLF001
+    while not promotions._queue.waiting:  # noqa: SLF001
+        engine.step()
+    for number in cut:
+        engine.abort(ids[number])
+    while engine.step():
+        pass
+    return [engine.answer(ids[i]) for i in range(len(ids)) if i not in cut]
+
+
+def test_a_redis_that_dies_meanwhile_costs_the_hits_and_not_the_requests(engine, behind, chance):
+    if not isinstance(behind, RedisBehind):
+        pytest.skip("files do not die")
+    prompts = draw(chance)
+    cold = stored(engine, behind, prompts)
+    before = engine.call(waits)
+    engine.call(begin_burst, asks(prompts))
+    behind.server.kill()
+    try:
+        answers = engine.call(end_burst)
+    finally:
+        behind.server.start()
+        wait_until(lambda: engine.call("command_health")[-1]["up"])
+    assert [answer.tokens for answer in answers] == cold
+    ended = grown(engine, before)
+    assert ended.pop("at_once") == 1 and sum(ended.values()) == USERS - 1
+    assert engine.call(held) == 0
+
+
+def begin_burst(engine: Any, burst: list[Ask]) -> None:
+    """Put a burst to the engine, and step until some of it waits."""
+    engine.burst = [engine.add(ask) for ask in burst]
+    while not engine.connector._promotions._queue.waiting:  # noqa: SLF001
+        engine.step()
+
+
+def end_burst(engine: Any) -> list[Answer]:
+    """Return the answers to what `begin_burst` has begun."""
+    while engine.step():
+        pass
+    return [engine.answer(request_id) for request_id in engine.burst]
+
+
+def test_a_prompt_longer_than_the_cpu_tier_reads_what_fits(engine, behind, chance):
+    (long,) = draw(chance, 1, CPU_CHUNKS + 4)
+    # In two goes: chunks that are being stored in Redis stay in the CPU tier meanwhile.
+    *_, cold = stored(engine, behind, [long[: BLOCKS * BLOCK], long])
+    (answer,) = engine.run(*asks([long]))
+    assert answer.tokens == cold
+    assert answer.read >= CPU_CHUNKS * BLOCK
+
+
+def test_promotions_keep_to_an_organisations_quota(engine, behind, chance):
+    """The CPU tier has room for three of these, and the quota for two."""
+    prompts = draw(chance, 3, 4)
+    cold = stored(engine, behind, prompts, "name:greedy")
+    before = engine.call(waits)
+    answers = engine.run(*asks(prompts, "name:greedy"))
+    assert [answer.tokens for answer in answers] == cold
+    assert [answer.outcome(f"read_{behind.name}") for answer in answers] == [4 * BLOCK] * 3
+    assert grown(engine, before) == {"at_once": 2, "waited": 1}
+
+
+def test_who_finds_no_room_in_time_computes_and_the_report_says_so(engine, behind, chance):
+    prompts = draw(chance, 3)
+    cold = stored(engine, behind, prompts)
+    before = engine.call(waits)
+    engine.call(set_bounds, 0.0, 1.0)
+    answers = engine.run(*asks(prompts))
+    assert [answer.tokens for answer in answers] == cold
+    ended = grown(engine, before)
+    assert (ended["at_once"], ended.get("late", 0) + ended.get("turned_away", 0)) == (1, 2)
+    late = [answer for answer in answers if answer.read < BLOCKS * BLOCK]
+    assert len(late) == 2
+    for answer in late:
+        assert answer.report is not None
+        (miss,) = answer.report.misses
+        assert (miss.cause, miss.tier) == ("timed_out", behind.name)
+        assert miss.detail == "no room in the CPU tier within 0 ms"
+
+
+def set_bounds(engine: Any, limit_s: float, share: float) -> None:
+    """Let requests wait for so long, and for such a share of what computing takes."""
+    queue = engine.connector._promotions._queue  # noqa: SLF001
+    queue._limit_s, queue._share = limit_s, share  # noqa: SLF001
