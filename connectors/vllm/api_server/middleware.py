@@ -11,6 +11,7 @@ from typing import Any
 
 from vllm import envs
 
+from vllm_cachescope.api import parsed_body
 from vllm_cachescope.api.engines import Engines, Purged
 from vllm_cachescope.api.middleware import CacheScopeMiddleware
 from vllm_cachescope.api.peers import ALONE, Peers
@@ -64,6 +65,7 @@ def connect(state: Any) -> Server:
     # A task that nothing refers to would be collected.
     loop = asyncio.get_running_loop()
     state.cachescope_sweeper = loop.create_task(engines.sweep_every(config.sweep_interval))
+    parsed_body.install()
     tools_behind = loop.create_task(admission.renders_tools_behind_system())
     if peers.count > 1 and peers.rank == 0:
         logger.warning(
@@ -83,6 +85,7 @@ def connect(state: Any) -> Server:
         peers=peers,
         replica=_replica(config, state.args),
         trace=None if tracer is None else tracer.send,
+        takes_parsed=True,
     )
 
 
