@@ -47,6 +47,7 @@ def _stream(url: str, key: str, seen: Callable[[float], object]) -> None:
         "model": MODEL,
         "max_tokens": STREAM_TOKENS,
         "stream": True,
+        "ignore_eos": True,
         "messages": [{"role": "user", "content": f"Tell {key} a story."}],
     }
     headers = {"authorization": f"Bearer {key}"}
@@ -69,6 +70,8 @@ def longest_pause_ms(url: str, large: bytes | None) -> float:
     stream = threading.Thread(target=_stream, args=(url, "bystander", came.append))
     stream.start()
     while len(came) < 20:
+        if not stream.is_alive():
+            raise RuntimeError("the stream was over before it began")
         time.sleep(0.001)
     if large is not None:
         sent_at = time.perf_counter()

@@ -22,6 +22,7 @@ from vllm_cachescope.connectors.vllm.engine import connector, stats
 from vllm_cachescope.connectors.vllm.engine.connector import CacheScopeConnector
 from vllm_cachescope.connectors.vllm.engine.counts import Counts
 from vllm_cachescope.connectors.vllm.engine.gauges import Gauges
+from vllm_cachescope.connectors.vllm.engine.held_stats import HeldStats
 from vllm_cachescope.connectors.vllm.engine.scheduler import CacheScopeConnectorScheduler
 from vllm_cachescope.usage.writer import Writer
 
@@ -84,6 +85,8 @@ def install(switch: Switch) -> None:
         (Counts, "add_eviction"),
         (Counts, "move_to"),
         (Gauges, "report_to"),
+        (HeldStats, "add"),
+        (HeldStats, "take"),
         (stats.ScopePromMetrics, "observe"),
         (connector, "add_copies"),
         (connector, "move_remote_counts"),

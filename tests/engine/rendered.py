@@ -97,6 +97,13 @@ class Rendering:
             _, (prompt,) = await self._online.render_chat(chat)
         return list(prompt["prompt_token_ids"]), prompt["prompt"]
 
+    async def sent(self, body: Mapping[str, Any]) -> list[bool]:
+        """Tell of each picture in a Chat Completions body whether the server, when it renders the
+        body, sends it to the engine; what it has sent before it only names."""
+        chat = ChatCompletionRequest.model_validate(strip(dict(body)))
+        _, (prompt,) = await self._online.render_chat(chat)
+        return [item is not None for item in prompt["mm_kwargs"]["image"]]
+
     async def cut(
         self, protocol: Protocol, body: Mapping[str, Any], caller: Caller = ACME
     ) -> tuple[list[int], str, tuple[Segment, ...], list[int]]:

@@ -1,13 +1,19 @@
 """A picture counts by its content: the same text about another picture is another prompt."""
 
+import base64
+import io
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.engine.engine import BLOCK, BLOCK_BYTES, Answer, plan
 from tests.engine.kinds import build_seeing
+from tests.engine.rendered import Rendering
 from tests.redis.replica import Replica
 from vllm_cachescope.connectors.vllm import shm_regions
+from vllm_cachescope.prompt.request import Protocol
 from vllm_cachescope.tenancy.scope import Caller, Scope
 
 pytestmark = pytest.mark.engine
@@ -15,6 +21,7 @@ pytestmark = pytest.mark.engine
 TEXT = "tide " * 300
 READABLE = 4 * BLOCK
 ONE, OTHER = 1, 2
+GO_ON = {"role": "user", "content": "Go on."}
 
 
 @pytest.fixture(scope="module")
@@ -45,3 +52,25 @@ def test_an_organisations_picture_stays_its_own(engine: Replica) -> None:
     assert ask(engine, "acme", ONE, Scope.ORG).read == READABLE
     engine.call("advance", 300)
     assert ask(engine, "acme", ONE, Scope.ORG).read == 0
+
+
+def drawn(seed: int) -> dict[str, object]:
+    """A picture as a client sends it."""
+    pixels = np.random.default_rng(seed).integers(0, 255, (56, 56, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file := io.BytesIO(), "png")
+    url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+async def test_an_engine_gets_what_was_rendered_to_find_boundaries() -> None:
+    """To vLLM a picture that was rendered is one that the engine has. It only names it from then
+    on, and a request fails that names one which the engine does not have."""
+    rendering = Rendering(str(build_seeing()), "inst")
+    marker = {"cache_control": {"type": "ephemeral"}}
+    text = {"type": "text", "text": "Look."}
+    for seed, role in ((ONE, "system"), (OTHER, "user")):
+        content = [text, drawn(seed) | marker]
+        body = {"model": "m", "messages": [{"role": role, "content": content}, GO_ON]}
+        _, (prefix, _) = await rendering.rendered(Protocol.CHAT, body)
+        assert prefix is not None and (prefix.tokens or prefix.text)
+        assert [await rendering.sent(body) for _ in range(2)] == [[True], [False]]

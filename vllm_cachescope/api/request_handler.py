@@ -15,6 +15,7 @@ from vllm_cachescope.api.http_request import joined_headers, read_body, with_bod
 from vllm_cachescope.api.incoming_body import IncomingBody, read_incoming
 from vllm_cachescope.api.operations import PATHS
 from vllm_cachescope.api.page import Page, is_page_path
+from vllm_cachescope.api.parsed_body import hand_over
 from vllm_cachescope.api.replies import Reply
 from vllm_cachescope.api.request_context import RequestContext, current_request
 from vllm_cachescope.api.services import Services
@@ -112,7 +113,8 @@ class RequestHandler:
         raw, replayed = await read_body(scope, receive)
         try:
             wants_tiers = _wants_tiers(headers)
-            body = await read_incoming(raw, protocol, self.services.config)
+            takes_parsed = self.services.takes_parsed
+            body = await read_incoming(raw, protocol, self.services.config, takes_parsed)
         except BadRequest as error:
             await JSONResponse(error_body(protocol, error), 400)(scope, replayed, send)
             return
@@ -124,7 +126,9 @@ class RequestHandler:
         caller = directory.caller(headers, body.request.session)
         if not directory.may_write_global(caller.org):
             body = replace(body, request=without_global(body.request))
-        if body.raw is not None:
+        if body.parsed is not None:
+            scope = hand_over(scope, body.parsed)
+        elif body.raw is not None:
             scope, replayed = with_body(scope, receive, body.raw)
         context = RequestContext(caller, body.request, body.forwarded, wants_tiers)
         context.is_recorded = self.services.recorder.is_used

@@ -54,6 +54,8 @@ class Server:
         trace: sends the trace of a request that is over; None where the server traces nothing.
         tools_behind_system: whether its chat template renders tools behind the system prompt; None
             while that is not known.
+        takes_parsed: whether it takes the object of a large body in place of JSON, which
+            `parsed_body.install` has seen to.
     """
 
     config: Config
@@ -67,6 +69,7 @@ class Server:
     replica: str = ""
     trace: Trace | None = None
     tools_behind_system: Callable[[], bool | None] = lambda: None
+    takes_parsed: bool = False
 
 
 def directory_of(config: Config, api_keys: Collection[str]) -> CallerDirectory:
@@ -104,6 +107,7 @@ class Services:
         recorder: makes the records of the requests that are over.
         page: the page; None where it is off.
         operator_token: makes its holder the operator; None for nobody.
+        takes_parsed: whether the server takes the object of a large body in place of JSON.
     """
 
     config: Config
@@ -117,6 +121,7 @@ class Services:
     recorder: Recorder
     page: Page | None
     operator_token: bytes | None
+    takes_parsed: bool
 
     @classmethod
     def of(cls, server: Server) -> "Services":
@@ -198,6 +203,7 @@ class Services:
             recorder,
             page,
             config.operators_token(),
+            server.takes_parsed,
         )
 
     def viewer(self, headers: Mapping[str, str]) -> Viewer:

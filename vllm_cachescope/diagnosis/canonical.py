@@ -11,10 +11,15 @@ from typing import Any, NamedTuple
 import msgspec
 from pydantic_core import PydanticSerializationError, to_json
 
+from vllm_cachescope.diagnosis.long_text import evened, is_even, is_long, utf8
+
 _ORDERED = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 _SORTED = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), sort_keys=True)
 
 _IDS = ("id", "call_id", "tool_use_id", "tool_call_id")
+
+_MAX_LOOSENED = 2**24
+"""Characters of a text that has another spelling: more than fit into any model's context."""
 
 _TEXT_TYPES = ("text", "input_text", "output_text")
 
@@ -36,9 +41,9 @@ class CanonicalContent(NamedTuple):
 
 def canonical_content(content: Any) -> CanonicalContent:
     """Return the canonical bytes of ``content``, as `respelled` returns it."""
-    text = _text(content)
+    text = text_of(content)
     if text is not None:
-        return CanonicalContent(b"t", text.encode("utf-8", "surrogatepass"), text)
+        return CanonicalContent(b"t", utf8(text), text)
     if (strings := _strings(content)) is not None:
         return CanonicalContent(b"s", strings, None)
     return CanonicalContent(b"j", json_bytes(content), None)
@@ -64,7 +69,7 @@ def respelled(content: Any) -> Any:
         if fields.get("is_error") is False:
             del fields["is_error"]
         inner = fields.get("content")
-        if isinstance(inner, list) and len(inner) == 1 and (text := _text(inner[0])) is not None:
+        if isinstance(inner, list) and len(inner) == 1 and (text := text_of(inner[0])) is not None:
             fields["content"] = text
         return fields
     if content.get("type") == "tool_use":
@@ -85,8 +90,9 @@ def loosened(content: Any, text: str | None) -> bytes | None:
         text: its text, if it is nothing but a text.
     """
     if text is not None:
-        words = " ".join(text.split())
-        return None if words == text else b"t" + words.encode("utf-8", "surrogatepass")
+        if len(text) > _MAX_LOOSENED or is_even(text):
+            return None
+        return b"t" + utf8(evened(text))
     if isinstance(content, str):
         return None
     return b"j" + packed_bytes(without_ids(content), sort_keys=True)
@@ -96,7 +102,7 @@ def without_ids(content: Any) -> Any:
     """Return a part's content without the ids of tool calls and items, and texts with their spaces
     evened out."""
     if isinstance(content, str):
-        return " ".join(content.split())
+        return content if len(content) > _MAX_LOOSENED else evened(content)
     if isinstance(content, list):
         return [without_ids(one) if isinstance(one, dict) else one for one in content]
     if not isinstance(content, dict):
@@ -120,7 +126,7 @@ def _call(function: Mapping[str, Any]) -> dict[str, Any]:
     return call
 
 
-def _text(content: Any) -> str | None:
+def text_of(content: Any) -> str | None:
     """Return the text of a string or of a bare text block: both render to the same prompt."""
     if isinstance(content, str):
         return content
@@ -143,6 +149,8 @@ def _strings(content: Any) -> bytes | None:
         if type(value) is not str:
             return None
         strings += (f"{len(key)}:{len(value)}:", key, value)
+    if any(map(is_long, strings)):
+        return b"".join(map(utf8, strings))
     return "".join(strings).encode("utf-8", "surrogatepass")
 
 

@@ -14,6 +14,7 @@ from vllm_cachescope.diagnosis.canonical import (
     loosened,
     packed_bytes,
     respelled,
+    text_of,
 )
 from vllm_cachescope.diagnosis.fingerprint import (
     HASH_BYTES,
@@ -22,6 +23,7 @@ from vllm_cachescope.diagnosis.fingerprint import (
     ToolFingerprint,
     piece_bytes,
 )
+from vllm_cachescope.diagnosis.long_text import is_long, utf8
 from vllm_cachescope.diagnosis.namespace import namespace_fields
 from vllm_cachescope.diagnosis.part_kind import ROLE_BITS, Trait, part_kind
 from vllm_cachescope.diagnosis.token_estimate import estimate_tokens
@@ -180,12 +182,21 @@ class Fingerprinter:
             parts: as `_grouped` yields them.
             size: bytes in a piece.
         """
-        sent = [(part.role, part.content) for part in parts]
+        sent = [(part.role, self._sent(part.content)) for part in parts]
         state = self._base.copy()
         state.update(packed_bytes((size, int(parts[0].region), sent)))
         return _remembered(
             self._groups, org, state.digest(), lambda: self._group_anew(org, parts, size)
         )
+
+    @staticmethod
+    def _sent(content: Any) -> Any:
+        """Return what tells a part's content from any other: of a long text, its hash."""
+        text = text_of(content)
+        if text is None or not is_long(text):
+            return content
+        kind = None if content is text else content["type"]
+        return [sha256(utf8(text)).digest(), kind]
 
     def _group_anew(self, org: str, parts: list[Part], size: int) -> _PartGroup:
         hashes: list[bytes] = []

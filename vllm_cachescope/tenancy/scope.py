@@ -28,10 +28,11 @@ class Scope(IntEnum):
     @property
     def label(self) -> str:
         """The name used in requests, configuration and metric labels."""
-        return self.name.lower()
+        return _LABELS[self]
 
 
-_BY_NAME = {scope.label: scope for scope in Scope}
+_LABELS = {scope: scope.name.lower() for scope in Scope}
+_BY_NAME = {label: scope for scope, label in _LABELS.items()}
 
 
 def short_name(name: str) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from pydantic_core import to_json
+
 from vllm_cachescope.cache.report import Row
 from vllm_cachescope.tenancy.scope import Scope
 from vllm_cachescope.usage.name_limits import NameLimits
@@ -115,7 +117,7 @@ def request_row(record: RequestRecord) -> dict[str, Any]:
         "replica": kept_name(record.replica),
         "engine": record.engine,
         "request_id": None if record.request_id is None else kept_name(record.request_id),
-        "tokens": json.dumps(tokens, separators=(",", ":")),
+        "tokens": to_json(tokens).decode(),
         "output_tokens": record.output_tokens,
         "prefill_seconds_saved": record.prefill_seconds_saved,
         "ttft_s": record.ttft_s,

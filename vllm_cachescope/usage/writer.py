@@ -27,7 +27,7 @@ MAX_PURGES = 10_000
 BATCH = 2000
 """How many records are written at once."""
 
-INTERVAL_S = 1.0
+INTERVAL_S = 2.0
 """How long records are collected for."""
 
 MAINTAIN_S = 300.0

@@ -11,6 +11,7 @@ from typing import Any
 
 from vllm import envs
 
+from vllm_cachescope.api import parsed_body
 from vllm_cachescope.api.engines import Engines, Purged
 from vllm_cachescope.api.middleware import CacheScopeMiddleware
 from vllm_cachescope.api.peers import Peers
@@ -69,6 +70,7 @@ def connect(state: Any) -> Server:
     loop = asyncio.get_running_loop()
     state.cachescope_sweeper = loop.create_task(engines.sweep_every(config.sweep_interval))
     state.cachescope_listener = loop.create_task(engines.heed_every(HEED_S))
+    parsed_body.install()
     tools_behind = loop.create_task(admission.renders_tools_behind_system())
     if peers.count > 1 and peers.rank == 0:
         logger.warning(
@@ -88,6 +90,7 @@ def connect(state: Any) -> Server:
         peers=peers,
         replica=replica,
         trace=None if tracer is None else tracer.send,
+        takes_parsed=True,
     )
 
 

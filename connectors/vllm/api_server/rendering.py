@@ -35,6 +35,10 @@ _NOT_RENDERED = frozenset(
 )  # fmt: skip
 """Fields of a body that change no prompt, and so must not tell two equal prompts apart."""
 
+_FOR_NO_ENGINE = {"skip_mm_cache": True}
+"""vLLM's cache of pictures takes what was rendered as sent to the engine, and then only names it; a
+request fails that names a picture which the engine does not have."""
+
 _conversion_options: ContextVar[Mapping[str, Any]] = ContextVar(
     "cachescope_conversion_options", default=MappingProxyType({})
 )
@@ -161,7 +165,8 @@ class Rendering:
     async def _render_exactly(self, body: dict[str, Any], protocol: Protocol) -> list[int]:
         renderer = self._state.online_renderer
         if protocol is Protocol.RESPONSES:
-            result = await renderer.render_responses(ResponsesRequest.model_validate(body))
+            request = ResponsesRequest.model_validate(body)
+            result = await renderer.render_responses(request, **_FOR_NO_ENGINE)
             prompt = getattr(result, "engine_input", None)
         else:
             if protocol is Protocol.MESSAGES:
@@ -170,7 +175,7 @@ class Rendering:
                 chat = ChatCompletionRequest.model_validate(body)
             # The opening of an answer is no part of the body, and may not come next in the prompt.
             chat.add_generation_prompt = False
-            result = await renderer.render_chat(chat)
+            result = await renderer.render_chat(chat, **_FOR_NO_ENGINE)
             prompt = result[1][0] if isinstance(result, tuple) else None
         if prompt is None:
             raise CannotRender(str(result))

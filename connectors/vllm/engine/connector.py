@@ -34,6 +34,7 @@ from vllm_cachescope.connectors.vllm.engine.adapters import Adapters
 from vllm_cachescope.connectors.vllm.engine.block_layout import read_layout
 from vllm_cachescope.connectors.vllm.engine.gauges import Gauges
 from vllm_cachescope.connectors.vllm.engine.health import TierInfo
+from vllm_cachescope.connectors.vllm.engine.held_stats import HeldStats
 from vllm_cachescope.connectors.vllm.engine.offloading import (
     for_offloading,
     region_path,
@@ -119,6 +120,7 @@ class CacheScopeConnector(OffloadingConnector):
             multipliers=_multipliers(config, str(vllm_config.model_config.served_model_name)),
         )
         self._queue = PromotionQueue(config.cpu_wait, config.cpu_wait_share)
+        self._stats = HeldStats(time.monotonic)
         # Whether the metrics do not show yet what an idle engine has dropped, or noticed.
         self._has_news = False
         self._purges: FIFOCache[str, dict[str, Purge]] = FIFOCache(MAX_PURGES)
@@ -258,9 +260,12 @@ class CacheScopeConnector(OffloadingConnector):
         # The scheduler asks for them once at the end of each step.
         self.cachescope.on_step_end()
         self._has_news = False
-        stats = stats or OffloadingConnectorStats()
-        assert isinstance(stats, OffloadingConnectorStats)
-        add_copies(stats)
+        if stats is not None:
+            assert isinstance(stats, OffloadingConnectorStats)
+            add_copies(stats)
+            self._stats.add(stats)
+        if (stats := self._stats.take(self.cachescope.is_idle)) is None:
+            return None
         self.cachescope.counts.move_to(stats)
         move_remote_counts(self.cachescope.remotes, stats)
         move_observations(self._promotions.take_waits(), PROMOTION_WAIT_SECONDS, stats)

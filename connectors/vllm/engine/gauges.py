@@ -37,12 +37,28 @@ class Gauges:
         self._scheduler = scheduler
         self._reported: dict[tuple[str, tuple[str, ...]], float] = {}
         self._quota_used: Mapping[str, float] = {}
+        self._last_state: object = None
 
     def report_to(self, stats: OffloadingConnectorStats) -> None:
         """Set those gauges that have changed: vLLM keeps the others at what they were set to."""
+        state = self._state()
+        if state == self._last_state:
+            return
+        self._last_state = state
         for metric, labels, value in self._changed():
             self._reported[metric, labels] = value
             stats.set_gauge(metric, value, labels)
+
+    def _state(self) -> object:
+        """Return what all gauges follow from. In most steps none of it has changed, and gauges are
+        not worked out."""
+        scheduler = self._scheduler
+        return (
+            scheduler.prefill_rate.tokens_per_s,
+            self._quota_used,
+            scheduler.local.resident(),
+            [(remote.tier.health(), remote.tier.queues()) for remote in scheduler.remotes],
+        )
 
     def sweep(self) -> bool:
         """Look at what is too much work for each step; return whether `report_to` has something to

@@ -133,6 +133,11 @@ class Prompts:
             # computed. The prompt counts once, as its first sample found the cache.
             self._by_nonce.setdefault(plan.nonce, prompt)
 
+    @property
+    def running(self) -> int:
+        """How many requests run or wait."""
+        return len(self._running)
+
     def get(self, request_id: str) -> Prompt | None:
         """Return the prompt of a request that runs."""
         return self._running.get(request_id)

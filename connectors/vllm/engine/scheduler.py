@@ -227,6 +227,11 @@ class CacheScopeConnectorScheduler(TierParent):
 
     # What the API process and the metrics ask.
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request runs or waits."""
+        return not self._prompts.running
+
     def report(self, nonce: str) -> Report | None:
         """Return what has become so far of the prompt with ``nonce``; None if it is not known."""
         prompt = self._prompts.find(nonce)

@@ -5,10 +5,14 @@ import { Timeline } from "./timeline.js";
 import { ago, cause, clock, count, organisation, percent, plural, sessionName, tier } from "./words.js";
 
 const BATCH = 30;
+const DRAWING_MS = 6;  // of a frame, at most: the rest is the browser's, to lay out what was drawn
 const HELD_S = 4;  // how long rows keep their places once the pointer has moved over them
 
 export class Sessions {
   #rows = new Map();  // by session's key
+  #rowOf = new WeakMap();  // by element
+  #waiting = new Set();  // rows that have come into view, and are not drawn yet
+  #frame = 0;
   #order = [];
   #made = BATCH;  // how many rows there may be
   #room = { width: 0 };
@@ -73,6 +77,7 @@ export class Sessions {
     this.list.replaceChildren();
     for (const row of this.#rows.values()) this.watcher.unobserve(row.element);
     this.#rows.clear();
+    this.#waiting.clear();
     this.#order = [];
     this.#made = BATCH;
     this.#unpoint();
@@ -139,6 +144,7 @@ export class Sessions {
       if (!row) {
         row = new Row(session, this.requests.tiers, this.#room, this.now, this.#events());
         this.#rows.set(session.key, row);
+        this.#rowOf.set(row.element, row);
         this.watcher.observe(row.element);
       }
       wanted.add(session.key);
@@ -156,6 +162,7 @@ export class Sessions {
       this.watcher.unobserve(row.element);
       row.element.remove();
       this.#rows.delete(key);
+      this.#waiting.delete(row);
     }
     this.#measure();
   }
@@ -174,12 +181,31 @@ export class Sessions {
 
   #watched(entries) {
     for (const { target, isIntersecting } of entries) {
-      const row = [...this.#rows.values()].find(({ element }) => element === target);
-      if (!row) continue;
+      const row = this.#rowOf.get(target);
       row.timeline.inView = isIntersecting;
-      if (isIntersecting) row.timeline.draw();
-      else row.timeline.leave();
+      if (isIntersecting) this.#waiting.add(row);
+      else {
+        this.#waiting.delete(row);
+        row.timeline.leave();
+      }
     }
+    this.#drawWaiting();
+  }
+
+  // Many rows come into view at once when the list has grown. What takes longer is left to the next
+  // frame, so that scrolling goes on.
+  #drawWaiting() {
+    const began = performance.now();
+    for (const row of this.#waiting) {
+      this.#waiting.delete(row);
+      row.timeline.draw();
+      if (performance.now() - began > DRAWING_MS) break;
+    }
+    if (!this.#waiting.size || this.#frame) return;
+    this.#frame = requestAnimationFrame(() => {
+      this.#frame = 0;
+      this.#drawWaiting();
+    });
   }
 
   #point(request, event) {
