@@ -16,7 +16,6 @@ from vllm_cachescope.config import CONNECTOR, Config, ConfigError
 from vllm_cachescope.connectors.vllm import config_check, hooks, remote_stores
 from vllm_cachescope.connectors.vllm.findings import Finding, Status
 from vllm_cachescope.connectors.vllm.versions import TRIED, was_tried
-from vllm_cachescope.prompt.request import Region
 
 LONG_BLOCK = 512
 """From this many tokens on a block is longer than much of what clients mark."""
@@ -104,9 +103,11 @@ def _hashes(config: Config | None) -> Finding:
     from vllm_cachescope.connectors.vllm.engine import hashing
     from vllm_cachescope.connectors.vllm.engine.adapters import Adapters
 
-    default = (config or Config()).regions.of(Region.MESSAGES)
+    from vllm_cachescope.connectors.vllm.engine.prompt_plans import PlanRules
+
+    secret = secrets.token_bytes(32)
     try:
-        hashing.enforce(secrets.token_bytes(32), default, Adapters())
+        hashing.enforce(secret, PlanRules.of(config or Config(), secret), Adapters())
     except hashing.HookNotInForce as error:
         return Finding("scoped hashes", Status.FAILURE, str(error), "a vLLM that is listed")
     return Finding("scoped hashes", Status.OK, "blocks of different scopes have different hashes")

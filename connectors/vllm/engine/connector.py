@@ -38,6 +38,7 @@ from vllm_cachescope.connectors.vllm.engine.offloading import (
     region_path,
     release_region,
 )
+from vllm_cachescope.connectors.vllm.engine.prompt_plans import PlanRules
 from vllm_cachescope.connectors.vllm.engine.scheduler import (
     CacheScopeConnectorScheduler,
     EngineSettings,
@@ -54,7 +55,6 @@ from vllm_cachescope.connectors.vllm.engine.tiers.device import DEVICE
 from vllm_cachescope.connectors.vllm.versions import warn_if_untried
 from vllm_cachescope.logs import logger_of
 from vllm_cachescope.prompt.plan import PLAN_KEY
-from vllm_cachescope.prompt.request import Region
 from vllm_cachescope.registration import TotalCounter, TotalHistogram
 from vllm_cachescope.tenancy.org_labels import OrgLabels
 from vllm_cachescope.tiers.jobs import Purge
@@ -86,7 +86,8 @@ class CacheScopeConnector(OffloadingConnector):
             return
         warn_if_untried(vllm.__version__)
         self._adapters = Adapters()
-        hashing.enforce(config.secret_bytes(), config.regions.of(Region.MESSAGES), self._adapters)
+        secret = config.secret_bytes()
+        hashing.enforce(secret, PlanRules.of(config, secret), self._adapters)
         engine_rpc.install()
         adapters.install()
         assert self.connector_scheduler is not None
