@@ -1,10 +1,18 @@
 """Prompts that no API side of ours has seen: what the engine makes of a salt, a session and a plan
 in ``kv_hints``, as gRPC servers, vLLM's Rust server and routers send them."""
 
+import socket
+from collections.abc import Iterator
+
+import httpx
 import pytest
+from prometheus_client import REGISTRY
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.engine.engine import BLOCK, OWNERS, SECRET, Ask, draw_tokens, org_plan, sealed
+from vllm_cachescope.connectors.vllm.engine import exporter as exporter_module
 from vllm_cachescope.connectors.vllm.engine import hashing
+from vllm_cachescope.connectors.vllm.engine.exporter import Exporter, start
 from vllm_cachescope.connectors.vllm.engine.prompt_plans import PlanRules, PromptPlans
 from vllm_cachescope.prompt.plan_hint import ACTION, VERSION
 from vllm_cachescope.prompt.segments import RegionDefault
@@ -168,3 +176,61 @@ def test_others_hints_are_none_of_ours(engine, tokens):
     assert read(engine, tokens, "device", hints=(("kvcr.prefetch", "1.0", {}),)) == 0
     assert read(engine, tokens, "device") == WHOLE
     assert engine.counter("cachescope_refused_plan_hints") == before
+
+
+@pytest.fixture
+def exporter(engine, monkeypatch) -> Iterator[Exporter]:
+    exporter = Exporter("127.0.0.1", 0, "toy", 0, by_org=False)
+    monkeypatch.setattr(engine.connector, "_exporter", exporter)
+    yield exporter
+    exporter.close()
+
+
+def scrape(exporter) -> dict[tuple[str, tuple[str, ...]], float]:
+    text = httpx.get(f"http://127.0.0.1:{exporter.port}/metrics").text
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def vllms() -> dict[tuple[str, tuple[str, ...]], float]:
+    shown = {"engine", "model_name"}
+    return {
+        (sample.name, tuple(sorted({**sample.labels, "model_name": "toy"}.items()))): sample.value
+        for family in REGISTRY.collect()
+        for sample in family.samples
+        if sample.name.startswith("cachescope_") and shown <= {*sample.labels}
+    }
+
+
+def test_a_port_of_its_own_shows_what_vllm_shows(engine, exporter, chance):
+    before = vllms()
+    prompts = [draw_tokens(chance, 500) for _ in range(20)]
+    for tokens in prompts + prompts[:5]:
+        engine.run(Ask(tokens, sealed(org_plan("acme", tokens)), 1))
+    store_all(engine)
+    shown, expected = scrape(exporter), vllms()
+    grown = {
+        name: value - before.get(name, 0.0)
+        for name, value in expected.items()
+        if name[0].endswith(("_total", "_bucket", "_sum", "_count"))
+        and value != before.get(name, 0.0)
+    }
+    assert len(grown) > 20
+    assert {name: shown.get(name) for name in grown} == pytest.approx(grown)
+    gauges = {"cachescope_resident_bytes", "cachescope_tier_used_bytes"}
+    levels = {name: value for name, value in shown.items() if name[0] in gauges}
+    assert len(levels) >= 3 and levels == {name: expected[name] for name in levels}
+
+
+def test_a_port_that_is_taken_costs_no_engine_its_start(exporter):
+    assert start("127.0.0.1", exporter.port, "toy", 0, by_org=False) is None
+    assert start("127.0.0.1", 65535, "toy", 1, by_org=False) is None
+
+
+def test_a_client_that_says_nothing_keeps_nobody_waiting_for_long(exporter, monkeypatch):
+    monkeypatch.setattr(exporter_module.Handler, "timeout", 0.2)
+    with socket.create_connection(("127.0.0.1", exporter.port)):
+        assert scrape(exporter) is not None

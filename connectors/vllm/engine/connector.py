@@ -28,7 +28,7 @@ from vllm.v1.request import Request
 from vllm_cachescope.cache.quotas import read_quotas
 from vllm_cachescope.config import Config
 from vllm_cachescope.connectors.vllm import config_check, engine_rpc
-from vllm_cachescope.connectors.vllm.engine import adapters, hashing
+from vllm_cachescope.connectors.vllm.engine import adapters, exporter, hashing
 from vllm_cachescope.connectors.vllm.engine.adapters import Adapters
 from vllm_cachescope.connectors.vllm.engine.block_layout import read_layout
 from vllm_cachescope.connectors.vllm.engine.gauges import Gauges
@@ -112,6 +112,14 @@ class CacheScopeConnector(OffloadingConnector):
             org_labels=OrgLabels(config.labelled_orgs(), config.secret_bytes()),
             multipliers=_multipliers(config, str(vllm_config.model_config.served_model_name)),
         )
+        port = config.front_end.metrics_port
+        self._exporter = port and exporter.start(
+            config.front_end.metrics_host,
+            port,
+            str(vllm_config.model_config.served_model_name),
+            self._settings.rank,
+            self._settings.org_labels.are_wanted,
+        )
         # Whether the metrics do not show yet what an idle engine has dropped, or noticed.
         self._has_news = False
         self._purges: FIFOCache[str, dict[str, Purge]] = FIFOCache(MAX_PURGES)
@@ -131,6 +139,8 @@ class CacheScopeConnector(OffloadingConnector):
     def shutdown(self) -> None:
         super().shutdown()
         if self.connector_scheduler is not None:
+            if self._exporter:
+                self._exporter.close()
             release_region(self.connector_scheduler.manager)
         if self.connector_worker is not None:
             release_region(self.connector_worker.worker)
@@ -241,6 +251,8 @@ class CacheScopeConnector(OffloadingConnector):
         self.cachescope.counts.move_to(stats)
         move_remote_counts(self.cachescope.remotes, stats)
         self._gauges.report_to(stats)
+        if self._exporter:
+            self._exporter.add(stats.data)
         return None if stats.is_empty() else stats
 
     @classmethod
