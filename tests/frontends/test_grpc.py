@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from demo.server import Server
+from tests.engine.clock import VARIABLE
 from tests.engine.engine import draw_tokens
 from tests.engine.server import ENVIRONMENT, ROOT
 from tests.frontends.asked import (
@@ -57,10 +58,11 @@ class Client:
 
 
 @pytest.fixture(scope="module")
-def server(tiny_model) -> Iterator[Server]:
+def server(tiny_model, tmp_path_factory) -> Iterator[Server]:
     arguments = options(tiny_model, "--grpc")
+    own = {"PYTHONPATH": str(ROOT), VARIABLE: str(tmp_path_factory.mktemp("grpc") / "clock")}
     command = [str(GRPC), "-m", "tests.engine.vllm_cli", *arguments]
-    with GrpcServer(command, ENVIRONMENT | {"PYTHONPATH": str(ROOT)}) as started:
+    with GrpcServer(command, ENVIRONMENT | own) as started:
         yield started
 
 

@@ -2,6 +2,7 @@
 
 import random
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from demo.server import Server, free_port
+from tests.engine.clock import VARIABLE, Clock
 from tests.engine.engine import draw_tokens
 from tests.engine.server import ENVIRONMENT, MODEL
 from tests.frontends.asked import (
@@ -19,6 +21,7 @@ from tests.frontends.asked import (
     assert_reads_what_plain_vllm_reads,
 )
 from tests.frontends.places import RUST, needs, options
+from tests.redis.servers import wait_until
 
 pytestmark = [pytest.mark.engine, needs(RUST)]
 
@@ -30,6 +33,7 @@ class Rust:
     url: str
     metrics: str
     said: str
+    clock: Clock
 
     def ask(self, tokens: list[int], **fields: object) -> httpx.Response:
         body = {"model": MODEL, "prompt": tokens, "max_tokens": 1, **fields}
@@ -42,29 +46,32 @@ class Rust:
         details = answer["usage"]["prompt_tokens_details"]
         return (details or {}).get("cached_tokens") or 0
 
-    def counted(self, name: str) -> dict[str, float]:
+    def counted(self, name: str) -> Counter[str]:
         text = httpx.get(self.metrics, timeout=60).text
-        return {
-            sample.labels.get("outcome") or sample.labels.get("reason", ""): sample.value
-            for family in text_string_to_metric_families(text)
-            for sample in family.samples
-            if sample.name == name
-        }
+        counted: Counter[str] = Counter()
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                if sample.name == name:
+                    what = sample.labels.get("outcome") or sample.labels.get("reason", "")
+                    counted[what] += int(sample.value)
+        return counted
 
 
 @pytest.fixture(scope="module")
-def rust(tiny_model) -> Iterator[Rust]:
+def rust(tiny_model, tmp_path_factory) -> Iterator[Rust]:
     port = free_port()
     front_end = {"metrics_port": port, "trusted": False}
     arguments = options(tiny_model, "--enable-prompt-tokens-details", front_end=front_end)
+    clock = tmp_path_factory.mktemp("rust") / "clock"
     environment = ENVIRONMENT | {
+        VARIABLE: str(clock),
         "VLLM_USE_RUST_FRONTEND": "1",
         "VLLM_RUST_FRONTEND_PATH": str(RUST),
     }
     command = [sys.executable, "-m", "tests.engine.vllm_cli", *arguments]
     with Server(command, environment) as server:
         said = server.log_tail(500)
-        yield Rust(server.url, f"http://127.0.0.1:{port}/metrics", said)
+        yield Rust(server.url, f"http://127.0.0.1:{port}/metrics", said, Clock(clock))
 
 
 def test_it_is_recognised(rust: Rust) -> None:
@@ -116,6 +123,15 @@ def test_metrics_that_it_hides_have_a_port_of_their_own(rust: Rust) -> None:
     tokens = draw_tokens(random.Random(5), LENGTH)
     assert [rust.read(tokens), rust.read(tokens)] == [0, WHOLE]
     after = rust.counted("cachescope_prompt_tokens_total")
-    assert after["read_device"] - before.get("read_device", 0) == WHOLE
+    assert after["read_device"] - before["read_device"] == WHOLE
     assert after["created"] - before["created"] == WHOLE
     assert "cachescope_" not in httpx.get(f"{rust.url}/metrics").text
+
+
+def test_an_idle_engine_drops_what_expires_though_nobody_asks_it_to(rust: Rust) -> None:
+    tokens = draw_tokens(random.Random(6), LENGTH)
+    assert rust.read(tokens) == 0
+    before = rust.counted("cachescope_evictions_total")["ttl"]
+    rust.clock.advance(301)
+    wait_until(lambda: rust.counted("cachescope_evictions_total")["ttl"] >= before + 10)
+    assert rust.read(tokens) == 0

@@ -28,11 +28,12 @@ from vllm.v1.request import Request
 from vllm_cachescope.cache.quotas import read_quotas
 from vllm_cachescope.config import Config
 from vllm_cachescope.connectors.vllm import config_check, engine_rpc
-from vllm_cachescope.connectors.vllm.engine import adapters, exporter, hashing
+from vllm_cachescope.connectors.vllm.engine import adapters, exporter, hashing, idle_sweep
 from vllm_cachescope.connectors.vllm.engine.adapters import Adapters
 from vllm_cachescope.connectors.vllm.engine.block_layout import read_layout
 from vllm_cachescope.connectors.vllm.engine.gauges import Gauges
 from vllm_cachescope.connectors.vllm.engine.health import TierInfo
+from vllm_cachescope.connectors.vllm.engine.idle_sweep import IdleSweep
 from vllm_cachescope.connectors.vllm.engine.offloading import (
     for_offloading,
     region_path,
@@ -70,6 +71,7 @@ class CacheScopeConnector(OffloadingConnector):
     """Named in ``--kv-transfer-config``; vLLM makes one in the scheduler and one in each worker.
 
     Attributes:
+        idle_sweep: says when the engine sweeps by itself; only in the scheduler.
         cachescope: our side in the scheduler, as ``connector_scheduler`` is vLLM's. It is there
             from `bind_kv_cache_manager` on, and only in the scheduler.
     """
@@ -90,6 +92,8 @@ class CacheScopeConnector(OffloadingConnector):
         hashing.enforce(secret, PlanRules.of(config, secret), self._adapters)
         engine_rpc.install()
         adapters.install()
+        idle_sweep.install(config.sweep_interval)
+        self.idle_sweep = IdleSweep(config.sweep_interval)
         assert self.connector_scheduler is not None
         offload = self.connector_scheduler.config
         strides = self._offloading.primary_tier.get_kv_memoryview().strides
@@ -235,6 +239,9 @@ class CacheScopeConnector(OffloadingConnector):
         return self._events.take()
 
     def has_pending_push_work(self) -> bool:
+        # vLLM asks between two steps, whenever it wants to know whether there is work.
+        if self.idle_sweep.is_due:
+            self.command_sweep()
         # One step more, so that the metrics show what an idle engine has dropped or noticed.
         return self._has_news or super().has_pending_push_work()
 
@@ -322,6 +329,7 @@ class CacheScopeConnector(OffloadingConnector):
 
     def command_sweep(self) -> int:
         """Drop everything that has expired; return how many entries."""
+        self.idle_sweep.note()
         expired = self.cachescope.sweep()
         self._has_news |= self._gauges.sweep() or expired > 0 or self._events.waiting
         return expired
