@@ -128,12 +128,16 @@ class Server:
         while (waited := time.monotonic() - start) < START_TIMEOUT_S:
             if self._process.poll() is not None:
                 raise ServerFailed(f"the server ended with status {self._process.returncode}")
-            with suppress(httpx.TransportError):
-                if httpx.get(f"{self.url}{self.health}", timeout=5).status_code == 200:
-                    return
+            if self._is_ready():
+                return
             self._on_wait(waited)
             time.sleep(0.25)
         raise ServerFailed(f"the server was not ready after {START_TIMEOUT_S:.0f} s")
+
+    def _is_ready(self) -> bool:
+        with suppress(httpx.TransportError):
+            return httpx.get(f"{self.url}{self.health}", timeout=5).status_code == 200
+        return False
 
     def _stop(self) -> None:
         process = self._process

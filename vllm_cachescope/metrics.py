@@ -136,6 +136,14 @@ REFUSED_PLANS = Metric(
     "Prompts that reached the engine with a plan not made with its secret; they share nothing. "
     "Any means that API side and engine have different secrets, or that a client forges plans.",
 )
+REFUSED_HINTS = Metric(
+    "cachescope_refused_plan_hints",
+    "counter",
+    "Prompts whose plan in kv_hints did not count, by reason (untrusted: front_end.trusted is off; "
+    "version, schema, organisation, global, ttl, spans). They are cached by the operator's "
+    "default.",
+    ("reason",),
+)
 
 # What tiers hold, and what leaves them.
 
@@ -340,6 +348,7 @@ METRICS = (
     PREFILL_RATE,
     INPUT_COST,
     REFUSED_PLANS,
+    REFUSED_HINTS,
     RESIDENT_BYTES,
     RESIDENT_ENTRIES,
     EVICTIONS,

@@ -14,11 +14,14 @@ from typing import Any
 
 from vllm_cachescope.config import CONNECTOR, Config, ConfigError, load
 from vllm_cachescope.config.exposure import refuse_secrets
-from vllm_cachescope.connectors.vllm import memory, private_files, store_factory
+from vllm_cachescope.connectors.vllm import front_ends, memory, private_files, store_factory
 from vllm_cachescope.connectors.vllm.findings import Finding, Status, settle
+from vllm_cachescope.logs import logger_of
 from vllm_cachescope.usage.prices import read_prices
 
 _MULTI = "MultiConnector"
+
+logger = logger_of(__name__)
 
 
 def load_checked(extra_config: Mapping[str, Any]) -> Config:
@@ -134,6 +137,7 @@ def _checking_first(create: Callable[..., Any], require: Callable[[], None]) -> 
         require()
         # Not in the API servers that a first one starts: its engines have taken their memory.
         if multiprocessing.parent_process() is None:
+            logger.info("Front end: %s", front_ends.of_caller())
             settle(surroundings(own.kv_connector_extra_config, config, engines_here(self)))
         asked = self.enable_prefix_caching
         vllm_config = create(self, *args, **kwargs)

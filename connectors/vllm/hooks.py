@@ -122,6 +122,14 @@ HOOKS = (
         {_METRICS: tuple(f'"vllm:kv_offload_{name}"' for name in _COPIES)},
     ),
     Hook(
+        "idle engine",
+        "behind other front ends than ours an idle engine shows what has expired until the next "
+        "request",
+        {("v1/engine/core.py", "EngineCoreProc.run_busy_loop"): "self"},
+        {"v1/engine/core.py": ("self.input_queue =", "EngineCoreRequestType.WAKEUP")},
+        is_needed=False,
+    ),
+    Hook(
         "CPU tier",
         _STOPS,
         {

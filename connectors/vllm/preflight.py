@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from vllm_cachescope.config import CONNECTOR, Config, ConfigError
-from vllm_cachescope.connectors.vllm import config_check, hooks, remote_stores
+from vllm_cachescope.connectors.vllm import config_check, front_ends, hooks, remote_stores
 from vllm_cachescope.connectors.vllm.findings import Finding, Status
 from vllm_cachescope.connectors.vllm.store_factory import CLIENTS
 from vllm_cachescope.connectors.vllm.versions import TRIED, was_tried
-from vllm_cachescope.prompt.request import Region
 
 LONG_BLOCK = 512
 """From this many tokens on a block is longer than much of what clients mark."""
@@ -50,7 +49,10 @@ def check(
             parsed = _parsed(model, extra_config, vllm_arguments)
             engine_args = _engine_args(parsed)
             engines = config_check.engines_here(engine_args)
-            launched.append(_front_end(parsed))
+            front_end = front_ends.of_launch(
+                getattr(parsed, "grpc", False), getattr(parsed, "headless", False)
+            )
+            launched.append(front_end.finding)
             launched.extend(_model(engine_args))
     except _Refused as refused:
         launched.append(refused.finding)
@@ -105,10 +107,11 @@ def _hashes(config: Config | None) -> Finding:
     """Return whether vLLM's block hashes follow scope keys, by hashing some blocks."""
     from vllm_cachescope.connectors.vllm.engine import hashing
     from vllm_cachescope.connectors.vllm.engine.adapters import Adapters
+    from vllm_cachescope.connectors.vllm.engine.prompt_plans import PlanRules
 
-    default = (config or Config()).regions.of(Region.MESSAGES)
+    secret = secrets.token_bytes(32)
     try:
-        hashing.enforce(secrets.token_bytes(32), default, Adapters())
+        hashing.enforce(secret, PlanRules.of(config or Config(), secret), Adapters())
     except hashing.HookNotInForce as error:
         return Finding("scoped hashes", Status.FAILURE, str(error), "a vLLM that is listed")
     return Finding("scoped hashes", Status.OK, "blocks of different scopes have different hashes")
@@ -173,15 +176,6 @@ def _model(engine_args: Any) -> Iterator[Finding]:
     yield config_check.prefix_caching(vllm_config, asked)
     yield from config_check.match_unit(vllm_config)
     yield _block_length(vllm_config)
-
-
-def _front_end(parsed: Any) -> Finding:
-    is_rust = os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0")
-    if getattr(parsed, "grpc", False) or is_rust:
-        name = "gRPC" if getattr(parsed, "grpc", False) else "Rust"
-        found = f"vLLM's {name} one reads no markers; prompts are cached with your defaults"
-        return Finding("front end", Status.WARNING, found, "vLLM's API server in Python")
-    return Finding("front end", Status.OK, "vLLM's API server in Python")
 
 
 def _block_length(vllm_config: Any) -> Finding:

@@ -5,7 +5,7 @@ from grafana_foundation_sdk.models.common import StackingMode
 
 from monitoring.panels import Query, Words, graph
 from monitoring.queries import CHOSEN, of, rate, ratio, total
-from vllm_cachescope.metrics import IGNORED_MARKERS, INPUT_COST, PROMPT_TOKENS
+from vllm_cachescope.metrics import IGNORED_MARKERS, INPUT_COST, PROMPT_TOKENS, REFUSED_HINTS
 
 
 def panels() -> list[timeseries.Panel]:
@@ -68,6 +68,19 @@ def panels() -> list[timeseries.Panel]:
                 "None",
             ),
             [Query(total(rate(of(IGNORED_MARKERS, CHOSEN)), "reason"), "{{reason}}")],
+            "short",
+            span=12,
+        ),
+        graph(
+            Words(
+                "Refused plan hints",
+                "Plans that a front end sent in kv_hints and that did not count, per second, by "
+                "reason.",
+                "docs/frontends.md says what each reason means. “untrusted” from a port that "
+                "clients reach is somebody trying to be another organisation.",
+                "None",
+            ),
+            [Query(total(rate(of(REFUSED_HINTS, CHOSEN)), "reason"), "{{reason}}")],
             "short",
             span=12,
         ),

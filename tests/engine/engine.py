@@ -106,6 +106,8 @@ class Ask:
         max_tokens: tokens to generate.
         salt: its `cache_salt`; empty for none.
         adapter: directory of the LoRA adapter to generate with; None for none.
+        session: its `session_id`; None for none.
+        hints: the actions in its `kv_hints`, each with type, version and payload.
     """
 
     tokens: list[int]
@@ -113,6 +115,8 @@ class Ask:
     max_tokens: int = 8
     salt: str = ""
     adapter: Path | None = None
+    session: str | None = None
+    hints: tuple[tuple[str, str, Any], ...] = ()
 
 
 @dataclass(slots=True)
@@ -244,6 +248,8 @@ class Engine:
                 output_kind=RequestOutputKind.CUMULATIVE,
             ),
             lora_request=None if ask.adapter is None else _lora(ask.adapter),
+            session_id=ask.session,
+            kv_hints=_envelope(ask.hints),
         )
         return request_id
 
@@ -349,6 +355,13 @@ class Engine:
             for sample in family.samples
             if sample.name == f"{name}_total" and {*values} <= {*sample.labels.values()}
         )
+
+
+def _envelope(hints: Sequence[tuple[str, str, Any]]) -> Any:
+    from vllm.v1.kv_hints import KvHintAction, KvHintsEnvelope
+
+    actions = [KvHintAction(str(i), *hint) for i, hint in enumerate(hints)]
+    return KvHintsEnvelope("1.0", "message", actions) if actions else None
 
 
 def _lora(directory: Path, **options: Any) -> Any:

@@ -27,9 +27,18 @@ class Client:
 
     def __init__(self) -> None:
         self.given: list[Any] = []
+        self.sessions: list[str | None] = []
 
-    async def generate(self, prompt: Any, params: Any, request_id: str, **options: Any):
+    async def generate(
+        self,
+        prompt: Any,
+        params: Any,
+        request_id: str,
+        session_id: str | None = None,
+        **options: Any,
+    ):
         self.given.append(params)
+        self.sessions.append(session_id)
         yield SimpleNamespace(finished=True, kv_transfer_params=None, num_cached_tokens=0)
 
     encode = generate
@@ -112,3 +121,17 @@ def test_a_plan_stands_alone_whatever_a_client_has_sent() -> None:
         given = SamplingParams(extra_args={"kv_transfer_params": odd})
         sent = with_plan(given, plan, SECRET.encode()).extra_args["kv_transfer_params"]
         assert list(sent) == [PLAN_KEY] and unseal(sent[PLAN_KEY], SECRET.encode()) == plan
+
+
+@pytest.mark.parametrize("given", [None, "vLLM's"])
+async def test_the_engine_learns_of_the_session(client: Client, given: str | None) -> None:
+    prompt = {"type": "embeds", "prompt_embeds": [[0.5]] * 30}
+    token = current_request.set(RequestContext(Caller("name:acme", "s1")))
+    try:
+        _ = [
+            output
+            async for output in client.generate(prompt, SamplingParams(), "1", session_id=given)
+        ]
+    finally:
+        current_request.reset(token)
+    assert client.sessions == [given or "s1"]

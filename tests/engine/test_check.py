@@ -62,7 +62,7 @@ def test_a_model_whose_blocks_are_long(tmp_path: Path) -> None:
     assert status == 0
     assert found["block length"]["status"] == found["front end"]["status"] == "warning"
     assert found["block length"]["found"].startswith("640 tokens: only whole blocks are cached")
-    assert found["front end"]["found"].startswith("vLLM's gRPC one reads no markers")
+    assert found["front end"]["found"].startswith("vLLM's gRPC server; it reads no marks")
 
 
 def test_parts_of_blocks_would_never_expire(tmp_path: Path) -> None:

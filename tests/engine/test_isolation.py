@@ -33,9 +33,10 @@ from tests.engine.engine import (
 from vllm_cachescope.connectors.vllm import shm_regions
 from vllm_cachescope.connectors.vllm.engine import hashing
 from vllm_cachescope.connectors.vllm.engine.adapters import Adapters
+from vllm_cachescope.connectors.vllm.engine.prompt_plans import PlanRules
 from vllm_cachescope.prompt.plan import PLAN_KEY, Plan, seal
 from vllm_cachescope.prompt.segments import RegionDefault
-from vllm_cachescope.tenancy.caller import ANONYMOUS
+from vllm_cachescope.tenancy.caller import ANONYMOUS, CallerDirectory
 from vllm_cachescope.tenancy.scope import Caller, Scope
 
 pytestmark = pytest.mark.engine
@@ -324,7 +325,9 @@ def test_the_connector_refuses_to_run_without_its_hook(engine, monkeypatch, repl
 def test_the_connector_refuses_a_vllm_without_the_function(engine, monkeypatch):
     monkeypatch.delattr(kv_cache_utils, "generate_block_hash_extra_keys")
     with pytest.raises(hashing.HookNotInForce, match="has no"):
-        hashing.enforce(SECRET.encode(), RegionDefault(Scope.ORG, 300), Adapters())
+        secret = SECRET.encode()
+        rules = PlanRules(RegionDefault(Scope.ORG, 300), CallerDirectory(secret, {}, None))
+        hashing.enforce(secret, rules, Adapters())
 
 
 def test_scope_keys_differ_between_secrets(engine):

@@ -8,6 +8,7 @@ from pydantic import ByteSize, Field, SecretStr, model_validator
 
 from vllm_cachescope.config.diffs import DiffSettings
 from vllm_cachescope.config.error import ConfigError
+from vllm_cachescope.config.front_end import FrontEndSettings
 from vllm_cachescope.config.ledger import LedgerSettings
 from vllm_cachescope.config.markers import MarkerPolicy
 from vllm_cachescope.config.quotas import LOCAL_TIERS, OrgQuota, TierQuotas, check_quotas
@@ -52,6 +53,7 @@ class Config(Model):
         global_writers: organisations that may share as ``global``; None for those that are listed,
             or for anyone where none are.
         org_header: header in which a trusted gateway names the organisation; None to trust none.
+        front_end: what is trusted, and shown, where the front end is not our own.
         operator_token: bearer token that lets its holder see and manage every organisation's
             entries at the server's ``/cachescope`` paths; None for nobody.
         operator_token_file: file the token is read from, instead of `operator_token`.
@@ -81,6 +83,7 @@ class Config(Model):
     tenants_file: Path | None = None
     global_writers: tuple[str, ...] | None = None
     org_header: Annotated[str, Field(min_length=1)] | None = None
+    front_end: FrontEndSettings = FrontEndSettings()
     operator_token: Annotated[SecretStr, Field(min_length=MIN_SECRET)] | None = None
     operator_token_file: Path | None = None
     page: Annotated[bool, Field(strict=True)] = False

@@ -13,7 +13,10 @@ ANONYMOUS = "anonymous"
 
 UNLISTED = "unlisted"
 """The account of all organisations that anyone could have made up: those of API keys that neither
-the operator lists nor the server insists on."""
+the operator lists nor the server insists on, and those of salts."""
+
+SALT_TAG = "dynamo-cache-salt:"
+"""What Dynamo writes in front of a tenant that it sends as a salt."""
 
 SESSION_HEADERS = ("x-cachescope-session", "x-session-id", "x-claude-code-session-id")
 """Headers that name the session, first one wins. The second is the one vLLM itself reads."""
@@ -61,7 +64,8 @@ class CallerDirectory:
 
         Whoever may come with as many API keys as they like gains nothing by it.
         """
-        return UNLISTED if org.startswith("key:") and not self._is_closed else org
+        made_up = org.startswith("salt:") or (org.startswith("key:") and not self._is_closed)
+        return UNLISTED if made_up else org
 
     def is_listed(self, org: str) -> bool:
         """Whether ``org`` is an organisation that nobody can make up."""
@@ -83,6 +87,30 @@ class CallerDirectory:
         if self._global_writers is not None:
             return org in self._global_writers
         return self.lists_nobody or (org != ANONYMOUS and self.is_listed(org))
+
+    def of_name(self, name: str) -> str:
+        """Return the id of the organisation that a trusted front end names; see `organisation`.
+
+        Raises:
+            BadRequest: if this is no organisation's name.
+        """
+        return organisation(name, self._names.values(), self._org_header)
+
+    def of_salt(self, salt: str | None, is_trusted: bool = False) -> str:
+        """Return the id of the organisation whose prompts have vLLM's ``cache_salt``; None is that
+        of prompts without one.
+
+        Args:
+            salt: the salt, with or without a router's tag.
+            is_trusted: whether nobody but a trusted front end can choose salts. Otherwise a salt
+                is nobody's but an organisation of its own, whatever its name is.
+        """
+        name = (salt or "").removeprefix(SALT_TAG)
+        if not name:
+            return ANONYMOUS
+        if is_trusted and name != EVERYONE:
+            return self.of_name(name)
+        return f"salt:{name}"
 
     def named(self, name: str) -> list[str]:
         """Return the ids of the organisations that an operator may mean by ``name``; see
@@ -117,7 +145,7 @@ def organisations(name: str, names: Collection[str], org_header: str | None) -> 
         names: the names in the configuration.
         org_header: the gateway's header; None to trust no header.
     """
-    if name in (ANONYMOUS, EVERYONE) or name.startswith(("header:", "name:", "key:")):
+    if name in (ANONYMOUS, EVERYONE) or name.startswith(("header:", "name:", "key:", "salt:")):
         return [name]
     return [
         *([f"name:{name}"] if name in names else ()),

@@ -65,9 +65,9 @@ class OwnerTags:
 
     def prefixes(self, org: str, session: str | None = None) -> Iterator[bytes]:
         """Yield every prefix that `prefix` may return. An organisation of an API key without a name
-        has two: of two servers with one store, one may insist on the key."""
+        has two: of two servers with one store, one may insist on the key. So has one of a salt."""
         yield self.prefix(org, session)
-        if org.startswith("key:"):
+        if org.startswith(("key:", "salt:")):
             yield self.prefix(org, session, is_listed=False)
 
     def _tag(self, *fields: str) -> bytes:

@@ -5,6 +5,7 @@ no response shows it.
 """
 
 import asyncio
+import inspect
 import time
 from collections.abc import AsyncGenerator
 from contextlib import AbstractContextManager, nullcontext
@@ -61,6 +62,7 @@ class Admission:
         media_ids.confine(self._engine.renderer, secret)
         self._block_size: int = self._engine.vllm_config.cache_config.block_size
         self._generate = self._engine.generate
+        self._tells_session = "session_id" in inspect.signature(self._generate).parameters
         self._engine.generate = self.generate
         self._encode = self._engine.encode
         self._engine.encode = self.encode
@@ -97,6 +99,9 @@ class Admission:
             if self._tracer is not None and context is not None and plan is not None:
                 headers = options.get("trace_headers")
                 self._tracer.begin(context, request_id, plan.nonce, headers)
+            if self._tells_session and context is not None:
+                # So that KV events, and routers by them, know sessions that vLLM does not.
+                options["session_id"] = options.get("session_id") or context.caller.session
             counts = OutputCount(sampling_params)
             outputs = self._generate(prompt, sampling_params, request_id, **options)
             try:

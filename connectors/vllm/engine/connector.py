@@ -29,18 +29,20 @@ from vllm.v1.request import Request
 from vllm_cachescope.cache.quotas import read_quotas
 from vllm_cachescope.config import Config
 from vllm_cachescope.connectors.vllm import config_check, engine_rpc
-from vllm_cachescope.connectors.vllm.engine import adapters, hashing
+from vllm_cachescope.connectors.vllm.engine import adapters, exporter, hashing, idle_sweep
 from vllm_cachescope.connectors.vllm.engine.adapters import Adapters
 from vllm_cachescope.connectors.vllm.engine.block_layout import read_layout
 from vllm_cachescope.connectors.vllm.engine.gauges import Gauges
 from vllm_cachescope.connectors.vllm.engine.health import TierInfo
 from vllm_cachescope.connectors.vllm.engine.held_stats import HeldStats
+from vllm_cachescope.connectors.vllm.engine.idle_sweep import IdleSweep
 from vllm_cachescope.connectors.vllm.engine.offloading import (
     for_offloading,
     region_path,
     release_region,
 )
 from vllm_cachescope.connectors.vllm.engine.promotions import Promotions
+from vllm_cachescope.connectors.vllm.engine.prompt_plans import PlanRules
 from vllm_cachescope.connectors.vllm.engine.scheduler import (
     CacheScopeConnectorScheduler,
     EngineSettings,
@@ -59,7 +61,6 @@ from vllm_cachescope.connectors.vllm.versions import warn_if_untried
 from vllm_cachescope.logs import logger_of
 from vllm_cachescope.metrics import PROMOTION_WAIT_SECONDS
 from vllm_cachescope.prompt.plan import PLAN_KEY
-from vllm_cachescope.prompt.request import Region
 from vllm_cachescope.registration import TotalCounter, TotalHistogram
 from vllm_cachescope.tenancy.org_labels import OrgLabels
 from vllm_cachescope.tiers.fleet_purges import Announcement, FleetPurges
@@ -78,6 +79,7 @@ class CacheScopeConnector(OffloadingConnector):
     """Named in ``--kv-transfer-config``; vLLM makes one in the scheduler and one in each worker.
 
     Attributes:
+        idle_sweep: says when the engine sweeps by itself; only in the scheduler.
         cachescope: our side in the scheduler, as ``connector_scheduler`` is vLLM's. It is there
             from `bind_kv_cache_manager` on, and only in the scheduler.
     """
@@ -94,9 +96,12 @@ class CacheScopeConnector(OffloadingConnector):
             return
         warn_if_untried(vllm.__version__)
         self._adapters = Adapters()
-        hashing.enforce(config.secret_bytes(), config.regions.of(Region.MESSAGES), self._adapters)
+        secret = config.secret_bytes()
+        hashing.enforce(secret, PlanRules.of(config, secret), self._adapters)
         engine_rpc.install()
         adapters.install()
+        idle_sweep.install(config.sweep_interval)
+        self.idle_sweep = IdleSweep(config.sweep_interval)
         assert self.connector_scheduler is not None
         offload = self.connector_scheduler.config
         strides = self._offloading.primary_tier.get_kv_memoryview().strides
@@ -121,6 +126,14 @@ class CacheScopeConnector(OffloadingConnector):
         )
         self._queue = PromotionQueue(config.cpu_wait, config.cpu_wait_share)
         self._stats = HeldStats(time.monotonic)
+        port = config.front_end.metrics_port
+        self._exporter = port and exporter.start(
+            config.front_end.metrics_host,
+            port,
+            str(vllm_config.model_config.served_model_name),
+            self._settings.rank,
+            self._settings.org_labels.are_wanted,
+        )
         # Whether the metrics do not show yet what an idle engine has dropped, or noticed.
         self._has_news = False
         self._purges: FIFOCache[str, dict[str, Purge]] = FIFOCache(MAX_PURGES)
@@ -142,6 +155,8 @@ class CacheScopeConnector(OffloadingConnector):
     def shutdown(self) -> None:
         super().shutdown()
         if self.connector_scheduler is not None:
+            if self._exporter:
+                self._exporter.close()
             release_region(self.connector_scheduler.manager)
         if self.connector_worker is not None:
             release_region(self.connector_worker.worker)
@@ -250,6 +265,9 @@ class CacheScopeConnector(OffloadingConnector):
         return self._events.take()
 
     def has_pending_push_work(self) -> bool:
+        # vLLM asks between two steps, whenever it wants to know whether there is work.
+        if self.idle_sweep.is_due:
+            self.command_sweep()
         # One step more, so that the metrics show what an idle engine has dropped or noticed.
         return self._has_news or super().has_pending_push_work()
 
@@ -270,6 +288,8 @@ class CacheScopeConnector(OffloadingConnector):
         move_remote_counts(self.cachescope.remotes, stats)
         move_observations(self._promotions.take_waits(), PROMOTION_WAIT_SECONDS, stats)
         self._gauges.report_to(stats)
+        if self._exporter:
+            self._exporter.add(stats.data)
         return None if stats.is_empty() else stats
 
     @classmethod
@@ -390,6 +410,7 @@ class CacheScopeConnector(OffloadingConnector):
 
     def command_sweep(self) -> int:
         """Drop everything that has expired; return how many entries."""
+        self.idle_sweep.note()
         expired = self.cachescope.sweep()
         self._has_news |= self._gauges.sweep() or expired > 0 or self._events.waiting
         return expired

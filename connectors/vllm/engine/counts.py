@@ -25,6 +25,7 @@ from vllm_cachescope.metrics import (
     PROMOTIONS,
     PROMPT_TOKENS,
     QUERY_TOKENS,
+    REFUSED_HINTS,
     REFUSED_PLANS,
     REQUESTS,
     SHARE_BUCKETS,
@@ -59,6 +60,7 @@ class Counts:
         promotions: chunks that were brought nearer, by the tiers they came from and went to.
         pressure: evictions by the organisations that suffered and caused them.
         refused_plans: prompts that came with a plan that is not genuine.
+        refused_hints: prompts whose hint of a plan did not count, by reason.
     """
 
     multipliers: Multipliers = field(default_factory=Multipliers)
@@ -72,6 +74,7 @@ class Counts:
     idle: Observations = field(default_factory=lambda: Observations(SHARE_BUCKETS))
     promotions: Counter[tuple[str, str]] = field(default_factory=Counter)
     refused_plans: int = 0
+    refused_hints: Counter[str] = field(default_factory=Counter)
     _is_new: bool = True
 
     def add_report(self, report: Report, org: Org) -> None:
@@ -141,6 +144,8 @@ class Counts:
             stats.increase_counter(EARLY_EVICTIONS.name, entries, labels)
         for tiers, chunks in self.promotions.items():
             stats.increase_counter(PROMOTIONS.name, chunks, tiers)
+        for reason, prompts in self.refused_hints.items():
+            stats.increase_counter(REFUSED_HINTS.name, prompts, (reason,))
         if self.refused_plans or self._is_new:
             # A counter that is not there before it counts looks to Prometheus as if it never rose.
             stats.increase_counter(REFUSED_PLANS.name, self.refused_plans)
@@ -150,6 +155,7 @@ class Counts:
         move_observations(self.idle, EVICTION_IDLE, stats)
         for counts in (self.requests, self.saved_s, self.evictions, self.early, self.promotions):
             counts.clear()
+        self.refused_hints.clear()
         self.refused_plans = 0
 
     def _move_tokens(self, stats: OffloadingConnectorStats) -> None:

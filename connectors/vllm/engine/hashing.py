@@ -18,10 +18,11 @@ from vllm.v1.core import kv_cache_utils
 from vllm.v1.request import Request
 
 from vllm_cachescope.connectors.vllm.engine.adapters import Adapters, is_unknown
-from vllm_cachescope.connectors.vllm.engine.prompt_plans import PromptPlans
+from vllm_cachescope.connectors.vllm.engine.prompt_plans import PlanRules, PromptPlans
 from vllm_cachescope.prompt.plan import PLAN_KEY, Plan, Span, seal
+from vllm_cachescope.prompt.plan_hint import Refusal
 from vllm_cachescope.prompt.segments import RegionDefault
-from vllm_cachescope.tenancy.caller import ANONYMOUS
+from vllm_cachescope.tenancy.caller import ANONYMOUS, CallerDirectory
 from vllm_cachescope.tenancy.scope import Caller, Scope, ScopeKeys
 
 _HOOKED = "generate_block_hash_extra_keys"
@@ -76,11 +77,21 @@ def plan_of(request: Request) -> Plan:
     plan = getattr(request, "cachescope_plan", None)
     if plan is None:
         assert _plans is not None
-        plan = _plans.of(request)
+        found = _plans.of(request)
+        plan = found.plan
         if is_unknown(adapter_of(request)):
             plan = plan.uncovered()
         request.cachescope_plan = plan  # type: ignore[attr-defined]
+        request.cachescope_refusal = found.refusal  # type: ignore[attr-defined]
     return plan
+
+
+def refusal_of(request: Request) -> Refusal | None:
+    """Return why the hint of a plan that came with a request does not count; None if it does, or
+    none came."""
+    plan_of(request)
+    refusal: Refusal | None = request.cachescope_refusal  # type: ignore[attr-defined]
+    return refusal
 
 
 def adapter_of(request: Request) -> str | None:
@@ -96,12 +107,12 @@ def adapter_of(request: Request) -> str | None:
     return adapter
 
 
-def enforce(secret: bytes, default: RegionDefault, adapters: Adapters) -> None:
+def enforce(secret: bytes, rules: PlanRules, adapters: Adapters) -> None:
     """Have every block hash in this process carry a scope key from here on.
 
     Args:
         secret: key of the scope keys and of the plans' MACs.
-        default: scope and TTL of prompts that come without a plan.
+        rules: what becomes of prompts that come without a plan.
         adapters: the engine's LoRA adapters.
 
     Raises:
@@ -111,7 +122,8 @@ def enforce(secret: bytes, default: RegionDefault, adapters: Adapters) -> None:
     global _plans, _adapters
     install()
     # Of a scope that the probes below tell from others, whatever the operator's default is.
-    _plans = PromptPlans(secret, RegionDefault(Scope.ORG, 300))
+    probed = PlanRules(RegionDefault(Scope.ORG, 300), CallerDirectory(secret, {}, None))
+    _plans = PromptPlans(secret, probed)
     keys = ScopeKeys(secret)
 
     def carried(caller: Caller, *cuts: tuple[int, Scope]) -> dict[str, Any]:
@@ -138,7 +150,7 @@ def enforce(secret: bytes, default: RegionDefault, adapters: Adapters) -> None:
             "or this vLLM hashes blocks in another way. Refusing to start, since tenants would "
             "share blocks."
         )
-    _plans, _adapters = PromptPlans(secret, default), adapters
+    _plans, _adapters = PromptPlans(secret, rules), adapters
 
 
 def digest(settings: Mapping[str, Any]) -> str:

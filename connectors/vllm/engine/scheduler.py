@@ -134,6 +134,8 @@ class CacheScopeConnectorScheduler(TierParent):
         plan = hashing.plan_of(request)
         if not plan.nonce and carries_plan(request):
             self.counts.refused_plans += 1
+        if (refusal := hashing.refusal_of(request)) is not None:
+            self.counts.refused_hints[refusal.value] += 1
         offload_covered(request, plan)
         self._prompts.add(request, plan, hashing.adapter_of(request))
         self._note_change(plan)

@@ -26,7 +26,9 @@ from vllm_cachescope.metrics import (
 from vllm_cachescope.observations import Observations
 from vllm_cachescope.registration import TotalHistogram
 
-_SUM = "sum"
+SUM = "sum"
+"""Stands where a bucket's number would, for the sum of what was observed."""
+
 _HISTOGRAMS = {metric.name: metric for metric in ENGINE_METRICS if metric.kind == "histogram"}
 _PREFIX = "cachescope_"
 _COPIES = {
@@ -53,7 +55,7 @@ def move_observations(
     for labels, counts, total in observations.take():
         for bucket, times in counts.items():
             stats.increase_counter(metric.name, times, (*labels, str(bucket)))
-        stats.increase_counter(metric.name, total, (*labels, _SUM))
+        stats.increase_counter(metric.name, total, (*labels, SUM))
 
 
 def add_copies(stats: OffloadingConnectorStats) -> None:
@@ -105,8 +107,8 @@ class ScopePromMetrics(OffloadPromMetrics):
         *labels, what = labelvalues
         shown: Any = self._get_prometheus_metric(metric_name, tuple(labels), engine_idx)
         if isinstance(shown, TotalHistogram):
-            shown.add({}, value) if what == _SUM else shown.add({int(what): int(value)}, 0.0)
-        elif what != _SUM:
+            shown.add({}, value) if what == SUM else shown.add({int(what): int(value)}, 0.0)
+        elif what != SUM:
             # One of Ray's, which takes single observations and knows no sums of them.
             bounds = _HISTOGRAMS[metric_name].buckets
             for _ in range(int(value)):

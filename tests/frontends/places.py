@@ -1,0 +1,30 @@
+"""Where `scripts/frontends.sh` has put the front ends, and how they are started."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.engine.server import MODEL, ONE_PROCESS, ROOT, plugin
+
+FRONT_ENDS = ROOT / ".cache" / "frontends"
+RUST, GRPC = FRONT_ENDS / "vllm-rs", FRONT_ENDS / "grpc" / "bin" / "python"
+DYNAMO = FRONT_ENDS / "dynamo" / "bin" / "python"
+
+
+def needs(program: Path) -> pytest.MarkDecorator:
+    """Return a mark that skips tests where ``program`` is not installed."""
+    return pytest.mark.skipif(
+        not program.exists(), reason=f"needs {program.name}: run scripts/frontends.sh"
+    )
+
+
+def options(model: Path, *further: str, **config: object) -> list[str]:
+    """Return what ``vllm serve`` is given in these tests, with the plugin; see `plugin`."""
+    return [
+        *("--model", str(model), "--served-model-name", MODEL),
+        *("--dtype", "float32", "--enforce-eager", "--max-model-len", "4096"),
+        *("--num-gpu-blocks-override", "40", "--max-num-seqs", "8"),
+        *ONE_PROCESS,
+        *plugin(**config),
+        *further,
+    ]
