@@ -54,6 +54,17 @@ def _read(raw: bytes, protocol: Protocol, config: Config) -> IncomingBody | None
     fields = decode(raw)
     if not isinstance(fields, dict):
         return None
+    return incoming_of(fields, protocol, config, len(raw) >= LARGE_BYTES)
+
+
+def incoming_of(
+    fields: dict[str, Any], protocol: Protocol, config: Config, is_large: bool
+) -> IncomingBody:
+    """Return the body whose JSON object is ``fields``.
+
+    Raises:
+        BadRequest: for a marker that is refused.
+    """
     request = READERS[protocol](
         fields,
         config.allowed_ttls,
@@ -64,4 +75,4 @@ def _read(raw: bytes, protocol: Protocol, config: Config) -> IncomingBody | None
     if request.prewarm:
         forwarded = one_token_body(forwarded)
     encoded = None if forwarded is fields else encode(forwarded)
-    return IncomingBody(fields, request, forwarded, encoded, len(raw) >= LARGE_BYTES)
+    return IncomingBody(fields, request, forwarded, encoded, is_large)

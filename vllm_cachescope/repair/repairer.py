@@ -12,7 +12,12 @@ from vllm_cachescope.repair.forms import Forms
 from vllm_cachescope.repair.heads import CannotMove, Heads
 from vllm_cachescope.repair.parameters import mend_parameters
 from vllm_cachescope.repair.repair import Repair, RepairKind
-from vllm_cachescope.repair.session_memory import Lessons, SessionMemory, SessionState
+from vllm_cachescope.repair.session_memory import (
+    REFUSED,
+    Lessons,
+    SessionMemory,
+    SessionState,
+)
 from vllm_cachescope.repair.tool_order import identities, in_order
 from vllm_cachescope.tenancy.scope import Caller
 from vllm_cachescope.tenancy.shares import AccountOf, own_account
@@ -92,6 +97,8 @@ class _Mender:
         self, memory: SessionMemory, caller: Caller, protocol: Protocol, fields: dict[str, Any]
     ) -> Mended:
         choice, state, lessons = self.choice, memory.state(caller), memory.lessons(caller)
+        if REFUSED in state.values:
+            return Mended(fields, (), lessons)
         body = EditableBody(editable(fields), protocol)
         forms = Forms(state, lessons, partial(memory.text, caller))
         found: list[Repair] = []

@@ -24,6 +24,9 @@ MAX_FORMS = 8192
 MAX_VALUES = 256
 """Other first values of a session."""
 
+REFUSED = "refused"
+"""The value of a session of which nothing is put right any more."""
+
 _ENTRY = 160  # bytes that an entry of a dictionary takes besides its text
 
 
@@ -72,6 +75,10 @@ class Lessons:
     texts: dict[bytes, bytes] = field(default_factory=dict)
     values: dict[str, bytes] = field(default_factory=dict)
     is_void: bool = False
+
+    def refuse(self) -> None:
+        """Have it remembered that the server refuses what is put right in the session."""
+        self.values[REFUSED] = b"1"
 
 
 @dataclass(frozen=True, slots=True)
