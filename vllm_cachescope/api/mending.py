@@ -20,6 +20,7 @@ from vllm_cachescope.registration import counter
 from vllm_cachescope.repair.repairer import Repairer
 from vllm_cachescope.repair.session_memory import Lessons
 from vllm_cachescope.tenancy.scope import Caller
+from vllm_cachescope.wire.body import encode
 
 logger = logger_of(__name__)
 
@@ -104,6 +105,8 @@ class Mender:
         served = incoming_of(mended.fields, protocol, self._config, body.is_large)
         if not is_global:
             served = replace(served, request=without_global(served.request))
+        if served.raw is None:  # It is not what came.
+            served = replace(served, raw=encode(served.forwarded))
         return Mending(served, client, mended.lessons)
 
     def unmended(self, mending: Mending, body: IncomingBody) -> Mending:
