@@ -1,7 +1,6 @@
 """What is put right in requests, on a real server: the model is given the repaired prompt and no
 other, the reply says so, and the prefix is read."""
 
-import copy
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ PATHS = {
     Protocol.RESPONSES: "/v1/responses",
 }
 BY_HAND = "key of one who repairs by hand"
+UNREPAIRED = "key of one who repairs nothing"
 
 Body = dict[str, Any]
 
@@ -36,8 +36,8 @@ def schema() -> Body:
     }
 
 
-def tool(protocol: Protocol, name: str) -> Body:
-    about = text(f"tool {name}", 60)
+def tool(protocol: Protocol, name: str, seed: str) -> Body:
+    about = text(f"{seed} tool {name}", 60)
     if protocol is Protocol.MESSAGES:
         return {"name": name, "description": about, "input_schema": schema()}
     function = {"name": name, "description": about, "parameters": schema()}
@@ -74,20 +74,19 @@ def called(protocol: Protocol, arguments: Body) -> list[Body]:
     ]
 
 
-def request(protocol: Protocol, head: str = "") -> Body:
+def request(protocol: Protocol, seed: str) -> Body:
     """Return an agent's request: three tools, a system prompt, a call and a question."""
-    question = text("question", 40)
     given = {
         "model": MODEL,
         "temperature": 0,
-        "tools": [tool(protocol, name) for name in ("alpha", "beta", "gamma")],
+        "tools": [tool(protocol, name, seed) for name in ("alpha", "beta", "gamma")],
     }
     turns = [
-        {"role": "user", "content": text("begin", 200)},
+        {"role": "user", "content": text(f"{seed} begin", 200)},
         *called(protocol, {"path": "a", "mode": "r"}),
-        {"role": "user", "content": question},
+        {"role": "user", "content": text(f"{seed} question", 40)},
     ]
-    system = head + text("system", 100)
+    system = text(f"{seed} system", 100)
     if protocol is Protocol.MESSAGES:
         block = {"type": "text", "text": system, "cache_control": EPHEMERAL}
         return {**given, "max_tokens": 8, "system": [block], "messages": turns}
@@ -175,7 +174,8 @@ class Case:
 
 CASES = {
     "order": Case(RepairKind.TOOLS, nothing, shuffled, nothing, "tools_reordered at tools[0]"),
-    "form": Case(RepairKind.JSON, nothing, respelled, nothing, "tool_keys_reordered at tools[0]"),
+    # The order of `required` is a change to diagnosis.
+    "form": Case(RepairKind.JSON, nothing, respelled, nothing, "tool_changed at tools[0]"),
     "field": Case(RepairKind.FIELD, nothing, with_defaults, nothing, "tool_changed at tools[0]"),
     "held": Case(
         RepairKind.HEAD,
@@ -195,11 +195,9 @@ CASES = {
 
 
 def made(protocol: Protocol, edit: Callable[[Body], None], streamed: bool, name: str) -> Body:
-    """Return a request, edited, that goes to nobody else's prefix."""
-    body = copy.deepcopy(request(protocol))
+    """Return a request, edited, with texts that no other test has."""
+    body = request(protocol, name)
     edit(body)
-    for turn in turns_of(body)[:1]:
-        turn["content"] = f"{name} {turn['content']}"
     if protocol is Protocol.CHAT:
         body["return_token_ids"] = True
         if streamed:
@@ -259,7 +257,8 @@ def test_the_answer_is_that_of_the_prompt_repaired_by_hand(
     asked(api, REPAIRED_KEY, protocol, made(protocol, kind.first, streamed, name), name)
     found = asked(api, REPAIRED_KEY, protocol, made(protocol, kind.second, streamed, name), name)
     hand = asked(api, BY_HAND, protocol, made(protocol, kind.by_hand, streamed, name), name)
-    unrepaired = asked(api, BY_HAND, protocol, made(protocol, kind.second, streamed, name), name)
+    asked(api, UNREPAIRED, protocol, made(protocol, kind.first, streamed, name), name)
+    unrepaired = asked(api, UNREPAIRED, protocol, made(protocol, kind.second, streamed, name), name)
 
     assert found.said == hand.said != ""
     assert found.prompt == hand.prompt
