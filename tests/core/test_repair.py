@@ -5,6 +5,7 @@ import json
 import random
 import time
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,13 +15,20 @@ from prometheus_client import CollectorRegistry
 from starlette.types import Message, Receive, Scope, Send
 
 from tests.core.test_middleware import Nothing
+from vllm_cachescope.api.client_request import ClientRequest
+from vllm_cachescope.api.diagnoser import Diagnoser
 from vllm_cachescope.api.middleware import CacheScopeMiddleware
 from vllm_cachescope.api.services import Server
+from vllm_cachescope.cache.report import EngineId, Report, Row
+from vllm_cachescope.cli import main
 from vllm_cachescope.config import Config, ConfigError, load
+from vllm_cachescope.diagnosis.outcome import Diagnosis
 from vllm_cachescope.prompt.request import Protocol
 from vllm_cachescope.repair.repairer import Mended, Repairer
 from vllm_cachescope.repair.spelling import tool_in_any_spelling
 from vllm_cachescope.tenancy.scope import Caller
+from vllm_cachescope.tenancy.scope import Scope as CacheScope
+from vllm_cachescope.wire import READERS
 
 ME = Caller("acme", "s")
 MARK = {"cache_control": {"type": "ephemeral"}}
@@ -425,6 +433,135 @@ def test_a_repair_changes_spellings_and_places_and_nothing_else(
         assert json.dumps(message["content"][0]["input"]) == json.dumps(
             earlier["content"][0]["input"]
         )
+
+
+SAVED = "cachescope_repaired_tokens_total"
+
+
+class Diagnosed(Session):
+    """A session whose requests are diagnosed, of which everything is read that is as it was."""
+
+    def __init__(self, **repair: Any) -> None:
+        super().__init__(**repair)
+        self.registry = CollectorRegistry()
+        self.diagnoser = Diagnoser(
+            b"sixteen bytes or so", 16, lambda: 0.0, lambda: 5.0, registry=self.registry
+        )
+
+    def diagnosed(self, given: dict[str, Any], read: int, prompt: int) -> Diagnosis:
+        mended = self.asks(given)
+        reader = READERS[Protocol.MESSAGES]
+        client = ClientRequest(reader(given, (300,)), given, mended.repairs)
+        rows = (
+            Row("read_device", CacheScope.ORG, 300, read),
+            Row("created", CacheScope.ORG, 300, prompt - read),
+        )
+        reports = {"nonce": Report(rows, engine=EngineId(0, "epoch"))}
+        request = reader(mended.fields, (300,))
+        pending = self.diagnoser.open(ME, request, mended.fields, {}, reports, client=client)
+        self.diagnoser.close(pending, reports.values(), "id")
+        return pending.diagnosis
+
+    def counted(self, name: str, kind: str) -> float:
+        labels = {"model_name": "", "engine": "0", "kind": kind}
+        return self.registry.get_sample_value(name, labels) or 0.0
+
+
+def test_a_client_that_changes_once_and_stays_there_saves_once() -> None:
+    session = Diagnosed(tools_order=True)
+    texts = ["word " * 200, "other " * 200, "more " * 200]
+    tools = [tool(name, description=text) for name, text in zip("abc", texts, strict=True)]
+    swapped = [tools[i] for i in (2, 1, 0)]
+    assert session.diagnosed(body(*tools), 0, 800).repaired == ()
+    for turn, saves in enumerate((True, False)):
+        found = session.diagnosed(body(*swapped), 784, 800)
+        # It was put right, and so it is no break.
+        assert not found.kind.is_break and found.expected and not found.missed_tokens
+        (repair,) = found.repaired
+        assert repair.saved_tokens == (784 if saves else 0)
+        assert repair.change.startswith("tools_reordered at tools[0]") == saves
+        assert found.to_dict()["repaired"] == [repair.to_dict()]
+        assert session.counted("cachescope_repairs_total", "tools_order") == turn + 1
+        assert session.counted(SAVED, "tools_order") == 784
+    assert session.diagnoser.breaks.recent(None) == []
+    # Back to the first order: unrepaired it would be another change.
+    assert session.diagnosed(body(*tools), 784, 800).repaired == ()
+
+
+def test_what_is_saved_counts_for_the_repair_that_stands_first() -> None:
+    session = Diagnosed(**EVERYTHING)
+    long = "word " * 400
+    first = body(tool("a", description=long), tool("b"), system="Nonce: a\n" + long)
+    session.diagnosed(first, 0, 1000)
+    second = body(tool("b"), tool("a", description=long), system="Nonce: b\n" + long)
+    repaired = {one.kind: one for one in session.diagnosed(second, 992, 1000).repaired}
+    assert {kind.value: one.saved_tokens for kind, one in repaired.items()} == {
+        "tools_order": 992,
+        "volatile_head": 0,
+    }
+    assert {one.change.partition(" ")[0] for one in repaired.values()} == {
+        "tools_reordered",
+        "system_changed",
+    }
+    # Of a session that was purged nothing is known that anything could have been saved of.
+    session.diagnoser.purge("acme", "s")
+    assert {one.saved_tokens for one in session.diagnosed(second, 992, 1000).repaired} == {0}
+
+
+def test_what_broke_all_the_same_is_still_a_break() -> None:
+    session = Diagnosed(tools_order=True)
+    long = "word " * 400
+    session.diagnosed(body(tool("a"), tool("b"), system=long), 0, 600)
+    found = session.diagnosed(body(tool("b"), tool("a"), system="New. " + long), 0, 600)
+    assert (found.kind, found.expected) == ("system_changed", False)
+    assert [one.saved_tokens for one in found.repaired] == [0]
+    (seen,) = session.diagnoser.breaks.recent(None)
+    assert seen.to_dict()["repaired"][0]["kind"] == "tools_order"
+
+
+def test_explain_says_what_repairs_would_have_saved(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = "word " * 300
+    tools = [tool(name, description=name + long) for name in "abc"]
+    lines, turns = [], []
+    for turn in range(5):
+        turns.append({"role": "user", "content": f"{turn} {long}"})
+        system = f"Nonce: {turn:04x}\nYou help."
+        given = body(*tools[turn % 3 :], *tools[: turn % 3], system=system)
+        given |= {"model": "m", "messages": list(turns)}
+        lines.append(json.dumps({"session_id": "s", "timestamp": 1.7e9 + turn, "body": given}))
+        turns.append({"role": "assistant", "content": f"answer {turn}"})
+    path, config = tmp_path / "calls.jsonl", tmp_path / "cachescope.yaml"
+    path.write_text("\n".join(lines))
+    config.write_text(json.dumps({"repair": {"tools_order": True, "volatile_head": HEADS[:1]}}))
+
+    def tried(*options: str) -> Any:
+        assert main.main(["explain", str(path), "--json", *options]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    plain = tried()
+    assert "repairs" not in plain
+    alone = tried("--repair")["repairs"]
+    assert alone["reusable_tokens"] == plain["reusable_tokens"]
+    assert set(alone["kinds"]) == {"tools_order", "json_form", "latched_field", "all"}
+    assert alone["kinds"]["tools_order"]["requests"] == 3
+    assert alone["kinds"]["json_form"] == {"requests": 0, "saved_tokens": 0}
+    both = tried("--repair-config", str(config))["repairs"]["kinds"]
+    assert set(both) == {"tools_order", "volatile_head", "all"}
+    # All but the first prompt and what is new in each of the others.
+    assert both["all"]["saved_tokens"] > 2 * both["tools_order"]["saved_tokens"] > 0
+    # As much as a log has that was repaired in this way before it was recorded.
+    session = Session(tools_order=True, volatile_head=HEADS[:1])
+    repaired = [json.loads(line) for line in lines]
+    for record in repaired:
+        record["body"] = session.asks(record["body"]).fields
+    path.write_text("\n".join(map(json.dumps, repaired)))
+    after = tried()["reusable_tokens"]
+    assert both["all"]["saved_tokens"] == after - plain["reusable_tokens"]
+    config.write_text("{}")
+    assert main.main(["explain", str(path), "--repair-config", str(config)]) == 2
+    assert "puts nothing right" in capsys.readouterr().err
 
 
 class Front(CacheScopeMiddleware):

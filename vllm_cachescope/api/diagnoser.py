@@ -9,6 +9,7 @@ from typing import Any
 from prometheus_client import REGISTRY, CollectorRegistry
 
 from vllm_cachescope.api.break_log import Break, BreakLog
+from vllm_cachescope.api.client_request import ClientRequest
 from vllm_cachescope.api.diagnostics import (
     anthropic_diagnostics,
     openai_diagnostics,
@@ -39,23 +40,6 @@ from vllm_cachescope.tenancy.org_labels import NO_ORG_LABELS, OrgLabels
 from vllm_cachescope.tenancy.scope import Caller
 from vllm_cachescope.tenancy.shares import AccountOf, own_account
 from vllm_cachescope.wire.extras import extra_fields
-
-
-@dataclass(frozen=True, slots=True)
-class ClientRequest:
-    """A request that may be repaired, as its client sent it.
-
-    Attributes:
-        request: the request.
-        body: its body.
-        repairs: what was put right in it; nothing if it is served as it came.
-        fingerprint: its fingerprint, if it was made on another thread; None to make it.
-    """
-
-    request: PromptRequest
-    body: Mapping[str, Any]
-    repairs: tuple[Repair, ...] = ()
-    fingerprint: Fingerprint | None = None
 
 
 @dataclass(slots=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from prometheus_client import CollectorRegistry
 from starlette.types import Message, Send
 
-from vllm_cachescope.api.diagnoser import ClientRequest
+from vllm_cachescope.api.client_request import ClientRequest
 from vllm_cachescope.api.incoming_body import IncomingBody, incoming_of
 from vllm_cachescope.config import Config
 from vllm_cachescope.errors import BadRequest
