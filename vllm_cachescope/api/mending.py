@@ -27,6 +27,9 @@ logger = logger_of(__name__)
 REPAIR_HEADER = "x-cachescope-repair"
 """A client that sends ``off`` here has its request served as it is."""
 
+_MANY_PARTS = 200
+"""Parts from which on a body is repaired on a thread of its own: spelling 300 calls takes 30 ms."""
+
 _REFUSALS = (400, 422, 500)
 """Statuses with which a server may answer what it would have taken unrepaired."""
 
@@ -87,7 +90,7 @@ class Mender:
         if not self._repairer.is_on(caller, protocol) or not wants_repair(headers):
             return Mending(body)
         try:
-            if body.is_large:
+            if body.is_large or len(body.request.parts) > _MANY_PARTS:
                 return await asyncio.to_thread(self._mend, caller, protocol, body, is_global)
             return self._mend(caller, protocol, body, is_global)
         except Exception:

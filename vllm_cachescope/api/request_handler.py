@@ -37,6 +37,8 @@ logger = logger_of(__name__)
 USAGE_HEADER = "x-cachescope-usage"
 """A client that sends ``tiers`` here is told in its usage how many tokens each tier had."""
 
+_PUT_OFF_S = 0.02
+
 
 class RequestHandler:
     """Serves the requests of one server.
@@ -161,7 +163,8 @@ class RequestHandler:
         # some milliseconds, which the first token of other requests need not wait for.
         pending = None
         if body.request.diagnose or mending.is_repaired:
-            await self._queue.done(caller)
+            # A client that hears only what was repaired is not kept waiting for what is put off.
+            await self._queue.done(caller, None if body.request.diagnose else _PUT_OFF_S)
             pending = await self._open(context, mending, headers)
         stream_prewarm = body.request.prewarm and body.fields.get("stream") is True
         trial = Trial(send, mending.is_repaired, partial(self.services.mender.learn, mending))
