@@ -81,7 +81,7 @@ class Unrepaired:
             readable = round(shared * prompt_tokens / estimate)
             readable = min(readable, prompt_tokens)
             saved = max(0, read_tokens - readable + readable % block_tokens)
-        first = earliest(self.repairs)
+        first = earliest(self.repairs, tools_behind_system)
         return tuple(
             replace(repair, saved_tokens=saved if repair is first else 0) for repair in self.repairs
         )

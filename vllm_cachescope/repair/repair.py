@@ -43,17 +43,25 @@ class Repair:
         }
 
 
-def earliest(repairs: tuple[Repair, ...]) -> Repair:
-    """Return the repair that stands first in the prompt: without it nothing behind it is read."""
-    return min(repairs, key=lambda repair: _place(repair.path))
+def earliest(repairs: tuple[Repair, ...], tools_behind_system: bool = False) -> Repair:
+    """Return the repair that stands first in the prompt: without it nothing behind it is read.
+
+    Args:
+        repairs: the repairs.
+        tools_behind_system: whether the prompt has its tools behind the system prompt.
+    """
+
+    def place(repair: Repair) -> tuple[int, int]:
+        name, _, rest = repair.path.partition("[")
+        if name == "tools" and tools_behind_system:
+            return _BEHIND_SYSTEM
+        digits = rest.partition("]")[0]
+        index = int(digits) if digits.isdecimal() else 0
+        if repair.kind is RepairKind.HEAD:
+            return 2, index
+        return (1 if name == "tools" else 0 if repair.kind is RepairKind.FIELD else 4, index)
+
+    return min(repairs, key=place)
 
 
-def _place(path: str) -> tuple[int, int]:
-    name, _, rest = path.partition("[")
-    digits = rest.partition("]")[0]
-    index = int(digits) if digits.isdecimal() else 0
-    return (_REGIONS.get(name, 3 if index else 2), index)
-
-
-# A template's parameters come first; `messages[0]` is a system prompt or stands right behind it.
-_REGIONS = {"chat_template_kwargs": 0, "tools": 1, "system": 2, "instructions": 2}
+_BEHIND_SYSTEM = 3, 0
