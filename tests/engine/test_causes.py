@@ -229,7 +229,7 @@ DATED = """\
 """A chat template that has the date in front, and refuses what a repair may move."""
 
 
-def chat(api: Api, key: str, name: str, system: str, **fields: object) -> dict:
+def dated(api: Api, key: str, name: str, system: str, **fields: object) -> dict:
     messages = [{"role": "system", "content": system}, {"role": "user", "content": text(name, 300)}]
     asked = {"model": MODEL, "max_tokens": 2, "return_token_ids": True, "messages": messages}
     answer = api.post("/v1/chat/completions", asked | fields, key, **session(name))
@@ -240,7 +240,7 @@ def chat(api: Api, key: str, name: str, system: str, **fields: object) -> dict:
 def test_a_parameter_of_the_template_is_latched(small: Api) -> None:
     def ask(key: str, *days: str | None) -> list[dict]:
         return [
-            chat(
+            dated(
                 small,
                 key,
                 "dated",
@@ -271,7 +271,7 @@ def test_what_a_template_refuses_repaired_is_served_unrepaired(small: Api) -> No
 
     before = counted()
     for _ in range(2):
-        found = chat(small, REPAIRED_KEY, "refused", "Now: noon\nYou help.", chat_template=DATED)
+        found = dated(small, REPAIRED_KEY, "refused", "Now: noon\nYou help.", chat_template=DATED)
         assert "prompt_repairs" not in found["usage"]
     after = counted()
     assert after[0] == before[0]
