@@ -30,6 +30,9 @@ REPAIR_HEADER = "x-cachescope-repair"
 _MANY_PARTS = 200
 """Parts from which on a body is repaired on a thread of its own: spelling 300 calls takes 30 ms."""
 
+_MANY_TEXTS = 50
+"""First spellings from which on they are kept on a thread of their own: packing 360 takes 10 ms."""
+
 _REFUSALS = (400, 422, 500)
 """Statuses with which a server may answer what it would have taken unrepaired."""
 
@@ -122,12 +125,20 @@ class Mender:
 
     def learn(self, mending: Mending) -> None:
         """Remember what an accepted request was the first of its session to say. Never raises."""
-        if mending.lessons is not None:
-            try:
-                self._repairer.learn(mending.lessons)
-            except Exception:
-                logger.exception("What a request teaches of its session could not be kept")
-                self._failures["error"].inc()
+        lessons = mending.lessons
+        if lessons is None:
+            return
+        if len(lessons.texts) > _MANY_TEXTS:
+            asyncio.get_running_loop().run_in_executor(None, self._learn, lessons)
+        else:
+            self._learn(lessons)
+
+    def _learn(self, lessons: Lessons) -> None:
+        try:
+            self._repairer.learn(lessons)
+        except Exception:
+            logger.exception("What a request teaches of its session could not be kept")
+            self._failures["error"].inc()
 
     def purge(self, org: str | None, session: str | None) -> None:
         """Forget ``org``, or one session of ``org``; with None, everyone."""

@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
+from threading import Lock
 from typing import Any
 from weakref import WeakSet
 
@@ -116,6 +117,7 @@ class SessionMemory:
         # By digest: most sessions of an organisation have the same tools.
         self._texts: SharedMemo[bytes, _Text] = SharedMemo(max_bytes - half, nbytes, account_of)
         self._under_way: WeakSet[Lessons] = WeakSet()
+        self._lock = Lock()  # Of learning and purging: nothing is learned behind a purge.
 
     @property
     def size(self) -> int:
@@ -145,13 +147,17 @@ class SessionMemory:
     def lessons(self, caller: Caller) -> Lessons:
         """Return the lessons of a request that begins; a purge of its session makes them void."""
         lessons = Lessons(caller)
-        self._under_way.add(lessons)
+        with self._lock:
+            self._under_way.add(lessons)
         return lessons
 
     def learn(self, lessons: Lessons) -> None:
         """Remember what a request was the first of its session to say, and that it came."""
-        if lessons.is_void:
-            return
+        with self._lock:
+            if not lessons.is_void:
+                self._learn(lessons)
+
+    def _learn(self, lessons: Lessons) -> None:
         caller = lessons.caller
         now, known = self._clock(), self.state(caller)
         self._states.drop_while(lambda state: now - state.at > self._ttl_s)
@@ -171,6 +177,10 @@ class SessionMemory:
 
     def purge(self, org: str | None, session: str | None = None) -> None:
         """Forget ``org``, or one session of ``org``; with None, everyone."""
+        with self._lock:
+            self._purge(org, session)
+
+    def _purge(self, org: str | None, session: str | None) -> None:
         for lessons in list(self._under_way):
             caller = lessons.caller
             if org in (None, caller.org) and session in (None, caller.session):
