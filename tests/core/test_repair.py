@@ -3,15 +3,18 @@ instead of the client's own request."""
 
 import json
 import random
+import sys
 import time
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
+from anthropic.types import Diagnostics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
+from pydantic import TypeAdapter
 from starlette.types import Message, Receive, Scope, Send
 
 from tests.core.test_middleware import Nothing
@@ -517,6 +520,37 @@ def test_what_broke_all_the_same_is_still_a_break() -> None:
     assert [one.saved_tokens for one in found.repaired] == [0]
     (seen,) = session.diagnoser.breaks.recent(None)
     assert seen.to_dict()["repaired"][0]["kind"] == "tools_order"
+
+
+def test_clients_that_ask_for_diagnostics_are_told() -> None:
+    session = Session(tools_order=True)
+    diagnoser = Diagnoser(b"sixteen bytes or so", 16, registry=CollectorRegistry())
+
+    def answered(*tools: dict[str, Any], **asks: Any) -> Any:
+        given = body(*tools, **asks)
+        mended = session.asks(given)
+        reader = READERS[Protocol.MESSAGES]
+        client = ClientRequest(reader(given, (300,)), given, mended.repairs)
+        pending = diagnoser.open(
+            ME, reader(mended.fields, (300,)), mended.fields, {}, {}, client=client
+        )
+        diagnoser.close(pending, (), "msg_1")
+        return pending.answer()
+
+    assert answered(tool("a"), tool("b")) is None
+    asks = {"diagnostics": {"previous_message_id": "msg_1"}}
+    assert answered(tool("a"), tool("b"), **asks) is None
+    told = answered(tool("b"), tool("a"), **asks)
+    TypeAdapter(Diagnostics).validate_python(told)
+    assert told["cache_miss_reason"] is None
+    assert [one["kind"] for one in told["repaired"]] == ["tools_order"]
+
+
+def test_patterns_need_re2(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "re2", None)
+    load({"repair": {"tools_order": True}})
+    with pytest.raises(ConfigError, match=r"vllm-cachescope\[repair\]"):
+        load({"repair": {"volatile_head": [{"pattern": "a"}]}})
 
 
 def test_explain_says_what_repairs_would_have_saved(
