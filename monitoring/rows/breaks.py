@@ -8,7 +8,14 @@ from monitoring.panels import RED, Query, Words, graph, listing, number, thresho
 from monitoring.queries import CHOSEN, MODELS, RANGE, STEP, grown, largest, of, total
 from monitoring.recordings import BREAK_RATIO
 from monitoring.suggestions import SUGGESTIONS
-from vllm_cachescope.metrics import BREAKS, LOST_TOKENS, UNEXPLAINED_TOKENS
+from vllm_cachescope.metrics import (
+    BREAKS,
+    LOST_TOKENS,
+    REPAIR_FAILURES,
+    REPAIRED_TOKENS,
+    REPAIRS,
+    UNEXPLAINED_TOKENS,
+)
 
 
 def panels() -> list[stat.Panel | table.Panel | timeseries.Panel]:
@@ -90,5 +97,40 @@ def panels() -> list[stat.Panel | table.Panel | timeseries.Panel]:
             6,
             thresholds((1, RED)),
             is_graph=False,
+        ),
+        graph(
+            Words(
+                "Tokens saved by repairs",
+                "Tokens that were read and would have been computed anew without a repair, by its "
+                "kind: an estimate.",
+                "Repairs are off unless `repair` is set; docs/repair.md has the kinds, and "
+                "`cachescope explain --repair` says what they would save.",
+                "No repairs",
+            ),
+            [Query(total(grown(of(REPAIRED_TOKENS, CHOSEN), STEP), "kind"), "{{kind}}")],
+            "short",
+            stacking=StackingMode.NORMAL,
+        ),
+        graph(
+            Words(
+                "Repaired requests",
+                "Requests in which something was put right before they were served, by kind.",
+                "A client that needs a repair at every request is better mended itself.",
+                "No repairs",
+            ),
+            [Query(total(grown(of(REPAIRS, CHOSEN), STEP), "kind"), "{{kind}}")],
+            "short",
+            stacking=StackingMode.NORMAL,
+        ),
+        graph(
+            Words(
+                "Failed repairs",
+                "Requests that were served as they came because their repair failed: refused (by "
+                "the server), error (a mistake in the repair, with a traceback in the log).",
+                "A template that refuses moved heads refuses them always: hold them instead.",
+                "None",
+            ),
+            [Query(total(grown(of(REPAIR_FAILURES, CHOSEN), STEP), "reason"), "{{reason}}")],
+            "short",
         ),
     ]

@@ -28,8 +28,22 @@ MODEL = "toy"
 OPERATOR_TOKEN = "the operator of the tests"
 NAMED_KEY = "key of the named"
 OTHER_NAMED_KEY = "key of the other named"
+REPAIRED_KEY = "key of the repaired"
+"""Of the one organisation whose requests are repaired."""
 ONE_PROCESS = ("--distributed-executor-backend", "uni")
 """For scheduler and worker: a server is up sooner than with one for each."""
+
+REPAIR = {
+    "tools_order": True,
+    "json_form": True,
+    "latched_field": True,
+    "latched_params": ["chat_template_kwargs.today"],
+    "volatile_head": [
+        {"pattern": r"Nonce: [0-9a-f]+\n"},
+        {"pattern": r"Now: [^\n]*\n", "action": "move"},
+    ],
+}
+"""What is put right for the organisation of `REPAIRED_KEY`."""
 
 SMALL = ("--max-model-len", "4096", "--num-gpu-blocks-override", "40", *ONE_PROCESS)
 """Options of a server with little room."""
@@ -54,8 +68,13 @@ def plugin(**config: Any) -> list[str]:
         "operator_token": OPERATOR_TOKEN,
         "tenants": {
             sha256(key.encode()).hexdigest(): name
-            for key, name in ((NAMED_KEY, "named"), (OTHER_NAMED_KEY, "other"))
+            for key, name in (
+                (NAMED_KEY, "named"),
+                (OTHER_NAMED_KEY, "other"),
+                (REPAIRED_KEY, "repaired"),
+            )
         },
+        "repair": {"orgs": {"repaired": REPAIR}},
     }
     transfer = {
         "kv_connector": "DrivenConnector",

@@ -2,6 +2,7 @@
 named in the list of breaks and in the metrics alike."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,16 @@ from transformers import AutoTokenizer
 
 from tests.engine.bodies import EPHEMERAL, block, conversation, session, text
 from tests.engine.engine import BLOCK, BLOCK_BYTES
-from tests.engine.server import MODEL, OPERATOR_TOKEN, SMALL, Api, breaks, named, serve_scoped
+from tests.engine.server import (
+    MODEL,
+    OPERATOR_TOKEN,
+    REPAIRED_KEY,
+    SMALL,
+    Api,
+    breaks,
+    named,
+    serve_scoped,
+)
 
 pytestmark = pytest.mark.engine
 
@@ -205,6 +215,68 @@ def test_new_turns_behind_history_that_is_rendered_differently(small: Api, tiny_
     assert seen["cause"] == "rendered_differently"
     new = len(AutoTokenizer.from_pretrained(tiny_model)(said)["input_ids"])
     assert seen["uncached"]["new_content"] == pytest.approx(new, rel=0.1)
+
+
+DATED = """\
+{{- 'Today is ' + today | default('some day') + '.' -}}
+{%- for message in messages -%}
+    {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' -}}
+    {%- if message.role == 'user' and 'Now: ' in message.content -%}
+        {{- raise_exception('tell me the time elsewhere') -}}
+    {%- endif -%}
+{%- endfor -%}
+"""
+"""A chat template that has the date in front, and refuses what a repair may move."""
+
+
+def dated(api: Api, key: str, name: str, system: str, **fields: object) -> dict:
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": text(name, 300)}]
+    asked = {"model": MODEL, "max_tokens": 2, "return_token_ids": True, "messages": messages}
+    answer = api.post("/v1/chat/completions", asked | fields, key, **session(name))
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def test_a_parameter_of_the_template_is_latched(small: Api) -> None:
+    def ask(key: str, *days: str | None) -> list[dict]:
+        return [
+            dated(
+                small,
+                key,
+                "dated",
+                "You help.",
+                chat_template=DATED,
+                chat_template_kwargs={} if day is None else {"today": day},
+            )
+            for day in days
+        ]
+
+    first, second, third = ask(REPAIRED_KEY, "Monday", "Tuesday", None)
+    (hand,) = ask("key of the dated by hand", "Monday")
+    (other,) = ask("key of the dated", "Tuesday")
+    assert first["prompt_token_ids"] == hand["prompt_token_ids"] != other["prompt_token_ids"]
+    for found in (second, third):
+        assert found["prompt_token_ids"] == hand["prompt_token_ids"]
+        assert found["choices"][0]["message"] == hand["choices"][0]["message"]
+        (repair,) = found["usage"]["prompt_repairs"]
+        assert repair["kind"] == "latched_field"
+        assert repair["saved_tokens"] == found["usage"]["prompt_tokens_details"]["cached_tokens"]
+        assert repair["saved_tokens"] > BLOCK
+
+
+def test_what_a_template_refuses_repaired_is_served_unrepaired(small: Api) -> None:
+    def counted() -> list[Counter[tuple[str, ...]]]:
+        names = {"cachescope_repairs_total": "kind", "cachescope_repair_failures_total": "reason"}
+        return [small.metrics(name, label) for name, label in names.items()]
+
+    before = counted()
+    for _ in range(2):
+        found = dated(small, REPAIRED_KEY, "refused", "Now: noon\nYou help.", chat_template=DATED)
+        assert "prompt_repairs" not in found["usage"]
+    after = counted()
+    assert after[0] == before[0]
+    # The second request was served as it came at once.
+    assert after[1] - before[1] == {("refused",): 1}
 
 
 def test_each_prompt_of_a_request_is_explained(small: Api) -> None:

@@ -9,7 +9,12 @@ from typing import Any
 from prometheus_client import REGISTRY, CollectorRegistry
 
 from vllm_cachescope.api.break_log import Break, BreakLog
-from vllm_cachescope.api.diagnostics import anthropic_diagnostics, openai_diagnostics
+from vllm_cachescope.api.client_request import ClientRequest
+from vllm_cachescope.api.diagnostics import (
+    anthropic_diagnostics,
+    openai_diagnostics,
+    with_repairs,
+)
 from vllm_cachescope.api.diffs import Diffs
 from vllm_cachescope.api.peers import ALONE, Peers
 from vllm_cachescope.api.request_context import PromptTiming
@@ -25,10 +30,12 @@ from vllm_cachescope.diagnosis.forest import LineageNode
 from vllm_cachescope.diagnosis.lineage_store import LineageStore
 from vllm_cachescope.diagnosis.outcome import Diagnosis
 from vllm_cachescope.diagnosis.placement import LineagePlacement
+from vllm_cachescope.diagnosis.repaired import Unrepaired, UnrepairedRequests
 from vllm_cachescope.diagnosis.token_fingerprint import fingerprint_tokens
-from vllm_cachescope.metrics import UNEXPLAINED_TOKENS
+from vllm_cachescope.metrics import REPAIRED_TOKENS, REPAIRS, UNEXPLAINED_TOKENS
 from vllm_cachescope.prompt.request import PromptRequest, Protocol
 from vllm_cachescope.registration import counter
+from vllm_cachescope.repair.repair import Repair
 from vllm_cachescope.tenancy.org_labels import NO_ORG_LABELS, OrgLabels
 from vllm_cachescope.tenancy.scope import Caller
 from vllm_cachescope.tenancy.shares import AccountOf, own_account
@@ -51,6 +58,8 @@ class PendingDiagnosis:
         reports: the engine's report on each of the request's prompts, by the prompt's nonce.
             Filled in while the request runs.
         peers: the API processes of the server, any of which may have had the earlier request.
+        unrepaired: the request as the client sent it; None if it is not to be repaired.
+        tools_behind_system: whether the chat template renders tools behind the system prompt.
     """
 
     caller: Caller
@@ -62,6 +71,23 @@ class PendingDiagnosis:
     block_tokens: int
     reports: Mapping[str, Report]
     peers: Peers
+    unrepaired: Unrepaired | None = None
+    tools_behind_system: bool = False
+
+    def repairs(self, read_tokens: int | None = None) -> tuple[Repair, ...]:
+        """Return what was put right in the request, with what it saved if that is known.
+
+        Args:
+            read_tokens: tokens read from the cache; None if that is not known yet.
+        """
+        if self.unrepaired is None:
+            return ()
+        prompt = sum(report.prompt_tokens for report in self.reports.values())
+        if read_tokens is None or not prompt:
+            return self.unrepaired.repairs
+        return self.unrepaired.saved(
+            self.placement, prompt, read_tokens, self.block_tokens, self.tools_behind_system
+        )
 
     def answer(self, read_tokens: int | None = None) -> dict[str, Any] | None:
         """Return the diagnostics for the response, in the protocol's own shape; None for none.
@@ -77,10 +103,12 @@ class PendingDiagnosis:
             )
         alone = self.peers.count == 1
         if self.request.protocol is Protocol.MESSAGES:
-            return anthropic_diagnostics(self.request, compared, is_known_here=alone)
-        return openai_diagnostics(
-            self.request, compared, read_tokens=read_tokens, is_known_here=alone
-        )
+            answer = anthropic_diagnostics(self.request, compared, is_known_here=alone)
+        else:
+            answer = openai_diagnostics(
+                self.request, compared, read_tokens=read_tokens, is_known_here=alone
+            )
+        return with_repairs(self.request, answer, self.repairs(read_tokens))
 
 
 class Diagnoser:
@@ -133,7 +161,11 @@ class Diagnoser:
         self._diffs = diffs
         self._fingerprint = Fingerprinter(secret, account_of=account_of)
         self._lineages = LineageStore(clock, account_of=account_of)
+        self._unrepaired = UnrepairedRequests(clock, account_of)
+        self._org_labels = org_labels
         self._unexplained = counter(UNEXPLAINED_TOKENS, registry)
+        self._repairs = counter(REPAIRS, registry, org_labels.are_wanted)
+        self._repaired_tokens = counter(REPAIRED_TOKENS, registry, org_labels.are_wanted)
 
     def fingerprint(
         self,
@@ -153,6 +185,7 @@ class Diagnoser:
         headers: Mapping[str, str],
         reports: Mapping[str, Report] | None = None,
         fingerprint: Fingerprint | None = None,
+        client: ClientRequest | None = None,
     ) -> PendingDiagnosis:
         """Place a request among those of its session, before it runs.
 
@@ -164,6 +197,7 @@ class Diagnoser:
             reports: where the engine's reports on its prompts will be; None if no answer will
                 need them.
             fingerprint: from `fingerprint`, if it was made on another thread; None to make it.
+            client: the request as the client sent it; None if it is not to be repaired.
         """
         if fingerprint is None:
             fingerprint = self.fingerprint(caller, request, body, headers)
@@ -176,17 +210,27 @@ class Diagnoser:
         if named is not None:
             # The kept fingerprint has the earlier turns too, where the request only names them.
             compared = diagnose_against(named.fingerprint, placement.node.fingerprint)
+        diagnosis, unrepaired = diagnose(placement), None
+        if client is not None:
+            if client.repairs:
+                fingerprint = client.fingerprint or self.fingerprint(
+                    caller, client.request, client.body, headers
+                )
+            unrepaired = self._unrepaired.observe(caller, fingerprint, client.repairs)
+            diagnosis = replace(diagnosis, repaired=unrepaired.repairs)
         return PendingDiagnosis(
             caller,
             request,
             placement,
             named,
             compared,
-            diagnose(placement),
+            diagnosis,
             self._block_tokens,
             # Not `reports or {}`: an empty one will be filled in.
             {} if reports is None else reports,
             self.peers,
+            unrepaired,
+            self._tools_behind_system() is True,
         )
 
     def close(
@@ -209,7 +253,11 @@ class Diagnoser:
         if not reports and response_id is None:
             # The server refused the request, say: no later one can read what it left.
             self._lineages.drop(caller, pending.placement)
+            if pending.unrepaired is not None:
+                self._unrepaired.drop(caller, pending.unrepaired)
             return
+        if pending.unrepaired is not None:
+            self._unrepaired.answered(caller, pending.unrepaired, response_id)
         if self._diffs is not None:
             self._diffs.texts.keep(caller, pending.request, node.fingerprint)
         engine = reports[0].engine if reports else None
@@ -233,9 +281,19 @@ class Diagnoser:
         pending.diagnosis = conclude(
             pending.diagnosis, found, pending.placement.ancestor, node.fingerprint
         )
+        repairs = pending.repairs(found.read_tokens)
+        pending.diagnosis = replace(pending.diagnosis, repaired=repairs)
+        self._count_repairs(caller, engine, repairs)
         unexplained = self._unexplained.labels(self._model_name, str(engine.rank))
         unexplained.inc(pending.diagnosis.unknown_tokens)
         self._record(pending, engine, response_id)
+
+    def _count_repairs(self, caller: Caller, engine: EngineId, repairs: Iterable[Repair]) -> None:
+        org = self._org_labels.of(caller.org)
+        for repair in repairs:
+            labels = self._model_name, str(engine.rank), repair.kind.value, *org
+            self._repairs.labels(*labels).inc()
+            self._repaired_tokens.labels(*labels).inc(repair.saved_tokens or 0)
 
     def orgs(self) -> list[str]:
         """Return the organisations of which requests are kept."""
@@ -251,6 +309,7 @@ class Diagnoser:
         if self._details is not None:
             self._details.purge(org, session)
         self._fingerprint.purge(org)
+        self._unrepaired.purge(org, session)
         if self._diffs is not None:
             self._diffs.purge(org, session)
         return self._lineages.purge(org, session)

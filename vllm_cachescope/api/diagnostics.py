@@ -5,11 +5,13 @@ The packages have fewer reasons than a `Diagnosis` has causes. Where none of the
 "unavailable", as it is from Anthropic and OpenAI.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from vllm_cachescope.diagnosis.changes import Change, ChangeKind
 from vllm_cachescope.diagnosis.outcome import Diagnosis
 from vllm_cachescope.prompt.request import PromptRequest
+from vllm_cachescope.repair.repair import Repair
 
 # The first of these areas that changed is the reason. A changed `speed` counts as another model: so
 # the docstring of the `anthropic` package's type has it.
@@ -115,6 +117,18 @@ def openai_diagnostics(
         "cache_missed_tokens": diagnosis.missed_tokens,
         "comparison_reusable_tokens": diagnosis.shared_tokens,
     }
+
+
+def with_repairs(
+    request: PromptRequest, answer: dict[str, Any] | None, repairs: Sequence[Repair]
+) -> dict[str, Any] | None:
+    """Return the diagnostics ``answer`` with what was put right in ``request``, if anything was
+    and diagnostics were asked for."""
+    if not repairs or not request.diagnose:
+        return answer
+    if answer is None:
+        answer = {"cache_miss_reason": None}
+    return {**answer, "repaired": [repair.to_dict() for repair in repairs]}
 
 
 def _anthropic_area(change: Change) -> str | None:

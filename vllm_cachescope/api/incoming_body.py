@@ -64,6 +64,29 @@ def _read(
     fields = decode(raw)
     if not isinstance(fields, dict):
         return None
+    replaced = raw if takes_parsed else None
+    return incoming_of(fields, protocol, config, len(raw) >= LARGE_BYTES, replaced)
+
+
+def incoming_of(
+    fields: dict[str, Any],
+    protocol: Protocol,
+    config: Config,
+    is_large: bool,
+    replaced: bytes | None = None,
+) -> IncomingBody:
+    """Return the body whose JSON object is ``fields``.
+
+    Args:
+        fields: the object.
+        protocol: its wire format.
+        config: the configuration.
+        is_large: whether work on it is to be done off the event loop.
+        replaced: the JSON in place of which the server is to get an object; None if it gets JSON.
+
+    Raises:
+        BadRequest: for a marker that is refused.
+    """
     request = READERS[protocol](
         fields,
         config.allowed_ttls,
@@ -73,12 +96,12 @@ def _read(
     forward = partial(_forwarded, is_prewarm=request.prewarm)
     forwarded = forward(fields)
     parsed = None
-    if takes_parsed:
+    if replaced is not None:
         # Too deep a body goes on as JSON.
         with suppress(RecursionError):
-            parsed = ParsedBody(raw, copied(forwarded), forward)
+            parsed = ParsedBody(replaced, copied(forwarded), forward)
     encoded = encode(forwarded) if parsed is None and forwarded is not fields else None
-    return IncomingBody(fields, request, forwarded, encoded, parsed, len(raw) >= LARGE_BYTES)
+    return IncomingBody(fields, request, forwarded, encoded, parsed, is_large)
 
 
 def _forwarded(fields: dict[str, Any], is_prewarm: bool) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -13,6 +13,7 @@ from vllm_cachescope.api.prewarming import drop_token, stream_of
 from vllm_cachescope.api.request_context import RequestContext
 from vllm_cachescope.api.usage import Usage, write_chat, write_messages, write_responses
 from vllm_cachescope.prompt.request import Protocol
+from vllm_cachescope.repair.repair import Repair
 
 _WRITERS: dict[Protocol, Callable[[dict[str, Any], Usage], None]] = {
     Protocol.MESSAGES: write_messages,
@@ -33,6 +34,7 @@ class Reply:
         pending: the request's diagnosis; None if the reply is to have none.
         stream_prewarm: whether the client wants to have a pre-warming streamed, which the server
             answers in one piece.
+        repairs: what was put right in the request.
 
     Attributes:
         id: the response's id; None before it was seen.
@@ -44,12 +46,14 @@ class Reply:
         send: Send,
         pending: PendingDiagnosis | None = None,
         stream_prewarm: bool = False,
+        repairs: Sequence[Repair] = (),
     ) -> None:
         assert context.request is not None
         self._context = context
         self._request = context.request
         self._send = send
         self._pending = pending
+        self._repairs = repairs
         self.id: str | None = None
         self._stream_prewarm = stream_prewarm
         self._start: Message | None = None
@@ -127,6 +131,7 @@ class Reply:
             has_usage = isinstance(holder.get("usage"), dict)
             if has_usage and usage is not None:
                 _WRITERS[self._request.protocol](holder["usage"], usage)
+                self._tell_repairs(holder["usage"], usage.read)
                 changed = True
             if "id" in holder and (has_usage or _is_finished(holder)):
                 changed |= self._diagnose(holder, usage)
@@ -162,6 +167,13 @@ class Reply:
             name = "diagnostics"
         reply[name] = self._pending.answer(usage.read if usage else None)
         return True
+
+    def _tell_repairs(self, usage: dict[str, Any], read_tokens: int) -> None:
+        repairs = self._repairs
+        if self._pending is not None:
+            repairs = self._pending.repairs(read_tokens)
+        if repairs:
+            usage["prompt_repairs"] = [repair.to_dict() for repair in repairs]
 
     def _usage(self) -> Usage | None:
         reports = self._context.reports.values()

@@ -12,7 +12,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vllm_cachescope.api.diagnoser import PendingDiagnosis
 from vllm_cachescope.api.http_request import joined_headers, read_body, with_body
-from vllm_cachescope.api.incoming_body import IncomingBody, read_incoming
+from vllm_cachescope.api.incoming_body import read_incoming
+from vllm_cachescope.api.mending import Mending, Trial, wants_repair
 from vllm_cachescope.api.operations import PATHS
 from vllm_cachescope.api.page import Page, is_page_path
 from vllm_cachescope.api.parsed_body import hand_over
@@ -27,13 +28,17 @@ from vllm_cachescope.errors import BadRequest
 from vllm_cachescope.logs import logger_of
 from vllm_cachescope.prompt.global_scope import without_global
 from vllm_cachescope.prompt.request import Protocol
+from vllm_cachescope.tenancy.scope import Caller
 from vllm_cachescope.wire import protocol_of
+from vllm_cachescope.wire.body import encode
 from vllm_cachescope.wire.errors import error_body
 
 logger = logger_of(__name__)
 
 USAGE_HEADER = "x-cachescope-usage"
 """A client that sends ``tiers`` here is told in its usage how many tokens each tier had."""
+
+_PUT_OFF_S = 0.02
 
 
 class RequestHandler:
@@ -113,6 +118,7 @@ class RequestHandler:
         raw, replayed = await read_body(scope, receive)
         try:
             wants_tiers = _wants_tiers(headers)
+            wants_repair(headers)
             takes_parsed = self.services.takes_parsed
             body = await read_incoming(raw, protocol, self.services.config, takes_parsed)
         except BadRequest as error:
@@ -124,26 +130,60 @@ class RequestHandler:
             return
         directory = self.services.directory
         caller = directory.caller(headers, body.request.session)
-        if not directory.may_write_global(caller.org):
+        is_global = directory.may_write_global(caller.org)
+        if not is_global:
             body = replace(body, request=without_global(body.request))
-        if body.parsed is not None:
-            scope = hand_over(scope, body.parsed)
-        elif body.raw is not None:
-            scope, replayed = with_body(scope, receive, body.raw)
+        mending = await self.services.mender.mend(caller, body, headers, is_global)
+        if not mending.is_repaired:
+            if body.parsed is not None:
+                scope = hand_over(scope, body.parsed)
+            elif body.raw is not None:
+                scope, replayed = with_body(scope, receive, body.raw)
+            await self._attempt(mending, caller, wants_tiers, headers, scope, replayed, send)
+            return
+        del replayed
+        assert mending.body.raw is not None
+        mended = with_body(scope, receive, mending.body.raw)
+        if not await self._attempt(mending, caller, wants_tiers, headers, *mended, send):
+            mending = self.services.mender.unmended(mending, body)
+            sent = with_body(scope, receive, body.raw or encode(body.forwarded))
+            await self._attempt(mending, caller, wants_tiers, headers, *sent, send)
+
+    async def _attempt(
+        self,
+        mending: Mending,
+        caller: Caller,
+        wants_tiers: bool,
+        headers: Mapping[str, str],
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+    ) -> bool:
+        """Have the server answer a body; return False if it refuses what was repaired."""
+        body, client = mending.body, mending.client
         context = RequestContext(caller, body.request, body.forwarded, wants_tiers)
         context.is_recorded = self.services.recorder.is_used
         # Opened now only for a client that wants to hear of it: fingerprints of a long prompt take
         # some milliseconds, which the first token of other requests need not wait for.
         pending = None
-        if body.request.diagnose:
-            await self._queue.done(caller)
-            pending = await self._open(context, body, headers)
+        if body.request.diagnose or mending.is_repaired:
+            # A client that hears only what was repaired is not kept waiting for what is put off.
+            await self._queue.done(caller, None if body.request.diagnose else _PUT_OFF_S)
+            pending = await self._open(context, mending, headers)
         stream_prewarm = body.request.prewarm and body.fields.get("stream") is True
-        reply = Reply(context, send, pending, stream_prewarm)
+        trial = Trial(send, mending.is_repaired, partial(self.services.mender.learn, mending))
+        repairs = () if client is None else client.repairs
+        reply = Reply(context, trial.send, pending, stream_prewarm, repairs)
         try:
-            await self._run(context, scope, replayed, reply.send)
+            await self._run(context, scope, receive, reply.send)
+        except Exception:
+            if not mending.is_repaired or trial.has_begun:
+                raise
+            logger.exception("The server failed on a repaired request")
+            trial.refused = True
         finally:
-            context.end(partial(self._over, context, reply, pending, body, headers))
+            context.end(partial(self._over, context, reply, pending, mending, headers))
+        return not trial.refused
 
     async def _pass_on(
         self, context: RequestContext, scope: Scope, receive: Receive, send: Send
@@ -180,14 +220,14 @@ class RequestHandler:
         context: RequestContext,
         reply: Reply,
         pending: PendingDiagnosis | None,
-        body: IncomingBody,
+        mending: Mending,
         headers: Mapping[str, str],
     ) -> None:
         """Diagnose and record a request whose prompts are over."""
         # A prompt that comes later yet, in the background, goes on from one that was diagnosed.
         context.on_over = partial(self._record, context)
         try:
-            self._diagnose(context, reply, pending, body, headers)
+            self._diagnose(context, reply, pending, mending, headers)
         except Exception:
             logger.exception("The request could not be diagnosed")
 
@@ -196,19 +236,19 @@ class RequestHandler:
         context: RequestContext,
         reply: Reply,
         pending: PendingDiagnosis | None,
-        body: IncomingBody,
+        mending: Mending,
         headers: Mapping[str, str],
     ) -> None:
         """Diagnose and record a request that is over, at once where that is quick; ``pending`` is
         None if its diagnosis was put off until now."""
         to_open = pending is None and bool(context.reports or context.fetching)
         waits = context.fetching is not None or not self._queue.is_empty(context.caller)
-        if waits or (to_open and body.is_large):
-            later = self._diagnose_later(context, reply, pending, body, headers)
+        if waits or (to_open and mending.body.is_large):
+            later = self._diagnose_later(context, reply, pending, mending, headers)
             self._queue.put_off(context.caller, later)
             return
         if to_open:
-            pending = self._opened(context, body, headers, None)
+            pending = self._opened(context, mending, headers, None)
         self._close(pending, context, reply)
 
     async def _diagnose_later(
@@ -216,49 +256,70 @@ class RequestHandler:
         context: RequestContext,
         reply: Reply,
         pending: PendingDiagnosis | None,
-        body: IncomingBody,
+        mending: Mending,
         headers: Mapping[str, str],
     ) -> None:
         if context.fetching is not None:
             await asyncio.wait([context.fetching])
         if pending is None and context.reports:
-            pending = await self._open(context, body, headers)
+            pending = await self._open(context, mending, headers)
         self._close(pending, context, reply)
 
     # A mistake in a diagnosis costs the diagnosis, and never the request.
 
     async def _open(
-        self, context: RequestContext, body: IncomingBody, headers: Mapping[str, str]
+        self, context: RequestContext, mending: Mending, headers: Mapping[str, str]
     ) -> PendingDiagnosis | None:
         """Open a diagnosis; the fingerprint of a large body is made on a thread of its own."""
         fingerprint = None
-        if body.is_large:
+        if mending.body.is_large:
             try:
-                fingerprint = await asyncio.to_thread(self._fingerprint, context, body, headers)
+                fingerprint = await asyncio.to_thread(self._fingerprint, context, mending, headers)
+                mending = await asyncio.to_thread(self._with_clients, context, mending, headers)
             except Exception:
                 logger.exception("The request could not be diagnosed")
                 return None
-        return self._opened(context, body, headers, fingerprint)
+        return self._opened(context, mending, headers, fingerprint)
 
     def _fingerprint(
-        self, context: RequestContext, body: IncomingBody, headers: Mapping[str, str]
+        self, context: RequestContext, mending: Mending, headers: Mapping[str, str]
     ) -> Fingerprint:
+        body = mending.body
         with context.stage("diagnosis"):
             return self.services.diagnoser.fingerprint(
                 context.caller, body.request, body.fields, headers
             )
 
+    def _with_clients(
+        self, context: RequestContext, mending: Mending, headers: Mapping[str, str]
+    ) -> Mending:
+        """Return ``mending`` with the fingerprint of what the client sent, if it was repaired."""
+        client = mending.client
+        if client is None or not client.repairs:
+            return mending
+        fingerprint = self.services.diagnoser.fingerprint(
+            context.caller, client.request, client.body, headers
+        )
+        return replace(mending, client=replace(client, fingerprint=fingerprint))
+
     def _opened(
         self,
         context: RequestContext,
-        body: IncomingBody,
+        mending: Mending,
         headers: Mapping[str, str],
         fingerprint: Fingerprint | None,
     ) -> PendingDiagnosis | None:
+        body = mending.body
         try:
             with context.stage("diagnosis"):
                 return self.services.diagnoser.open(
-                    context.caller, body.request, body.fields, headers, context.reports, fingerprint
+                    context.caller,
+                    body.request,
+                    body.fields,
+                    headers,
+                    context.reports,
+                    fingerprint,
+                    mending.client,
                 )
         except Exception:
             logger.exception("The request could not be diagnosed")

@@ -12,6 +12,7 @@ from vllm_cachescope.api.diagnoser import Diagnoser
 from vllm_cachescope.api.diffs import Diffs
 from vllm_cachescope.api.engines import Engines
 from vllm_cachescope.api.ignored_markers import IgnoredMarkers
+from vllm_cachescope.api.mending import Mender
 from vllm_cachescope.api.operations import Operations
 from vllm_cachescope.api.page import REQUESTS, Page
 from vllm_cachescope.api.peers import ALONE, Peers
@@ -24,6 +25,7 @@ from vllm_cachescope.config import Config
 from vllm_cachescope.logs import logger_of
 from vllm_cachescope.metrics import NO_ENGINE, QUEUED_DIAGNOSES
 from vllm_cachescope.registration import gauge
+from vllm_cachescope.repair.repairer import Repairer
 from vllm_cachescope.tenancy.caller import CallerDirectory, api_key
 from vllm_cachescope.tenancy.org_labels import OrgLabels
 from vllm_cachescope.usage.prices import Prices, read_prices
@@ -100,6 +102,7 @@ class Services:
         api_keys: the API keys that the server insists on; none if it lets anyone in.
         directory: the organisations and what their clients present.
         diagnoser: diagnoses the requests.
+        mender: puts right what would break a prefix without need.
         operations: answers what an operator asks.
         ignored_markers: counts the markers that requests are served without.
         stage_times: counts what caching itself takes of requests.
@@ -114,6 +117,7 @@ class Services:
     api_keys: Collection[str]
     directory: CallerDirectory
     diagnoser: Diagnoser
+    mender: Mender
     operations: Operations
     ignored_markers: IgnoredMarkers
     stage_times: StageTimes
@@ -154,6 +158,15 @@ class Services:
             details=details,
             tools_behind_system=server.tools_behind_system,
         )
+        orgs = config.repair_of_orgs()
+        repairer = Repairer(config.repair, orgs, time.monotonic, directory.account)
+        if repairer.is_used and server.peers.count > 1 and server.peers.rank == 0:
+            logger.warning(
+                "Each of the %d API processes remembers the first values of sessions for itself: "
+                "a session that changes from one to another is repaired by other values",
+                server.peers.count,
+            )
+        mender = Mender(repairer, config, server.registry, server.model_name)
         recorder = Recorder(server.model_name, server.replica)
         if server.trace is not None:
             recorder.trace_with(server.trace)
@@ -176,6 +189,7 @@ class Services:
         def forget(org: str | None, session: str | None) -> int:
             server.purge_renderings(org, session)
             memory.purge(org, session)
+            mender.purge(org, session)
             if ledger is not None:
                 ledger.purge(org, session)
             return diagnoser.purge(org, session)
@@ -196,6 +210,7 @@ class Services:
             server.api_keys,
             directory,
             diagnoser,
+            mender,
             operations,
             IgnoredMarkers(server.registry, server.model_name),
             StageTimes(server.registry, server.model_name),

@@ -21,10 +21,11 @@ class SessionQueue:
         """Tell whether all work on the requests of ``caller`` is done."""
         return caller not in self._last
 
-    async def done(self, caller: Caller) -> None:
-        """Wait until the work that was put off for ``caller`` so far is done."""
+    async def done(self, caller: Caller, timeout_s: float | None = None) -> None:
+        """Wait until the work that was put off for ``caller`` so far is done, or for ``timeout_s``
+        seconds."""
         if (last := self._last.get(caller)) is not None:
-            await asyncio.wait([last])
+            await asyncio.wait([last], timeout=timeout_s)
 
     def put_off(self, caller: Caller, work: Coroutine[None, None, None]) -> None:
         """Have ``work`` done once all that was put off for ``caller`` before is done."""

@@ -5,9 +5,16 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
-from vllm_cachescope.cli import explain_render, heat_map, tokens_of_model, traffic_files
+from vllm_cachescope.cli import (
+    explain_render,
+    heat_map,
+    repairing,
+    tokens_of_model,
+    traffic_files,
+)
 from vllm_cachescope.cli.block_trace import explain_blocks
 from vllm_cachescope.cli.console import show
 from vllm_cachescope.cli.explaining import explain
@@ -15,11 +22,13 @@ from vllm_cachescope.cli.explanation import Explained, Explanation
 from vllm_cachescope.cli.findings import rules
 from vllm_cachescope.cli.findings.group import Group, grouped
 from vllm_cachescope.cli.findings.machine_forms import Located, annotations, sarif
+from vllm_cachescope.cli.repairing import RepairTrial
 from vllm_cachescope.cli.shared_prefixes import SharedPrefixes
 from vllm_cachescope.cli.token_counter import TokenizerError
 from vllm_cachescope.cli.tokens_of_model import ModelError
 from vllm_cachescope.cli.traffic import BlockCall, Call, TrafficError
 from vllm_cachescope.cli.traffic_files import TrafficFiles
+from vllm_cachescope.config import ConfigError
 from vllm_cachescope.durations import parse_duration
 
 _DESCRIPTION = """\
@@ -38,6 +47,7 @@ examples:
   cachescope explain calls.jsonl                      the summary
   cachescope explain calls.jsonl --all --heat-map     each break, and a picture of each session
   cachescope explain calls.jsonl --ttl 1h             as if everything were kept for an hour
+  cachescope explain calls.jsonl --repair             and what a server's repairs would have saved
   cachescope explain calls.jsonl --max-breaks 0       for CI: exit with 1 if anything breaks ...
       --allow expired,CS204 --forbid context_compacted  ... but for these, and on this
   cachescope explain calls.har --format github        annotations on a pull request
@@ -91,6 +101,7 @@ def add_command(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
         help="count whole blocks of N tokens only, and say what that costs",
     )
     tokens_of_model.add_arguments(cache)
+    repairing.add_arguments(cache)
     job = parser.add_argument_group("for CI")
     job.add_argument("--max-breaks", type=_count, metavar="N", help="unexpected breaks to allow")
     rules.add_arguments(job)
@@ -121,15 +132,21 @@ def _duration(text: str) -> float:
 def run(args: argparse.Namespace) -> int:
     """Run ``cachescope explain`` and return its exit code."""
     files = TrafficFiles(args)
-    explanation = Explanation()
+    explanation, recorded = Explanation(), list[Call]()
+    trial = None
     try:
+        choice = repairing.chosen(args)
         count, block = tokens_of_model.read(args, args.block_size)
         prefixes = SharedPrefixes(args.ttl, count)
         for _, calls in files.read():
+            if choice is not None:
+                recorded += (call for call in calls if isinstance(call, Call))
             explanation.calls.extend(
                 explain_calls(calls, args.ttl, prefixes, not args.no_text, block)
             )
-    except (OSError, TrafficError, TokenizerError, ModelError) as error:
+        if choice is not None:
+            trial = repairing.try_repairs(recorded, choice, args.ttl, prefixes)
+    except (OSError, TrafficError, TokenizerError, ModelError, ConfigError) as error:
         files.tell("explain")
         print(f"cachescope explain: {error}", file=sys.stderr)
         return 2
@@ -140,7 +157,7 @@ def run(args: argparse.Namespace) -> int:
         any(loss.is_break and not selection.allows(loss.rule) for loss in call.losses)
         for call in explanation.calls
     )
-    _print(args, explanation, groups, files)
+    _print(args, explanation, groups, files, trial)
     if files.fails:
         return 2
     forbidden = any(selection.forbids(group.loss.rule) for group in groups)
@@ -148,13 +165,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print(
-    args: argparse.Namespace, explanation: Explanation, groups: list[Group], files: TrafficFiles
+    args: argparse.Namespace,
+    explanation: Explanation,
+    groups: list[Group],
+    files: TrafficFiles,
+    trial: RepairTrial | None,
 ) -> None:
     if args.format == "json":
         data = {
             **explanation.to_dict(),
             "findings": [group.to_dict() for group in groups],
             "left_out": [{"source": one.source, "reason": one.reason} for one in files.left_out],
+            **({} if trial is None else {"repairs": trial.to_dict()}),
         }
         print(json.dumps(data, indent=2))
     elif args.format == "sarif":
@@ -163,6 +185,8 @@ def _print(
         print("".join(f"{line}\n" for line in annotations(map(_located, groups))), end="")
     else:
         show(lambda console: explain_render.render(explanation, groups, console, each=args.all))
+        if trial is not None:
+            show(partial(repairing.render, trial))
         if args.heat_map:
             show(lambda console: heat_map.render(explanation.calls, console))
 

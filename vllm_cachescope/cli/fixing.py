@@ -116,9 +116,9 @@ def _sent_body(source: str, record: dict[str, Any]) -> SentBody | None:
         if isinstance(record.get(key), str):
             record[key] = body  # It was JSON in a string; an object is read the same.
     if converse.is_body(body):
-        return SentBody(source, body, None, envelope)
+        return SentBody(body, None, source, envelope)
     try:
-        return SentBody(source, body, protocol_of(body, envelope.path), envelope)
+        return SentBody(body, protocol_of(body, envelope.path), source, envelope)
     except ValueError:
         return None
 

@@ -13,6 +13,7 @@ from vllm_cachescope.config.ledger import LedgerSettings
 from vllm_cachescope.config.markers import MarkerPolicy
 from vllm_cachescope.config.quotas import LOCAL_TIERS, OrgQuota, TierQuotas, check_quotas
 from vllm_cachescope.config.regions import Regions
+from vllm_cachescope.config.repair import RepairChoice, RepairSettings
 from vllm_cachescope.config.secret import (
     MIN_SECRET,
     OPERATOR_VARIABLE,
@@ -48,6 +49,8 @@ class Config(Model):
         ttls: the TTLs clients may ask for. ``5m`` and ``1h`` are always among them.
         regions: scope and TTL where the client does not say.
         markers: what becomes of a wrong cache marker: refused, or ignored.
+        repair: what is put right in requests that would break a prefix without need; nothing by
+            default.
         tenants: names of organisations by the SHA-256 of their API key, in hex.
         tenants_file: YAML or JSON file with the same mapping.
         global_writers: organisations that may share as ``global``; None for those that are listed,
@@ -79,6 +82,7 @@ class Config(Model):
     ttls: tuple[Duration, ...] = (300, 1800, 3600, 43200, 86400)
     regions: Regions = Regions()
     markers: MarkerPolicy = MarkerPolicy()
+    repair: RepairSettings = RepairSettings()
     tenants: Tenants = Field(default_factory=dict)
     tenants_file: Path | None = None
     global_writers: tuple[str, ...] | None = None
@@ -139,6 +143,7 @@ class Config(Model):
         """
         self.global_writer_ids()
         self.labelled_orgs()
+        self.repair_of_orgs()
         for tier in self.quotas:
             self.org_quotas(tier)
         if chosen_secret(self.secret, self.secret_file) is None and self.tiers:
@@ -210,6 +215,18 @@ class Config(Model):
                 )
             quotas |= dict.fromkeys(orgs, of_tier.of(name))
         return quotas
+
+    def repair_of_orgs(self) -> dict[str, RepairChoice]:
+        """Return what is put right for the organisations that `repair` names, by their ids.
+
+        Raises:
+            ConfigError: if a name is no organisation's.
+        """
+        return {
+            org: choice
+            for name, choice in self.repair.orgs.items()
+            for org in self._org_ids("repair.orgs", (name,))
+        }
 
     def global_writer_ids(self) -> frozenset[str] | None:
         """Return the ids of the organisations that `global_writers` names; None where it is left

@@ -7,6 +7,7 @@ from typing import Any
 from vllm_cachescope.cache.miss_causes import CacheMiss, MissCause
 from vllm_cachescope.diagnosis.changes import Change
 from vllm_cachescope.diagnosis.flapping import FlappingField
+from vllm_cachescope.repair.repair import Repair
 
 NEW_CONTENT = "new_content"
 """Cause of the tokens that no earlier request had: the turns that were added."""
@@ -90,6 +91,7 @@ class Diagnosis:
         measured: whether the engine has counted the tokens; if not, all counts are estimates.
         waited: what the request waited for before it could read, as in "waited for memory 80 ms";
             empty if it did not.
+        repaired: what was put right before the request was served, and so is no change.
     """
 
     kind: DiagnosisKind
@@ -108,6 +110,7 @@ class Diagnosis:
     flapping: FlappingField | None = None
     measured: bool = False
     waited: str = ""
+    repaired: tuple[Repair, ...] = ()
 
     @property
     def cause(self) -> str:
@@ -139,11 +142,15 @@ class Diagnosis:
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain data for JSON, without the hashes.
 
-        The flapping field stands under ``latch``, its public name.
+        The flapping field stands under ``latch``, its public name; repairs under ``repaired``, if
+        there are any.
         """
         data = {"latch" if k == "flapping" else k: v for k, v in asdict(self).items()}
         for change in data["changes"]:
             del change["value"], change["old_value"], change["part_before"]
+        del data["repaired"]
+        if self.repaired:
+            data["repaired"] = [repair.to_dict() for repair in self.repaired]
         data["uncached"] = dict(self.uncached)
         data["cause"] = self.cause
         if not self.waited:

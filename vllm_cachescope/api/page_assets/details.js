@@ -103,6 +103,11 @@ export class Details {
     if (known?.waited) box.append(h("p", null, h("bdi", null, `It ${known.waited}`)));
     const suggestion = known?.suggestion;
     if (suggestion) box.append(h("p", { class: "suggestion" }, h("b", null, "What to do "), h("bdi", null, suggestion)));
+    for (const one of known?.repaired ?? []) {
+      const saved = one.saved_tokens ? `, ${count(one.saved_tokens)} tokens saved` : "";
+      box.append(h("p", { class: "repair" }, h("b", null, "Repaired "),
+        h("bdi", null, `${one.kind}: ${one.change || one.path}${saved}`)));
+    }
     return box;
   }
 

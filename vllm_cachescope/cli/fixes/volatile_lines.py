@@ -10,7 +10,8 @@ from itertools import pairwise
 
 from vllm_cachescope.cli.findings.edits import EditKind, edit_of
 from vllm_cachescope.cli.fixes.fix import Fix, LeftAsIs
-from vllm_cachescope.cli.fixes.sent_body import SentBody, SystemText
+from vllm_cachescope.cli.fixes.sent_body import SentBody
+from vllm_cachescope.repair.editable_body import SystemText
 
 _UNITS = re.compile(r"(\n+|(?<=[.!?])[ \t]+)")
 _WORDS = re.compile(r"[^\W\d_]{2,}")

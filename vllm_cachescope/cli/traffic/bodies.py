@@ -51,4 +51,5 @@ def body_call(source: str, envelope: Envelope) -> Call | None:
         extra_fields(body, headers),
         response_id=envelope.response_id,
         usage=envelope.usage,
+        body=None if converse.is_body(body) else body,
     )

@@ -44,6 +44,7 @@ class Call:
         text: the whole prompt, in a text trace; otherwise None.
         response_id: the id of its response; None if not recorded.
         usage: what its response said of the cache; None if not recorded.
+        body: its body as it was sent; None if that was not recorded.
     """
 
     source: str
@@ -54,6 +55,7 @@ class Call:
     text: str | None = None
     response_id: str | None = None
     usage: Usage | None = None
+    body: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
