@@ -1,0 +1,99 @@
+"""A selection of victims among runs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from heapq import merge
+from typing import TYPE_CHECKING
+
+from vllm_cachescope.cache.run_place import Place
+from vllm_cachescope.cache.runs import Run
+
+if TYPE_CHECKING:
+    from vllm_cachescope.cache.learned_order import LearnedOrder
+
+
+class RunSelection:
+    """One choice of victims. A block that was chosen counts as evicted from there on.
+
+    Args:
+        order: the blocks to choose from. They must not change meanwhile.
+        must_stay: whether a key may not be chosen.
+    """
+
+    def __init__(self, order: LearnedOrder, must_stay: Callable[[bytes], bool]) -> None:
+        self._order = order
+        self._must_stay = must_stay
+        self._chosen: dict[bytes, None] = {}
+        self._evicted: Counter[bytes] = Counter()
+        self._long_left = order.long_held
+        self._candidates: dict[Place, Iterator[tuple[float, bytes]]] = {}
+        self._heads: dict[Place, tuple[float, bytes] | None] = {}
+
+    def take(self, count: int) -> list[bytes]:
+        """Choose up to ``count`` blocks, the most dispensable one first."""
+        for spared in (False, True):
+            while len(self._chosen) < count and (place := self._next(spared)) is not None:
+                self._choose(place)
+        for place in self._heads:
+            self._order.enlist(place)
+        return list(self._chosen)
+
+    def take_of(self, org: bytes, count: int) -> list[bytes]:
+        """Choose up to ``count`` blocks of one organisation."""
+        places = [self._order.place_of(org, is_long) for is_long in (False, True)]
+        found = [place.candidates(self._order.prices, self._may_go) for place in places if place]
+        for _, key in merge(*found):
+            if len(self._chosen) >= count:
+                break
+            self._chosen[key] = None
+        return list(self._chosen)
+
+    def _choose(self, place: Place) -> None:
+        _, key = self._heads[place]  # type: ignore[misc]
+        self._chosen[key] = None
+        self._evicted[place.org] += 1
+        self._long_left -= place.is_long
+        self._heads[place] = next(self._candidates[place], None)
+
+    def _next(self, spared: bool) -> Place | None:
+        """Return the place whose cheapest block goes next."""
+        short = self._first(spared, False)
+        if short is not None and self._long_left <= self._order.long_blocks:
+            return short
+        long = self._first(spared, True)
+        if short is None or long is None:
+            return long if short is None else short
+        return min(short, long, key=lambda place: self._heads[place][0])  # type: ignore[index]
+
+    def _first(self, spared: bool, is_long: bool) -> Place | None:
+        order = self._order
+        while (listed := order.top(spared, is_long)) is not None:
+            price, place = listed
+            head = self._head(place)
+            if head is None:
+                order.unlist(spared, place)
+            elif order.is_spared(place.org, self._evicted[place.org]) != spared:
+                order.unlist(spared, place)
+                order.list_at(not spared, place, head[0])
+            elif head[0] != price:
+                order.list_at(spared, place, head[0])
+                if head[0] <= price:
+                    return place
+            else:
+                return place
+        return None
+
+    def _head(self, place: Place) -> tuple[float, bytes] | None:
+        if place not in self._heads:
+            self._candidates[place] = place.candidates(self._order.prices, self._may_go)
+            self._heads[place] = next(self._candidates[place], None)
+        return self._heads[place]
+
+    def _may_go(self, key: bytes, run: Run) -> bool:
+        return (
+            self._order.run_of(key) is run
+            and key not in self._chosen
+            and not self._must_stay(key)
+        )
