@@ -10,6 +10,7 @@ from vllm_cachescope.cache.return_prices import RECENCY, Prices, fit_prices
 from vllm_cachescope.cache.run_place import Place
 from vllm_cachescope.cache.run_selection import RunSelection
 from vllm_cachescope.cache.runs import (
+    NO_SIGNALS,
     OPEN_KIND,
     PARTIAL_KIND,
     RequestSignals,
@@ -24,10 +25,7 @@ Piece = tuple[Sequence[bytes], int, bytes]
 """Consecutive blocks of a prompt with one TTL in seconds and one organisation's tag."""
 
 LONG_TTL_S = 300
-"""A longer lifetime than this is a claim to be kept; it is the shortest that clients can ask for."""
-
-LONG_SHARE = 0.1
-"""The share of a tier that is kept for them unless the operator says otherwise."""
+"""A longer lifetime than this, the shortest that clients can ask for, is a claim to be kept."""
 
 MAX_EVICTED_RUNS = 65_536
 """So many runs are remembered after their last block is gone, so that their return is seen; some
@@ -39,7 +37,8 @@ _FADE = 0.98
 
 _RELISTED = 8
 
-_UNKNOWN = RequestSignals()
+_TOGETHER_S = 0.1
+"""Blocks that are stored so close to one another are used together until their request is over."""
 
 
 class LearnedOrder:
@@ -57,6 +56,7 @@ class LearnedOrder:
         reserve: returns how many blocks of an organisation are spared, by its tag.
         long_blocks: how many blocks that are marked to live longer are kept first.
         compute: runs a fit, given as a function without arguments, now or on another thread.
+        on_fit: gets the counts that a fit was made from, where the fit runs.
     """
 
     def __init__(
@@ -64,12 +64,14 @@ class LearnedOrder:
         reserve: Callable[[bytes], int] = lambda org: 0,
         long_blocks: int = 0,
         compute: Callable[[Callable[[], None]], object] = lambda fit: fit(),
+        on_fit: Callable[[Counted], None] = lambda counted: None,
     ) -> None:
         self.prices = Prices((), RECENCY)
         self.long_blocks = long_blocks
         self.long_held = 0
         self._reserve = reserve
         self._compute = compute
+        self._on_fit = on_fit
         self._counts = ReturnCounts()
         self._run_of: dict[bytes, Run] = {}
         self._evicted: OrderedDict[bytes, Run] = OrderedDict()
@@ -88,7 +90,7 @@ class LearnedOrder:
         self._next_fit = _FIRST_FIT
         self._fitted: Prices | None = None
         self._stale: list[Place] = []
-        self._open: tuple[Run, float] | None = None
+        self._open: Run | None = None
 
     def __len__(self) -> int:
         return len(self._run_of)
@@ -111,11 +113,10 @@ class LearnedOrder:
         """
         self._advance(now)
         place = self._place(org, ttl_s > LONG_TTL_S)
-        run = self._open[0] if self._open is not None and self._open[1] == now else None
-        if run is None or run.place is not place:
-            run = Run([], self._counts.number(OPEN_KIND) * BINS, now, 0, False)
+        run = self._open
+        if run is None or run.place is not place or now - run.used_at > _TOGETHER_S:
+            run = self._open = Run([], self._counts.number(OPEN_KIND) * BINS, now, 0, False)
             run.is_open = True
-            self._open = run, now
         if self._run_of.get(key) is run:
             return
         is_empty = not run.keys
@@ -127,7 +128,7 @@ class LearnedOrder:
             self._enter(run, place)
 
     def use_request(
-        self, pieces: Iterable[Piece], now: float, signals: RequestSignals = _UNKNOWN
+        self, pieces: Iterable[Piece], now: float, signals: RequestSignals = NO_SIGNALS
     ) -> None:
         """Add the blocks of a request that is over, or note their use.
 
@@ -219,14 +220,18 @@ class LearnedOrder:
         evicted."""
         return self._held[org] - evicted <= self._reserve(org)
 
+    def exposed(self, org: bytes) -> int:
+        """Return how many blocks ``org`` holds beyond its reserve; 0 if it is spared."""
+        return max(0, self._held[org] - self._reserve(org))
+
     # What was learned.
 
-    def state(self) -> dict[str, Any]:
-        """Return what was learned as JSON-able data, for `restore`."""
-        return self._counts.state()
+    def counted(self) -> Counted:
+        """Return a copy of what was counted."""
+        return self._counts.counted()
 
     def restore(self, state: Any) -> bool:
-        """Go on from what `state` returned. To be called before the first block.
+        """Go on from what `Counted.state` returned. To be called before the first block.
 
         Returns:
             Whether it could be used; otherwise the order learns from the start.
@@ -272,8 +277,7 @@ class LearnedOrder:
                 heap[:] = sorted(
                     (listed, number, one)
                     for number, one in enumerate(self._places.values())
-                    if one.is_long == place.is_long
-                    and (listed := one.listed[spared]) is not None
+                    if one.is_long == place.is_long and (listed := one.listed[spared]) is not None
                 )
 
     def enlist(self, place: Place) -> None:
@@ -308,7 +312,7 @@ class LearnedOrder:
                 parts.append((min(stretch.end, full), cell, run.turn, True))
         shared_end = parts[-1][0] if parts else 0
         if full > shared_end:
-            kind = conversation_kind(turn, length - known, length, signals)
+            kind = conversation_kind(turn, length - known, signals)
             parts.append((full, self._counts.number(kind) * BINS, turn, False))
         if signals.ends_partial:
             parts.append((length, self._counts.number(PARTIAL_KIND) * BINS, turn, False))
@@ -434,6 +438,7 @@ class LearnedOrder:
     def _fit_to(self, counted: Counted) -> None:
         # May run on another thread: the scheduler's takes the result over with its next request.
         self._fitted = fit_prices(counted)
+        self._on_fit(counted)
 
     def _use_prices(self) -> None:
         assert self._fitted is not None

@@ -4,7 +4,8 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +23,7 @@ lies before it, up to a day and beyond. No trace has a say in them."""
 BINS = len(EDGES)
 
 WIDTHS: tuple[float, ...] = (
-    *(after - before for before, after in zip(EDGES, EDGES[1:], strict=False)),
+    *(after - before for before, after in pairwise(EDGES)),
     EDGES[-1],
 )
 """How long a bin lasts, in seconds; the last one, which has no end, as long as all before it."""
@@ -49,6 +50,16 @@ class Counted:
     kinds: tuple[Kind, ...]
     returns: NDArray[np.float64]
     exposure: NDArray[np.float64]
+
+    def state(self) -> dict[str, Any]:
+        """Return the counts as JSON-able data, for `ReturnCounts.restore`. No block, organisation
+        or prompt can be told from it."""
+        return {
+            "edges": list(EDGES),
+            "kinds": [list(kind) for kind in self.kinds],
+            "returns": self.returns.ravel().round(4).tolist(),
+            "exposure": self.exposure.ravel().round(3).tolist(),
+        }
 
 
 class ReturnCounts:
@@ -107,18 +118,8 @@ class ReturnCounts:
             np.array(self._exposure).reshape(shape),
         )
 
-    def state(self) -> dict[str, Any]:
-        """Return the counts as JSON-able data, for `restore`. No block, organisation or prompt can
-        be told from it."""
-        return {
-            "edges": list(EDGES),
-            "kinds": [list(kind) for kind in self._kinds],
-            "returns": [round(count, 4) for count in self._returns],
-            "exposure": [round(seconds, 3) for seconds in self._exposure],
-        }
-
     def restore(self, state: Any) -> bool:
-        """Go on from what `state` returned, in another process.
+        """Go on from what `Counted.state` returned, in another process.
 
         Returns:
             Whether it could be used. If not, as after an update with other bins, nothing changes.
@@ -142,7 +143,7 @@ class ReturnCounts:
         return True
 
 
-def _are_counts(values: Any, kinds: int) -> bool:
+def _are_counts(values: Any, kinds: int) -> TypeGuard[list[float]]:
     return (
         isinstance(values, list)
         and len(values) == kinds * BINS

@@ -19,7 +19,9 @@ _SWEEPS = 3
 
 Floats = NDArray[np.float64]
 
-RECENCY: tuple[float, ...] = tuple(1.0 / (edge + width) for edge, width in zip(EDGES, WIDTHS, strict=True))
+RECENCY: tuple[float, ...] = tuple(
+    1.0 / (edge + width) for edge, width in zip(EDGES, WIDTHS, strict=True)
+)
 """Prices while nothing is known: the longer unused, the less. This is LRU, by bins."""
 
 

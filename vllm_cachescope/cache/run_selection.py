@@ -35,7 +35,7 @@ class RunSelection:
         """Choose up to ``count`` blocks, the most dispensable one first."""
         for spared in (False, True):
             while len(self._chosen) < count and (place := self._next(spared)) is not None:
-                self._choose(place)
+                self._choose(place, count - len(self._chosen), spared)
         for place in self._heads:
             self._order.enlist(place)
         return list(self._chosen)
@@ -50,12 +50,24 @@ class RunSelection:
             self._chosen[key] = None
         return list(self._chosen)
 
-    def _choose(self, place: Place) -> None:
-        _, key = self._heads[place]  # type: ignore[misc]
-        self._chosen[key] = None
-        self._evicted[place.org] += 1
-        self._long_left -= place.is_long
-        self._heads[place] = next(self._candidates[place], None)
+    def _choose(self, place: Place, most: int, spared: bool) -> None:
+        """Choose blocks of one price: where one of them goes first, so do the others, until their
+        organisation is spared, or what is marked to live longer is back within its share."""
+        order, org = self._order, place.org
+        if not spared:
+            most = min(most, order.exposed(org) - self._evicted[org])
+        if place.is_long and self._long_left > order.long_blocks:
+            most = min(most, self._long_left - order.long_blocks)
+        head = self._heads[place]
+        price = head[0]  # type: ignore[index]
+        candidates, taken = self._candidates[place], 0
+        while head is not None and head[0] == price and taken < most:
+            self._chosen[head[1]] = None
+            taken += 1
+            head = next(candidates, None)
+        self._heads[place] = head
+        self._evicted[org] += taken
+        self._long_left -= taken * place.is_long
 
     def _next(self, spared: bool) -> Place | None:
         """Return the place whose cheapest block goes next."""
@@ -93,7 +105,5 @@ class RunSelection:
 
     def _may_go(self, key: bytes, run: Run) -> bool:
         return (
-            self._order.run_of(key) is run
-            and key not in self._chosen
-            and not self._must_stay(key)
+            self._order.run_of(key) is run and key not in self._chosen and not self._must_stay(key)
         )

@@ -23,15 +23,15 @@ class RequestSignals:
 
     Attributes:
         output_tokens: how many tokens were generated; None if that is not known.
-        is_pending: whether the turn ended in a tool call, so that a client has yet to answer it;
-            None if that is not known.
         ends_partial: whether the last block is not full. Engines cache no such blocks; traces may
             have them.
     """
 
     output_tokens: int | None = None
-    is_pending: bool | None = None
     ends_partial: bool = False
+
+
+NO_SIGNALS = RequestSignals()
 
 
 class Run:
@@ -129,30 +129,26 @@ def octave(number: float) -> int:
     return max(0, int(number)).bit_length()
 
 
-def conversation_kind(
-    turn: int, new_blocks: int, blocks: int, signals: RequestSignals
-) -> Kind:
+def conversation_kind(turn: int, new_blocks: int, signals: RequestSignals) -> Kind:
     """Return the kind of a conversation's blocks.
+
+    Levels are coarse on purpose: each must be seen some ten times before it says anything.
 
     Args:
         turn: requests of the conversation before this one.
         new_blocks: blocks that it added.
-        blocks: blocks of its prompt.
         signals: what else is known.
     """
-    output = UNKNOWN if signals.output_tokens is None else octave(signals.output_tokens)
-    pending = UNKNOWN if signals.is_pending is None else int(signals.is_pending)
+    output = UNKNOWN if signals.output_tokens is None else octave(signals.output_tokens) // 2
     return (
         Group.CONVERSATION,
-        min(octave(turn), 6),
-        octave(new_blocks),
-        octave(blocks),
+        min(octave(turn), 3),
+        min(octave(new_blocks), 6),
         output,
-        pending,
     )
 
 
-OPEN_KIND: Kind = (Group.CONVERSATION, *(UNKNOWN,) * 5)
+OPEN_KIND: Kind = (Group.CONVERSATION, *(UNKNOWN,) * 3)
 """Of what a request has stored that is not over."""
 
 PARTIAL_KIND: Kind = (Group.PARTIAL,)

@@ -71,9 +71,7 @@ class Outcome:
         return self.total.blocks / self.seconds if self.seconds else 0.0
 
 
-def replay(
-    requests: Iterable[TracedRequest], cache: SimulatedCache, block_tokens: int
-) -> Outcome:
+def replay(requests: Iterable[TracedRequest], cache: SimulatedCache, block_tokens: int) -> Outcome:
     """Return what requests read from a cache that is empty at first.
 
     Hits are counted here and not by the policy: the leading blocks of a prompt that are there when

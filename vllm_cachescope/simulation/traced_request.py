@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from vllm_cachescope.cache.runs import RequestSignals
+from vllm_cachescope.cache.runs import NO_SIGNALS, RequestSignals
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +21,6 @@ class TracedRequest:
     at: float
     keys: tuple[bytes, ...]
     tokens: int
-    signals: RequestSignals = RequestSignals()
+    signals: RequestSignals = NO_SIGNALS
     ttl_s: int | None = None
     org: str = ""

@@ -7,13 +7,13 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from vllm_cachescope.cache.learned_order import LONG_SHARE
 from vllm_cachescope.cli import traffic_files
 from vllm_cachescope.cli.console import show
 from vllm_cachescope.cli.simulate import plot, tables
 from vllm_cachescope.cli.simulate.traced_calls import traced, whole_blocks
 from vllm_cachescope.cli.traffic import BLOCK_TOKENS, BlockCall, Call, TrafficError
 from vllm_cachescope.cli.traffic_files import TrafficFiles
+from vllm_cachescope.config.eviction import EvictionSettings
 from vllm_cachescope.durations import parse_duration
 from vllm_cachescope.simulation.marked_conversations import mark_conversations
 from vllm_cachescope.simulation.policies import POLICIES, make_cache
@@ -36,6 +36,7 @@ exit codes: 0; 2 if a file cannot be read or holds no request, or with --strict 
 out.
 """
 
+_LONG_SHARE = EvictionSettings().long_share
 _FRACTIONS = (1 / 8, 1 / 4, 1 / 3, 1 / 2)
 
 
@@ -91,9 +92,9 @@ def add_command(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
     parser.add_argument(
         "--long-share",
         type=_share,
-        default=LONG_SHARE,
+        default=_LONG_SHARE,
         metavar="SHARE",
-        help=f"eviction.long_share (default: {LONG_SHARE})",
+        help=f"eviction.long_share (default: {_LONG_SHARE})",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(

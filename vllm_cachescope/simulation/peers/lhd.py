@@ -27,9 +27,7 @@ class Lhd(Peer):
         self._coarseness = max(1, capacity // 32)
         self._hits = [[0.0] * _AGES for _ in range(_CLASSES)]
         self._evictions = [[0.0] * _AGES for _ in range(_CLASSES)]
-        self._density = [
-            [1.0 / (1 + age) for age in range(_AGES)] for _ in range(_CLASSES)
-        ]
+        self._density = [[1.0 / (1 + age) for age in range(_AGES)] for _ in range(_CLASSES)]
         self._next_fit = capacity
 
     def __contains__(self, key: bytes) -> bool:
