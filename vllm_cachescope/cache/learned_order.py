@@ -7,7 +7,7 @@ from typing import Any
 
 from vllm_cachescope.cache.return_counts import BINS, EDGES, WIDTHS, Counted, ReturnCounts
 from vllm_cachescope.cache.return_prices import RECENCY, Prices, fit_prices
-from vllm_cachescope.cache.run_place import Place
+from vllm_cachescope.cache.run_place import Place, Rank
 from vllm_cachescope.cache.run_selection import RunSelection
 from vllm_cachescope.cache.runs import (
     NO_SIGNALS,
@@ -80,9 +80,9 @@ class LearnedOrder:
         self._nowhere = Place(b"", False)
         # Heaps of (time, number, place, cell): no run of the cell reaches the next bin before.
         self._due: list[tuple[float, int, Place, int]] = []
-        # By (is spared, is long): a heap of (price, number, place), where no block of the place
-        # costs less, but for prices that changed meanwhile.
-        self._tops: dict[tuple[bool, bool], list[tuple[float, int, Place]]] = {
+        # By (is spared, is long): a heap of (rank, number, place), where no block of the place
+        # ranks lower, but for prices that changed meanwhile.
+        self._tops: dict[tuple[bool, bool], list[tuple[Rank, int, Place]]] = {
             (spared, is_long): [] for spared in (False, True) for is_long in (False, True)
         }
         self._number = 0
@@ -252,13 +252,13 @@ class LearnedOrder:
         """Return the run that a block is in."""
         return self._run_of.get(key)
 
-    def top(self, spared: bool, is_long: bool) -> tuple[float, Place] | None:
-        """Return the cheapest listed place and its price; None if there is none."""
+    def top(self, spared: bool, is_long: bool) -> tuple[Rank, Place] | None:
+        """Return the lowest listed place and its rank; None if there is none."""
         heap = self._tops[spared, is_long]
         while heap:
-            price, _, place = heap[0]
-            if place.listed[spared] == price:
-                return price, place
+            rank, _, place = heap[0]
+            if place.listed[spared] == rank:
+                return rank, place
             heappop(heap)
         return None
 
@@ -266,13 +266,13 @@ class LearnedOrder:
         """Remove a place that is listed."""
         place.listed[spared] = None
 
-    def list_at(self, spared: bool, place: Place, price: float) -> None:
-        """List a place at a price, whatever it was listed at before."""
-        if place.listed[spared] != price:
-            place.listed[spared] = price
+    def list_at(self, spared: bool, place: Place, rank: Rank) -> None:
+        """List a place at a rank, whatever it was listed at before."""
+        if place.listed[spared] != rank:
+            place.listed[spared] = rank
             self._number += 1
             heap = self._tops[spared, place.is_long]
-            heappush(heap, (price, self._number, place))
+            heappush(heap, (rank, self._number, place))
             if len(heap) > 4 * len(self._places) + 64:
                 heap[:] = sorted(
                     (listed, number, one)
@@ -281,10 +281,10 @@ class LearnedOrder:
                 )
 
     def enlist(self, place: Place) -> None:
-        """List a place where it belongs, at the price of its cheapest block, if it has any."""
-        price = place.cheapest(self.prices)
-        if price is not None:
-            self.list_at(self.is_spared(place.org), place, price)
+        """List a place where it belongs, at its lowest rank, if it has any blocks."""
+        rank = place.lowest(self.prices)
+        if rank is not None:
+            self.list_at(self.is_spared(place.org), place, rank)
 
     # Runs.
 
@@ -366,11 +366,11 @@ class LearnedOrder:
     def _enter(self, run: Run, place: Place) -> None:
         if place.add(run, self.prices):
             self._list_due(place, run.cell)
-            price = self.prices.of(run.cell)
+            rank = self.prices.of(run.cell), run.used_at
             spared = self.is_spared(place.org)
             listed = place.listed[spared]
-            if listed is None or price < listed:
-                self.list_at(spared, place, price)
+            if listed is None or rank < listed:
+                self.list_at(spared, place, rank)
 
     def _end(self, run: Run) -> None:
         """Note that a run has no blocks left: from now on it is only remembered."""

@@ -61,8 +61,12 @@ def fit_prices(counted: Counted) -> Prices:
         rows = np.flatnonzero(groups == group)
         levels = np.array([counted.kinds[row][1:] for row in rows], dtype=np.int64)
         hazards[rows] = _hazards(levels, counted.returns[rows], counted.exposure[rows])
+    rates = _best_rates(hazards)
+    # Of what a request has stored that still runs nothing is known yet; it counts as the best.
+    unknown = [number for number, kind in enumerate(counted.kinds) if set(kind[1:]) == {-1}]
+    rates[unknown] = rates.max(0)
     pooled = _pooled(counted.returns, counted.exposure)[None]
-    return Prices(_best_rates(hazards).ravel().tolist(), _best_rates(pooled)[0].tolist())
+    return Prices(rates.ravel().tolist(), _best_rates(pooled)[0].tolist())
 
 
 def _pooled(returns: Floats, exposure: Floats) -> Floats:

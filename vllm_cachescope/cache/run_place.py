@@ -2,10 +2,13 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from heapq import heapify, heappop, heappush
+from heapq import heapify, heappop, heappush, heapreplace
 
 from vllm_cachescope.cache.return_prices import Prices
 from vllm_cachescope.cache.runs import Run
+
+Rank = tuple[float, float]
+"""The price of a block, and when its run was last used: the lowest goes first."""
 
 
 class Place:
@@ -20,7 +23,8 @@ class Place:
         is_long: whether its blocks were marked to live longer.
         cells: the runs of each cell, oldest first. Some may have left it.
         due: when the oldest run of a cell reaches the next bin, in seconds, or earlier.
-        listed: by whether the organisation is spared, the price that the order has for the place.
+        listed: by whether the organisation is spared, what the order has for the place: its lowest
+            rank, or a lower one.
     """
 
     __slots__ = ("_heap", "_prices", "cells", "due", "is_long", "listed", "org")
@@ -30,8 +34,8 @@ class Place:
         self.is_long = is_long
         self.cells: dict[int, deque[Run]] = {}
         self.due: dict[int, float] = {}
-        self.listed: list[float | None] = [None, None]
-        self._heap: list[tuple[float, int]] = []
+        self.listed: list[Rank | None] = [None, None]
+        self._heap: list[tuple[float, float, int]] = []
         self._prices: Prices | None = None
 
     def add(self, run: Run, prices: Prices) -> bool:
@@ -46,7 +50,7 @@ class Place:
             if len(self._heap) > 2 * len(self.cells) + 16:
                 self._prices = None
             else:
-                heappush(self._heap, (prices.of(run.cell), run.cell))
+                heappush(self._heap, (prices.of(run.cell), run.used_at, run.cell))
         return True
 
     def oldest(self, cell: int) -> Run | None:
@@ -63,38 +67,61 @@ class Place:
         del self.cells[cell]
         return None
 
-    def cheapest(self, prices: Prices) -> float | None:
-        """Return the price of the block to go first; None if there is none."""
+    def lowest(self, prices: Prices) -> Rank | None:
+        """Return the rank of the block to go first; None if there is none."""
         self._price(prices)
         while self._heap:
-            price, cell = self._heap[0]
-            if self.oldest(cell) is not None:
-                return price
-            heappop(self._heap)
+            price, used_at, cell = self._heap[0]
+            run = self.oldest(cell)
+            if run is None:
+                heappop(self._heap)
+            elif run.used_at > used_at:
+                heapreplace(self._heap, (price, run.used_at, cell))
+            else:
+                return price, used_at
         return None
 
     def candidates(
         self, prices: Prices, may_go: Callable[[bytes, Run], bool]
-    ) -> Iterator[tuple[float, bytes]]:
-        """Yield ``(price, key)`` of the blocks that may go, cheapest first; of a run the end first.
+    ) -> Iterator[tuple[Rank, bytes]]:
+        """Yield ``(rank, key)`` of the blocks that may go, lowest first; of a run the end first.
 
         Nothing may change meanwhile.
         """
         self._price(prices)
-        heap, seen = self._heap.copy(), set[int]()
+        heap, cells = self._heap.copy(), dict[int, Iterator[Run]]()
+        heads: dict[int, Run] = {}
         while heap:
-            price, cell = heappop(heap)
-            if cell in seen:
+            price, used_at, cell = heappop(heap)
+            if cell not in cells:
+                cells[cell] = iter(self.cells.get(cell, ()))
+                self._advance(cell, cells[cell], heads)
+            run = heads.get(cell)
+            if run is None:
                 continue
-            seen.add(cell)
-            for run in self.cells.get(cell, ()):
-                if run.cell == cell and run.place is self:
-                    for key in reversed(run.keys):
-                        if may_go(key, run):
-                            yield price, key
+            if run.used_at > used_at:
+                heappush(heap, (price, run.used_at, cell))
+                continue
+            for key in reversed(run.keys):
+                if may_go(key, run):
+                    yield (price, used_at), key
+            self._advance(cell, cells[cell], heads)
+            if cell in heads:
+                heappush(heap, (price, heads[cell].used_at, cell))
+
+    def _advance(self, cell: int, runs: Iterator[Run], heads: dict[int, Run]) -> None:
+        heads.pop(cell, None)
+        for run in runs:
+            if run.cell == cell and run.place is self:
+                heads[cell] = run
+                return
 
     def _price(self, prices: Prices) -> None:
         if self._prices is not prices:
             self._prices = prices
-            self._heap = [(prices.of(cell), cell) for cell in self.cells]
+            self._heap = [
+                (prices.of(cell), runs[0].used_at, cell)
+                for cell, runs in self.cells.items()
+                if runs
+            ]
             heapify(self._heap)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from heapq import merge
 from typing import TYPE_CHECKING
 
-from vllm_cachescope.cache.run_place import Place
+from vllm_cachescope.cache.run_place import Place, Rank
 from vllm_cachescope.cache.runs import Run
 
 if TYPE_CHECKING:
@@ -28,8 +28,8 @@ class RunSelection:
         self._chosen: dict[bytes, None] = {}
         self._evicted: Counter[bytes] = Counter()
         self._long_left = order.long_held
-        self._candidates: dict[Place, Iterator[tuple[float, bytes]]] = {}
-        self._heads: dict[Place, tuple[float, bytes] | None] = {}
+        self._candidates: dict[Place, Iterator[tuple[Rank, bytes]]] = {}
+        self._heads: dict[Place, tuple[Rank, bytes] | None] = {}
 
     def take(self, count: int) -> list[bytes]:
         """Choose up to ``count`` blocks, the most dispensable one first."""
@@ -51,7 +51,7 @@ class RunSelection:
         return list(self._chosen)
 
     def _choose(self, place: Place, most: int, spared: bool) -> None:
-        """Choose blocks of one price: where one of them goes first, so do the others, until their
+        """Choose blocks of one rank: where one of them goes first, so do the others, until their
         organisation is spared, or what is marked to live longer is back within its share."""
         order, org = self._order, place.org
         if not spared:
@@ -59,9 +59,9 @@ class RunSelection:
         if place.is_long and self._long_left > order.long_blocks:
             most = min(most, self._long_left - order.long_blocks)
         head = self._heads[place]
-        price = head[0]  # type: ignore[index]
+        rank = head[0]  # type: ignore[index]
         candidates, taken = self._candidates[place], 0
-        while head is not None and head[0] == price and taken < most:
+        while head is not None and head[0] == rank and taken < most:
             self._chosen[head[1]] = None
             taken += 1
             head = next(candidates, None)
@@ -70,7 +70,7 @@ class RunSelection:
         self._long_left -= taken * place.is_long
 
     def _next(self, spared: bool) -> Place | None:
-        """Return the place whose cheapest block goes next."""
+        """Return the place whose lowest block goes next."""
         short = self._first(spared, False)
         if short is not None and self._long_left <= self._order.long_blocks:
             return short
@@ -82,22 +82,22 @@ class RunSelection:
     def _first(self, spared: bool, is_long: bool) -> Place | None:
         order = self._order
         while (listed := order.top(spared, is_long)) is not None:
-            price, place = listed
+            rank, place = listed
             head = self._head(place)
             if head is None:
                 order.unlist(spared, place)
             elif order.is_spared(place.org, self._evicted[place.org]) != spared:
                 order.unlist(spared, place)
                 order.list_at(not spared, place, head[0])
-            elif head[0] != price:
+            elif head[0] != rank:
                 order.list_at(spared, place, head[0])
-                if head[0] <= price:
+                if head[0] <= rank:
                     return place
             else:
                 return place
         return None
 
-    def _head(self, place: Place) -> tuple[float, bytes] | None:
+    def _head(self, place: Place) -> tuple[Rank, bytes] | None:
         if place not in self._heads:
             self._candidates[place] = place.candidates(self._order.prices, self._may_go)
             self._heads[place] = next(self._candidates[place], None)

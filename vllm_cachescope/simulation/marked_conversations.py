@@ -15,28 +15,24 @@ def mark_conversations(
     """Return the requests with a TTL: an hour for a share of the conversations, and five minutes
     for the others.
 
-    A request belongs to the conversation of the last block that it shares with an earlier one,
-    unless that is a block that prompts of several conversations begin with.
+    A request goes on with a conversation if what it shares with earlier requests ends where the
+    prompt of one of them did; that prompt's last block may have been partial.
 
     Args:
         requests: the requests, in order of time.
         share: which share of the conversations is marked, from 0 to 1.
         rng: draws them.
     """
-    conversation: dict[bytes, int] = {}
-    shared: set[bytes] = set()
-    is_long: list[bool] = []
+    is_long_at: dict[bytes, bool] = {}
+    seen: set[bytes] = set()
     marked: list[TracedRequest] = []
     for request in requests:
-        known = next((key for key in reversed(request.keys) if key in conversation), None)
-        if known is None or known in shared:
-            number = len(is_long)
-            is_long.append(rng.random() < share)
-        else:
-            number = conversation[known]
-        for key in request.keys:
-            if conversation.setdefault(key, number) != number:
-                shared.add(key)
-        ttl_s = LONG_TTL_S if is_long[number] else SHORT_TTL_S
+        last = next((key for key in reversed(request.keys) if key in seen), None)
+        is_long = is_long_at.get(last) if last is not None else None
+        if is_long is None:
+            is_long = rng.random() < share
+        is_long_at |= {key: is_long for key in request.keys[-2:] if key not in seen}
+        seen.update(request.keys)
+        ttl_s = LONG_TTL_S if is_long else SHORT_TTL_S
         marked.append(replace(request, ttl_s=ttl_s))
     return marked
