@@ -8,6 +8,7 @@ from pydantic import ByteSize, Field, SecretStr, model_validator
 
 from vllm_cachescope.config.diffs import DiffSettings
 from vllm_cachescope.config.error import ConfigError
+from vllm_cachescope.config.eviction import EvictionSettings
 from vllm_cachescope.config.front_end import FrontEndSettings
 from vllm_cachescope.config.ledger import LedgerSettings
 from vllm_cachescope.config.markers import MarkerPolicy
@@ -67,6 +68,7 @@ class Config(Model):
         prices: YAML or JSON file with what tokens cost, by model; None for no costs.
         tiers: tiers behind the CPU tier, looked up in this order.
         quotas: what organisations may hold, by the name of a tier.
+        eviction: which chunks leave the CPU tier first.
         org_label: whether metrics tell organisations apart: False for not at all, True for those
             in tenants, or the names of those that have a label of their own; the rest is ``other``.
         self_describing_kv_events: whether KV events of the CPU tier and remote ones carry the
@@ -97,6 +99,7 @@ class Config(Model):
     prices: Path | None = None
     tiers: tuple[AnyTier, ...] = ()
     quotas: dict[str, TierQuotas] = Field(default_factory=dict)
+    eviction: EvictionSettings = EvictionSettings()
     org_label: Annotated[bool, Field(strict=True)] | tuple[str, ...] = False
     self_describing_kv_events: Annotated[bool, Field(strict=True)] = True
 
@@ -152,6 +155,7 @@ class Config(Model):
                 f"secret, secret_file or {SECRET_VARIABLE}"
             )
         self.operators_token()
+        self.eviction.check()
         if self.diffs is not None:
             self.diffs.check()
         if self.ledger is not None:

@@ -121,6 +121,7 @@ class CacheScopeConnector(OffloadingConnector):
                 for tier, entry_bytes in self._entry_bytes.items()
                 if (quotas := read_quotas(config, tier, entry_bytes)) is not None
             },
+            eviction=config.eviction,
             org_labels=OrgLabels(config.labelled_orgs(), config.secret_bytes()),
             multipliers=_multipliers(config, str(vllm_config.model_config.served_model_name)),
         )

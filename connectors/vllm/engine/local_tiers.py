@@ -13,6 +13,7 @@ from vllm_cachescope.cache.eviction_history import (
 )
 from vllm_cachescope.cache.ledger import Entry, Ledger
 from vllm_cachescope.cache.quotas import Quotas
+from vllm_cachescope.config.eviction import EvictionSettings
 from vllm_cachescope.connectors.vllm.engine.counts import Counts
 from vllm_cachescope.connectors.vllm.engine.tiers.base import TierParent
 from vllm_cachescope.connectors.vllm.engine.tiers.cpu import CPU, CpuTier
@@ -31,6 +32,7 @@ class LocalTiers:
         kv_cache: vLLM's manager of the device's blocks.
         offloading: vLLM's manager of the CPU tier and those behind it.
         quotas: what organisations may have of the device and the CPU tier, by the tier's name.
+        eviction: which chunks leave the CPU tier first.
         clock: the ledger's clock, in seconds.
         counts: counts what leaves.
     """
@@ -43,6 +45,7 @@ class LocalTiers:
         kv_cache: KVCacheManager,
         offloading: TieringOffloadingManager,
         quotas: Mapping[str, Quotas],
+        eviction: EvictionSettings,
         clock: Callable[[], float],
         counts: Counts,
     ) -> None:
@@ -50,7 +53,7 @@ class LocalTiers:
         self._history = history
         self._clock = clock
         self._counts = counts
-        self._cpu = CpuTier(offloading, parent, quotas.get(CPU))
+        self._cpu = CpuTier(offloading, parent, quotas.get(CPU), eviction)
         self._device = DeviceTier(kv_cache, parent)
         self._device_quotas: DeviceQuotas | None = None
         if (device_quotas := quotas.get(DEVICE)) is not None:

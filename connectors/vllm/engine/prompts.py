@@ -86,6 +86,7 @@ class Prompt:
         purged: the scopes whose blocks were purged while the prompt ran. The prompt leaves none of
             them behind.
         adapter: what its LoRA adapter is; None if it has none.
+        output_tokens: how many tokens were generated; None before it has finished.
     """
 
     plan: Plan
@@ -103,6 +104,7 @@ class Prompt:
     is_counted: bool = False
     purged: set[Scope] = field(default_factory=set)
     adapter: str | None = None
+    output_tokens: int | None = None
 
     def is_purged(self, block_end: int) -> bool:
         """Whether the block that ends at ``block_end`` was purged while the prompt ran."""
@@ -141,6 +143,10 @@ class Prompts:
     def get(self, request_id: str) -> Prompt | None:
         """Return the prompt of a request that runs."""
         return self._running.get(request_id)
+
+    def finished(self, request_id: str) -> Prompt | None:
+        """Return the prompt of a request that has finished since vLLM last stored."""
+        return self._finished.get(request_id)
 
     def find(self, nonce: str) -> Prompt | None:
         """Return the first sample of the prompt with ``nonce``, whether it runs or not."""

@@ -18,6 +18,8 @@ from vllm_cachescope.cache.ledger import Entry, Ledger
 from vllm_cachescope.cache.prefill_rate import PrefillRate
 from vllm_cachescope.cache.quotas import Quotas
 from vllm_cachescope.cache.report import Report
+from vllm_cachescope.cache.runs import RequestSignals
+from vllm_cachescope.config.eviction import EvictionSettings
 from vllm_cachescope.connectors.vllm.engine import hashing
 from vllm_cachescope.connectors.vllm.engine.block_layout import BlockLayout
 from vllm_cachescope.connectors.vllm.engine.checkpoints import move_checkpoint
@@ -52,6 +54,7 @@ class EngineSettings:
         layout: how prompts are cut into blocks.
         hash_settings: the settings that block hashes depend on; see `hashing.digest`.
         quotas: what organisations may have of the device and the CPU tier, by the tier's name.
+        eviction: which chunks leave the CPU tier first.
         org_labels: the labels of organisations in metrics.
         multipliers: what a token costs that is read or created.
     """
@@ -60,6 +63,7 @@ class EngineSettings:
     layout: BlockLayout
     hash_settings: Mapping[str, Any]
     quotas: Mapping[str, Quotas]
+    eviction: EvictionSettings
     org_labels: OrgLabels
     multipliers: Multipliers
 
@@ -109,6 +113,7 @@ class CacheScopeConnectorScheduler(TierParent):
             kv_cache,
             offloading,
             settings.quotas,
+            settings.eviction,
             clock,
             self.counts,
         )
@@ -212,6 +217,7 @@ class CacheScopeConnectorScheduler(TierParent):
         self._register(prompt, request, request.num_computed_tokens)
         self._refresh(prompt, request)
         refresh(self.remotes, prompt.plan, request, prompt.registered, self._layout, self._ledger)
+        prompt.output_tokens = request.num_output_tokens
         prompt.request = None
         prompt.promoted.clear()
         self._note_change(prompt.plan)
@@ -350,6 +356,10 @@ class CacheScopeConnectorScheduler(TierParent):
             return REFUSED_TTL_S, NOBODY
         span = prompt.plan.span_of(end)
         return span.ttl_s, prompt.plan.owner_in(span)
+
+    def signals_of(self, context: ReqContext) -> RequestSignals:
+        prompt = self._prompts.finished(context.req_id)
+        return RequestSignals(None if prompt is None else prompt.output_tokens)
 
     def live_entry(self, key: bytes) -> Entry | None:
         entry = self._ledger.get(key)

@@ -29,4 +29,6 @@ def block_call(source: str, record: Mapping[str, Any]) -> BlockCall:
             f"{source}: input_length {tokens} does not fit {len(blocks)} hash_ids of "
             f"{BLOCK_TOKENS} tokens"
         )
-    return BlockCall(source, at, tokens, tuple(blocks))
+    output = record.get("output_length")
+    output = output if isinstance(output, int) and output >= 0 else None
+    return BlockCall(source, at, tokens, tuple(blocks), output)

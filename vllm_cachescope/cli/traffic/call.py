@@ -42,6 +42,7 @@ class Call:
         request: the prompt and its breakpoints.
         extra: what else in body and headers to compare; see `extra_fields`.
         text: the whole prompt, in a text trace; otherwise None.
+        output: what was generated, in a text trace; None if not recorded.
         response_id: the id of its response; None if not recorded.
         usage: what its response said of the cache; None if not recorded.
         body: its body as it was sent; None if that was not recorded.
@@ -53,6 +54,7 @@ class Call:
     request: PromptRequest
     extra: Mapping[str, Any] = field(default_factory=dict)
     text: str | None = None
+    output: str | None = None
     response_id: str | None = None
     usage: Usage | None = None
     body: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
@@ -67,12 +69,14 @@ class BlockCall:
         at: when the call was made, in seconds since the start of the trace.
         tokens: length of the prompt, in tokens.
         blocks: a hash id for each block of `BLOCK_TOKENS` tokens; the last block may be partial.
+        output_tokens: how many tokens were generated; None if not recorded.
     """
 
     source: str
     at: float
     tokens: int
     blocks: tuple[int, ...]
+    output_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -114,7 +114,8 @@ def _of_record(
     text = record.get("input")
     if isinstance(text, str) and "model" not in record:
         at, session = seconds_of(record.get("timestamp")), text_of(record.get("session_id"))
-        yield Call(source, at, session, text_request(text), text=text)
+        output = text_of(record.get("output"))
+        yield Call(source, at, session, text_request(text), text=text, output=output)
         return
     if record.get("type") in ("summary", "file-history-snapshot", "queue-operation"):
         return  # A session file of Claude Code may begin with them.

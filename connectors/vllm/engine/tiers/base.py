@@ -8,6 +8,7 @@ from vllm.v1.request import Request
 
 from vllm_cachescope.cache.eviction_history import EvictionReason
 from vllm_cachescope.cache.ledger import Entry, Ledger
+from vllm_cachescope.cache.runs import RequestSignals
 from vllm_cachescope.prompt.plan import Plan
 
 
@@ -56,6 +57,10 @@ class TierParent(ABC):
     def ttl_and_owner(self, key: OffloadKey, context: ReqContext) -> tuple[int, bytes]:
         """Return the TTL in seconds and the owner that a request's plan gives to ``key``. A
         request that is over, its last blocks stored, has no plan: its keys are nobody's."""
+
+    @abstractmethod
+    def signals_of(self, context: ReqContext) -> RequestSignals:
+        """Return what a request that is over tells of the future of its blocks."""
 
     # For remote tiers.
 

@@ -20,17 +20,20 @@ from vllm.v1.kv_offload.tiering.manager import (
 
 from vllm_cachescope.cache.eviction import LifetimeShare
 from vllm_cachescope.cache.eviction_history import EvictionReason
-from vllm_cachescope.cache.ledger import Ledger
+from vllm_cachescope.cache.learned_order import LearnedOrder, Piece
+from vllm_cachescope.cache.ledger import Entry, Ledger
 from vllm_cachescope.cache.quotas import Quotas
+from vllm_cachescope.config.eviction import EvictionSettings
 from vllm_cachescope.connectors.vllm.engine.pressure import writer_of
 from vllm_cachescope.connectors.vllm.engine.tiers.base import TierParent
+from vllm_cachescope.connectors.vllm.engine.tiers.cpu_order import make_order
 from vllm_cachescope.tenancy.owner_tags import NOBODY
 
 CPU = "cpu"
 
 
 class ScopePolicy(CachePolicy):
-    """Evicts by share of lifetime spent, with the lifetimes of its parent's ledger.
+    """Evicts in the configured order, with the lifetimes of its parent's ledger.
 
     vLLM makes the policy by its name in the configuration, so `bind` comes after. Expired chunks
     do not wait here to be evicted: `CpuTier.drop` removes them.
@@ -42,7 +45,7 @@ class ScopePolicy(CachePolicy):
     def __init__(self, cache_capacity: int) -> None:
         super().__init__(cache_capacity)
         self._chunks: dict[OffloadKey, ChunkStatus] = {}
-        self._order = LifetimeShare()
+        self._order: LifetimeShare | LearnedOrder = LifetimeShare()
         self._quotas: Quotas | None = None
         # TTL and owner of the keys that are about to be inserted.
         self._missed: dict[OffloadKey, tuple[int, bytes]] = {}
@@ -51,16 +54,18 @@ class ScopePolicy(CachePolicy):
         # Keys that a promotion under way needs, and for how many prompts.
         self._held: Counter[bytes] = Counter()
 
-    def bind(self, parent: TierParent, quotas: Quotas | None) -> None:
+    def bind(
+        self, parent: TierParent, quotas: Quotas | None, order: LifetimeShare | LearnedOrder
+    ) -> None:
         """Connect the policy to the engine's lifetimes. To be called before the first chunk.
 
         Args:
             parent: the scheduler side.
             quotas: what each organisation may have of the tier; None for no limits.
+            order: the order of eviction; empty.
         """
         self._parent, self._ledger = parent, parent.ledger
-        if quotas is not None:
-            self._quotas, self._order = quotas, LifetimeShare(quotas.reserve)
+        self._quotas, self._order = quotas, order
 
     def get(self, key: OffloadKey) -> ChunkStatus | None:
         return self._chunks.get(key)
@@ -98,7 +103,12 @@ class ScopePolicy(CachePolicy):
         reused_keys: set[OffloadKey],
         req_context: ReqContext,
     ) -> None:
-        self.touch(order_request_keys(key_groups, req_context), req_context)
+        keys = order_request_keys(key_groups, req_context)
+        if isinstance(self._order, LifetimeShare):
+            self.touch(keys, req_context)
+        else:
+            signals = self._parent.signals_of(req_context)
+            self._order.use_request(self._pieces(keys), self._parent.now(), signals)
 
     def evict(
         self, n: int, protected: set[OffloadKey]
@@ -228,14 +238,32 @@ class ScopePolicy(CachePolicy):
 
     def _use(self, key: OffloadKey, now: float) -> None:
         entry = self._ledger.get(key)
-        if entry is None:
-            return
+        if entry is not None:
+            self._order.use(key, entry.ttl_s, now, self._account(entry))
+
+    def _pieces(self, keys: Iterable[OffloadKey]) -> list[Piece]:
+        """Return those of a prompt's keys that are here, divided by TTL and account."""
+        pieces: list[Piece] = []
+        piece: list[bytes] = []
+        last: tuple[int, bytes] | None = None
+        for key in keys:
+            entry = self._ledger.get(key)
+            if entry is None or key not in self._chunks:
+                continue
+            place = entry.ttl_s, self._account(entry)
+            if place != last:
+                piece, last = [], place
+                pieces.append((piece, *place))
+            piece.append(key)
+        return pieces
+
+    def _account(self, entry: Entry) -> bytes:
+        """Return the account that a chunk counts towards, which may have grown over its quota."""
         if self._quotas is None:
-            self._order.use(key, entry.ttl_s, now)
-        else:
-            account = self._quotas.account_of(entry.owner)
-            self._order.use(key, entry.ttl_s, now, account)
-            self._grown.add(account)
+            return b""
+        account = self._quotas.account_of(entry.owner)
+        self._grown.add(account)
+        return account
 
 
 class CpuTier:
@@ -245,15 +273,20 @@ class CpuTier:
         manager: vLLM's manager, whose primary tier runs `ScopePolicy`.
         parent: says what may be looked up and stored.
         quotas: what each organisation may have of the tier; None for no limits.
+        eviction: which chunks leave first.
     """
 
     def __init__(
-        self, manager: TieringOffloadingManager, parent: TierParent, quotas: Quotas | None
+        self,
+        manager: TieringOffloadingManager,
+        parent: TierParent,
+        quotas: Quotas | None,
+        eviction: EvictionSettings,
     ) -> None:
         self._primary: CPUPrimaryTierOffloadingManager = manager.primary_tier
         assert isinstance(self._primary._policy, ScopePolicy)
         self._policy = self._primary._policy
-        self._policy.bind(parent, quotas)
+        self._policy.bind(parent, quotas, make_order(eviction, quotas, self._primary._num_chunks))
         # From 0.33 on vLLM may serve tiers from a thread of its own, and holds the manager's lock
         # while it calls the manager; see `offloading.make_lock_reentrant`.
         self._lock = getattr(manager, "lock", None) or nullcontext()

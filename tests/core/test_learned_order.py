@@ -1,0 +1,280 @@
+"""The learned order: what it learns, and that quotas, claims and bounds hold whatever that was."""
+
+import json
+import random
+import tracemalloc
+from collections import Counter
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.examples import examples
+from vllm_cachescope.cache import learned_order
+from vllm_cachescope.cache.learned_order import LearnedOrder
+from vllm_cachescope.cache.return_counts import BINS, MAX_KINDS, Counted, ReturnCounts, bin_of
+from vllm_cachescope.cache.return_prices import fit_prices
+from vllm_cachescope.cache.runs import RequestSignals
+
+ORGS = (b"", b"acme", b"zeta")
+TTLS = (300, 3600)
+
+
+def none(key: bytes) -> bool:
+    return False
+
+
+class Model:
+    """Blocks by key, with whose they are and how long they live; prices are the order's own."""
+
+    def __init__(self, reserves: dict[bytes, int], long_blocks: int) -> None:
+        self.blocks: dict[bytes, tuple[bytes, bool]] = {}
+        self.reserves, self.long_blocks = reserves, long_blocks
+
+    def check(
+        self, order: LearnedOrder, chosen: list[bytes] | None, count: int, spare: set[bytes]
+    ) -> None:
+        """Each one that was chosen must be of the class that goes first, and the cheapest of it."""
+        may = {key for key in self.blocks if key not in spare}
+        assert (chosen is None) == (len(may) < count)
+        if chosen is None:
+            return
+        assert len(set(chosen)) == len(chosen) == count
+        held = Counter(org for org, _ in self.blocks.values())
+        long_held = sum(is_long for _, is_long in self.blocks.values())
+        for key in chosen:
+            first = [k for k in may if held[self.blocks[k][0]] > self.reserves[self.blocks[k][0]]]
+            first = first or list(may)
+            if long_held <= self.long_blocks:
+                first = [k for k in first if not self.blocks[k][1]] or first
+            assert key in first
+            assert price(order, key) == min(price(order, k) for k in first)
+            may.remove(key)
+            org, is_long = self.blocks[key]
+            held[org] -= 1
+            long_held -= is_long
+
+
+def price(order: LearnedOrder, key: bytes) -> tuple[float, float]:
+    run = order.run_of(key)
+    assert run is not None
+    return order.prices.of(run.cell), run.used_at
+
+
+@settings(max_examples=examples(80), deadline=None)
+@given(
+    st.tuples(*[st.integers(0, 8) for _ in ORGS]),
+    st.integers(0, 10),
+    st.lists(
+        st.tuples(st.integers(0, 6), st.integers(0, 29), st.integers(0, 2**20)),
+        min_size=30,
+        max_size=120,
+    ),
+)
+def test_quotas_reserves_and_claims_hold_whatever_was_learned(
+    reserves: tuple[int, ...], long_blocks: int, operations: list[tuple[int, int, int]]
+) -> None:
+    model = Model(dict(zip(ORGS, reserves, strict=True)), long_blocks)
+    order = LearnedOrder(lambda org: model.reserves[org], long_blocks)
+    now = 0.0
+    for kind, number, drawn in operations:
+        now += drawn % 7
+        org, ttl_s = ORGS[number % 3], TTLS[drawn % 2]
+        keys = [b"%d" % ((number + i) % 30) for i in range(drawn % 9 + 1)]
+        spare = {b"%d" % key for key in range(30) if drawn >> (key % 20) & 3 == 0}
+        if kind < 3:
+            cut = drawn % len(keys)
+            other = ORGS[(number + 1) % 3], TTLS[(drawn >> 3) % 2]
+            pieces = [(keys[:cut], ttl_s, org), (keys[cut:], other[1], other[0])]
+            order.use_request(pieces, now, RequestSignals(drawn % 500))
+            model.blocks |= dict.fromkeys(keys[:cut], (org, ttl_s > 300))
+            model.blocks |= dict.fromkeys(keys[cut:], (other[0], other[1] > 300))
+        elif kind == 3:
+            order.use(keys[0], ttl_s, now, org)
+            model.blocks[keys[0]] = org, ttl_s > 300
+        elif kind == 4:
+            order.remove(keys[0])
+            model.blocks.pop(keys[0], None)
+        else:
+            # Several times in a row: whatever one choice leaves behind must not mislead the next.
+            for count, spared in ((number % 7 + 1, spare), (number % 5 + 1, set[bytes]())):
+                found = order.victims(count, now, spared.__contains__)
+                model.check(order, found, count, spared)
+                if kind == 6 and found is not None:
+                    for key in found:
+                        order.remove(key)
+                        del model.blocks[key]
+        assert len(order) == len(model.blocks)
+        assert order.long_held == sum(is_long for _, is_long in model.blocks.values())
+        one = ORGS[drawn % 3]
+        own = {key for key, (org, _) in model.blocks.items() if org == one}
+        assert order.held(one) == len(own)
+        mine = order.victims_of(one, number % 4 + 1, now, spare.__contains__)
+        free = sorted(price(order, key) for key in own - spare)[: number % 4 + 1]
+        assert [price(order, key) for key in mine] == free
+        assert set(mine) <= own - spare
+
+
+def chat(turns: int, returns: float, seed: int, capacity: int) -> tuple[float, float]:
+    """Replay chats in which one kind of request never comes back and another does; return the
+    share of returning blocks that were read, by the learned order and by LRU."""
+    rng = random.Random(seed)
+    order, lru = LearnedOrder(), dict[bytes, None]()
+    events: list[tuple[float, int, int, bool]] = []
+    for number in range(turns):
+        at, comes_back = number * 1.0, rng.random() < returns
+        events.append((at, number, 0, comes_back))
+        if comes_back:
+            events.append((at + rng.uniform(100, 140), number, 1, comes_back))
+    read = read_lru = asked = 0
+    for at, number, turn, comes_back in sorted(events):
+        # Those that come back had a long answer.
+        keys = [b"%d/%d" % (number, block) for block in range(8 + 4 * turn)]
+        if turn and at > turns / 2:
+            asked += 8
+            read += sum(order.run_of(key) is not None for key in keys[:8])
+            read_lru += sum(key in lru for key in keys[:8])
+        order.use_request([(keys, 300, b"")], at, RequestSignals(900 if comes_back else 20))
+        for key in reversed(keys):
+            lru.pop(key, None)
+            lru[key] = None
+        for key in order.victims(max(0, len(order) - capacity), at, none) or []:
+            order.remove(key)
+        while len(lru) > capacity:
+            del lru[next(iter(lru))]
+    return read / asked, read_lru / asked
+
+
+def test_what_comes_back_is_kept_where_lru_loses_all_of_it() -> None:
+    learned, lru = chat(2000, 0.3, seed=1, capacity=500)
+    assert lru < 0.05
+    assert learned > 0.9
+
+
+def test_blocks_that_a_request_has_not_finished_with_count_as_no_return() -> None:
+    order = LearnedOrder()
+    for number in range(40):
+        for block in range(5):
+            order.use(b"%d/%d" % (number, block), 300, number * 1.0)
+        keys = [b"%d/%d" % (number, block) for block in range(5)]
+        order.use_request([(keys, 300, b"")], number * 1.0 + 0.5)
+    assert not order.counted().returns.any()
+
+
+def test_it_is_lru_until_it_has_seen_what_returns() -> None:
+    order = LearnedOrder()
+    rng = random.Random(3)
+    for number in range(300):
+        at = number * 0.3
+        if number % 3:
+            order.use(b"%d" % number, 300, at)
+        else:
+            keys = [b"%d" % number]
+            order.use_request([(keys, 300, b"")], at, RequestSignals(rng.randrange(2000)))
+    assert order.victims(300, 90.0, none) == [b"%d" % number for number in range(300)]
+
+
+def test_the_end_of_a_prompt_goes_before_its_beginning() -> None:
+    order = LearnedOrder()
+    order.use_request([([b"a", b"b", b"c"], 300, b"")], 0.0)
+    assert order.victims(2, 1.0, none) == [b"c", b"b"]
+    assert order.victims(2, 1.0, {b"c"}.__contains__) == [b"b", b"a"]
+
+
+def test_what_is_marked_longer_stays_within_its_share_and_competes_beyond_it() -> None:
+    order = LearnedOrder(long_blocks=2)
+    for number in range(4):
+        order.use_request([([b"long %d" % number], 3600, b"")], number * 10.0)
+    for number in range(4):
+        order.use_request([([b"short %d" % number], 300, b"")], 100.0 + number)
+    chosen = order.victims(8, 200.0, none)
+    # Two of the long ones are over the share, and older; then all others go before the last two.
+    assert chosen is not None
+    assert chosen[:2] == [b"long 0", b"long 1"]
+    assert set(chosen[2:6]) == {b"short 0", b"short 1", b"short 2", b"short 3"}
+    assert set(chosen[6:]) == {b"long 2", b"long 3"}
+
+
+def test_what_was_learned_outlives_a_restart_and_a_damaged_file_does_not_matter() -> None:
+    counts = ReturnCounts()
+    number = counts.number((0, 1, 2, 3))
+    counts.add_return(number * BINS + 3, 2.0)
+    counts.add_exposure(number * BINS + 3, 20.0)
+    state = json.loads(json.dumps(counts.counted().state()))
+    order = LearnedOrder()
+    assert order.restore(state)
+    assert order.counted().kinds == ((0, 1, 2, 3),)
+    assert order.counted().returns[0, 3] > 1.9
+    for damaged in (
+        None,
+        [],
+        {},
+        state | {"edges": [0, 1]},
+        state | {"returns": state["returns"][1:]},
+        state | {"exposure": [float("nan")] * BINS},
+        state | {"exposure": [-1.0] * BINS},
+        state | {"kinds": [["x"]]},
+        state | {"kinds": [[]]},
+    ):
+        assert not LearnedOrder().restore(damaged)
+
+
+def test_prices_follow_the_chance_of_a_return_and_the_wait_for_it() -> None:
+    counts = ReturnCounts()
+    soon, late, never = (counts.number((0, level)) for level in range(3))
+    for number, age in ((soon, 2.0), (late, 600.0)):
+        for bin_ in range(bin_of(age)):
+            counts.add_exposure(number * BINS + bin_, 1000.0)
+        counts.add_return(number * BINS + bin_of(age), 900.0)
+        counts.add_exposure(number * BINS + bin_of(age), 900.0)
+    for bin_ in range(BINS):
+        counts.add_exposure(never * BINS + bin_, 100_000.0)
+    prices = fit_prices(counts.counted())
+    assert prices.of(soon * BINS) > 5 * prices.of(late * BINS) > 5 * prices.of(never * BINS)
+    # What was late all along gains as its time comes.
+    assert prices.of(late * BINS + bin_of(400.0)) > 2 * prices.of(late * BINS)
+
+
+def test_it_forgets_what_no_longer_holds() -> None:
+    fitted: list[Counted] = []
+    order = LearnedOrder(on_fit=fitted.append)
+    for number in range(6_000):
+        order.use_request([([b"%d" % number], 300, b"")], number * 1.0, RequestSignals(1))
+        order.remove(b"%d" % number)
+        if number == 100:
+            order.use_request([([b"0"], 300, b"")], 100.0, RequestSignals(1))
+            order.remove(b"0")
+    assert max(counted.returns.sum() for counted in fitted) > 0.9
+    assert order.counted().returns.sum() < 0.8
+
+
+def test_memory_is_bounded_whatever_clients_send(monkeypatch) -> None:
+    monkeypatch.setattr(learned_order, "MAX_EVICTED_RUNS", 100)
+    order, held = LearnedOrder(), []
+    tracemalloc.start()
+    for number in range(2000):
+        org, keys = b"org %d" % number, [b"%d" % number, b"x%d" % number]
+        order.use_request([(keys, 300, org)], number * 0.1, RequestSignals(number % 3))
+        for key in keys:
+            order.remove(key)
+        if number in (700, 1999):
+            held.append(tracemalloc.get_traced_memory()[0])
+    tracemalloc.stop()
+    assert len(order) == 0
+    assert not order.accounts
+    assert held[1] < held[0] + 30_000
+    counts = ReturnCounts()
+    for number in range(3 * MAX_KINDS):
+        counts.number((number % 3, number))
+    assert len(counts.counted().kinds) <= MAX_KINDS + 3
+
+
+def test_a_resident_block_costs_less_than_200_bytes() -> None:
+    keys = [[b"%8d/%7d" % (number, block) for block in range(20)] for number in range(1500)]
+    order = LearnedOrder()
+    tracemalloc.start()
+    for number, prompt in enumerate(keys):
+        order.use_request([(prompt, 300, b"")], number * 1.0, RequestSignals(number % 1000))
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    # The keys themselves are vLLM's.
+    assert held / len(order) < 200

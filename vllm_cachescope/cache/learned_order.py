@@ -1,0 +1,480 @@
+"""The learned order of eviction: what is least likely to be used again soon goes first."""
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from heapq import heappop, heappush
+from typing import Any
+
+from vllm_cachescope.cache.return_counts import BINS, EDGES, WIDTHS, Counted, ReturnCounts
+from vllm_cachescope.cache.return_prices import RECENCY, Prices, fit_prices
+from vllm_cachescope.cache.run_place import Place, Rank
+from vllm_cachescope.cache.run_selection import RunSelection
+from vllm_cachescope.cache.runs import (
+    NO_SIGNALS,
+    OPEN_KIND,
+    PARTIAL_KIND,
+    RequestSignals,
+    Run,
+    Stretch,
+    conversation_kind,
+    shared_kind,
+    stretches,
+)
+
+Piece = tuple[Sequence[bytes], int, bytes]
+"""Consecutive blocks of a prompt with one TTL in seconds and one organisation's tag."""
+
+LONG_TTL_S = 300
+"""A longer lifetime than this, the shortest that clients can ask for, is a claim to be kept."""
+
+MAX_EVICTED_RUNS = 65_536
+"""So many runs are remembered after their last block is gone, so that their return is seen; some
+300 bytes each."""
+
+_FIRST_FIT, _FIT_EVERY = 32, 256
+_FADE = 0.98
+"""What is left of the counts after each fit: half of them after 9,000 requests."""
+
+_RELISTED = 8
+
+_TOGETHER_S = 0.1
+"""Blocks that are stored so close to one another are used together until their request is over."""
+
+
+class LearnedOrder:
+    """Evicts the block whose place earns the fewest hits, by what it has seen of such blocks.
+
+    `ReturnCounts` says how it learns, `fit_prices` what a block is worth, and docs/policy.md why.
+
+    Blocks marked to live longer are kept before all others while they are at most a share of the
+    tier; what exceeds it competes by price. An organisation that holds no more blocks than its
+    reserve is spared: its blocks are evicted only when there are no others.
+
+    A block costs O(log cells) amortised, and a bounded number of steps beyond that for its request.
+
+    Args:
+        reserve: returns how many blocks of an organisation are spared, by its tag.
+        long_blocks: how many blocks that are marked to live longer are kept first.
+        compute: runs a fit, given as a function without arguments, now or on another thread.
+        on_fit: gets the counts that a fit was made from, where the fit runs.
+    """
+
+    def __init__(
+        self,
+        reserve: Callable[[bytes], int] = lambda org: 0,
+        long_blocks: int = 0,
+        compute: Callable[[Callable[[], None]], object] = lambda fit: fit(),
+        on_fit: Callable[[Counted], None] = lambda counted: None,
+    ) -> None:
+        self.prices = Prices((), RECENCY)
+        self.long_blocks = long_blocks
+        self.long_held = 0
+        self._reserve = reserve
+        self._compute = compute
+        self._on_fit = on_fit
+        self._counts = ReturnCounts()
+        self._run_of: dict[bytes, Run] = {}
+        self._evicted: OrderedDict[bytes, Run] = OrderedDict()
+        self._held: Counter[bytes] = Counter()
+        self._places: dict[tuple[bytes, bool], Place] = {}
+        self._nowhere = Place(b"", False)
+        # Heaps of (time, number, place, cell): no run of the cell reaches the next bin before.
+        self._due: list[tuple[float, int, Place, int]] = []
+        # By (is spared, is long): a heap of (rank, number, place), where no block of the place
+        # ranks lower, but for prices that changed meanwhile.
+        self._tops: dict[tuple[bool, bool], list[tuple[Rank, int, Place]]] = {
+            (spared, is_long): [] for spared in (False, True) for is_long in (False, True)
+        }
+        self._number = 0
+        self._requests = 0
+        self._next_fit = _FIRST_FIT
+        self._fitted: Prices | None = None
+        self._stale: list[Place] = []
+        self._open: Run | None = None
+
+    def __len__(self) -> int:
+        return len(self._run_of)
+
+    def held(self, org: bytes) -> int:
+        """Return how many blocks of ``org`` there are."""
+        return self._held[org]
+
+    @property
+    def accounts(self) -> Mapping[bytes, int]:
+        """How many blocks each organisation has."""
+        return self._held
+
+    # Uses.
+
+    def use(self, key: bytes, ttl_s: int, now: float, org: bytes = b"") -> None:
+        """Add ``key``, or note that it was used at ``now`` (seconds, never running backwards).
+
+        To be called for blocks of requests that are not over; `use_request` tells what they were.
+        """
+        self._advance(now)
+        place = self._place(org, ttl_s > LONG_TTL_S)
+        run = self._open
+        if run is None or run.place is not place or now - run.used_at > _TOGETHER_S:
+            run = self._open = Run([], self._counts.number(OPEN_KIND) * BINS, now, 0, False)
+            run.is_open = True
+        if self._run_of.get(key) is run:
+            return
+        is_empty = not run.keys
+        run.keys.append(key)
+        run.size += 1
+        self._move(key, run, place)
+        run.live += 1
+        if is_empty:
+            self._enter(run, place)
+
+    def use_request(
+        self, pieces: Iterable[Piece], now: float, signals: RequestSignals = NO_SIGNALS
+    ) -> None:
+        """Add the blocks of a request that is over, or note their use.
+
+        Args:
+            pieces: the blocks of its prompt, from the first one on.
+            now: the time in seconds.
+            signals: what else is known of the request.
+        """
+        self._advance(now)
+        self._open = None
+        pieces = list(pieces)
+        keys = pieces[0][0] if len(pieces) == 1 else [key for piece in pieces for key in piece[0]]
+        if not keys:
+            return
+        parts = self._kinds(keys, now, signals)
+        # A run for each stretch of one kind and one place.
+        start = 0
+        ends = iter(parts)
+        kind_end, cell, turn, is_shared = next(ends)
+        for piece, ttl_s, org in pieces:
+            if not piece:
+                continue
+            place = self._place(org, ttl_s > LONG_TTL_S)
+            piece_end = start + len(piece)
+            while start < piece_end:
+                end = min(kind_end, piece_end)
+                run = Run(list(keys[start:end]), cell, now, turn, is_shared)
+                self._gather(run, place)
+                self._enter(run, place)
+                start = end
+                if start == kind_end:
+                    kind_end, cell, turn, is_shared = next(ends, (len(keys) + 1, 0, 0, False))
+        self._requests += 1
+        if self._requests >= self._next_fit:
+            self._fit()
+        if self._fitted is not None:
+            self._use_prices()
+        self._relist()
+
+    def remove(self, key: bytes) -> None:
+        """Remove ``key``; one that is not known is ignored."""
+        run = self._run_of.pop(key, None)
+        if run is None:
+            return
+        place = run.place
+        assert isinstance(place, Place)
+        self._hold(place, -1)
+        run.live -= 1
+        if not run.live:
+            self._end(run)
+        keys = run.keys
+        while keys and self._run_of.get(keys[-1]) is not run:
+            keys.pop()
+
+    def clear(self) -> None:
+        """Remove all keys. What was learned is kept."""
+        for key in list(self._run_of):
+            self.remove(key)
+
+    # Victims.
+
+    def victims(
+        self, count: int, now: float, must_stay: Callable[[bytes], bool]
+    ) -> list[bytes] | None:
+        """Return the keys to evict first, the most dispensable one first, without removing them.
+
+        Args:
+            count: how many.
+            now: current time in seconds.
+            must_stay: whether a key may not be evicted: it is in use, or belongs to the very
+                request that needs the room.
+
+        Returns:
+            ``count`` keys; None if fewer may be evicted.
+        """
+        self._advance(now)
+        chosen = RunSelection(self, must_stay).take(count)
+        return chosen if len(chosen) == count else None
+
+    def victims_of(
+        self, org: bytes, count: int, now: float, must_stay: Callable[[bytes], bool]
+    ) -> list[bytes]:
+        """Return up to ``count`` keys of ``org`` to evict first; see `victims`."""
+        self._advance(now)
+        return RunSelection(self, must_stay).take_of(org, count)
+
+    def is_spared(self, org: bytes, evicted: int = 0) -> bool:
+        """Whether ``org`` holds no more than its reserve once ``evicted`` of its blocks are
+        evicted."""
+        return self._held[org] - evicted <= self._reserve(org)
+
+    def exposed(self, org: bytes) -> int:
+        """Return how many blocks ``org`` holds beyond its reserve; 0 if it is spared."""
+        return max(0, self._held[org] - self._reserve(org))
+
+    # What was learned.
+
+    def counted(self) -> Counted:
+        """Return a copy of what was counted."""
+        return self._counts.counted()
+
+    def restore(self, state: Any) -> bool:
+        """Go on from what `Counted.state` returned. To be called before the first block.
+
+        Returns:
+            Whether it could be used; otherwise the order learns from the start.
+        """
+        if not self._counts.restore(state):
+            return False
+        self._next_fit = 0
+        self._fit()
+        return True
+
+    # What follows is for `RunSelection`.
+
+    def place_of(self, org: bytes, is_long: bool) -> Place | None:
+        """Return a place; None if it has no blocks."""
+        return self._places.get((org, is_long))
+
+    def run_of(self, key: bytes) -> Run | None:
+        """Return the run that a block is in."""
+        return self._run_of.get(key)
+
+    def top(self, spared: bool, is_long: bool) -> tuple[Rank, Place] | None:
+        """Return the lowest listed place and its rank; None if there is none."""
+        heap = self._tops[spared, is_long]
+        while heap:
+            rank, _, place = heap[0]
+            if place.listed[spared] == rank:
+                return rank, place
+            heappop(heap)
+        return None
+
+    def unlist(self, spared: bool, place: Place) -> None:
+        """Remove a place that is listed."""
+        place.listed[spared] = None
+
+    def list_at(self, spared: bool, place: Place, rank: Rank) -> None:
+        """List a place at a rank, whatever it was listed at before."""
+        if place.listed[spared] != rank:
+            place.listed[spared] = rank
+            self._number += 1
+            heap = self._tops[spared, place.is_long]
+            heappush(heap, (rank, self._number, place))
+            if len(heap) > 4 * len(self._places) + 64:
+                heap[:] = sorted(
+                    (listed, number, one)
+                    for number, one in enumerate(self._places.values())
+                    if one.is_long == place.is_long and (listed := one.listed[spared]) is not None
+                )
+
+    def enlist(self, place: Place) -> None:
+        """List a place where it belongs, at its lowest rank, if it has any blocks."""
+        rank = place.lowest(self.prices)
+        if rank is not None:
+            self.list_at(self.is_spared(place.org), place, rank)
+
+    # Runs.
+
+    def _kinds(
+        self, keys: Sequence[bytes], now: float, signals: RequestSignals
+    ) -> list[tuple[int, int, int, bool]]:
+        """Count what returned, and return ``(end, cell, turn, is_shared)`` of the parts of a prompt
+        that are of one kind."""
+        parts: list[tuple[int, int, int, bool]] = []
+        length, known, turn = len(keys), 0, 0
+        full = length - signals.ends_partial
+        for stretch in list(stretches(keys, self._run_of, self._evicted)):
+            run = stretch.run
+            if run is None:
+                continue
+            used = stretch.end - stretch.start
+            parted = run.is_shared or (used < run.size and stretch.end < full)
+            turn = 0 if run.is_shared else run.turn + (not parted)
+            known = stretch.end
+            self._count_return(run, stretch, now)
+            if parted:
+                if parts and parts[-1][0] < stretch.start:
+                    parts.clear()
+                cell = self._counts.number(shared_kind(now - run.used_at)) * BINS
+                parts.append((min(stretch.end, full), cell, run.turn, True))
+        shared_end = parts[-1][0] if parts else 0
+        if full > shared_end:
+            kind = conversation_kind(turn, length - known, signals)
+            parts.append((full, self._counts.number(kind) * BINS, turn, False))
+        if signals.ends_partial:
+            parts.append((length, self._counts.number(PARTIAL_KIND) * BINS, turn, False))
+        return parts
+
+    def _count_return(self, run: Run, stretch: Stretch, now: float) -> None:
+        used = stretch.end - stretch.start
+        part = used / max(used, run.size)
+        self._counts.add_return(run.cell, part)
+        self._counts.add_exposure(run.cell, part * (now - run.used_at - EDGES[run.cell % BINS]))
+        run.size = max(0, run.size - used)
+        if run.place is self._nowhere:
+            self._forget(run)
+        else:
+            # Whether what is left of it returns could no longer be told by its first block.
+            run.first = None
+
+    def _gather(self, run: Run, place: Place) -> None:
+        """Move the blocks of a run there from where they were."""
+        run_of, new = self._run_of, 0
+        for key in run.keys:
+            old = run_of.get(key)
+            if old is None:
+                run_of[key] = run
+                new += 1
+            elif old.place is place:
+                run_of[key] = run
+                old.live -= 1
+                if not old.live:
+                    self._end(old)
+            else:
+                self._move(key, run, place)
+        run.live = len(run.keys)
+        self._hold(place, new)
+
+    def _move(self, key: bytes, run: Run, place: Place) -> None:
+        old = self._run_of.get(key)
+        self._run_of[key] = run
+        if old is None:
+            self._hold(place, 1)
+            return
+        old_place = old.place
+        if old_place is not place:
+            assert isinstance(old_place, Place)
+            self._hold(place, 1)
+            self._hold(old_place, -1)
+        old.live -= 1
+        if not old.live:
+            self._end(old)
+
+    def _enter(self, run: Run, place: Place) -> None:
+        if place.add(run, self.prices):
+            self._list_due(place, run.cell)
+            rank = self.prices.of(run.cell), run.used_at
+            spared = self.is_spared(place.org)
+            listed = place.listed[spared]
+            if listed is None or rank < listed:
+                self.list_at(spared, place, rank)
+
+    def _end(self, run: Run) -> None:
+        """Note that a run has no blocks left: from now on it is only remembered."""
+        run.keys = []
+        if run.first is None or run.size <= 0 or run.is_open:
+            run.place = None
+            return
+        if (before := self._evicted.pop(run.first, None)) is not None:
+            before.place = None
+        self._evicted[run.first] = run
+        if self._nowhere.add(run, self.prices):
+            self._list_due(self._nowhere, run.cell)
+        if len(self._evicted) > MAX_EVICTED_RUNS:
+            self._evicted.popitem(last=False)[1].place = None
+
+    def _forget(self, run: Run) -> None:
+        run.place = None
+        if run.first is not None and self._evicted.get(run.first) is run:
+            del self._evicted[run.first]
+
+    # Ages.
+
+    def _list_due(self, place: Place, cell: int) -> None:
+        bin_ = cell % BINS
+        if bin_ < BINS - 1:
+            self._number += 1
+            at = place.cells[cell][0].used_at + EDGES[bin_ + 1]
+            if place.due.get(cell, at) < at:
+                return
+            place.due[cell] = at
+            heappush(self._due, (at, self._number, place, cell))
+
+    def _advance(self, now: float) -> None:
+        """Move runs to the bins of their ages, and count the time that they spent in those before.
+        Each run moves at most `BINS` times between two uses."""
+        due = self._due
+        while due and due[0][0] <= now:
+            at, _, place, cell = heappop(due)
+            if place.due.get(cell) != at:
+                continue
+            del place.due[cell]
+            edge, width = EDGES[cell % BINS + 1], WIDTHS[cell % BINS]
+            while (run := place.oldest(cell)) is not None:
+                if run.used_at + edge > now:
+                    self._list_due(place, cell)
+                    break
+                place.cells[cell].popleft()
+                if not run.is_open:
+                    self._counts.add_exposure(cell, width)
+                run.cell = cell + 1
+                if place is self._nowhere:
+                    if place.add(run, self.prices):
+                        self._list_due(place, run.cell)
+                else:
+                    self._enter(run, place)
+
+    # Prices.
+
+    def _fit(self) -> None:
+        self._next_fit = self._requests + max(_FIRST_FIT, min(_FIT_EVERY, self._requests // 4))
+        counted = self._counts.counted()
+        self._counts.fade(_FADE)
+        self._compute(lambda: self._fit_to(counted))
+
+    def _fit_to(self, counted: Counted) -> None:
+        # May run on another thread: the scheduler's takes the result over with its next request.
+        self._fitted = fit_prices(counted)
+        self._on_fit(counted)
+
+    def _use_prices(self) -> None:
+        assert self._fitted is not None
+        self.prices, self._fitted = self._fitted, None
+        self._stale = list(self._places.values())
+
+    def _relist(self) -> None:
+        """List some places anew whose prices have changed: with ten thousand organisations all of
+        them would keep the scheduler waiting."""
+        for _ in range(min(_RELISTED, len(self._stale))):
+            self.enlist(self._stale.pop())
+
+    # Organisations.
+
+    def _place(self, org: bytes, is_long: bool) -> Place:
+        place = self._places.get((org, is_long))
+        if place is None:
+            place = self._places[org, is_long] = Place(org, is_long)
+        return place
+
+    def _hold(self, place: Place, blocks: int) -> None:
+        org = place.org
+        was_spared = self.is_spared(org)
+        self._held[org] += blocks
+        if place.is_long:
+            self.long_held += blocks
+        if not self._held[org]:
+            del self._held[org]
+            for is_long in (False, True):
+                self._drop_place(org, is_long)
+        elif self.is_spared(org) != was_spared:
+            for is_long in (False, True):
+                if (one := self._places.get((org, is_long))) is not None:
+                    self.enlist(one)
+
+    def _drop_place(self, org: bytes, is_long: bool) -> None:
+        place = self._places.pop((org, is_long), None)
+        if place is not None:
+            place.listed = [None, None]

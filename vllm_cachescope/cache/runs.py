@@ -1,0 +1,163 @@
+"""Runs: blocks of one prompt that were last used together, and what is known of them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+from vllm_cachescope.cache.return_counts import Kind
+
+UNKNOWN = -1
+
+
+class Group(IntEnum):
+    """What sort of blocks a run has; the first part of its kind."""
+
+    CONVERSATION = 0  # what only one conversation has used so far
+    SHARED = 1  # what prompts with different ends have begun with
+    PARTIAL = 2  # a last block that is not full: a longer prompt has another in its place
+
+
+@dataclass(frozen=True, slots=True)
+class RequestSignals:
+    """What a request tells of its blocks' future.
+
+    Attributes:
+        output_tokens: how many tokens were generated; None if that is not known.
+        ends_partial: whether the last block is not full. Engines cache no such blocks; traces may
+            have them.
+    """
+
+    output_tokens: int | None = None
+    ends_partial: bool = False
+
+
+NO_SIGNALS = RequestSignals()
+
+
+class Run:
+    """Consecutive blocks of one prompt, of one kind and place.
+
+    Attributes:
+        keys: its blocks in prompt order. Those that went elsewhere meanwhile are still listed.
+        live: how many of them are resident and belong to this run still.
+        size: how many belonged to it, resident or not, and were not used again.
+        cell: its kind and the bin of its age; see `ReturnCounts`.
+        used_at: when it was last used, in seconds.
+        turn: how many requests of the same conversation came before the one that used it.
+        is_shared: whether prompts part behind it.
+        is_open: whether the request that stores it is not over: what uses it then is that request.
+        place: the place it is in; None once it is forgotten.
+    """
+
+    __slots__ = (
+        "cell",
+        "first",
+        "is_open",
+        "is_shared",
+        "keys",
+        "live",
+        "place",
+        "size",
+        "turn",
+        "used_at",
+    )
+
+    def __init__(
+        self, keys: list[bytes], cell: int, used_at: float, turn: int, is_shared: bool
+    ) -> None:
+        self.keys = keys
+        self.first: bytes | None = keys[0] if keys else None
+        self.live = 0
+        self.size = len(keys)
+        self.cell = cell
+        self.used_at = used_at
+        self.turn = turn
+        self.is_shared = is_shared
+        self.is_open = False
+        self.place: object | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Consecutive blocks of a prompt that were in one run before, or in none.
+
+    Attributes:
+        run: that run, resident or not; None for blocks that are new, or forgotten.
+        start: where they begin, in blocks from the start of the prompt.
+        end: where they end.
+    """
+
+    run: Run | None
+    start: int
+    end: int
+
+
+def stretches(
+    keys: Sequence[bytes], resident: Mapping[bytes, Run], evicted: Mapping[bytes, Run]
+) -> Iterator[Stretch]:
+    """Yield where the blocks of a prompt were before, in prompt order.
+
+    Args:
+        keys: the blocks of the prompt.
+        resident: the run of each block that is there.
+        evicted: the runs of which nothing is there, by their first block.
+    """
+    current: Run | None = None
+    start = covered = 0
+    for i, key in enumerate(keys):
+        run = resident.get(key)
+        if run is current and run is not None:
+            continue
+        if run is None:
+            if current is not None and i < covered:
+                continue  # Of a run that is known, a block that was evicted.
+            run = evicted.get(key)
+        elif run.is_open:
+            run = None
+        if run is current:
+            continue
+        if i > start:
+            yield Stretch(current, start, i)
+        current, start = run, i
+        covered = i + run.size if run is not None else i
+    if len(keys) > start:
+        yield Stretch(current, start, len(keys))
+
+
+def octave(number: float) -> int:
+    """Return the level of a count or a time: 0 for less than 1, then one more for each doubling."""
+    return max(0, int(number)).bit_length()
+
+
+def conversation_kind(turn: int, new_blocks: int, signals: RequestSignals) -> Kind:
+    """Return the kind of a conversation's blocks.
+
+    Levels are coarse on purpose: each must be seen some ten times before it says anything.
+
+    Args:
+        turn: requests of the conversation before this one.
+        new_blocks: blocks that it added.
+        signals: what else is known.
+    """
+    output = UNKNOWN if signals.output_tokens is None else octave(signals.output_tokens) // 2
+    return (
+        Group.CONVERSATION,
+        min(octave(turn), 3),
+        min(octave(new_blocks), 6),
+        output,
+    )
+
+
+OPEN_KIND: Kind = (Group.CONVERSATION, *(UNKNOWN,) * 3)
+"""Of what a request has stored that is not over."""
+
+PARTIAL_KIND: Kind = (Group.PARTIAL,)
+
+
+def shared_kind(gap_s: float) -> Kind:
+    """Return the kind of blocks that prompts part behind.
+
+    Args:
+        gap_s: how long they had not been used, in seconds.
+    """
+    return (Group.SHARED, octave(gap_s))

@@ -1,0 +1,38 @@
+"""The settings of eviction from the CPU tier."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from vllm_cachescope.config.error import ConfigError
+from vllm_cachescope.config.values import Model
+
+
+class EvictionSettings(Model):
+    """Which chunks leave the CPU tier first.
+
+    Attributes:
+        policy: ``learned``: what is least likely to be used again soon; ``lifetime``: what has
+            spent the largest share of its lifetime since its last use.
+        long_share: the share of the tier that is kept for what is marked to live longer than five
+            minutes. Beyond it such chunks compete like all others. Of ``learned`` alone.
+        state_file: where what was learned is kept over restarts; None for nowhere.
+    """
+
+    policy: Literal["learned", "lifetime"] = "learned"
+    long_share: Annotated[float, Field(ge=0, le=1)] = 0.1
+    state_file: Path | None = None
+
+    def check(self) -> None:
+        """Check that the state file can be written.
+
+        Raises:
+            ConfigError: if its directory does not exist, or it is a directory itself.
+        """
+        if self.state_file is None:
+            return
+        if self.state_file.is_dir() or not self.state_file.parent.is_dir():
+            raise ConfigError(
+                f"eviction.state_file: {self.state_file} is no file in a directory that exists"
+            )

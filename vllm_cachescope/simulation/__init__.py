@@ -1,0 +1,1 @@
+"""The simulation of caches: recorded requests replayed against policies of eviction."""

@@ -1,0 +1,1 @@
+"""Policies of eviction from the literature, to compare with."""
