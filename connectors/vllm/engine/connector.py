@@ -410,8 +410,10 @@ class CacheScopeConnector(OffloadingConnector):
                 fleet.carried_out(errand, [one.tier.purge(notice.prefix) for one in remotes])
 
     def command_sweep(self) -> int:
-        """Drop everything that has expired; return how many entries."""
+        """Drop everything that has expired, and what other engines have purged; return how many
+        entries have expired."""
         self.idle_sweep.note()
+        self._carry_out_purges()
         expired = self.cachescope.sweep()
         self._has_news |= self._gauges.sweep() or expired > 0 or self._events.waiting
         return expired
