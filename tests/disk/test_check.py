@@ -1,5 +1,6 @@
 """What ``cachescope check`` and every start find out about a disk tier's directory."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -34,19 +35,13 @@ def test_a_directory_that_is_not_there_is_not_made(place) -> None:
 
 
 def test_engines_with_another_secret_are_found(place, start_side) -> None:
-    start_side(place, identity="a model", secret=b"another secret, as long", wall=now())
+    start_side(place, identity="a model", secret=b"another secret, as long", wall=time.time)
     alone = found(place)
     assert alone.status is Status.FAILURE and "engines with another secret" in alone.found
     assert found(place, b"another secret, as long").status is Status.OK
-    start_side(place, identity="another model", wall=now())
+    start_side(place, identity="another model", wall=time.time)
     both = found(place)
     assert both.status is Status.OK and "engines with this secret use it" in both.found
-
-
-def now():
-    import time
-
-    return time.time
 
 
 def test_a_capacity_that_there_is_no_room_for(place) -> None:

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -23,13 +23,12 @@ class Pair:
 
     Attributes:
         place: the directory.
-        a, b: the engines; the second one is in an interpreter of its own.
+        a, b: the engines.
     """
 
     place: Path
     a: Replica
     b: Replica
-    expected: dict[int, list[int]] = field(default_factory=dict)
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +44,10 @@ def pair(tmp_path_factory) -> Iterator[Pair]:
         **{"load_deadline": "3s", "timeout": "3s", "first_probe": "50ms"},
     }
 
-    def start(fresh: bool) -> Replica:
-        return Replica(model, tmp_path_factory.mktemp("engine"), {"tiers": [tier]}, fresh)
+    def start() -> Replica:
+        return Replica(model, tmp_path_factory.mktemp("engine"), {"tiers": [tier]})
 
-    pair = Pair(place, start(fresh=False), start(fresh=True))
+    pair = Pair(place, start(), start())
     pair.a.ready()
     pair.b.ready()
     yield pair
