@@ -14,6 +14,7 @@ BENCHMARKS = (
     "metrics",
     "neighbours",
     "overhead",
+    "policy",
     "remote_tier",
     "report",
     "shared_prefix",
