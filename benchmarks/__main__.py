@@ -20,6 +20,7 @@ BENCHMARKS = (
     "metrics",
     "neighbours",
     "overhead",
+    "policy",
     "remote_tier",
     "report",
     "shared_prefix",

@@ -55,8 +55,7 @@ class Model:
 
 
 def price(order: LearnedOrder, key: bytes) -> tuple[float, float]:
-    run = order.run_of(key)
-    assert run is not None
+    run = order.runs[key]
     return order.prices.of(run.cell), run.used_at
 
 
@@ -131,7 +130,7 @@ def chat(turns: int, returns: float, seed: int, capacity: int) -> tuple[float, f
         keys = [b"%d/%d" % (number, block) for block in range(8 + 4 * turn)]
         if turn and at > turns / 2:
             asked += 8
-            read += sum(order.run_of(key) is not None for key in keys[:8])
+            read += sum(key in order.runs for key in keys[:8])
             read_lru += sum(key in lru for key in keys[:8])
         order.use_request([(keys, 300, b"")], at, RequestSignals(900 if comes_back else 20))
         for key in reversed(keys):

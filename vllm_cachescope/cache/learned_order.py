@@ -248,9 +248,10 @@ class LearnedOrder:
         """Return a place; None if it has no blocks."""
         return self._places.get((org, is_long))
 
-    def run_of(self, key: bytes) -> Run | None:
-        """Return the run that a block is in."""
-        return self._run_of.get(key)
+    @property
+    def runs(self) -> Mapping[bytes, Run]:
+        """The run that each block is in."""
+        return self._run_of
 
     def top(self, spared: bool, is_long: bool) -> tuple[Rank, Place] | None:
         """Return the lowest listed place and its rank; None if there is none."""
@@ -366,6 +367,8 @@ class LearnedOrder:
     def _enter(self, run: Run, place: Place) -> None:
         if place.add(run, self.prices):
             self._list_due(place, run.cell)
+            if place is self._nowhere:
+                return
             rank = self.prices.of(run.cell), run.used_at
             spared = self.is_spared(place.org)
             listed = place.listed[spared]
@@ -381,8 +384,7 @@ class LearnedOrder:
         if (before := self._evicted.pop(run.first, None)) is not None:
             before.place = None
         self._evicted[run.first] = run
-        if self._nowhere.add(run, self.prices):
-            self._list_due(self._nowhere, run.cell)
+        self._enter(run, self._nowhere)
         if len(self._evicted) > MAX_EVICTED_RUNS:
             self._evicted.popitem(last=False)[1].place = None
 
@@ -412,20 +414,18 @@ class LearnedOrder:
             if place.due.get(cell) != at:
                 continue
             del place.due[cell]
-            edge, width = EDGES[cell % BINS + 1], WIDTHS[cell % BINS]
-            while (run := place.oldest(cell)) is not None:
-                if run.used_at + edge > now:
-                    self._list_due(place, cell)
-                    break
-                place.cells[cell].popleft()
-                if not run.is_open:
-                    self._counts.add_exposure(cell, width)
-                run.cell = cell + 1
-                if place is self._nowhere:
-                    if place.add(run, self.prices):
-                        self._list_due(place, run.cell)
-                else:
-                    self._enter(run, place)
+            moved = place.age(cell, now - EDGES[cell % BINS + 1])
+            passed = sum(not run.is_open for run in moved)
+            self._counts.add_exposure(cell, passed * WIDTHS[cell % BINS])
+            if cell in place.cells:
+                self._list_due(place, cell)
+            if not moved:
+                continue
+            if (later := place.cells.get(cell + 1)) is not None:
+                later.extend(moved)
+                continue
+            self._enter(moved[0], place)
+            place.cells[cell + 1].extend(moved[1:])
 
     # Prices.
 
@@ -461,15 +461,17 @@ class LearnedOrder:
 
     def _hold(self, place: Place, blocks: int) -> None:
         org = place.org
-        was_spared = self.is_spared(org)
-        self._held[org] += blocks
+        before = self._held[org]
+        held = self._held[org] = before + blocks
         if place.is_long:
             self.long_held += blocks
-        if not self._held[org]:
+        if not held:
             del self._held[org]
             for is_long in (False, True):
                 self._drop_place(org, is_long)
-        elif self.is_spared(org) != was_spared:
+            return
+        reserve = self._reserve(org)
+        if (before <= reserve) != (held <= reserve):
             for is_long in (False, True):
                 if (one := self._places.get((org, is_long))) is not None:
                     self.enlist(one)

@@ -67,6 +67,22 @@ class Place:
         del self.cells[cell]
         return None
 
+    def age(self, cell: int, used_before: float) -> list[Run]:
+        """Move the runs of a cell that were used at ``used_before`` (seconds) or earlier to the
+        cell of the next bin; return them."""
+        moved: list[Run] = []
+        runs = self.cells.get(cell)
+        while runs:
+            run = runs[0]
+            if run.cell == cell and run.place is self:
+                if run.used_at > used_before:
+                    return moved
+                run.cell = cell + 1
+                moved.append(run)
+            runs.popleft()
+        self.cells.pop(cell, None)
+        return moved
+
     def lowest(self, prices: Prices) -> Rank | None:
         """Return the rank of the block to go first; None if there is none."""
         self._price(prices)

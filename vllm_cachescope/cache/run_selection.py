@@ -24,6 +24,7 @@ class RunSelection:
 
     def __init__(self, order: LearnedOrder, must_stay: Callable[[bytes], bool]) -> None:
         self._order = order
+        self._runs = order.runs
         self._must_stay = must_stay
         self._chosen: dict[bytes, None] = {}
         self._evicted: Counter[bytes] = Counter()
@@ -104,6 +105,4 @@ class RunSelection:
         return self._heads[place]
 
     def _may_go(self, key: bytes, run: Run) -> bool:
-        return (
-            self._order.run_of(key) is run and key not in self._chosen and not self._must_stay(key)
-        )
+        return self._runs.get(key) is run and key not in self._chosen and not self._must_stay(key)

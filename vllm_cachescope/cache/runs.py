@@ -108,12 +108,10 @@ def stretches(
         run = resident.get(key)
         if run is current and run is not None:
             continue
-        if run is None:
+        if run is None or run.is_open:
             if current is not None and i < covered:
-                continue  # Of a run that is known, a block that was evicted.
+                continue  # Of a run that is known, a block that was evicted, or stored once more.
             run = evicted.get(key)
-        elif run.is_open:
-            run = None
         if run is current:
             continue
         if i > start:

@@ -21,7 +21,7 @@ class EvictionSettings(Model):
     """
 
     policy: Literal["learned", "lifetime"] = "learned"
-    long_share: Annotated[float, Field(ge=0, le=1)] = 0.1
+    long_share: Annotated[float, Field(ge=0, le=1)] = 0.2
     state_file: Path | None = None
 
     def check(self) -> None:

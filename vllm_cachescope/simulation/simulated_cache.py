@@ -132,7 +132,7 @@ class LearnedCache(_Expiring):
         self.order = make_order(long_blocks=int(capacity * long_share))
 
     def __contains__(self, key: bytes) -> bool:
-        return self.order.run_of(key) is not None
+        return key in self.order.runs
 
     def __len__(self) -> int:
         return len(self.order)

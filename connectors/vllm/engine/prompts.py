@@ -87,6 +87,7 @@ class Prompt:
             them behind.
         adapter: what its LoRA adapter is; None if it has none.
         output_tokens: how many tokens were generated; None before it has finished.
+        used: the keys of its blocks, in order, from its end until vLLM has stored the last of them.
     """
 
     plan: Plan
@@ -105,6 +106,7 @@ class Prompt:
     purged: set[Scope] = field(default_factory=set)
     adapter: str | None = None
     output_tokens: int | None = None
+    used: list[bytes] = field(default_factory=list)
 
     def is_purged(self, block_end: int) -> bool:
         """Whether the block that ends at ``block_end`` was purged while the prompt ran."""
@@ -168,6 +170,8 @@ class Prompts:
 
     def drop_finished(self) -> None:
         """Note that vLLM has stored the last blocks of the requests that are over."""
+        for prompt in self._finished.values():
+            prompt.used = []
         self._finished.clear()
 
     def disown(self, adapter: int) -> None:

@@ -18,7 +18,7 @@ from vllm_cachescope.cache.ledger import Entry, Ledger
 from vllm_cachescope.cache.prefill_rate import PrefillRate
 from vllm_cachescope.cache.quotas import Quotas
 from vllm_cachescope.cache.report import Report
-from vllm_cachescope.cache.runs import RequestSignals
+from vllm_cachescope.cache.runs import NO_SIGNALS, RequestSignals
 from vllm_cachescope.config.eviction import EvictionSettings
 from vllm_cachescope.connectors.vllm.engine import hashing
 from vllm_cachescope.connectors.vllm.engine.block_layout import BlockLayout
@@ -316,7 +316,10 @@ class CacheScopeConnectorScheduler(TierParent):
         """The request has used its blocks until now."""
         self.local.drop_expired()
         now = self._clock()
-        for _, key, _ in reversed(self._layout.blocks_of_all(request, 0, prompt.registered)):
+        prompt.used = [
+            key for _, key, _ in self._layout.blocks_of_all(request, 0, prompt.registered)
+        ]
+        for key in reversed(prompt.used):
             if (entry := self._ledger.get(key)) is not None:
                 self._ledger.touch(key, entry.ttl_s, now)
 
@@ -357,9 +360,11 @@ class CacheScopeConnectorScheduler(TierParent):
         span = prompt.plan.span_of(end)
         return span.ttl_s, prompt.plan.owner_in(span)
 
-    def signals_of(self, context: ReqContext) -> RequestSignals:
+    def finished(self, context: ReqContext) -> tuple[list[bytes], RequestSignals]:
         prompt = self._prompts.finished(context.req_id)
-        return RequestSignals(None if prompt is None else prompt.output_tokens)
+        if prompt is None:
+            return [], NO_SIGNALS
+        return prompt.used, RequestSignals(prompt.output_tokens)
 
     def live_entry(self, key: bytes) -> Entry | None:
         entry = self._ledger.get(key)

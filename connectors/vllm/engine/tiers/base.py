@@ -59,8 +59,9 @@ class TierParent(ABC):
         request that is over, its last blocks stored, has no plan: its keys are nobody's."""
 
     @abstractmethod
-    def signals_of(self, context: ReqContext) -> RequestSignals:
-        """Return what a request that is over tells of the future of its blocks."""
+    def finished(self, context: ReqContext) -> tuple[list[bytes], RequestSignals]:
+        """Return the keys of all blocks that a request used which is over, in prompt order, and
+        what it tells of their future. No keys if the request is not known."""
 
     # For remote tiers.
 

@@ -103,12 +103,13 @@ class ScopePolicy(CachePolicy):
         reused_keys: set[OffloadKey],
         req_context: ReqContext,
     ) -> None:
-        keys = order_request_keys(key_groups, req_context)
+        observed = order_request_keys(key_groups, req_context)
         if isinstance(self._order, LifetimeShare):
-            self.touch(keys, req_context)
-        else:
-            signals = self._parent.signals_of(req_context)
-            self._order.use_request(self._pieces(keys), self._parent.now(), signals)
+            self.touch(observed, req_context)
+            return
+        # vLLM has seen no use of those that the device held in front of what was loaded.
+        used, signals = self._parent.finished(req_context)
+        self._order.use_request(self._pieces(used or observed), self._parent.now(), signals)
 
     def evict(
         self, n: int, protected: set[OffloadKey]
@@ -241,7 +242,7 @@ class ScopePolicy(CachePolicy):
         if entry is not None:
             self._order.use(key, entry.ttl_s, now, self._account(entry))
 
-    def _pieces(self, keys: Iterable[OffloadKey]) -> list[Piece]:
+    def _pieces(self, keys: Iterable[bytes]) -> list[Piece]:
         """Return those of a prompt's keys that are here, divided by TTL and account."""
         pieces: list[Piece] = []
         piece: list[bytes] = []
