@@ -4,6 +4,8 @@ import json
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
+from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.types import Receive, Scope
 
@@ -15,6 +17,11 @@ from vllm_cachescope.prompt.request import Protocol
 
 CONFIG = load({"secret": "a secret of the tests"})
 MARKER = {"type": "ephemeral"}
+
+
+class Body(BaseModel):
+    model: str
+    messages: list[Any]
 
 
 def body(**fields: Any) -> dict[str, Any]:
@@ -93,3 +100,25 @@ async def test_a_body_too_deep_to_copy_goes_on_as_json() -> None:
     raw = f'{{"model": "m", "messages": [], "x": {deep}, "y": "{"x" * LARGE_BYTES}"}}'.encode()
     incoming = await read_incoming(raw, Protocol.CHAT, CONFIG, takes_parsed=True)
     assert incoming is None or incoming.parsed is None or incoming.parsed.take(raw)["x"]
+
+
+async def test_a_server_as_vllms_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    app, taken = FastAPI(), []
+
+    @app.post("/v1/messages")
+    async def create(request: Body) -> None:
+        taken.append(request)
+
+    raw = json.dumps(body()).encode()
+    _, scope, replayed = await handed(raw)
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(raw))]
+    fields = {"method": "POST", "path": "/v1/messages", "query_string": b"", "headers": headers}
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    monkeypatch.setattr(json, "loads", None)
+    await app({**scope, **fields}, replayed, send)
+    assert sent[0]["status"] == 200
+    assert [one.model_dump() for one in taken] == [bare()]

@@ -33,7 +33,9 @@ class Rendering:
         template: name of one of the demo's chat templates.
 
     Attributes:
+        renderer: vLLM's renderer.
         tokenized: the texts that went to the tokenizer, in order.
+        last_sent: the latest prompt that `sent` has rendered.
         meanwhile: makes what the tokenizer waits for; None for nothing. Called as the server
             begins to tokenise.
     """
@@ -43,6 +45,8 @@ class Rendering:
         renderer = renderer_from_config(config)
         self.tokenizer = renderer.get_tokenizer()
         self.tokenized: list[str] = []
+        self.renderer = renderer
+        self.last_sent: Any = None
         self.meanwhile: Callable[[], Awaitable[object]] | None = None
         self._begun: Awaitable[object] | None = None
         tokenize = renderer.tokenize_prompts_async
@@ -102,6 +106,7 @@ class Rendering:
         body, sends it to the engine; what it has sent before it only names."""
         chat = ChatCompletionRequest.model_validate(strip(dict(body)))
         _, (prompt,) = await self._online.render_chat(chat)
+        self.last_sent = prompt
         return [item is not None for item in prompt["mm_kwargs"]["image"]]
 
     async def cut(

@@ -1,18 +1,26 @@
 """A picture counts by its content: the same text about another picture is another prompt."""
 
+import asyncio
 import base64
 import io
 from collections.abc import Iterator
+from unittest.mock import AsyncMock, MagicMock
 
 import numpy as np
 import pytest
 from PIL import Image
+from vllm import SamplingParams
 
-from tests.engine.engine import BLOCK, BLOCK_BYTES, Answer, plan
+from tests.engine.engine import BLOCK, BLOCK_BYTES, SECRET, Answer, plan
 from tests.engine.kinds import build_seeing
 from tests.engine.rendered import Rendering
 from tests.redis.replica import Replica
+from vllm_cachescope.api.request_context import RequestContext, current_request
+from vllm_cachescope.api.services import directory_of
+from vllm_cachescope.config import load
 from vllm_cachescope.connectors.vllm import shm_regions
+from vllm_cachescope.connectors.vllm.api_server.admission import Admission
+from vllm_cachescope.connectors.vllm.api_server.planning import Planner
 from vllm_cachescope.prompt.request import Protocol
 from vllm_cachescope.tenancy.scope import Caller, Scope
 
@@ -21,6 +29,7 @@ pytestmark = pytest.mark.engine
 TEXT = "tide " * 300
 READABLE = 4 * BLOCK
 ONE, OTHER = 1, 2
+CONFIG = load({"secret": SECRET})
 GO_ON = {"role": "user", "content": "Go on."}
 
 
@@ -74,3 +83,23 @@ async def test_an_engine_gets_what_was_rendered_to_find_boundaries() -> None:
         _, (prefix, _) = await rendering.rendered(Protocol.CHAT, body)
         assert prefix is not None and (prefix.tokens or prefix.text)
         assert [await rendering.sent(body) for _ in range(2)] == [[True], [False]]
+
+
+async def test_a_picture_of_a_request_that_was_given_up_is_sent_with_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its client disconnects after the rendering, while the plan is made."""
+    rendering = Rendering(str(build_seeing()), "chatml")
+    body = {"model": "m", "messages": [{"role": "user", "content": [drawn(ONE)]}]}
+    assert await rendering.sent(body) == [True]
+    state = MagicMock()
+    state.engine_client.renderer = rendering.renderer
+    admission = Admission(state, CONFIG, SECRET.encode(), directory_of(CONFIG, ()))
+    monkeypatch.setattr(Planner, "plan", AsyncMock(side_effect=asyncio.CancelledError))
+    token = current_request.set(RequestContext(Caller("name:acme")))
+    try:
+        with pytest.raises(asyncio.CancelledError):
+            await anext(admission.generate(rendering.last_sent, SamplingParams(), "1"))
+    finally:
+        current_request.reset(token)
+    assert await rendering.sent(body) == [True]

@@ -130,6 +130,8 @@ class Proxy:
         chunk: most bytes it passes on at once from the server; None for all there are.
         pause_s: how long it waits after each chunk, in seconds.
         cut_after: closes a connection after so many bytes from the server; None for never.
+        passed: bytes that it has passed on from the server so far, over all connections.
+        most: has what would make them more wait; None for no limit.
     """
 
     def __init__(self, port: int) -> None:
@@ -139,6 +141,9 @@ class Proxy:
         self.chunk: int | None = None
         self.pause_s = 0.0
         self.cut_after: int | None = None
+        self.passed = 0
+        self.most: int | None = None
+        self._lock = threading.Lock()
         threading.Thread(target=self._accept, daemon=True).start()
 
     @property
@@ -179,6 +184,8 @@ class Proxy:
                 if self.cut_after is not None and passed + len(data) > self.cut_after:
                     client.sendall(data[: self.cut_after - passed])
                     break
+                while not self._may_pass(len(data)):
+                    time.sleep(0.005)
                 client.sendall(data)
                 passed += len(data)
                 if self.chunk is not None:
@@ -186,6 +193,13 @@ class Proxy:
         except OSError:
             pass
         _close(client, server)
+
+    def _may_pass(self, nbytes: int) -> bool:
+        with self._lock:
+            if self.most is not None and self.passed + nbytes > self.most:
+                return False
+            self.passed += nbytes
+            return True
 
 
 def _close(*sockets: socket.socket) -> None:

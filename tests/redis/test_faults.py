@@ -290,19 +290,35 @@ def test_while_blocks_come_a_request_waits_as_long_as_computing_them_is_worth(
     server, start_engine_side
 ):
     proxy = Proxy(server.port)
-    side = start_engine_side(proxy.url, load_deadline_s=0.3)
+    side = start_engine_side(proxy.url, load_deadline_s=0.6)
     side.put(keys(20))
-    # Some 2 MB/s for each of two connections: more than a second for all.
-    proxy.chunk, proxy.pause_s = 20_000, 0.01
-    some = len(side.get_exact(keys(20)).keys)
-    assert 0 < some < 20
+    side.get_exact(keys(20))  # both connections are there
+    proxy.chunk = 20_000
+    over = threading.Event()
+
+    def blocks_come() -> None:
+        """Have one come each tenth of a second."""
+        while not over.wait(0.1):
+            if proxy.most is not None:
+                proxy.most += SLOT
+
+    proxy.most = proxy.passed + 12 * SLOT
+    assert 0 < len(side.get_exact(keys(20)).keys) < 20
+    proxy.most = proxy.passed + 12 * SLOT
+    coming = threading.Thread(target=blocks_come)
+    coming.start()
     worth = side.get(keys(20), worth_s=60.0)
     assert len(worth.keys) == 20
     assert worth.seconds > side.limits.load_deadline_s
     # A quarter of the time that computing them would take is over before all have come.
-    little = side.get(keys(20), worth_s=2.0)
-    assert_in_time(side, little.seconds - 0.5 + side.limits.load_deadline_s)
+    proxy.most = proxy.passed + 6 * SLOT
+    little = side.get(keys(20), worth_s=3.2)
+    assert little.seconds > 0.8
+    assert_in_time(side, little.seconds - 0.8 + side.limits.load_deadline_s)
     assert 0 < len(little.keys) < 20
+    over.set()
+    coming.join()
+    proxy.most = None
     proxy.close()
 
 

@@ -1,6 +1,7 @@
 """A neighbour who may do anything in Redis, and has not got the secret: all it gets is misses."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import pytest
@@ -210,9 +211,12 @@ def test_a_use_renews_the_lease_without_writing_the_value(
     received = server.client.info()["total_net_input_bytes"]
     for engine in (other, side, other):
         wall.advance(200)
-        engine.use(keys(1), 300)
-        end_ms = int((wall() + 299) * 1000)
-        wait_until(lambda end_ms=end_ms: lease_end(server, side, keys(1)[0]) >= end_ms)
+        # Without this use it would end in 100 s. Some pass, when much else goes on, before Redis is
+        # told.
+        end_ms = int((wall() + 240) * 1000)
+        use_until(
+            engine, keys(1), lambda end_ms=end_ms: lease_end(server, side, keys(1)[0]) >= end_ms
+        )
     assert server.client.info()["total_net_input_bytes"] - received < SLOT
     after = server.client.get(name)
     assert after[:HEADER_BYTES] == before[:HEADER_BYTES]
@@ -222,6 +226,15 @@ def test_a_use_renews_the_lease_without_writing_the_value(
     server.client.pexpire(name, DAY_S * 1000)
     wall.advance(301 + APART_S)
     assert side.get_exact(keys(1)).keys == {}
+
+
+def use_until(engine: EngineSide, used: list[bytes], condition: Callable[[], object]) -> None:
+    """Use blocks until ``condition`` holds: a use that Redis is late to take is not told again."""
+    for _ in range(5):
+        engine.use(used, 300)
+        with suppress(TimeoutError):
+            return wait_until(condition, timeout_s=2)
+    raise TimeoutError("no use renews it")
 
 
 def lease_end(server: RedisServer, side: EngineSide, key: bytes) -> int:

@@ -88,7 +88,12 @@ class Admission:
         with _running(context):
             plan = unreported = None
             if context is not None:
-                plan = await self._plan(context, prompt, options.get("session_id"))
+                try:
+                    plan = await self._plan(context, prompt, options.get("session_id"))
+                except BaseException:
+                    # The client has disconnected, as a rule.
+                    media_ids.forget_unsent(self._engine.renderer, prompt)
+                    raise
                 if plan is None:
                     unreported = self._plan_whole(context.caller, prompt)
             if (known := plan or unreported) is not None:

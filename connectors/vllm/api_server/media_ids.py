@@ -30,6 +30,17 @@ def confine(renderer: Any, secret: bytes) -> None:
     renderer._process_multimodal_async = _process_multimodal_async
 
 
+def forget_unsent(renderer: Any, prompt: Any) -> None:
+    """Have ``renderer`` send the media of a prompt that never reached the engine with the next
+    prompt that has them; it takes them as sent once it has rendered them."""
+    cache = renderer.mm_processor_cache
+    if cache is None or not isinstance(prompt, dict):
+        return
+    for hashes in (prompt.get("mm_hashes") or {}).values():
+        for one in hashes:
+            cache.invalidate(one)
+
+
 def _confined(ids: _Ids, org: str, secret: bytes) -> dict[str, str | list[str | None]]:
     def own(name: str) -> str:
         return fields_digest(secret, "media", org, name).hex()

@@ -20,10 +20,11 @@ _BY_CHANGE = {
     ChangeKind.PARAM_REMOVED: "param_changed",
     ChangeKind.PARAM_CHANGED: "param_changed",
     ChangeKind.HISTORY_COMPACTED: "context_compacted",
-    ChangeKind.MARK_ADDED: "marker_changed",
     ChangeKind.MARK_REMOVED: "marker_removed",
-    ChangeKind.TTL_CHANGED: "marker_changed",
 }
+
+_HARMLESS = (ChangeKind.MARK_ADDED, ChangeKind.TTL_CHANGED)
+"""Changes that cost no read: what was cached stays where it is."""
 
 _BY_EDIT = {
     ChangeKind.TOOL_CHANGED: {
@@ -108,9 +109,9 @@ def change_loss(diagnosis: Diagnosis, edit: Edit | None, text: bool) -> Loss | N
         text: whether what was edited may be quoted.
     """
     lost = diagnosis.missed_tokens > 0 or not diagnosis.expected
-    if not diagnosis.kind.is_break or not diagnosis.changes or not lost:
+    change = _cause(diagnosis)
+    if not diagnosis.kind.is_break or change is None or not lost:
         return None
-    change = diagnosis.changes[0]
     rule = RULES[_rule_name(change, edit, diagnosis)]
     words = _words(change, edit)
     told = quote(change.path, edit) if edit is not None and text else None
@@ -127,9 +128,9 @@ def change_loss(diagnosis: Diagnosis, edit: Edit | None, text: bool) -> Loss | N
 
 def sharing_loss(diagnosis: Diagnosis, edit: Edit | None, text: bool) -> Loss | None:
     """Return what a new conversation could have shared with another one; None for nothing."""
-    if diagnosis.kind.is_break or not diagnosis.missed_tokens or not diagnosis.changes:
+    change = _cause(diagnosis)
+    if diagnosis.kind.is_break or not diagnosis.missed_tokens or change is None:
         return None
-    change = diagnosis.changes[0]
     told = quote(change.path, edit) if edit is not None and text else None
     near = RULES[_rule_name(change, edit, diagnosis)]
     advice = remedy(near, change, edit, diagnosis.flapping, diagnosis.suggestion)
@@ -163,6 +164,11 @@ def unread_loss(tokens: int, read: int, cached: bool) -> Loss:
     rule = RULES["not_read"]
     words = f"the usage says {read:,} read, where {read + tokens:,} are as they were"
     return Loss(rule, "", "", tokens, words, remedy(rule, cached))
+
+
+def _cause(diagnosis: Diagnosis) -> Change | None:
+    """Return the first change that can cost a read; None if there is none."""
+    return next((one for one in diagnosis.changes if one.kind not in _HARMLESS), None)
 
 
 def _rule_name(change: Change, edit: Edit | None, diagnosis: Diagnosis) -> str:

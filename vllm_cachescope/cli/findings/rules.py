@@ -70,7 +70,6 @@ _EXPLAIN = (
     Rule("CS410", "context_compacted", "a summary took the place of earlier turns", Level.NOTE),
     Rule("CS501", "marker_removed", "a breakpoint went, and what it covered is no longer kept"),
     Rule("CS502", "scope_changed", "the same content under another scope"),
-    Rule("CS503", "marker_changed", "a breakpoint or its lifetime changed"),
     Rule("CS601", "expired", "a prefix was not used for longer than its lifetime"),
     Rule("CS602", "not_covered", "content that is sent again stands behind the last breakpoint"),
     Rule("CS603", "not_read", "the recorded usage says that an equal prefix was not read"),
