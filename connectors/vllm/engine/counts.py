@@ -132,8 +132,8 @@ class Counts:
             stats.increase_counter(EARLY_EVICTIONS.name, entries, labels)
         for tiers, chunks in self.promotions.items():
             stats.increase_counter(PROMOTIONS.name, chunks, tiers)
-        for reason, prompts in self.refused_hints.items():
-            stats.increase_counter(REFUSED_HINTS.name, prompts, (reason,))
+        for refusal, prompts in self.refused_hints.items():
+            stats.increase_counter(REFUSED_HINTS.name, prompts, (refusal,))
         if self.refused_plans or self._is_new:
             # A counter that is not there before it counts looks to Prometheus as if it never rose.
             stats.increase_counter(REFUSED_PLANS.name, self.refused_plans)
