@@ -1,5 +1,6 @@
 """Two engines work for a long time while everything that can be wrong with their Redis is."""
 
+import contextlib
 import random
 import statistics
 import threading
@@ -16,6 +17,7 @@ from tests.engine.engine import BLOCK, Answer, Ask, draw_tokens
 from tests.redis.pair import Pair, ask, running_pair
 from tests.redis.replica import Replica
 from tests.redis.servers import wait_until
+from vllm_cachescope.tiers.keyspace import HANDSHAKES
 
 pytestmark = pytest.mark.engine
 
@@ -199,7 +201,9 @@ def test_long_and_troubled_work_is_exact_and_leaves_nothing_behind(pair, duratio
         # Connections that were being opened anew had no socket yet.
         sockets = CONNECTIONS // len(engines)
         wait_until(lambda e=engine, was=earlier, n=sockets: Footprint.of(e).files <= was.files + n)
-        assert _growth(measured) < FLAT_BYTES
+        # On a busy machine the first steps still warm it up.
+        settled = measured[len(measured) // 3 :]
+        assert _growth(settled) < FLAT_BYTES, measured
         (tier,) = [t for t in engine.call("command_health") if t["name"] == "redis"]
         assert tier["up"] and tier["readable"] and tier["writable"]
         assert tier["loading_bytes"] == tier["storing_bytes"] == 0
@@ -207,13 +211,21 @@ def test_long_and_troubled_work_is_exact_and_leaves_nothing_behind(pair, duratio
     # Those of this process that may have come are the proxy's: two for each connection through it.
     wait_until(lambda: threading.active_count() <= threads + 2 * CONNECTIONS)
     assert _regions() <= shared_memory
-    # Each entry goes with its lifetime, and so does all that stands beside it; the digest of the
-    # secret stays as long as the engines.
-    wait_until(lambda: len(pair.server.client.keys()) == 1, 2 * TTL_S + 10)
+    # Each entry goes with its lifetime, and so does all that stands beside it.
+    with contextlib.suppress(TimeoutError):
+        wait_until(lambda: not _left(pair), 2 * TTL_S + 10)
+    assert not _left(pair)
 
 
 def _connections(pair: Pair) -> int:
     return len(pair.server.client.client_list())
+
+
+def _left(pair: Pair) -> set[bytes]:
+    """Return the names that the server has, but for the digest of the secret: it stays as long as
+    the engines, who bring it back at their next greeting if it is flushed."""
+    client = pair.server.client
+    return set(client.keys()) - set(client.keys(HANDSHAKES))
 
 
 def _regions() -> set[Path]:
