@@ -3,7 +3,7 @@ BIN := .venv/bin
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup programs demo test thorough lint compat clients bench clean
+.PHONY: help setup programs frontends demo test thorough lint compat clients bench clean
 
 # The slowest tests and set-ups of each part, so that a slow-down shows.
 SLOWEST := --durations=15
@@ -17,6 +17,9 @@ setup: ## make .venv with vLLM for CPUs and this package
 programs:
 	@scripts/programs.sh
 
+frontends: setup ## install vLLM's Rust and gRPC servers, SMG and Dynamo's indexer for the tests
+	@scripts/frontends.sh
+
 demo: setup ## serve a small model and drive it with real clients; HOLD=1 leaves its page open
 	@$(BIN)/python -m demo.run $(if $(HOLD),--hold)
 
@@ -28,12 +31,13 @@ test: setup programs lint ## the checks and the suite, on a real engine
 	@# By itself: LMCache imports llvmlite, over which vLLM 0.32 falls when it starts on a CPU.
 	$(BIN)/pytest $(SLOWEST) tests/lmcache
 
-thorough: setup programs ## the long forms of tests: more examples, larger bodies, longer trouble
+thorough: setup programs frontends ## the long forms of tests: more examples, larger bodies, longer trouble
 	$(BIN)/pytest -n auto --hypothesis-profile=thorough -m 'slow or not slow' tests/core
 	$(BIN)/pytest -m slow tests/redis
 	$(BIN)/pytest -m slow tests/monitoring
 	$(BIN)/pytest -m slow tests/engine
 	$(BIN)/pytest -m slow tests/page
+	$(BIN)/pytest tests/frontends tests/routers
 
 lint: setup ## ruff, mypy --strict, and which room may import which
 	$(BIN)/ruff check .

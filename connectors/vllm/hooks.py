@@ -119,7 +119,11 @@ HOOKS = (
                 "self metric_name labelvalues engine_idx"
             ),
         },
-        {_METRICS: tuple(f'"vllm:kv_offload_{name}"' for name in _COPIES)},
+        {
+            _METRICS: tuple(f'"vllm:kv_offload_{name}"' for name in _COPIES),
+            # What prompts of other front ends carry.
+            "v1/request.py": ("self.cache_salt", "self.session_id", "self.kv_hints"),
+        },
     ),
     Hook(
         "idle engine",

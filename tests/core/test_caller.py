@@ -103,3 +103,27 @@ def test_the_session_comes_from_a_header_before_the_body() -> None:
     headers = {"x-claude-code-session-id": "cc", "x-cachescope-session": "cs"}
     assert DIRECTORY.caller(headers, "body").session == "cs"
     assert DIRECTORY.caller({}, None).session is None
+
+
+@pytest.mark.parametrize(
+    ("salt", "untrusted", "trusted"),
+    [
+        (None, ANONYMOUS, ANONYMOUS),
+        ("", ANONYMOUS, ANONYMOUS),
+        ("dynamo-cache-salt:", ANONYMOUS, ANONYMOUS),
+        ("acme", "salt:acme", "name:acme"),
+        ("dynamo-cache-salt:acme", "salt:acme", "name:acme"),
+        ("nobody listed", "salt:nobody listed", "header:nobody listed"),
+        ("name:acme", "salt:name:acme", "name:acme"),
+        ("global", "salt:global", "salt:global"),
+        ("\ud800", "salt:\ud800", "header:\ud800"),
+    ],
+)
+def test_a_salt_is_an_organisation_and_a_tenant_only_where_it_is_trusted(salt, untrusted, trusted):
+    directory = CallerDirectory(SECRET, {sha256("k"): "acme"}, "x-org")
+    assert directory.of_salt(salt) == untrusted
+    assert directory.of_salt(salt, is_trusted=True) == trusted
+    assert directory.account(untrusted) == (untrusted if untrusted == ANONYMOUS else UNLISTED)
+    assert not directory.may_write_global(untrusted)
+    # An operator can name it, in quotas and purges.
+    assert directory.named(untrusted) == [untrusted]

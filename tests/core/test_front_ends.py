@@ -1,6 +1,7 @@
 import pytest
 
 from vllm_cachescope.connectors.vllm import front_ends
+from vllm_cachescope.connectors.vllm.engine.idle_sweep import IdleSweep
 from vllm_cachescope.connectors.vllm.findings import Status
 from vllm_cachescope.connectors.vllm.front_ends import of_launch, of_stack
 
@@ -46,3 +47,16 @@ def test_one_is_recognised_by_whom_it_was_called(monkeypatch):
         exec(code, space)
         expected = front_ends.DYNAMO if "dynamo" in space["__name__"] else front_ends.GRPC
         assert space["go"](front_ends.of_caller) is expected
+
+
+def test_an_engine_sweeps_by_itself_once_nobody_asks_it_to():
+    now = [0.0]
+    sweep = IdleSweep(4.0, lambda: now[0])
+    now[0] = 100.0
+    assert not sweep.is_due, "an engine without a loop of its own is never woken"
+    sweep.begin()
+    for at, due in ((104.0, False), (107.0, True)):
+        now[0] = at
+        assert sweep.is_due is due
+    sweep.note()
+    assert not sweep.is_due

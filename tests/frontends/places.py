@@ -14,7 +14,7 @@ DYNAMO = FRONT_ENDS / "dynamo" / "bin" / "python"
 def needs(program: Path) -> pytest.MarkDecorator:
     """Return a mark that skips tests where ``program`` is not installed."""
     return pytest.mark.skipif(
-        not program.exists(), reason=f"needs {program.name}: run scripts/frontends.sh"
+        not program.exists(), reason=f"needs {program.name}: run make frontends"
     )
 
 

@@ -98,8 +98,7 @@ def test_a_salt_shares_with_nobody(rust: Rust) -> None:
 
 def test_its_clients_claim_no_organisation(rust: Rust) -> None:
     """Whatever they send where a plan of the API side, or a front end's, would stand."""
-    tokens = draw_tokens(random.Random(4), LENGTH)
-    assert rust.read(tokens, cache_salt="name:acme") == 0
+    chance = random.Random(4)
     payload = {"organisation": "name:acme"}
     action = dict(zip(("action_id", "action_type"), ("1", "cachescope.plan"), strict=True))
     hints = {
@@ -112,10 +111,12 @@ def test_its_clients_claim_no_organisation(rust: Rust) -> None:
         {"kv_hints": hints},
         {"vllm_xargs": {"kv_hints": "x"}},
     ):
+        tokens = draw_tokens(chance, LENGTH)
+        assert rust.read(tokens, cache_salt="name:acme") == 0
         answer = rust.ask(tokens, **forged)
         assert answer.status_code < 500 and "cachescope" not in answer.text
         details = answer.json().get("usage", {}).get("prompt_tokens_details") or {}
-        assert not details.get("cached_tokens") or forged == {"kv_hints": hints}
+        assert not details.get("cached_tokens")
 
 
 def test_metrics_that_it_hides_have_a_port_of_their_own(rust: Rust) -> None:

@@ -27,26 +27,28 @@ def indexer(running) -> Iterator[Indexer]:
         yield indexer
 
 
-def test_its_index_equals_what_the_engine_holds(fleet, indexer):
-    chance = random.Random(1)
-    prompts = [draw_tokens(chance, BLOCKS * BLOCK + 9) for _ in range(3)]
-    salts = ("", "dynamo-cache-salt:acme", "dynamo-cache-salt:other")
-    fleet.a.run(*(Ask(tokens, None, 1, salt) for tokens in prompts for salt in salts))
+def assert_agrees(fleet, indexer):
     fleet.a.settle()
     wait_until(lambda: indexer.held() == fleet.a.resident)
-    assert len(fleet.a.resident["CPU"]) == len(prompts) * len(salts) * BLOCKS
-    for tokens in prompts:
-        assert indexer.matched(tokens) == BLOCKS * BLOCK
-        # A router asks by the tenant alone.
-        assert indexer.matched(tokens, "acme") == BLOCKS * BLOCK
-        assert indexer.matched(tokens, "stranger") == 0
-    fleet.a.engine.call("empty_device")
-    # One organisation's blocks leave both, the others' stay.
+
+
+def test_its_index_equals_what_the_engine_holds(fleet, indexer):
+    chance = random.Random(1)
+    prompts = {}
+    for tenant in (None, "acme", "other"):
+        prompts[tenant] = tokens = draw_tokens(chance, BLOCKS * BLOCK + 9)
+        salt = f"dynamo-cache-salt:{tenant}" if tenant else ""
+        fleet.a.run(Ask(tokens, None, 1, salt))
+        assert_agrees(fleet, indexer)
+    assert len(fleet.a.resident["CPU"]) == len(prompts) * BLOCKS
+    for tenant, tokens in prompts.items():
+        # A router asks by the tenant alone, and finds nothing of another one's.
+        found = [indexer.matched(tokens, asked) for asked in (*prompts, "stranger")]
+        assert found == [BLOCKS * BLOCK * (asked == tenant) for asked in (*prompts, "stranger")]
     for prefix in OWNERS.prefixes("salt:acme"):
         fleet.a.engine.call("command_purge", prefix, f"acme {prefix.hex()}")
     fleet.a.engine.call("command_sweep")
-    fleet.a.run(Ask(draw_tokens(chance, 9), None, 1))
-    fleet.a.settle()
-    wait_until(lambda: indexer.held() == fleet.a.resident)
-    assert indexer.matched(prompts[0], "acme") == 0
-    assert indexer.matched(prompts[0], "other") == BLOCKS * BLOCK
+    assert_agrees(fleet, indexer)
+    assert len(fleet.a.resident["CPU"]) == 2 * BLOCKS
+    assert indexer.matched(prompts["acme"], "acme") == 0
+    assert indexer.matched(prompts["other"], "other") == BLOCKS * BLOCK
