@@ -444,11 +444,16 @@ SAVED = "cachescope_repaired_tokens_total"
 class Diagnosed(Session):
     """A session whose requests are diagnosed, of which everything is read that is as it was."""
 
-    def __init__(self, **repair: Any) -> None:
+    def __init__(self, tools_behind_system: bool | None = None, **repair: Any) -> None:
         super().__init__(**repair)
         self.registry = CollectorRegistry()
         self.diagnoser = Diagnoser(
-            b"sixteen bytes or so", 16, lambda: 0.0, lambda: 5.0, registry=self.registry
+            b"sixteen bytes or so",
+            16,
+            lambda: 0.0,
+            lambda: 5.0,
+            registry=self.registry,
+            tools_behind_system=lambda: tools_behind_system,
         )
 
     def diagnosed(self, given: dict[str, Any], read: int, prompt: int) -> Diagnosis:
@@ -509,6 +514,23 @@ def test_what_is_saved_counts_for_the_repair_that_stands_first() -> None:
     # Of a session that was purged nothing is known that anything could have been saved of.
     session.diagnoser.purge("acme", "s")
     assert {one.saved_tokens for one in session.diagnosed(second, 992, 1000).repaired} == {0}
+
+
+@pytest.mark.parametrize("tools_behind_system", [True, False, None])
+def test_what_is_saved_depends_on_where_the_template_has_the_tools(
+    tools_behind_system: bool | None,
+) -> None:
+    session = Diagnosed(tools_behind_system, tools_order=True, volatile_head=HEADS)
+    long = "word " * 400
+    tools, system = [tool("a", description=long), tool("b", description=long)], "Nonce: a\n" + long
+    session.diagnosed(body(*tools, system=system), 0, 1600)
+    # Tools take two thirds of the prompt, the system prompt one.
+    (head,) = session.diagnosed(body(*tools, system=system.replace("a", "b")), 1584, 1600).repaired
+    assert head.saved_tokens == pytest.approx(1584 if tools_behind_system else 528, abs=80)
+    session = Diagnosed(tools_behind_system, tools_order=True, volatile_head=HEADS)
+    session.diagnosed(body(*tools, system=system), 0, 1600)
+    (order,) = session.diagnosed(body(*tools[::-1], system=system), 1584, 1600).repaired
+    assert order.saved_tokens == pytest.approx(1056 if tools_behind_system else 1584, abs=80)
 
 
 def test_what_broke_all_the_same_is_still_a_break() -> None:

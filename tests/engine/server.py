@@ -74,7 +74,8 @@ def plugin(**config: Any) -> list[str]:
                 (REPAIRED_KEY, "repaired"),
             )
         },
-        "repair": {"orgs": {"repaired": REPAIR}},
+        # By its id: a test may name other tenants.
+        "repair": {"orgs": {"name:repaired": REPAIR}},
     }
     transfer = {
         "kv_connector": "DrivenConnector",

@@ -77,7 +77,7 @@ class Unrepaired:
         if estimate and served.shared_tokens > self.placement.shared_tokens:
             shared = self.placement.shared_tokens
             if tools_behind_system:
-                shared += self._system_in_front()
+                shared += self._moved_by_system_in_front()
             readable = round(shared * prompt_tokens / estimate)
             readable = min(readable, prompt_tokens)
             saved = max(0, read_tokens - readable + readable % block_tokens)
@@ -86,15 +86,17 @@ class Unrepaired:
             replace(repair, saved_tokens=saved if repair is first else 0) for repair in self.repairs
         )
 
-    def _system_in_front(self) -> int:
-        """Return the estimated tokens of a system prompt that is as it was, in front of tools that
-        are not."""
+    def _moved_by_system_in_front(self) -> int:
+        """Return how many estimated tokens more are shared than if the tools came first: those of a
+        system prompt that is as it was, less those of tools behind one that is not."""
         areas = {change.area for change in self.placement.changes if change.diverges}
-        if "tools" not in areas or "system" in areas or "params" in areas:
-            return 0
-        made = self.placement.node.fingerprint
+        made, shared = self.placement.node.fingerprint, self.placement.shared_tokens
         tools, system = made.counts[0], made.static_parts
-        return made.start(system) - made.start(tools) if len(made) > system else 0
+        if "system" in areas:
+            return -min(shared, made.ends[tools - 1] if tools else 0)
+        if "tools" not in areas or "params" in areas or system == tools:
+            return 0
+        return made.ends[system - 1] - (made.ends[tools - 1] if tools else 0)
 
 
 class UnrepairedRequests:
