@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cpu_tiering import CpuTieringSpec
 from benchmarks.harness import BLOCK, Result, arguments, console, finish, prompt, server
 from demo.client import Answer, AnthropicClient, empty_device_cache
 from demo.server import Server
@@ -66,7 +67,8 @@ def lifeboat(python: Path, directory: Path, mib: int) -> Server:
         "kv_connector": "OffloadingConnector",
         "kv_role": "kv_both",
         "kv_connector_extra_config": {
-            "spec_name": "TieringOffloadingSpec",
+            "spec_name": CpuTieringSpec.__name__,
+            "spec_module_path": CpuTieringSpec.__module__,
             "cpu_bytes_to_use": mib * 2**20,
             "secondary_tiers": [tier | {"lifeboat_config": str(settings)}],
         },
@@ -75,7 +77,11 @@ def lifeboat(python: Path, directory: Path, mib: int) -> Server:
         False,
         *("--kv-transfer-config", json.dumps(transfer)),
         python=python,
-        environment={"VLLM_PLUGINS": "lifeboat", "LIFEBOAT_CACHE_HOME": str(directory)},
+        environment={
+            "VLLM_PLUGINS": "lifeboat",
+            "LIFEBOAT_CACHE_HOME": str(directory),
+            "PYTHONPATH": str(Path(__file__).parents[1]),
+        },
     )
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_cachescope.tiers.promotion_queue import PromotionQueue, Verdict, WaitOutcome
+from vllm_cachescope.tiers.promotion_queue import PromotionQueue, Room, Verdict, WaitOutcome
 
 ACME, OTHER = b"acme", b"other"
 LIMIT_S = 5.0
@@ -24,6 +24,7 @@ class Tier:
     slots: dict[str, int] = field(default_factory=dict)
     used: dict[str, int] = field(default_factory=dict)
     order: list[str] = field(default_factory=list)
+    spent: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.queue = PromotionQueue(self.limit_s, self.share)
@@ -36,12 +37,17 @@ class Tier:
     def ask(self, request: str) -> Verdict:
         if request in self.used:
             return Verdict.GO
-        free = self.capacity - sum(self.used.values())
-        verdict = self.queue.ask(request, self.now, lambda: self.slots[request] <= free)
+        verdict = self.queue.ask(request, self.now, lambda: self.room(request))
         if verdict is Verdict.GO:
             self.used[request] = self.slots[request]
             self.order.append(request)
         return verdict
+
+    def room(self, request: str) -> Room:
+        if request in self.spent:
+            return Room.SPENT
+        free = self.capacity - sum(self.used.values())
+        return Room.ENOUGH if self.slots[request] <= free else Room.LACKING
 
     def step(self, *requests: str, seconds: float = 0.01) -> list[Verdict]:
         self.queue.end_step()
@@ -220,6 +226,20 @@ def test_a_tier_that_dies_meanwhile_is_waited_for_no_longer():
     tier.join("b")
     tier.queue.leave("b", WaitOutcome.TIER_LOST)
     assert tier.outcomes() == {"at_once": 1, "tier_lost": 1}
+
+
+def test_whose_account_has_spent_its_room_holds_up_no_other_account():
+    tier = Tier(capacity=100)
+    tier.join("a0")
+    tier.spent = {"a1", "a2"}
+    assert tier.join("a1") is Verdict.WAIT
+    assert tier.join("a2") is Verdict.WAIT
+    assert tier.join("b0", OTHER) is Verdict.GO
+    assert tier.step("a1", "a2") == [Verdict.WAIT] * 2
+    tier.spent = set()
+    for _ in range(3):
+        tier.step(*[name for name in ("a1", "a2") if name not in tier.used])
+    assert tier.order == ["a0", "b0", "a1", "a2"]
 
 
 def test_a_request_may_need_less_once_others_have_promoted_what_they_share():

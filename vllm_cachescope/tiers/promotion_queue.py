@@ -36,6 +36,15 @@ class Verdict(Enum):
     COMPUTE = "compute"
 
 
+class Room(Enum):
+    """Whether there is room for a request: ENOUGH, or LACKING; or its account has SPENT what it may
+    have, and others do not wait for that."""
+
+    ENOUGH = "enough"
+    LACKING = "lacking"
+    SPENT = "spent"
+
+
 class WaitOutcome(StrEnum):
     """How a wait for room ended.
 
@@ -68,6 +77,8 @@ class _Ticket:
         asked_in: the step in which it last asked.
         asked_at: when it last asked.
         waited_s: how long it has waited, while it asked in each step.
+        passed_in: the last step in which its account had spent its room; others go first in that
+            step and the next one.
         is_hopeless: whether its turn is not to be expected in time.
         admitted_at: when it got its room; None while it waits.
     """
@@ -79,6 +90,7 @@ class _Ticket:
     asked_in: int
     asked_at: float
     waited_s: float = 0.0
+    passed_in: int = -2
     is_hopeless: bool = False
     admitted_at: float | None = None
 
@@ -153,13 +165,13 @@ class PromotionQueue:
         ahead = self._ahead_of(account, 0) - slots
         ticket.is_hopeless = self._seconds_for(ahead) > bound_s
 
-    def ask(self, request_id: str, now: float, fits: Callable[[], bool]) -> Verdict:
+    def ask(self, request_id: str, now: float, room: Callable[[], Room]) -> Verdict:
         """Return what a request that has joined is to do; after COMPUTE it has left.
 
         Args:
             request_id: the request.
             now: the time.
-            fits: returns whether there is room for it; called only if it is the request's turn.
+            room: returns whether there is room for it; called only if it is the request's turn.
         """
         ticket = self._tickets[request_id]
         if ticket.admitted_at is not None:
@@ -170,9 +182,14 @@ class PromotionQueue:
             # What it waited for meanwhile was something else, as a device without free blocks.
             self._head = None
         ticket.asked_in, ticket.asked_at = self._step, now
-        if ticket is self._next() and fits():
-            self._admit(ticket, now)
-            return Verdict.GO
+        if ticket is self._next():
+            found = room()
+            if found is Room.ENOUGH:
+                self._admit(ticket, now)
+                return Verdict.GO
+            if found is Room.SPENT:
+                ticket.passed_in = self._step
+                self._head = None
         if ticket.is_hopeless:
             self.leave(request_id, WaitOutcome.TURNED_AWAY)
         elif ticket.waited_s >= ticket.bound_s:
@@ -244,7 +261,7 @@ class PromotionQueue:
         first: tuple[float, int] | None = None
         for account, line in self._waiting.items():
             for ticket in line:
-                if ticket.asked_in >= self._step - 1:
+                if ticket.asked_in >= self._step - 1 and ticket.passed_in < self._step - 1:
                     turn = self._turns[account], ticket.number
                     if first is None or turn < first:
                         found, first = ticket, turn

@@ -27,7 +27,7 @@ from vllm_cachescope.durations import format_wait
 from vllm_cachescope.observations import Observations
 from vllm_cachescope.tenancy.owner_tags import UNLISTED_TAG, is_unlisted, org_of
 from vllm_cachescope.tiers.inquiries import Lookup
-from vllm_cachescope.tiers.promotion_queue import PromotionQueue, Verdict, WaitOutcome
+from vllm_cachescope.tiers.promotion_queue import PromotionQueue, Room, Verdict, WaitOutcome
 
 _CHOSEN_TIERS = "kv_load_tiers"
 """What a client calls its choice of tiers among a request's ``kv_transfer_params``."""
@@ -126,7 +126,7 @@ class Promotions:
             return True
         bound_s = self._queue.bound_s(request_id)
         verdict = self._queue.ask(
-            request_id, now, partial(self._fits, status, local_tokens, is_new)
+            request_id, now, partial(self._room, status, local_tokens, is_new)
         )
         if verdict is Verdict.GO:
             self._go(request_id)
@@ -168,7 +168,7 @@ class Promotions:
         params = request.kv_transfer_params
         return request.skip_reading_prefix_cache or bool(params and _CHOSEN_TIERS in params)
 
-    def _fits(self, status: RequestOffloadState, local_tokens: int, is_new: bool) -> bool:
+    def _room(self, status: RequestOffloadState, local_tokens: int, is_new: bool) -> Room:
         """Whether there is room for all that a request wants, as things are now."""
         request_id = status.req_context.req_id
         if not is_new:
@@ -177,23 +177,25 @@ class Promotions:
                 remote.tier.restart(request_id)
         wanted = self._find(status, local_tokens)
         if not wanted.is_known:
-            return False
+            return Room.LACKING
         self._waiting[request_id] = wanted
         self._queue.resize(request_id, len(wanted.missing))
         for place, chunks in wanted.loads.items():
             tier = self._remotes[place].tier
             if min(chunks, tier.most_loads) > tier.load_room:
-                return False
+                return Room.LACKING
         newcomers = Counter(
             self._parent.ttl_and_owner(key, status.req_context)[1] for key in wanted.missing
         )
         if not self._policy.fits_quotas(newcomers):
-            return False
+            return Room.SPENT
         primary = self._primary
         # What can never fit gets all that there is.
         need = min(len(wanted.missing), primary._num_chunks - len(wanted.present))
         room = primary._get_num_free_chunks() + primary._num_evictable_cache_chunks
-        return need <= room and need <= room - self._policy.held_idle(wanted.present)
+        if need > room or need > room - self._policy.held_idle(wanted.present):
+            return Room.LACKING
+        return Room.ENOUGH
 
     def _go(self, request_id: str) -> None:
         wanted = self._waiting.pop(request_id)
