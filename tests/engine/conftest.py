@@ -15,10 +15,7 @@ def tiny_model():
 
 @pytest.fixture(scope="session")
 def shared_engine(tiny_model, tmp_path_factory) -> Iterator[Engine]:
-    # Many tests say which block goes. What a policy learns in one would decide the next;
-    # `test_cpu_policy.py` and `tests/core/test_learned_order.py` are about the one that learns.
-    config = {"eviction": {"policy": "lifetime"}}
-    engine = Engine(tiny_model, tmp_path_factory.mktemp("engine"), config=config)
+    engine = Engine(tiny_model, tmp_path_factory.mktemp("engine"))
     yield engine
     engine.stop()
 

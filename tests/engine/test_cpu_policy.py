@@ -38,7 +38,7 @@ class Tier:
     def finished(self, context) -> tuple[list[bytes], RequestSignals]:
         return self.used
 
-    def on_evicted(self, key, entry, reason) -> None:
+    def on_evicted(self, key, entry, reason, by) -> None:
         self.evicted.append(key)
 
     def ask(self, name: str, chunks: int, output: int, ttl_s: int = 300, held: int = 0) -> int:

@@ -47,9 +47,6 @@ def replica(tiny_model, tmp_path_factory) -> Iterator[Replica]:
     config = {
         "quotas": {tier: share(tier) for tier in ("device", "cpu")},
         "tenants": {sha256(b"a key").hexdigest(): "calm"},
-        # Tests say which block goes. That the learned order keeps quotas and reserves as well, and
-        # which of an organisation's blocks it takes, is in `tests/core/test_learned_order.py`.
-        "eviction": {"policy": "lifetime"},
     }
     scratch = tmp_path_factory.mktemp("quotas")
     replica = Replica(tiny_model, scratch, config, cpu_chunks=CPU_CHUNKS)

@@ -3,6 +3,7 @@
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from heapq import heappop, heappush
+from math import inf, nextafter
 from typing import Any
 
 from vllm_cachescope.cache.return_counts import BINS, EDGES, WIDTHS, Counted, ReturnCounts
@@ -86,6 +87,7 @@ class LearnedOrder:
             (spared, is_long): [] for spared in (False, True) for is_long in (False, True)
         }
         self._number = 0
+        self._used_at = -inf
         self._requests = 0
         self._next_fit = _FIRST_FIT
         self._fitted: Prices | None = None
@@ -115,7 +117,8 @@ class LearnedOrder:
         place = self._place(org, ttl_s > LONG_TTL_S)
         run = self._open
         if run is None or run.place is not place or now - run.used_at > _TOGETHER_S:
-            run = self._open = Run([], self._counts.number(OPEN_KIND) * BINS, now, 0, False)
+            cell = self._counts.number(OPEN_KIND) * BINS
+            run = self._open = Run([], cell, self._moment(now), 0, False)
             run.is_open = True
         if self._run_of.get(key) is run:
             return
@@ -145,7 +148,7 @@ class LearnedOrder:
             return
         parts = self._kinds(keys, now, signals)
         # A run for each stretch of one kind and one place.
-        start = 0
+        start, used_at = 0, self._moment(now)
         ends = iter(parts)
         kind_end, cell, turn, is_shared = next(ends)
         for piece, ttl_s, org in pieces:
@@ -155,7 +158,7 @@ class LearnedOrder:
             piece_end = start + len(piece)
             while start < piece_end:
                 end = min(kind_end, piece_end)
-                run = Run(list(keys[start:end]), cell, now, turn, is_shared)
+                run = Run(list(keys[start:end]), cell, used_at, turn, is_shared)
                 self._gather(run, place)
                 self._enter(run, place)
                 start = end
@@ -394,6 +397,12 @@ class LearnedOrder:
             del self._evicted[run.first]
 
     # Ages.
+
+    def _moment(self, now: float) -> float:
+        """Return a time of use that is later than all others, by next to nothing if the clock has
+        not moved: of blocks that are worth the same the one unused for longest goes first."""
+        self._used_at = max(now, nextafter(self._used_at, inf))
+        return self._used_at
 
     def _list_due(self, place: Place, cell: int) -> None:
         bin_ = cell % BINS

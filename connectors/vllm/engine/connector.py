@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import vllm
-from cachetools import FIFOCache
 from prometheus_client import Counter, Gauge, Histogram
 from vllm.config import VllmConfig
 from vllm.distributed.kv_events import KVCacheEvent
@@ -43,6 +42,7 @@ from vllm_cachescope.connectors.vllm.engine.offloading import (
 )
 from vllm_cachescope.connectors.vllm.engine.promotions import Promotions
 from vllm_cachescope.connectors.vllm.engine.prompt_plans import PlanRules
+from vllm_cachescope.connectors.vllm.engine.purges import EnginePurges, News
 from vllm_cachescope.connectors.vllm.engine.scheduler import (
     CacheScopeConnectorScheduler,
     EngineSettings,
@@ -63,14 +63,8 @@ from vllm_cachescope.metrics import PROMOTION_WAIT_SECONDS
 from vllm_cachescope.prompt.plan import PLAN_KEY
 from vllm_cachescope.registration import TotalCounter, TotalHistogram
 from vllm_cachescope.tenancy.org_labels import OrgLabels
-from vllm_cachescope.tiers.fleet_purges import Announcement, FleetPurges
-from vllm_cachescope.tiers.jobs import Purge
 from vllm_cachescope.tiers.promotion_queue import PromotionQueue
-from vllm_cachescope.tiers.purge_notices import PurgeNotice
 from vllm_cachescope.usage.prices import Multipliers, read_prices
-
-MAX_PURGES = 4096
-"""How many purges can be asked about: the most recent ones."""
 
 logger = logger_of(__name__)
 
@@ -137,10 +131,6 @@ class CacheScopeConnector(OffloadingConnector):
         )
         # Whether the metrics do not show yet what an idle engine has dropped, or noticed.
         self._has_news = False
-        self._purges: FIFOCache[str, dict[str, Purge]] = FIFOCache(MAX_PURGES)
-        self._announcements: FIFOCache[str, list[Announcement]] = FIFOCache(MAX_PURGES)
-        self._purge_count = 0
-        self._purge_log: FIFOCache[str, tuple[str | None, str | None]] = FIFOCache(MAX_PURGES)
 
     @property
     def _offloading(self) -> TieringOffloadingManager:
@@ -169,6 +159,7 @@ class CacheScopeConnector(OffloadingConnector):
         self.cachescope = CacheScopeConnectorScheduler(
             self._settings, kv_cache_manager, self._offloading, self.clock, self._events
         )
+        self._purges = EnginePurges(self.cachescope)
         self._promotions = Promotions(
             self.connector_scheduler, self.cachescope, self.cachescope.remotes, self._queue
         )
@@ -202,7 +193,7 @@ class CacheScopeConnector(OffloadingConnector):
             )
 
     def on_new_request(self, request: Request) -> None:
-        self._carry_out_purges()
+        self._purges.carry_out()
         self.cachescope.on_new_request(request)
         lora, adapter = request.lora_request, hashing.adapter_of(request)
         if lora and adapter and not self._adapters.admit(lora, adapter):
@@ -213,8 +204,8 @@ class CacheScopeConnector(OffloadingConnector):
         self, request: Request, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
         self.cachescope.set_local_tokens(request, num_computed_tokens)
-        self._carry_out_purges()
-        if any(fleet.is_late() for fleet in self._fleets):
+        self._purges.carry_out()
+        if self._purges.is_late:
             # What was just found may have been purged by another engine.
             return None, False
         if self.cachescope.is_loading(request):
@@ -233,7 +224,7 @@ class CacheScopeConnector(OffloadingConnector):
         self._promotions.on_scheduled(request.request_id)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
-        self._carry_out_purges()
+        self._purges.carry_out()
         self.cachescope.on_step_scheduled(scheduler_output)
         self._events.collect()
         meta = super().build_connector_meta(scheduler_output)
@@ -270,7 +261,8 @@ class CacheScopeConnector(OffloadingConnector):
         if self.idle_sweep.is_due:
             self.command_sweep()
         # One step more, so that the metrics show what an idle engine has dropped or noticed.
-        return self._has_news or super().has_pending_push_work()
+        has_news = self._has_news or self._purges.has_news
+        return has_news or super().has_pending_push_work()
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
         stats = super().get_kv_connector_stats()
@@ -278,7 +270,7 @@ class CacheScopeConnector(OffloadingConnector):
             return stats
         # The scheduler asks for them once at the end of each step.
         self.cachescope.on_step_end()
-        self._has_news = False
+        self._has_news = self._purges.has_news = False
         if stats is not None:
             assert isinstance(stats, OffloadingConnectorStats)
             add_copies(stats)
@@ -334,86 +326,22 @@ class CacheScopeConnector(OffloadingConnector):
     def command_purge(
         self, prefix: bytes, purge_id: str, org: str | None = None, session: str | None = None
     ) -> dict[str, int]:
-        """Purge all entries whose owner begins with ``prefix``; return how many the device and
-        the CPU tier held. Remote tiers and other engines on them take longer: `command_purged`
-        tells of them under ``purge_id``, and `command_heed` tells all API processes of ``org`` and
-        ``session``."""
-        self._note_purge(purge_id, org, session)
-        entries = self.cachescope.purge(prefix)
-        self._has_news |= any(entries.values())
-        remotes = self.cachescope.remotes
-        notice = PurgeNotice(purge_id, prefix, org, session)
-        self._announcements[purge_id] = [fleet.announce(notice) for fleet in self._fleets]
-        self._purges[purge_id] = {remote.name: remote.tier.purge(prefix) for remote in remotes}
-        return entries
+        """Do `EnginePurges.begin`."""
+        return self._purges.begin(prefix, purge_id, org, session)
 
     def command_purged(self, purge_id: str) -> dict[str, Any] | None:
-        """Return what has become of a purge; None while it is under way.
+        """Return `EnginePurges.outcome`."""
+        return self._purges.outcome(purge_id)
 
-        Returns:
-            ``tiers``: for each remote tier how many entries were deleted there, and why some may
-            be left (None if none are); ``confirmed``: the names of other engines that have carried
-            it out; ``missing``: by the names of those that may not have, the reason.
-        """
-        if (purges := self._purges.get(purge_id)) is None:
-            reason = "what became of the purge is not known any more; purge again"
-            tiers = {remote.name: (0, reason) for remote in self.cachescope.remotes}
-            return {"tiers": tiers, "confirmed": [], "missing": {}}
-        announcements = self._announcements.get(purge_id, [])
-        are_over = [purge.over for purge in purges.values()]
-        if not all([*are_over, *(one.over for one in announcements)]):
-            return None
-        return {
-            "tiers": {name: (purge.entries, purge.reason) for name, purge in purges.items()},
-            "confirmed": [name for one in announcements for name in one.confirmed],
-            "missing": {name: why for one in announcements for name, why in one.missing.items()},
-        }
-
-    def command_heed(self, name: str, heard: int) -> list[tuple[int, str, str | None, str | None]]:
-        """Carry out what other engines have purged, and return what API processes are to forget.
-
-        Args:
-            name: what an operator knows this engine's server by.
-            heard: the number of the latest purge that the caller has heard of; 0 for none.
-
-        Returns:
-            The later purges, of those that can be asked about: number, id, organisation and
-            session (None for all).
-        """
-        for fleet in self._fleets:
-            fleet.name = name
-        self._carry_out_purges()
-        first = self._purge_count - len(self._purge_log) + 1
-        if heard >= self._purge_count:
-            return []
-        numbered = enumerate(self._purge_log.items(), first)
-        return [(n, purge_id, *what) for n, (purge_id, what) in numbered if n > heard]
-
-    def _note_purge(self, purge_id: str, org: str | None, session: str | None) -> None:
-        self._purge_count += 1
-        self._purge_log[purge_id] = org, session
-
-    @property
-    def _fleets(self) -> list[FleetPurges]:
-        remotes = self.cachescope.remotes
-        return [remote.tier.fleet for remote in remotes if remote.tier.fleet is not None]
-
-    def _carry_out_purges(self) -> None:
-        """Carry out what other engines on the same stores have purged."""
-        for fleet in self._fleets:
-            for errand in fleet.take():
-                notice = errand.notice
-                known_as = notice.purge_id or f"away until {errand.position}"
-                self._note_purge(known_as, notice.org, notice.session)
-                self._has_news |= any(self.cachescope.purge(notice.prefix).values())
-                remotes = [] if errand.at_home else self.cachescope.remotes
-                fleet.carried_out(errand, [one.tier.purge(notice.prefix) for one in remotes])
+    def command_heed(self, name: str, heard: int) -> list[News]:
+        """Do `EnginePurges.heed`."""
+        return self._purges.heed(name, heard)
 
     def command_sweep(self) -> int:
         """Drop everything that has expired, and what other engines have purged; return how many
         entries have expired."""
         self.idle_sweep.note()
-        self._carry_out_purges()
+        self._purges.carry_out()
         expired = self.cachescope.sweep()
         self._has_news |= self._gauges.sweep() or expired > 0 or self._events.waiting
         return expired
