@@ -39,12 +39,12 @@ redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', string.format('%%.0f', now - %d)
 local over = redis.call('ZCARD', KEYS[1]) - %d
 if over > 0 then
   local cut = redis.call('ZRANGE', KEYS[1], over - 1, over - 1, 'WITHSCORES')[2]
-  redis.call('HSET', KEYS[2], 'cut', string.format('%%.0f', tonumber(cut)))
+  redis.call('SET', KEYS[3], string.format('%%.0f', tonumber(cut)), 'PX', %d)
   redis.call('ZREMRANGEBYRANK', KEYS[1], 0, over - 1)
 end
 redis.call('PEXPIRE', KEYS[1], %d)
 return string.format('%%.0f', now)"""
-    % (RETENTION_US, MAX_ENTRIES, RETENTION_S * 1000)
+    % (RETENTION_US, MAX_ENTRIES, RETENTION_S * 1000, RETENTION_S * 1000)
 )
 
 _FOLLOW = (
@@ -52,11 +52,11 @@ _FOLLOW = (
     + b"""
 local new = redis.call('HSET', KEYS[2], ARGV[1], ARGV[2] .. string.format('@%%.0f', now))
 redis.call('PEXPIRE', KEYS[2], %d)
-local cut = redis.call('HGET', KEYS[2], 'cut') or '0'
+local cut = redis.call('GET', KEYS[3]) or '0'
 local news = redis.call('ZRANGE', KEYS[1], '(' .. ARGV[3], '+inf', 'BYSCORE', 'LIMIT', 0, %d,
   'WITHSCORES')
 return {string.format('%%.0f', now), cut, new, news}"""
-    % (RETENTION_S * 1000, AT_ONCE)
+    % (GONE_S * 1000, AT_ONCE)
 )
 
 _LIST = _NOW + b"return {string.format('%.0f', now), redis.call('HGETALL', KEYS[1])}"
@@ -106,8 +106,8 @@ class RedisPurgeLog(PurgeLog):
         return found
 
     def _run(self, script: bytes, deadline: float, *arguments: bytes) -> Reply:
-        names = (self._names.log, self._names.followers)
-        words = (b"EVAL", script, b"2", *names, *arguments)
+        names = (self._names.log, self._names.followers, self._names.cut)
+        words = (b"EVAL", script, b"3", *names, *arguments)
         (reply,) = self._ask_node_of(names[0], [command(*words)], deadline)
         return _checked(reply)
 

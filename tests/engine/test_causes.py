@@ -231,7 +231,8 @@ DATED = """\
 
 def dated(api: Api, key: str, name: str, system: str, **fields: object) -> dict:
     messages = [{"role": "system", "content": system}, {"role": "user", "content": text(name, 300)}]
-    asked = {"model": MODEL, "max_tokens": 2, "return_token_ids": True, "messages": messages}
+    asked = {"model": MODEL, "max_tokens": 2, "temperature": 0.0, "messages": messages}
+    asked["return_token_ids"] = True
     answer = api.post("/v1/chat/completions", asked | fields, key, **session(name))
     assert answer.status_code == 200, answer.text
     return answer.json()

@@ -4,7 +4,7 @@ import pytest
 
 from demo import board
 from tests.engine.bodies import EPHEMERAL, block, text
-from tests.engine.server import MODEL, NAMED_KEY
+from tests.engine.server import MODEL, NAMED_KEY, REPAIRED_KEY
 from tests.monitoring.station import Station
 
 pytestmark = pytest.mark.engine
@@ -24,6 +24,13 @@ def traffic(station: Station) -> None:
     station.go_on(name, key=NAMED_KEY, system=changed)
     # A marker that does not count, and a prompt too short to be cached.
     station.chat(text("a short one", 10), prompt_cache_options={"ttl": "9m"})
+    # Tools that come in another order, of an organisation for which that is put right.
+    tools = [
+        {"name": f"look{i}", "description": text(f"{name} {i}", 80), "input_schema": {}}
+        for i in range(2)
+    ]
+    for order in (1, -1):
+        station.go_on(f"{name} repaired", key=REPAIRED_KEY, tools=tools[::order])
     # More than the tiers hold, and more than the organisation's quota.
     for _ in range(6):
         station.new(NAMED_KEY, 500)
@@ -46,7 +53,7 @@ def test_every_query_of_every_panel_returns_data(station: Station) -> None:
         if all(one.series for one in asked):
             break
     assert len({one.panel for one in asked}) > 40
-    assert [(one.panel, one.expression) for one in asked if not one.series] == []
+    assert [one.panel for one in asked if not one.series] == []
 
 
 def test_a_dashboard_without_a_server_says_so(station: Station) -> None:

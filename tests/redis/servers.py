@@ -13,7 +13,7 @@ from pathlib import Path
 
 import redis
 
-from vllm_cachescope.tiers.keyspace import names_of
+from vllm_cachescope.tiers.keyspace import HANDSHAKES, names_of
 
 REDIS_SERVER = shutil.which(os.environ.get("REDIS_SERVER", "redis-server"))
 """Path of the server to test with; ``REDIS_SERVER=valkey-server`` tests with Valkey."""
@@ -29,6 +29,12 @@ def free_port() -> int:
 def entries(server: "RedisServer") -> set[bytes]:
     """Return the names of the tiers' entries in a server, without what stands beside them."""
     return set(server.client.scan_iter(names_of(b"")))
+
+
+def beside_engines(server: "RedisServer") -> set[bytes]:
+    """Return the names that stand in a server as long as engines use it: the digest of their
+    secret, which comes back with their next greeting, and the list of who follows purges."""
+    return {*server.client.keys(HANDSHAKES), *server.client.keys("cachescope:*:{purges}:*")}
 
 
 def wait_until(condition: Callable[[], object], timeout_s: float = 10.0) -> None:

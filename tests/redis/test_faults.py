@@ -410,8 +410,8 @@ def test_faults_at_random(start_server, start_engine_side):
         assert_recovers(side)
         assert side.tier.health()["loading_bytes"] == side.tier.health()["storing_bytes"] == 0
     # The proxy's own threads come and go with its connections.
-    wait_until(lambda: threading.active_count() <= threads + 2 * 4)
-    wait_until(lambda: len(server.client.client_list()) <= 2 * 4 + 1)
+    wait_until(lambda: threading.active_count() <= threads + 2 * 5)
+    wait_until(lambda: len(server.client.client_list()) <= 2 * 5 + 1)
     proxy.close()
 
 

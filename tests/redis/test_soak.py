@@ -16,8 +16,7 @@ import pytest
 from tests.engine.engine import BLOCK, Answer, Ask, draw_tokens
 from tests.redis.pair import Pair, ask, running_pair
 from tests.redis.replica import Replica
-from tests.redis.servers import wait_until
-from vllm_cachescope.tiers.keyspace import HANDSHAKES
+from tests.redis.servers import beside_engines, wait_until
 
 pytestmark = pytest.mark.engine
 
@@ -32,9 +31,9 @@ FLAT_BYTES = 16 << 20
 """What an engine's memory may grow by once it has warmed up: it still fills what it remembers of
 the last 4,096 prompts, some KB each."""
 
-CONNECTIONS = 9
-"""To Redis: two engines have one each to ask, one to write and two to read, and the test has one.
-How many there are at a moment may be fewer."""
+CONNECTIONS = 11
+"""To Redis: two engines have one each to ask, one to write, two to read and one to hear of purges,
+and the test has one. How many there are at a moment may be fewer."""
 
 
 @dataclass(frozen=True)
@@ -222,10 +221,8 @@ def _connections(pair: Pair) -> int:
 
 
 def _left(pair: Pair) -> set[bytes]:
-    """Return the names that the server has, but for the digest of the secret: it stays as long as
-    the engines, who bring it back at their next greeting if it is flushed."""
-    client = pair.server.client
-    return set(client.keys()) - set(client.keys(HANDSHAKES))
+    """Return the names that the server has, but for what stays as long as the engines."""
+    return set(pair.server.client.keys()) - beside_engines(pair.server)
 
 
 def _regions() -> set[Path]:

@@ -30,6 +30,10 @@ LATE_S = 4 * FOLLOW_S
 LIVE_S = 10.0
 """How long an engine that is not heard of counts as one that runs, in seconds."""
 
+GIVE_UP = 2
+"""After so many failures in a row no request waits for the log any more. What was under way when
+this process stood still has failed for that alone."""
+
 CONFIRM_S = 5.0
 """How long a purge waits for other engines to say that they are done, in seconds."""
 
@@ -109,7 +113,7 @@ class FleetPurges:
         # The thread writes these, the scheduler's reads them.
         self._own: FIFOCache[str, None] = FIFOCache(KNOWN)
         self._read_at = tier.clock()
-        self._reading = True
+        self._failures = 0
         self._position: int | None = None
         self._listed_at = tier.clock()
         self._thread = threading.Thread(
@@ -148,7 +152,8 @@ class FleetPurges:
     def is_late(self) -> bool:
         """Whether the log is about to be read that should have been read long ago: this process
         stood still, say. What it holds may have been purged meanwhile."""
-        return self._reading and self._tier.clock() - self._read_at > LATE_S
+        is_readable = self._failures < GIVE_UP
+        return is_readable and self._tier.clock() - self._read_at > LATE_S
 
     @property
     def follows(self) -> bool:
@@ -158,7 +163,7 @@ class FleetPurges:
     def wake(self) -> None:
         """Have the thread read the log now. Called on any thread."""
         with self._work:
-            self._reading = True
+            self._failures = 0
             self._work.notify()
 
     def stop(self) -> None:
@@ -181,7 +186,7 @@ class FleetPurges:
         while True:
             with self._work:
                 if not self._stopping:
-                    is_busy = self._announced or self._under_way
+                    is_busy = self._announced or self._under_way or 0 < self._failures < GIVE_UP
                     self._work.wait(ASK_S if is_busy else FOLLOW_S)
                 if self._stopping:
                     break
@@ -207,10 +212,17 @@ class FleetPurges:
                 logger.exception("Tier %s: the purge log cannot be followed", self._tier.name)
                 store.close()
                 reason = str(error)
-        if reason is not None:
-            # What it says cannot be known now: no request waits for it.
-            self._reading = False
-            for announcement in list(self._announced):
+        if reason is None:
+            return
+        self._failures += 1
+        if self._failures == GIVE_UP and availability.usable:
+            logger.warning(
+                "Tier %s: what other engines purge does not reach this one: %s",
+                self._tier.name,
+                reason,
+            )
+        for announcement in list(self._announced):
+            if self._failures >= GIVE_UP or self._tier.clock() > announcement.deadline:
                 self._end(announcement, reason)
 
     def _follow(self, log: PurgeLog) -> None:
@@ -241,7 +253,7 @@ class FleetPurges:
         with self._work:
             self._errands += errands
         self._read_at = self._tier.clock()
-        self._reading = True
+        self._failures = 0
 
     def _done(self) -> int:
         """Return up to where everything is carried out."""

@@ -103,6 +103,11 @@ class PurgeLogNames:
         return self._prefix + b"log"
 
     @property
+    def cut(self) -> bytes:
+        """The name of the position of the last notice that went before its time."""
+        return self._prefix + b"cut"
+
+    @property
     def followers(self) -> bytes:
         """The name of the hash of the engines that follow."""
         return self._prefix + b"followers"

@@ -204,9 +204,8 @@ class CacheScopeConnector(OffloadingConnector):
         self, request: Request, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
         self.cachescope.set_local_tokens(request, num_computed_tokens)
-        self._purges.carry_out()
-        if self._purges.is_late:
-            # What was just found may have been purged by another engine.
+        if self._purges.carry_out() or self._purges.is_late:
+            # What vLLM has just found on the device may be what another engine has purged.
             return None, False
         if self.cachescope.is_loading(request):
             # vLLM would look up every block of it once more, in each step, and take the

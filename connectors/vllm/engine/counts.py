@@ -31,6 +31,7 @@ from vllm_cachescope.metrics import (
     SHARE_BUCKETS,
 )
 from vllm_cachescope.observations import Observations
+from vllm_cachescope.prompt.plan_hint import Refusal
 from vllm_cachescope.tenancy.org_labels import NO_ORG_LABELS
 from vllm_cachescope.usage.prices import Multipliers
 
@@ -149,6 +150,9 @@ class Counts:
         if self.refused_plans or self._is_new:
             # A counter that is not there before it counts looks to Prometheus as if it never rose.
             stats.increase_counter(REFUSED_PLANS.name, self.refused_plans)
+        if self._is_new:
+            for each in Refusal:
+                stats.increase_counter(REFUSED_HINTS.name, 0, (each.value,))
             self._is_new = False
         self.pressure.move_to(stats)
         move_observations(self.hit_ages, HIT_AGE, stats)

@@ -90,14 +90,17 @@ class EnginePurges:
             return []
         return [(number, *purge) for number, purge in self._log.items() if number > heard]
 
-    def carry_out(self) -> None:
-        """Carry out what other engines have purged."""
+    def carry_out(self) -> bool:
+        """Carry out what other engines have purged; return whether there was anything."""
+        any_done = False
         for fleet in self._fleets:
             for errand in fleet.take():
+                any_done = True
                 notice = errand.notice
                 self._purge(notice.prefix, notice.purge_id, notice.org, notice.session)
                 remotes = [] if errand.at_home else self._remotes
                 fleet.carried_out(errand, [one.tier.purge(notice.prefix) for one in remotes])
+        return any_done
 
     @property
     def _fleets(self) -> list[FleetPurges]:
