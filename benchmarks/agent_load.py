@@ -91,7 +91,10 @@ def working_set(load: list[list[Call]], tokenizer: Any) -> int:
         for call in calls:
             chat = to_chat(call.body)
             tokens = tokenizer.apply_chat_template(
-                chat["messages"], tools=chat.get("tools"), add_generation_prompt=True
+                chat["messages"],
+                tools=chat.get("tools"),
+                add_generation_prompt=True,
+                return_dict=False,
             )
             prefix = 0
             for end in range(BLOCK, len(tokens) + 1, BLOCK):

@@ -31,7 +31,7 @@ MEMORY_SHARE = 1 / 3
 DEVICE_SHARE = 0.3
 """Of these, how many are the device's."""
 
-LONGEST = 12_000
+LONGEST = 10_000
 """The longest prompt, in tokens: the device has to hold it with what it computes."""
 
 TARGETS, LEAST = ("tokens computed", "first token, median"), 1.5
@@ -93,7 +93,8 @@ def _unmarked(fields: dict[str, Any]) -> dict[str, Any]:
 
 def _blocks(count: int) -> tuple[str, ...]:
     # One block is vLLM's own.
-    return "--num-gpu-blocks-override", str(count + 1)
+    blocks = "--num-gpu-blocks-override", str(count + 1)
+    return *blocks, "--max-model-len", str(LONGEST)
 
 
 @contextmanager
