@@ -34,6 +34,9 @@ from vllm_cachescope.tiers.store import StoreFailed, StoreLate, StoreUnfit
 
 logger = logger_of(__name__)
 
+_ROUNDS = 4
+"""How often entries are deleted for what is about to come before it is refused."""
+
 _POLL_S = 0.005
 _PATIENCE_S = 1.0
 
@@ -248,8 +251,10 @@ class Backend:
         Raises:
             StoreFailed: if the index or a file resists.
         """
-        if self.room_missing(coming_bytes) > 0:
-            wanted = self.room_missing(coming_bytes)
+        # Writing down what is deleted takes up room itself, as does whatever else uses the disk.
+        for _ in range(_ROUNDS):
+            if (wanted := self.room_missing(coming_bytes)) <= 0:
+                return True
             try:
                 with index.transaction():
                     entries = to_free(index, self.quotas, wanted)
@@ -262,6 +267,8 @@ class Backend:
                 with index.transaction():
                     index.delete(entries)
             self.note_crowded(entries)
+            if not entries:
+                break
         return self.room_missing(coming_bytes) <= 0
 
     def remove_files(self, entries: Iterable[Entry]) -> None:

@@ -208,8 +208,8 @@ def test_free_disk_is_kept_and_given_back(place, small_disk, start_side):
     assert 30 < len(files(path)) < 45
     assert len(side.get_exact(keys(5, "11")).keys) == 5
     # Another program takes what is free; the tier gives way.
-    (disk / "other").write_bytes(bytes(20 * FILE))
-    wait_until(lambda: len(files(path)) < 25)
+    (disk / "other").write_bytes(bytes(18 * FILE))
+    wait_until(lambda: len(files(path)) < 27)
     assert side.tier.usable and len(side.get_exact(keys(5, "11")).keys) == 5
 
 
