@@ -231,7 +231,8 @@ def test_vllms_own_span_has_usage_and_cause(keeping: Api, receiver: Receiver, st
         )
         assert whole == usage["input_tokens"] + read + created
         assert whole == span.attributes["gen_ai.usage.prompt_tokens"]
-        assert output == usage["output_tokens"] == 3
+        # The model may end its answer earlier.
+        assert 0 < output == usage["output_tokens"] <= 3
         assert span.attributes["cachescope.uncached.tokens"] == usage["input_tokens"]
         assert span.attributes["cachescope.org"] == "name:named"
         # As long as vLLM says that the request took, whenever the span was sent.
