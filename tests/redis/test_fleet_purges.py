@@ -201,6 +201,16 @@ def test_a_full_redis_takes_purges(server, start_engine_side):
     assert done.confirmed == ["b"]
 
 
+def test_a_cluster_carries_purges_as_well(nodes, start_engine_side):
+    url = f"redis+cluster://127.0.0.1:{nodes[0].port}"
+    a, b = (start_engine_side(url, name=name) for name in ("a", "b"))
+    follows(a), follows(b)
+    end = heeding(b)
+    done = announced(a, PurgeNotice("p", ACME))
+    assert [notice.purge_id for notice in end()] == ["p"]
+    assert done.confirmed == ["b"]
+
+
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory) -> Iterator[Pair]:
     with running_pair(tmp_path_factory.mktemp("redis"), load_deadline="2s", timeout="2s") as pair:
