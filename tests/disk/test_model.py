@@ -69,6 +69,9 @@ class DiskStoreMachine(RuleBasedStateMachine):
         )
         store = make()
         store.connect(self.now + 5)
+        # What it deletes by itself, and when, is no step of the model's.
+        if (thread := store.backend.upkeep.stop()) is not None:
+            thread.join()
         return store
 
     def live(self) -> dict[bytes, float]:
