@@ -156,17 +156,24 @@ class ScopeOffloadingSpec(TieringOffloadingSpec):
         self.num_chunks = max(self.num_chunks, 1)
         claimed = shm_regions.claim(self._engine_id)
         cpu = current_platform.is_cpu()
-        worker = self._cpu_worker(kv_caches) if cpu else super().get_worker(kv_caches)
+        worker = cpu_worker(self, kv_caches) if cpu else super().get_worker(kv_caches)
         _attach_region(worker, claimed)
         _disown_region(worker)
         return worker
 
-    def _cpu_worker(self, kv_caches: CanonicalKVCaches) -> CpuCopyWorker:
-        region = SharedOffloadRegion(
-            engine_id=self._engine_id,
-            num_chunks=self.num_chunks,
-            rank=0 if self.replicated_layout else self.config.parallel.rank,
-            kv_bytes_per_chunk=self.kv_bytes_per_chunk,
-            cpu_page_size=self.cpu_page_size_per_worker,
-        )
-        return CpuCopyWorker(kv_caches, self.blocks_per_chunk, region)
+
+def cpu_worker(spec: TieringOffloadingSpec, kv_caches: CanonicalKVCaches) -> CpuCopyWorker:
+    """Return a worker that copies on the CPU platform, with the memory that ``spec`` asks for.
+
+    Args:
+        spec: vLLM's tiering.
+        kv_caches: the device's KV tensors.
+    """
+    region = SharedOffloadRegion(
+        engine_id=spec._engine_id,
+        num_chunks=spec.num_chunks,
+        rank=0 if spec.replicated_layout else spec.config.parallel.rank,
+        kv_bytes_per_chunk=spec.kv_bytes_per_chunk,
+        cpu_page_size=spec.cpu_page_size_per_worker,
+    )
+    return CpuCopyWorker(kv_caches, spec.blocks_per_chunk, region)

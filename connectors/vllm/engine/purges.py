@@ -5,7 +5,7 @@ from typing import Any
 from cachetools import FIFOCache
 
 from vllm_cachescope.connectors.vllm.engine.scheduler import CacheScopeConnectorScheduler
-from vllm_cachescope.tiers.fleet_purges import Announcement, FleetPurges
+from vllm_cachescope.tiers.fleet_purges import Announcement
 from vllm_cachescope.tiers.jobs import Purge
 from vllm_cachescope.tiers.purge_notices import PurgeNotice
 
@@ -30,6 +30,8 @@ class EnginePurges:
     def __init__(self, scheduler: CacheScopeConnectorScheduler) -> None:
         self._scheduler = scheduler
         self._remotes = scheduler.remotes
+        fleets = (remote.tier.fleet for remote in scheduler.remotes)
+        self._fleets = [fleet for fleet in fleets if fleet is not None]
         self._purges: FIFOCache[str, dict[str, Purge]] = FIFOCache(MAX_PURGES)
         self._announcements: FIFOCache[str, list[Announcement]] = FIFOCache(MAX_PURGES)
         self._count = 0
@@ -101,10 +103,6 @@ class EnginePurges:
                 remotes = [] if errand.at_home else self._remotes
                 fleet.carried_out(errand, [one.tier.purge(notice.prefix) for one in remotes])
         return any_done
-
-    @property
-    def _fleets(self) -> list[FleetPurges]:
-        return [one.tier.fleet for one in self._remotes if one.tier.fleet is not None]
 
     def _purge(
         self, prefix: bytes, purge_id: str, org: str | None, session: str | None
