@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.numbers import shown
 from demo.client import MODEL
 from demo.model import MODELS, SMALL, build
 from demo.server import Server
@@ -111,8 +112,8 @@ class Result:
             verdict = {True: "met: ", False: "[bold red]MISSED:[/bold red] ", None: ""}
             table.add_row(
                 figure.name,
-                f"{_number(spread.median)} {unit}",
-                f"{_number(spread.low)} … {_number(spread.high)}",
+                f"{shown(spread.median)} {unit}",
+                f"{shown(spread.low)} … {shown(spread.high)}",
                 str(spread.count),
                 verdict[figure.holds] + figure.target,
             )
@@ -125,10 +126,6 @@ class Result:
         data = {"machine": machine(), **asdict(self)}
         path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
         return path
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def machine() -> dict[str, Any]:

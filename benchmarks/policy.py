@@ -15,13 +15,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarks.cloned_sessions import AgentLoad, agent_load, live_blocks
 from benchmarks.harness import Figure, Result, Spread, arguments, finish
 from vllm_cachescope.cache.learned_order import LearnedOrder
 from vllm_cachescope.cache.runs import RequestSignals
 from vllm_cachescope.cli.simulate.traced_calls import traced
 from vllm_cachescope.cli.traffic import BLOCK_TOKENS, BlockCall, read_traffic
 from vllm_cachescope.config.eviction import EvictionSettings
-from vllm_cachescope.simulation.agent_load import AgentLoad, agent_load, live_blocks
 from vllm_cachescope.simulation.marked_conversations import LONG_TTL_S, mark_conversations
 from vllm_cachescope.simulation.policies import PEERS, make_cache
 from vllm_cachescope.simulation.replay import Outcome, replay

@@ -9,6 +9,8 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
+from benchmarks.numbers import shown
+
 SUMMARY = "summary.md"
 
 _MET = {True: "met", False: "**missed**", None: ""}
@@ -48,8 +50,8 @@ def _section(result: dict[str, Any], plots: list[tuple[str, str]]) -> str:
         spread = figure["spread"]
         cells = [
             figure["name"].replace("|", "\\|"),
-            f"{_number(spread['median'])} {figure['unit']}",
-            f"{_number(spread['low'])} … {_number(spread['high'])}",
+            f"{shown(spread['median'])} {figure['unit']}",
+            f"{shown(spread['low'])} … {shown(spread['high'])}",
             str(spread["count"]),
             figure["target"],
             _MET[figure["holds"]],
@@ -79,7 +81,3 @@ def _plots(result: dict[str, Any], directory: Path) -> list[tuple[str, str]]:
         pyplot.close(canvas)
         drawn.append((unit or "count", name))
     return drawn
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

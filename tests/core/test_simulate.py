@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.cloned_sessions import AgentLoad, agent_load, live_blocks
 from tests.examples import examples
 from vllm_cachescope.cache.runs import RequestSignals
 from vllm_cachescope.cli.main import main
-from vllm_cachescope.simulation.agent_load import AgentLoad, agent_load, live_blocks
 from vllm_cachescope.simulation.marked_conversations import mark_conversations
 from vllm_cachescope.simulation.policies import POLICIES, make_cache
 from vllm_cachescope.simulation.replay import replay
