@@ -113,6 +113,12 @@ def counts_usage(settings: Tier) -> bool:
     return isinstance(settings, RedisTier | DiskTier)
 
 
+def keeps_purge_log(settings: Tier) -> bool:
+    """Whether the store of a tier keeps a purge log, so that other replicas may have this one
+    purge."""
+    return isinstance(settings, RedisTier)
+
+
 def is_on_disk(settings: Tier) -> bool:
     """Whether the store of a tier is a file system, local or mounted."""
     if isinstance(settings, DiskTier):

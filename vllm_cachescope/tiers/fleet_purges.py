@@ -17,6 +17,7 @@ from cachetools import FIFOCache
 from vllm_cachescope.logs import logger_of
 from vllm_cachescope.tiers.context import TierContext
 from vllm_cachescope.tiers.jobs import Purge
+from vllm_cachescope.tiers.joining import join
 from vllm_cachescope.tiers.purge_log import PurgeLog
 from vllm_cachescope.tiers.purge_notices import Progress, PurgeNotice, PurgeNotices
 from vllm_cachescope.tiers.store import Store, StoreFailed
@@ -174,8 +175,7 @@ class FleetPurges:
 
     def join(self, deadline: float) -> None:
         """Wait until the thread has ended, or for the deadline on the tier's clock."""
-        if self._thread.ident is not None:
-            self._thread.join(max(0.1, deadline - self._tier.clock()))
+        join([self._thread], deadline, self._tier.clock)
 
     # The thread.
 

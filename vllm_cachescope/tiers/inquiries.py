@@ -10,6 +10,7 @@ from vllm_cachescope.cache.miss_causes import NO_ROOM, MissCause
 from vllm_cachescope.logs import logger_of
 from vllm_cachescope.tiers.block_states import ABSENCES, Absence, BlockState
 from vllm_cachescope.tiers.context import TierContext
+from vllm_cachescope.tiers.joining import join
 from vllm_cachescope.tiers.store import Store, StoreFailed, StoreLate, StoreUnfit
 
 logger = logger_of(__name__)
@@ -113,8 +114,7 @@ class Inquiries:
 
     def join(self, deadline: float) -> None:
         """Wait until the thread has ended, or for the deadline on the tier's clock."""
-        if self._thread.ident is not None:
-            self._thread.join(max(0.1, deadline - self._tier.clock()))
+        join([self._thread], deadline, self._tier.clock)
 
     # Lookups.
 

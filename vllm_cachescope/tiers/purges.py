@@ -7,6 +7,7 @@ from vllm_cachescope.logs import logger_of
 from vllm_cachescope.tenancy.owner_tags import NOBODY, org_of
 from vllm_cachescope.tiers.context import TierContext
 from vllm_cachescope.tiers.jobs import Purge
+from vllm_cachescope.tiers.joining import join
 from vllm_cachescope.tiers.store import Store, StoreFailed
 from vllm_cachescope.tiers.store_jobs import StoreJobs
 
@@ -90,8 +91,7 @@ class Purges:
 
     def join(self, deadline: float) -> None:
         """Wait until the thread has ended, or for the deadline on the tier's clock."""
-        if self._thread.ident is not None:
-            self._thread.join(max(0.1, deadline - self._tier.clock()))
+        join([self._thread], deadline, self._tier.clock)
 
     def _end(self, purge: Purge, reason: str | None) -> None:
         """End a purge, unless another thread has. Needs the lock."""

@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 
 from vllm_cachescope.tiers.context import TierContext
 from vllm_cachescope.tiers.jobs import Finished, LoadJob, StoreJob
+from vllm_cachescope.tiers.joining import join
 from vllm_cachescope.tiers.store import Store, StoreFailed
 
 Job = TypeVar("Job", LoadJob, StoreJob)
@@ -102,9 +103,7 @@ class Transfers(ABC, Generic[Job]):
 
     def join(self, deadline: float) -> None:
         """Wait until the threads have ended, or for the deadline on the tier's clock."""
-        for thread in self._threads:
-            if thread.ident is not None:
-                thread.join(max(0.1, deadline - self._tier.clock()))
+        join(self._threads, deadline, self._tier.clock)
 
     # Methods of each direction. All but `_move` need the lock.
 

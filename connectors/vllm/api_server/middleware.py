@@ -20,6 +20,7 @@ from vllm_cachescope.config import Config
 from vllm_cachescope.connectors.vllm import config_check, engine_rpc, shm_regions
 from vllm_cachescope.connectors.vllm.api_server.admission import Admission
 from vllm_cachescope.connectors.vllm.api_server.tracing import Tracer
+from vllm_cachescope.connectors.vllm.store_factory import keeps_purge_log
 from vllm_cachescope.logs import logger_of
 from vllm_cachescope.tiers.purges import PURGE_S
 
@@ -65,7 +66,8 @@ def connect(state: Any) -> Server:
     parallel = client.vllm_config.parallel_config
     peers = Peers(parallel._api_process_count, max(0, parallel._api_process_rank))
     replica = _replica(config, state.args)
-    engines = EngineProcesses(client, replica, peers.count > 1 or bool(config.tiers))
+    shares_purges = any(map(keeps_purge_log, config.tiers))
+    engines = EngineProcesses(client, replica, peers.count > 1 or shares_purges)
     # A task that nothing refers to would be collected.
     loop = asyncio.get_running_loop()
     state.cachescope_sweeper = loop.create_task(engines.sweep_every(config.sweep_interval))
