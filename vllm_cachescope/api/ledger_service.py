@@ -25,6 +25,8 @@ MAX_ORGS = 20_000
 UNKNOWN = "unknown"
 """Whose evictions count where it is not known whose they are."""
 
+_ALWAYS_KNOWN = {org_of(NOBODY): EVERYONE, UNLISTED_TAG: UNLISTED}
+
 
 class LedgerService:
     """The ledger of one API process.
@@ -75,7 +77,6 @@ class LedgerService:
         # The organisations that engines may tell of, by their tags.
         self._orgs: LRUCache[bytes, str] = LRUCache(MAX_ORGS)
         self._seen: LRUCache[str, bool] = LRUCache(MAX_ORGS)
-        self._orgs[org_of(NOBODY)] = EVERYONE
         self._endpoint = UsageEndpoint(self._ledger, directory)
 
     def put(self, record: RequestRecord, _diagnosis: Diagnosis | None) -> None:
@@ -86,9 +87,8 @@ class LedgerService:
     def put_evictions(self, counted: Sequence[tuple[str, str, bytes, int]]) -> None:
         """Leave evictions to be written; see `Engines.on_evictions`. Those of an organisation that
         this process has not served lately are `UNKNOWN`'s. Never blocks."""
-        self._orgs[org_of(NOBODY)] = EVERYONE
         for tier, part, tag, entries in counted:
-            org = self._orgs.get(tag, UNLISTED if tag == UNLISTED_TAG else UNKNOWN)
+            org = _ALWAYS_KNOWN.get(tag) or self._orgs.get(tag, UNKNOWN)
             self._ledger.evictions.add(
                 self._wall_clock(), org, self._model_name, self._replica, tier, part, entries
             )
