@@ -6,9 +6,10 @@ from heapq import heappop, heappush
 from math import inf, nextafter
 from typing import Any
 
+from vllm_cachescope.cache.place_listing import PlaceListing
 from vllm_cachescope.cache.return_counts import BINS, EDGES, WIDTHS, Counted, ReturnCounts
 from vllm_cachescope.cache.return_prices import RECENCY, Prices, fit_prices
-from vllm_cachescope.cache.run_place import Place, Rank
+from vllm_cachescope.cache.run_place import Place
 from vllm_cachescope.cache.run_selection import RunSelection
 from vllm_cachescope.cache.runs import (
     NO_SIGNALS,
@@ -78,14 +79,10 @@ class LearnedOrder:
         self._evicted: OrderedDict[bytes, Run] = OrderedDict()
         self._held: Counter[bytes] = Counter()
         self._places: dict[tuple[bytes, bool], Place] = {}
+        self.listing = PlaceListing(self._places)
         self._nowhere = Place(b"", False)
         # Heaps of (time, number, place, cell): no run of the cell reaches the next bin before.
         self._due: list[tuple[float, int, Place, int]] = []
-        # By (is spared, is long): a heap of (rank, number, place), where no block of the place
-        # ranks lower, but for prices that changed meanwhile.
-        self._tops: dict[tuple[bool, bool], list[tuple[Rank, int, Place]]] = {
-            (spared, is_long): [] for spared in (False, True) for is_long in (False, True)
-        }
         self._number = 0
         self._used_at = -inf
         self._requests = 0
@@ -256,39 +253,11 @@ class LearnedOrder:
         """The run that each block is in."""
         return self._run_of
 
-    def top(self, spared: bool, is_long: bool) -> tuple[Rank, Place] | None:
-        """Return the lowest listed place and its rank; None if there is none."""
-        heap = self._tops[spared, is_long]
-        while heap:
-            rank, _, place = heap[0]
-            if place.listed[spared] == rank:
-                return rank, place
-            heappop(heap)
-        return None
-
-    def unlist(self, spared: bool, place: Place) -> None:
-        """Remove a place that is listed."""
-        place.listed[spared] = None
-
-    def list_at(self, spared: bool, place: Place, rank: Rank) -> None:
-        """List a place at a rank, whatever it was listed at before."""
-        if place.listed[spared] != rank:
-            place.listed[spared] = rank
-            self._number += 1
-            heap = self._tops[spared, place.is_long]
-            heappush(heap, (rank, self._number, place))
-            if len(heap) > 4 * len(self._places) + 64:
-                heap[:] = sorted(
-                    (listed, number, one)
-                    for number, one in enumerate(self._places.values())
-                    if one.is_long == place.is_long and (listed := one.listed[spared]) is not None
-                )
-
     def enlist(self, place: Place) -> None:
         """List a place where it belongs, at its lowest rank, if it has any blocks."""
         rank = place.lowest(self.prices)
         if rank is not None:
-            self.list_at(self.is_spared(place.org), place, rank)
+            self.listing.add(self.is_spared(place.org), place, rank)
 
     # Runs.
 
@@ -376,7 +345,7 @@ class LearnedOrder:
             spared = self.is_spared(place.org)
             listed = place.listed[spared]
             if listed is None or rank < listed:
-                self.list_at(spared, place, rank)
+                self.listing.add(spared, place, rank)
 
     def _end(self, run: Run) -> None:
         """Note that a run has no blocks left: from now on it is only remembered."""

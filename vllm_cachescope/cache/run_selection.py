@@ -82,16 +82,16 @@ class RunSelection:
 
     def _first(self, spared: bool, is_long: bool) -> Place | None:
         order = self._order
-        while (listed := order.top(spared, is_long)) is not None:
+        while (listed := order.listing.top(spared, is_long)) is not None:
             rank, place = listed
             head = self._head(place)
             if head is None:
-                order.unlist(spared, place)
+                order.listing.remove(spared, place)
             elif order.is_spared(place.org, self._evicted[place.org]) != spared:
-                order.unlist(spared, place)
-                order.list_at(not spared, place, head[0])
+                order.listing.remove(spared, place)
+                order.listing.add(not spared, place, head[0])
             elif head[0] != rank:
-                order.list_at(spared, place, head[0])
+                order.listing.add(spared, place, head[0])
                 if head[0] <= rank:
                     return place
             else:
