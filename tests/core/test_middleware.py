@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vllm_cachescope.api.engines import Engines, Purged
 from vllm_cachescope.api.middleware import CacheScopeMiddleware
@@ -28,9 +28,14 @@ class Application:
     state = "the state"
 
 
+async def server(scope: Scope, receive: Receive, send: Send) -> None:
+    await receive()
+    await send({"type": "answered"})
+
+
 class Connecting(CacheScopeMiddleware):
-    def __init__(self) -> None:
-        super().__init__(server)
+    def __init__(self, served: ASGIApp = server) -> None:
+        super().__init__(served)
         self.states: list[object] = []
 
     def connect(self, state: Any) -> Server:
@@ -39,17 +44,14 @@ class Connecting(CacheScopeMiddleware):
         return Server(config, "m", 16, (), Nothing(), lambda *_: None, CollectorRegistry())
 
 
-async def server(scope: Scope, receive: Receive, send: Send) -> None:
-    await receive()
-    await send({"type": "answered"})
-
-
-async def serve(middleware: Connecting, kind: str, **fields: object) -> None:
+async def serve(
+    middleware: Connecting, kind: str, sent_body: bytes = b"{}", **fields: object
+) -> None:
     """Have one connection served, of which the server gets one message."""
     sent: list[Message] = []
 
     async def receive() -> Message:
-        body = {"body": b"{}", "more_body": False}
+        body = {"body": sent_body, "more_body": False}
         return {"type": "lifespan.startup" if kind == "lifespan" else "http.request", **body}
 
     async def send(message: Message) -> None:

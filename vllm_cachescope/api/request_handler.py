@@ -3,16 +3,18 @@ the usage into the reply, and diagnoses the request."""
 
 import asyncio
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 
 from starlette.datastructures import QueryParams
 from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from vllm_cachescope.api.collection_pause import CollectionPause
 from vllm_cachescope.api.diagnoser import PendingDiagnosis
 from vllm_cachescope.api.http_request import joined_headers, read_body, with_body
-from vllm_cachescope.api.incoming_body import read_incoming
+from vllm_cachescope.api.incoming_body import LARGE_BYTES, read_incoming
 from vllm_cachescope.api.mending import Mending, Trial, wants_repair
 from vllm_cachescope.api.operations import PATHS
 from vllm_cachescope.api.page import Page, is_page_path
@@ -56,6 +58,7 @@ class RequestHandler:
         self._app = app
         self.services = services
         self._queue = SessionQueue(services.count_queued)
+        self._collection = CollectionPause()
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a POST request, or a request for an operation."""
@@ -72,7 +75,8 @@ class RequestHandler:
             caller = self.services.directory.caller(headers, None)
             await self._pass_on(RequestContext(caller), scope, receive, send)
         else:
-            await self._serve(protocol, headers, scope, receive, send)
+            with ExitStack() as held:
+                await self._serve(protocol, headers, scope, receive, send, held)
 
     async def _operate(
         self, headers: Mapping[str, str], scope: Scope, receive: Receive, send: Send
@@ -114,8 +118,11 @@ class RequestHandler:
         scope: Scope,
         receive: Receive,
         send: Send,
+        held: ExitStack,
     ) -> None:
         raw, replayed = await read_body(scope, receive)
+        if len(raw) >= LARGE_BYTES:
+            send = self._pausing(held, send)
         try:
             wants_tiers = _wants_tiers(headers)
             wants_repair(headers)
@@ -148,6 +155,16 @@ class RequestHandler:
             mending = self.services.mender.unmended(mending, body)
             sent = with_body(scope, receive, body.raw or encode(body.forwarded))
             await self._attempt(mending, caller, wants_tiers, headers, *sent, send)
+
+    def _pausing(self, held: ExitStack, send: Send) -> Send:
+        """Pause collection until the server answers, or ``held`` is left."""
+        let_go = held.enter_context(self._collection.held())
+
+        async def answer(message: Message) -> None:
+            let_go()
+            await send(message)
+
+        return answer
 
     async def _attempt(
         self,
