@@ -107,7 +107,8 @@ def prompts(
             )
             if len(tokens) <= longest - _ANSWER:
                 paced = replace(call, pause_s=pace * call.pause_s)
-                name = f"{label}: {call.session}"
+                # SMG takes no name with spaces for a session's.
+                name = f"{label} {call.session}".replace(" ", "-").replace(",", "")
                 session.append(Prompt(paced, name, chat, tuple(tokens)))
         made.append(session)
     return made

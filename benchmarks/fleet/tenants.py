@@ -24,11 +24,11 @@ def read_across(ask: Asking, label: str) -> tuple[int, int]:
         )
         prompt = Prompt(
             Call("tenant one", f"session {number}", {}, 0.0),
-            f"{label}: one {number}",
+            f"{label}-one-{number}",
             {"messages": [{"role": "user", "content": text}]},
             (),
         )
         own += sum(ask(prompt, time).read for time in range(_TIMES))
         other = replace(prompt, call=replace(prompt.call, tenant="tenant two"))
-        across += ask(replace(other, session=f"{label}: two {number}"), _TIMES).read
+        across += ask(replace(other, session=f"{label}-two-{number}"), _TIMES).read
     return own, across
