@@ -11,7 +11,7 @@ from benchmarks.fleet import load, table
 from benchmarks.fleet.installed import REDIS
 from benchmarks.fleet.measure import Plan, absent, measure
 from benchmarks.fleet.row import Measured, Row, all_rows, quick_rows
-from benchmarks.fleet.size import FULL, QUICK
+from benchmarks.fleet.size import SIZES
 from benchmarks.fleet.target import verdicts
 from benchmarks.harness import RESULTS, console
 
@@ -21,7 +21,10 @@ SEED = 0
 def arguments() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fleet", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="few rows, a model that is no work")
+    parser.add_argument("--quick", action="store_true", help="few rows and turns")
+    parser.add_argument(
+        "--model", choices=SIZES, default="tiny", help="the replicas' (default tiny)"
+    )
     parser.add_argument(
         "--only",
         action="append",
@@ -31,7 +34,9 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--list", action="store_true", help="print the names of the rows, and end")
     parser.add_argument("--trace", type=Path, nargs="+", help="recorded prompts instead")
-    parser.add_argument("--turns", type=int, default=6, help="most calls of a session (default 6)")
+    parser.add_argument(
+        "--turns", type=int, help="most calls of a session (default 8; with --quick 4)"
+    )
     parser.add_argument(
         "--pace", type=float, default=0.5, help="what pauses are multiplied with (default 0.5)"
     )
@@ -53,18 +58,16 @@ def main() -> int:
     if not REDIS.is_installed:
         console.print("redis-server is not installed")
         return 2
-    calls = (
-        load.from_traces(options.trace, options.turns)
-        if options.trace
-        else load.made_up(SEED, options.turns)
-    )
-    plan = Plan(QUICK if options.quick else FULL, calls, options.pace)
+    turns = options.turns or (4 if options.quick else 8)
+    calls = load.from_traces(options.trace, turns) if options.trace else load.made_up(SEED, turns)
+    plan = Plan(SIZES[options.model], calls, options.pace)
     found: list[tuple[Row, Measured | str]] = []
     for row, measured in measure(rows, plan):
         found.append((row, measured))
         console.print(f"{len(found)}/{len(rows)} {' | '.join(table.line(row, measured))}")
     judged = verdicts([one for _, one in found if isinstance(one, Measured)])
-    about = {"turns": options.turns, "pace": options.pace, "recorded": bool(options.trace)}
+    about = {"model": options.model, "turns": turns, "pace": options.pace}
+    about["recorded"] = bool(options.trace)
     page = table.write(options.results, found, judged, about)
     print(page.read_text())
     failed = any(isinstance(one, str) and one != absent(row) for row, one in found)

@@ -51,6 +51,9 @@ class Measured:
         row: the row.
         outcome: what became of the load.
         first_time: tokens that any cache has to compute.
+        asked_of_redis: chunks by operation and outcome, as in ``cachescope_tier_keys_total``; empty
+            where a replica has no such metric on its port.
+        redis_bytes: by how much Redis's memory grew, in bytes; None without Redis.
         own: tokens that a tenant read of its own; None where that was not looked at.
         across: tokens that a tenant read of another one's.
     """
@@ -58,6 +61,8 @@ class Measured:
     row: Row
     outcome: Outcome
     first_time: int
+    asked_of_redis: dict[str, int]
+    redis_bytes: int | None
     own: int | None
     across: int | None
 
@@ -94,6 +99,7 @@ class Measured:
             **{"front_end": self.row.engine.front_end, "engine": self.row.engine.name},
             **{"read": self.outcome.read, "prompts": self.outcome.prompts, "twice": self.twice},
             **{"share": self.share, "p50_ms": self.p50_ms, "p99_ms": self.p99_ms},
+            **{"asked_of_redis": self.asked_of_redis, "redis_bytes": self.redis_bytes},
             **{"seconds": self.outcome.seconds, "own": self.own, "across": self.across},
         }
 

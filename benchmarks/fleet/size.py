@@ -42,6 +42,8 @@ class Size:
         return replace(self, **blocks)
 
 
-FULL = Size(SMALL, longest=10_240, device_blocks=160, cpu_blocks=160)
-QUICK = Size(TINY, longest=10_240, device_blocks=160, cpu_blocks=160)
-"""For ``--quick``: a model that computes in no time, in the same blocks."""
+SIZES = {
+    shape.name: Size(shape, longest=10_240, device_blocks=160, cpu_blocks=160)
+    for shape in (TINY, SMALL)
+}
+"""By the model's name: the small one takes some ten times as long to compute a prompt."""
