@@ -30,7 +30,7 @@ def arguments() -> argparse.Namespace:
         action="append",
         default=[],
         metavar="TEXT",
-        help="rows whose name has this in it; several times for several",
+        help="rows whose name has this in it, in this order; several times for several",
     )
     parser.add_argument("--list", action="store_true", help="print the names of the rows, and end")
     parser.add_argument("--trace", type=Path, nargs="+", help="recorded prompts instead")
@@ -48,7 +48,8 @@ def main() -> int:
     """Run the rows that were asked for; return 1 if a target was missed or a row failed."""
     options = arguments()
     rows = quick_rows() if options.quick and not options.only else all_rows()
-    rows = [row for row in rows if not options.only or any(o in row.name for o in options.only)]
+    if options.only:
+        rows = list(dict.fromkeys(row for text in options.only for row in rows if text in row.name))
     if not rows:
         console.print("No row has such a name; --list prints them.")
         return 2
@@ -62,13 +63,14 @@ def main() -> int:
     calls = load.from_traces(options.trace, turns) if options.trace else load.made_up(SEED, turns)
     plan = Plan(SIZES[options.model], calls, options.pace)
     found: list[tuple[Row, Measured | str]] = []
+    about = {"model": options.model, "turns": turns, "pace": options.pace}
+    about["recorded"] = bool(options.trace)
     for row, measured in measure(rows, plan):
         found.append((row, measured))
         console.print(f"{len(found)}/{len(rows)} {' | '.join(table.line(row, measured))}")
-    judged = verdicts([one for _, one in found if isinstance(one, Measured)])
-    about = {"model": options.model, "turns": turns, "pace": options.pace}
-    about["recorded"] = bool(options.trace)
-    page = table.write(options.results, found, judged, about)
+        judged = verdicts([one for _, one in found if isinstance(one, Measured)])
+        # After each row: who stops it has those that are done.
+        page = table.write(options.results, found, judged, about)
     print(page.read_text())
     failed = any(isinstance(one, str) and one != absent(row) for row, one in found)
     return 1 if failed or not all(verdict.holds for verdict in judged) else 0

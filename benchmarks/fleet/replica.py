@@ -116,8 +116,8 @@ def _config(tiers: Tiers, size: Size, redis: RedisServer) -> dict[str, Any]:
     if tiers is not Tiers.DEVICE:
         config["cpu_bytes"] = size.cpu_blocks * size.block_bytes
     if tiers is Tiers.REDIS:
-        # Two replicas, a Redis and the load share few cores here.
-        config["tiers"] = [{"type": "redis", "url": redis.url, "load_deadline": "2s"}]
+        # Two replicas, a Redis, a router and the agents share few cores here: each waits for all.
+        config["tiers"] = [{"type": "redis", "url": redis.url, "load_deadline": "5s"}]
     return config
 
 

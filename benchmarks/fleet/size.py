@@ -43,7 +43,7 @@ class Size:
 
 
 SIZES = {
-    shape.name: Size(shape, longest=10_240, device_blocks=160, cpu_blocks=160)
+    shape.name: Size(shape, longest=10_240, device_blocks=200, cpu_blocks=400)
     for shape in (TINY, SMALL)
 }
 """By the model's name: the small one takes some ten times as long to compute a prompt."""
