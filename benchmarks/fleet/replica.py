@@ -1,9 +1,11 @@
 """A replica: an engine of some kind, as a fleet has several."""
 
 import json
+import random
+import socket
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,12 @@ from benchmarks.fleet.size import Size
 from benchmarks.harness import BLOCK
 from demo.client import MODEL
 from demo.server import Server, free_port
-from tests.engine.server import ROOT
 from tests.redis.servers import RedisServer
 from vllm_cachescope.config import CONNECTOR, SECRET_VARIABLE
 
+ROOT = Path(__file__).parents[2]
+
 SECRET = "the secret of the benchmarks"
-OPERATOR_TOKEN = "the operator of the benchmarks"
 
 _COMMON = {
     "PYTHONPATH": str(ROOT),
@@ -27,6 +29,8 @@ _COMMON = {
     "VLLM_SERVER_DEV_MODE": "1",
     "TORCH_COMPILE_DISABLE": "1",
     "OMP_NUM_THREADS": "1",
+    # What vLLM finds out about a model class, for which it starts a Python of its own.
+    "VLLM_CACHE_ROOT": str(ROOT / ".cache" / "vllm"),
     SECRET_VARIABLE: SECRET,
 }
 
@@ -42,7 +46,9 @@ class DynamoReplica(Server):
     """A worker of Dynamo's: it takes requests from Dynamo's front end alone."""
 
     def _address(self, host: str, port: int) -> list[str]:
-        self._system_port = port
+        # Where it tells of its health; Dynamo takes no port beyond 32,767.
+        self._system_port = _low_port(host)
+        self.url = f"http://{host}:{self._system_port}"
         return []
 
     def _launch(self, environment: dict[str, str], log: Path) -> Any:
@@ -107,7 +113,9 @@ def _replica(engine: Engine, size: Size, redis: RedisServer, shared: dict[str, s
             return GrpcReplica(command, environment)
         case FrontEnd.DYNAMO:
             command = [str(DYNAMO.path), "-m", "dynamo.vllm", "--model", model, *options]
-            return DynamoReplica([*command, *_events(free_port())], environment | shared)
+            # Its vLLM is another one.
+            own = {"VLLM_CACHE_ROOT": str(ROOT / ".cache" / "vllm-dynamo")}
+            return DynamoReplica([*command, *_events(free_port())], environment | own | shared)
 
 
 def _config(tiers: Tiers, size: Size, redis: RedisServer) -> dict[str, Any]:
@@ -119,6 +127,14 @@ def _config(tiers: Tiers, size: Size, redis: RedisServer) -> dict[str, Any]:
         # Two replicas, a Redis, a router and the agents share few cores here: each waits for all.
         config["tiers"] = [{"type": "redis", "url": redis.url, "load_deadline": "5s"}]
     return config
+
+
+def _low_port(host: str) -> int:
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with closing(socket.socket()) as probe, suppress(OSError):
+            probe.bind((host, port))
+            return port
 
 
 def _events(port: int) -> list[str]:

@@ -109,7 +109,7 @@ def routed(
     """
     urls = [replica.url for replica in replicas]
     if router.options is None:
-        yield lambda call, number: urls[_drawn(router.policy, call, number, seed) % len(urls)]
+        yield lambda call, number: urls[drawn(router.policy, call, number, seed) % len(urls)]
         return
     assert router.program is not None
     if router.front_end is FrontEnd.DYNAMO:
@@ -127,7 +127,7 @@ def routed(
         yield lambda call, number: server.url
 
 
-def _drawn(policy: Policy, call: Call, number: int, seed: int) -> int:
+def drawn(policy: Policy, call: Call, number: int, seed: int) -> int:
     """Return what decides on the replica: the same for one call whatever is behind it."""
     what = f"{seed} {call.session}" + (f" {number}" if policy is Policy.RANDOM else "")
     return zlib.crc32(what.encode())
