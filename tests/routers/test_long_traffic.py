@@ -3,6 +3,7 @@
 import random
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 
@@ -110,9 +111,14 @@ def test_the_index_is_what_both_engines_hold(fleet, indexer) -> None:
             continue
         for instance, worker in enumerate(traffic.workers, 1):
             worker.settle()
-            wait_until(
-                lambda instance=instance, worker=worker: indexer.held(instance) == worker.resident
-            )
+            with suppress(TimeoutError):
+                wait_until(lambda i=instance, w=worker: indexer.held(i) == w.resident)
+            held = indexer.held(instance)
+            apart = {
+                medium: (sorted(resident - held[medium]), sorted(held[medium] - resident))
+                for medium, resident in worker.resident.items()
+            }
+            assert apart == dict.fromkeys(apart, ([], [])), (number, instance, traffic.done)
             for medium, held in worker.resident.items():
                 most[medium] = max(most[medium], len(held))
     # It was traffic with everything in it, and more than either tier holds.
