@@ -3,7 +3,7 @@ BIN := .venv/bin
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup programs frontends demo test thorough lint compat clients bench clean
+.PHONY: help setup programs frontends demo test thorough lint compat clients bench fleet clean
 
 # The slowest tests and set-ups of each part, so that a slow-down shows.
 SLOWEST := --durations=15
@@ -17,7 +17,7 @@ setup: ## make .venv with vLLM for CPUs and this package
 programs:
 	@scripts/programs.sh
 
-frontends: setup ## install vLLM's Rust and gRPC servers, SMG and Dynamo's indexer for the tests
+frontends: setup ## install vLLM's Rust and gRPC servers, SMG and Dynamo
 	@scripts/frontends.sh
 
 demo: setup ## serve a small model and drive it with real clients; HOLD=1 leaves its page open
@@ -53,6 +53,9 @@ clients: setup ## real agents and SDKs through a tool call and a resumed session
 
 bench: setup ## measure what the plugin costs and saves
 	@$(BIN)/python -m benchmarks
+
+fleet: setup frontends ## two replicas behind each router: tokens read, first tokens, in a table; QUICK=1
+	@$(BIN)/python -m benchmarks.fleet $(if $(QUICK),--quick)
 
 clean: ## remove what building, testing and the demo left; keep the environments
 	rm -rf build dist *.egg-info .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis

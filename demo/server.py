@@ -54,7 +54,7 @@ class Server:
     ) -> None:
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
-        self._command = [*command, "--host", "127.0.0.1", "--port", str(port)]
+        self._command = [*command, *self._address("127.0.0.1", port)]
         self._environment = dict(environment or {})
         self._on_wait = on_wait
         self._process: subprocess.Popen[bytes] | None = None
@@ -65,13 +65,18 @@ class Server:
         assert self._process is not None
         return self._process.pid
 
-    def __enter__(self) -> Self:
+    def begin(self) -> None:
+        """Start it, without waiting until it is ready: several can start at once. Whoever calls
+        this sees to it that the context is left."""
         self._scratch = tempfile.TemporaryDirectory(
             prefix="cachescope-", ignore_cleanup_errors=True
         )
+        self._start(Path(self._scratch.name))
+
+    def __enter__(self) -> Self:
         try:
-            self._start(Path(self._scratch.name))
-            self._wait_until_ready()
+            self.begin()
+            self.wait_until_ready()
         except BaseException as error:
             self._stop()
             if isinstance(error, ServerFailed):
@@ -90,6 +95,10 @@ class Server:
         if isinstance(error, Exception):
             error.add_note(self.log_tail())
         self._scratch.cleanup()
+
+    def _address(self, host: str, port: int) -> list[str]:
+        """Return the arguments that have the server listen there."""
+        return ["--host", host, "--port", str(port)]
 
     def log_tail(self, lines: int = 25) -> str:
         """Return the last lines the server has logged."""
@@ -122,7 +131,12 @@ class Server:
                 start_new_session=True,
             )
 
-    def _wait_until_ready(self) -> None:
+    def wait_until_ready(self) -> None:
+        """Return once it answers.
+
+        Raises:
+            ServerFailed: if it ends before, or takes too long.
+        """
         assert self._process is not None
         start = time.monotonic()
         while (waited := time.monotonic() - start) < START_TIMEOUT_S:

