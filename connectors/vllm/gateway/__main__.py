@@ -1,10 +1,11 @@
 """The gateway's process: ``python -m … SETTINGS HOST PORT UPSTREAM ENGINE…``, as the command line
 starts it."""
 
-import asyncio
 import json
 import logging
 import sys
+
+import uvloop
 
 from vllm_cachescope.config import ConfigError
 from vllm_cachescope.connectors.vllm import config_check
@@ -17,7 +18,7 @@ def main(settings: str, host: str, port: str, upstream: str, *engines: str) -> i
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         config = config_check.load_checked(json.loads(settings))
-        asyncio.run(serve(config, upstream, engines, host, int(port), api_keys()))
+        uvloop.run(serve(config, upstream, engines, host, int(port), api_keys()))
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2

@@ -1,10 +1,16 @@
 """The answer of the server behind the gateway, without what was asked for on our behalf."""
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
+
 from vllm_cachescope.prompt.plan import PLAN_KEY
+
+_PROMPT = re.compile(rb',"prompt_token_ids":(\[[0-9,]+\])')
+"""In JSON without blanks. In a string each quotation mark has a backslash before it."""
 
 
 class Answer:
@@ -55,6 +61,10 @@ class Answer:
     def _event(self, event: bytes) -> bytes:
         if not event.startswith(b"data: {"):
             return event
+        if not self._keeps_tokens and (found := _PROMPT.search(event)):
+            # Thousands of numbers: cut out as they are.
+            self._on_tokens(msgspec.json.decode(found[1], type=list[int]))
+            event = event[: found.start()] + event[found.end() :]
         try:
             data = json.loads(event.removeprefix(b"data: "))
         except ValueError:
@@ -72,10 +82,6 @@ class Answer:
             no_prompt: what it has in place of a prompt's tokens where nobody asks for them.
             no_output: the same of an output's.
         """
-        transfer = data.get("kv_transfer_params")
-        if isinstance(transfer, dict) and PLAN_KEY in transfer:
-            self._on_report(transfer.pop(PLAN_KEY))
-            data["kv_transfer_params"] = transfer or None
         choices = [one for one in data.get("choices") or () if isinstance(one, dict)]
         # Completions have the prompt's beside each choice.
         for holder in (data, *choices):
@@ -84,6 +90,11 @@ class Answer:
                 if not self._keeps_tokens:
                     del holder["prompt_token_ids"]
                     holder |= no_prompt
+        # Behind the tokens: a report without them is none.
+        transfer = data.get("kv_transfer_params")
+        if isinstance(transfer, dict) and PLAN_KEY in transfer:
+            self._on_report(transfer.pop(PLAN_KEY))
+            data["kv_transfer_params"] = transfer or None
         for choice in choices:
             if (output := choice.get("token_ids")) is not None:
                 self._on_output(len(output))

@@ -214,34 +214,24 @@ class ServedPrompt:
         self._plan = plan
         self._command = command
         self._began = time.monotonic()
-
-    @property
-    def _timing(self) -> PromptTiming | None:
-        return self._context.timings.get(self._plan.nonce)
+        self._tokens: list[int] = []
+        self._output_tokens = 0
+        self._computed_at: float | None = None
 
     def came(self, tokens: list[int]) -> None:
         """Note the prompt's tokens."""
-        if self._timing is not None:
-            return
-        plan = self._plan.closed(tokens)
-        has_session = self._context.caller.session is not None
-        readable = [
-            span.end for span in plan.spans if has_session or span.scope is not CacheScope.SESSION
-        ]
-        self._context.timings[plan.nonce] = PromptTiming(
-            tokens, plan.covered_tokens, max(readable, default=0), self._began
-        )
-        self._context.plans[plan.nonce] = plan
+        self._tokens = tokens
 
     def put_out(self, tokens: int) -> None:
         """Note that the server has put out so many more tokens."""
-        if (timing := self._timing) is not None and tokens:
-            timing.output_tokens += tokens
-            timing.computed_at = timing.computed_at or time.monotonic()
+        if tokens:
+            self._output_tokens += tokens
+            self._computed_at = self._computed_at or time.monotonic()
 
     def reported(self, data: Mapping[str, Any]) -> None:
         """Note the engine's report, as it travels."""
-        self._context.reports[self._plan.nonce] = Report.from_wire(dict(data))
+        if self._tokens:
+            self._context.reports[self._plan.nonce] = Report.from_wire(dict(data))
 
     async def fetch_report(self) -> None:
         """Have the engine report, unless it has."""
@@ -258,14 +248,26 @@ class ServedPrompt:
 
     def over(self) -> None:
         """Note that the server is done, or the client gone."""
-        if (timing := self._timing) is None:
-            # The request was refused, or its tokens are not known.
-            self._context.reports.pop(self._plan.nonce, None)
+        if not self._tokens:
+            # The request was refused, or never got to the engine.
             return
-        timing.computed_at = timing.computed_at or time.monotonic()
-        if self._plan.nonce not in self._context.reports:
+        context, plan = self._context, self._plan.closed(self._tokens)
+        has_session = context.caller.session is not None
+        readable = [
+            span.end for span in plan.spans if has_session or span.scope is not CacheScope.SESSION
+        ]
+        context.timings[plan.nonce] = PromptTiming(
+            self._tokens,
+            plan.covered_tokens,
+            max(readable, default=0),
+            self._began,
+            self._computed_at or time.monotonic(),
+            self._output_tokens,
+        )
+        context.plans[plan.nonce] = plan
+        if plan.nonce not in context.reports:
             # Not awaited: the client's task may be cancelled.
-            self._context.fetching = asyncio.get_running_loop().create_task(self.fetch_report())
+            context.fetching = asyncio.get_running_loop().create_task(self.fetch_report())
 
 
 def _credentials(scope: Scope) -> dict[str, str]:
