@@ -23,7 +23,6 @@ from tests.engine.server import (
     OTHER_NAMED_KEY,
     Api,
     breaks,
-    named,
     serve_scoped,
 )
 from tests.frontends.places import RUST, needs, options
@@ -32,7 +31,10 @@ from vllm_cachescope.cli import main as command
 pytestmark = [pytest.mark.engine, needs(RUST)]
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-SIZE = ("--max-model-len", "8192", "--num-gpu-blocks-override", "400")
+SIZE = (
+    *("--max-model-len", "8192", "--num-gpu-blocks-override", "400"),
+    *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
+)
 CONFIG = {"regions": {"tools": {"scope": "global"}, "system": {"scope": "global"}}}
 
 TOOLS = [
@@ -224,24 +226,43 @@ def ask(api: Api, body: dict[str, Any], name: str, key: str = NAMED_KEY) -> http
     return api.post(CHAT, body, key, **session(name))
 
 
-def test_a_break_is_named(gateway) -> None:
-    api, key = gateway.api, "key of the broken"
-    ask(api, chat("broken", system("broken"), user("broken")), "s", key)
-    turn = chat("broken", system("broken, and changed"), user("broken"), ANSWERED, user("on"))
-    seen = named(api, key, lambda: ask(api, turn, "s", key))
-    assert seen["cause"] == "system_changed"
-    assert breaks(api, key)[0]["cause"] == "system_changed"
+def test_breaks_are_those_that_the_server_in_python_finds(gateway, python) -> None:
+    key, marks = "key of the broken", {"cache_control": {"type": "ephemeral"}}
+    found = []
+    for api in (gateway.api, python):
+        turns = [system("broken", **marks), user("broken")]
+        for _ in range(3):
+            ask(api, chat("broken", *turns, tools=TOOLS), "s", key)
+            turns += [ANSWERED, user("broken, and on")]
+        turns[0]["content"][0]["text"] += " Be kind."
+        ask(api, chat("broken", *turns, tools=TOOLS), "s", key)
+        turns += [ANSWERED, user("broken, and on")]
+        ask(api, chat("broken", *turns, tools=TOOLS[:2]), "s", key)
+        found.append([(b["cause"], b["where"], b["uncached"]) for b in breaks(api, key)])
+    assert found[0] == found[1]
+    assert [cause for cause, *_ in found[0]] == ["tools_changed", "system_changed"]
 
 
-def test_a_client_is_told_why(gateway) -> None:
-    api, key = gateway.api, "key of the asking"
-    first = told(ask(api, chat("told", system("told"), user("told")), "s", key))
-    turn = chat("told", system("told, and changed"), user("told"), ANSWERED, user("on"))
-    turn["prompt_cache_options"] = {"comparison_response_id": first["id"]}
-    for stream in (False, True):
-        answer = ask(api, {**turn, "stream": stream}, f"s{stream}", key)
-        assert "prompt_cache_diagnostics" in answer.text, answer.text
-        assert "system" in answer.text.split("prompt_cache_diagnostics")[1]
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_is_told_why(gateway, python, stream) -> None:
+    key = f"key of the asking {stream}"
+    told_why = []
+    for api in (gateway.api, python):
+        turns = [system("told"), user("told")]
+        first = told(ask(api, chat("told", *turns), "s", key))
+        turns[0]["content"][0]["text"] += " Be kind."
+        turn = chat("told", *turns, ANSWERED, user("on"), stream=stream)
+        turn["prompt_cache_options"] = {"comparison_response_id": first["id"]}
+        answer = ask(api, turn, "s", key)
+        assert answer.status_code == 200, answer.text
+        lines = answer.text.replace("data: ", "").splitlines() if stream else [answer.text]
+        told_why += [
+            reply["prompt_cache_diagnostics"]
+            for line in lines
+            if line.startswith("{") and "prompt_cache_diagnostics" in (reply := json.loads(line))
+        ][-1:]
+    assert len(told_why) == 2 and told_why[0] == told_why[1]
+    assert told_why[0]["reason"] and told_why[0]["cache_missed_tokens"] > 0
 
 
 def test_a_client_that_asks_for_tokens_has_them(gateway) -> None:

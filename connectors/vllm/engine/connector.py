@@ -76,6 +76,7 @@ class CacheScopeConnector(OffloadingConnector):
 
     Attributes:
         idle_sweep: says when the engine sweeps by itself; only in the scheduler.
+        desk: where other threads ask the scheduler's thread; only in the scheduler.
         cachescope: our side in the scheduler, as ``connector_scheduler`` is vLLM's. It is there
             from `bind_kv_cache_manager` on, and only in the scheduler.
     """
@@ -100,7 +101,7 @@ class CacheScopeConnector(OffloadingConnector):
         self.idle_sweep = IdleSweep(
             config.sweep_interval, is_wanted=lambda: self._purges.has_errands
         )
-        self._desk = Desk(self.idle_sweep.wake)
+        self.desk = Desk(self.idle_sweep.wake)
         assert self.connector_scheduler is not None
         offload = self.connector_scheduler.config
         strides = self._offloading.primary_tier.get_kv_memoryview().strides
@@ -133,7 +134,7 @@ class CacheScopeConnector(OffloadingConnector):
             str(vllm_config.model_config.served_model_name),
             self._settings.rank,
             self._settings.org_labels.are_wanted,
-            EngineDoor(self._desk, self.command, secret, self._settings.rank),
+            EngineDoor(self.desk, self.command, secret, self._settings.rank),
         )
         # Whether the metrics do not show yet what an idle engine has dropped, or noticed.
         self._has_news = False
@@ -200,7 +201,7 @@ class CacheScopeConnector(OffloadingConnector):
 
     def on_new_request(self, request: Request) -> None:
         self._purges.carry_out()
-        self._desk.answer()
+        self.desk.answer()
         self.cachescope.on_new_request(request)
         lora, adapter = request.lora_request, hashing.adapter_of(request)
         if lora and adapter and not self._adapters.admit(lora, adapter):
@@ -231,7 +232,7 @@ class CacheScopeConnector(OffloadingConnector):
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         self._purges.carry_out()
-        self._desk.answer()
+        self.desk.answer()
         self.cachescope.on_step_scheduled(scheduler_output)
         self._events.collect()
         meta = super().build_connector_meta(scheduler_output)
@@ -265,7 +266,7 @@ class CacheScopeConnector(OffloadingConnector):
 
     def has_pending_push_work(self) -> bool:
         # vLLM asks between two steps, whenever it wants to know whether there is work.
-        self._desk.answer()
+        self.desk.answer()
         if self.idle_sweep.is_due:
             self.command_sweep()
         # One step more, so that the metrics show what an idle engine has dropped or noticed.
