@@ -11,7 +11,7 @@ from vllm_cachescope.connectors.vllm import store_factory
 from vllm_cachescope.connectors.vllm.findings import Finding, Status
 from vllm_cachescope.tiers.keyspace import Keyspace, secret_digest
 from vllm_cachescope.tiers.leases import Leases
-from vllm_cachescope.tiers.store import StoreFailed, StoreUnfit
+from vllm_cachescope.tiers.store import Store, StoreFailed, StoreUnfit
 
 PATIENCE_S = 10.0
 """How long a store may take to answer, and to list the names of millions of entries, in seconds."""
@@ -22,6 +22,26 @@ LMCACHE = "0.5.6"
 _SLOT_BYTES = 4096  # nothing is loaded
 
 
+def opened(settings: Tier, config: Config) -> Store:
+    """Return a tier's store, with a namespace in which no engine keeps anything.
+
+    Args:
+        settings: the tier's part of the configuration.
+        config: the configuration, which has a secret.
+    """
+    secret = config.secret_bytes()
+    make = store_factory.stores(
+        settings,
+        _SLOT_BYTES,
+        Keyspace({"looks": "only"}),
+        secret_digest(secret),
+        Leases(secret),
+        time.monotonic,
+        None,
+    )
+    return make()
+
+
 def check(settings: Tier, config: Config) -> Finding:
     """Return whether engines of this configuration can use the store of a tier.
 
@@ -30,18 +50,8 @@ def check(settings: Tier, config: Config) -> Finding:
         config: the configuration, which has a secret.
     """
     subject = f"tier {settings.name}"
-    secret = config.secret_bytes()
-    ours = secret_digest(secret)
-    make = store_factory.stores(
-        settings,
-        _SLOT_BYTES,
-        Keyspace({"looks": "only"}),
-        ours,
-        Leases(secret),
-        time.monotonic,
-        None,
-    )
-    store = make()
+    ours = secret_digest(config.secret_bytes())
+    store = opened(settings, config)
     try:
         digests = store.secret_digests(time.monotonic() + PATIENCE_S)
     except StoreFailed as error:

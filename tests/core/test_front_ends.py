@@ -60,3 +60,16 @@ def test_an_engine_sweeps_by_itself_once_nobody_asks_it_to():
         assert sweep.is_due is due
     sweep.note()
     assert not sweep.is_due
+
+
+def test_an_engine_sweeps_at_once_if_there_is_a_reason():
+    wanted, woken = [False], []
+    sweep = IdleSweep(4.0, lambda: 0.0, lambda: wanted[0])
+    wanted[0] = True
+    assert not sweep.is_due, "it has no loop yet"
+    sweep.begin(lambda: woken.append(1))
+    assert sweep.is_due
+    wanted[0] = False
+    assert not sweep.is_due
+    sweep.wake()
+    assert woken == [1]

@@ -14,7 +14,10 @@ from vllm_cachescope.config import load
 from vllm_cachescope.connectors.vllm.api_server.admission import Admission
 from vllm_cachescope.connectors.vllm.plan_transport import with_plan
 from vllm_cachescope.prompt.plan import PLAN_KEY, Span, unseal
+from vllm_cachescope.prompt.request import Protocol
+from vllm_cachescope.tenancy.owner_tags import is_unlisted
 from vllm_cachescope.tenancy.scope import Caller, Scope
+from vllm_cachescope.wire import READERS
 
 ACME = Caller("name:acme")
 
@@ -39,7 +42,9 @@ class Client:
     ):
         self.given.append(params)
         self.sessions.append(session_id)
-        yield SimpleNamespace(finished=True, kv_transfer_params=None, num_cached_tokens=0)
+        yield SimpleNamespace(
+            finished=True, kv_transfer_params=None, num_cached_tokens=0, outputs=[]
+        )
 
     encode = generate
 
@@ -135,3 +140,21 @@ async def test_the_engine_learns_of_the_session(client: Client, given: str | Non
     finally:
         current_request.reset(token)
     assert client.sessions == [given or "s1"]
+
+
+@pytest.mark.parametrize("org", ["key:8f3a", "name:acme"])
+async def test_quotas_tell_unlisted_organisations_by_their_plans(client: Client, org: str) -> None:
+    """Also by those of prompts with marks, which are made in another way than the others."""
+    body = {"model": "toy", "messages": [{"role": "user", "content": "Hello."}]}
+    request = READERS[Protocol.CHAT](body, (300, 3600))
+    context = RequestContext(Caller(org), request, body)
+    token = current_request.set(context)
+    prompt = {"type": "token", "prompt_token_ids": [1] * 40}
+    try:
+        _ = [output async for output in client.generate(prompt, SamplingParams(), "1")]
+    finally:
+        current_request.reset(token)
+    sent = client.given[0].extra_args["kv_transfer_params"][PLAN_KEY]
+    plan = unseal(sent, SECRET.encode())
+    assert plan is not None
+    assert is_unlisted(plan.owner) == org.startswith("key:")

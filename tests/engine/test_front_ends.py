@@ -2,22 +2,37 @@
 in ``kv_hints``, as gRPC servers, vLLM's Rust server and routers send them."""
 
 import socket
+import threading
 from collections.abc import Iterator
 
 import httpx
+import msgspec
 import pytest
 from prometheus_client import REGISTRY
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.engine.engine import BLOCK, OWNERS, SECRET, Ask, draw_tokens, org_plan, sealed
+from tests.engine.engine import (
+    BLOCK,
+    KEYS,
+    OWNERS,
+    SECRET,
+    Ask,
+    draw_tokens,
+    org_plan,
+    sealed,
+)
 from vllm_cachescope.connectors.vllm.engine import exporter as exporter_module
 from vllm_cachescope.connectors.vllm.engine import hashing
+from vllm_cachescope.connectors.vllm.engine.door import EngineDoor
 from vllm_cachescope.connectors.vllm.engine.exporter import Exporter, start
 from vllm_cachescope.connectors.vllm.engine.prompt_plans import PlanRules, PromptPlans
+from vllm_cachescope.connectors.vllm.engine_command import sealed as seal_command
+from vllm_cachescope.prompt.open_plan import Beginning, OpenPlan, OpenSpan, seal_open
+from vllm_cachescope.prompt.plan import PLAN_KEY
 from vllm_cachescope.prompt.plan_hint import ACTION, VERSION
 from vllm_cachescope.prompt.segments import RegionDefault
 from vllm_cachescope.tenancy.caller import ANONYMOUS, CallerDirectory
-from vllm_cachescope.tenancy.scope import Scope
+from vllm_cachescope.tenancy.scope import Caller, Scope
 
 pytestmark = pytest.mark.engine
 
@@ -234,3 +249,64 @@ def test_a_client_that_says_nothing_keeps_nobody_waiting_for_long(exporter, monk
     monkeypatch.setattr(exporter_module.Handler, "timeout", 0.2)
     with socket.create_connection(("127.0.0.1", exporter.port)):
         assert scrape(exporter) is not None
+
+
+@pytest.fixture
+def door(engine, monkeypatch) -> Iterator[str]:
+    """The engine's own port, with the door of its connector."""
+    connector = engine.connector
+    door = EngineDoor(connector.desk, connector.command, SECRET.encode(), 0)
+    exporter = Exporter("127.0.0.1", 0, "toy", 0, by_org=False, door=door)
+    over = threading.Event()
+
+    def run() -> None:
+        # As the engine does between two steps.
+        while not over.wait(0.005):
+            connector.desk.answer()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    yield f"http://127.0.0.1:{exporter.port}"
+    over.set()
+    thread.join()
+    exporter.close()
+
+
+def test_its_own_port_tells_its_health_and_takes_sealed_commands(engine, door, tokens):
+    assert read(engine, tokens, "device", sealed(org_plan("acme", tokens))) == 0
+    health = httpx.get(f"{door}/health").json()
+    assert health["status"] == "ok"
+    assert [tier["name"] for tier in health["tiers"]] == ["device", "cpu"]
+    assert health["tiers"][0]["used_bytes"] > 0 and "orgs" not in str(health)
+
+    def command(name: str, *args: object, secret: str = SECRET) -> httpx.Response:
+        return httpx.post(f"{door}/command", content=seal_command(name, [*args], secret.encode()))
+
+    prefix = OWNERS.prefix("acme")
+    assert command("purge", prefix, "p", "acme", None, secret="another " * 4).status_code == 403
+    assert read(engine, tokens, "device", sealed(org_plan("acme", tokens))) == WHOLE
+    purged = msgspec.msgpack.decode(command("purge", prefix, "p", "acme", None).content)
+    assert purged["device"] == WHOLE // BLOCK
+    assert read(engine, tokens, "device", sealed(org_plan("acme", tokens))) == 0
+    assert msgspec.msgpack.decode(command("facts").content) == {"block_tokens": BLOCK}
+
+
+def test_an_open_plan_shares_as_a_closed_one_does(engine, tokens):
+    acme = Caller("acme")
+    scopes = ((Scope.GLOBAL, Beginning.of([*tokens[: BLOCK + 5], 7, 7])), (Scope.ORG, None))
+    opened = OpenPlan(
+        tuple(OpenSpan(at, scope, KEYS.key(scope, acme, ""), 300) for scope, at in scopes),
+        "a nonce",
+        OWNERS.of(acme),
+    )
+    closed = opened.closed(tokens)
+    assert [span.end for span in closed.spans] == [BLOCK + 5, LONG]
+    secret = SECRET.encode()
+    open_params, forged = ({PLAN_KEY: seal_open(opened, s)} for s in (secret, b"another secret"))
+    assert read(engine, tokens, "device", open_params) == 0
+    assert read(engine, tokens, "device", sealed(closed)) == WHOLE
+    (answer,) = engine.run(Ask(tokens, forged, 1))
+    assert answer.read == 0
+    # Another prompt that begins with the same: what is behind the beginning is its own.
+    other = [*tokens[: BLOCK + 5], *tokens[BLOCK + 6 :], 9]
+    assert read(engine, other, "device", open_params) == BLOCK

@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from demo.server import Server, free_port
 from tests.engine.clock import VARIABLE, Clock
-from tests.engine.engine import draw_tokens
+from tests.engine.engine import SECRET, draw_tokens
 from tests.engine.server import ENVIRONMENT, MODEL
 from tests.frontends.asked import (
     LENGTH,
@@ -21,7 +21,8 @@ from tests.frontends.asked import (
     assert_reads_what_plain_vllm_reads,
 )
 from tests.frontends.places import RUST, needs, options
-from tests.redis.servers import wait_until
+from tests.redis.servers import REDIS_SERVER, RedisServer, entries, wait_until
+from vllm_cachescope.cli import main as command
 
 pytestmark = [pytest.mark.engine, needs(RUST)]
 
@@ -34,6 +35,7 @@ class Rust:
     metrics: str
     said: str
     clock: Clock
+    redis: RedisServer
 
     def ask(self, tokens: list[int], **fields: object) -> httpx.Response:
         body = {"model": MODEL, "prompt": tokens, "max_tokens": 1, **fields}
@@ -60,8 +62,15 @@ class Rust:
 @pytest.fixture(scope="module")
 def rust(tiny_model, tmp_path_factory) -> Iterator[Rust]:
     port = free_port()
-    front_end = {"metrics_port": port, "trusted": False}
-    arguments = options(tiny_model, "--enable-prompt-tokens-details", front_end=front_end)
+    if REDIS_SERVER is None:
+        pytest.skip("needs redis-server")
+    redis = RedisServer(tmp_path_factory.mktemp("redis"))
+    arguments = options(
+        tiny_model,
+        "--enable-prompt-tokens-details",
+        front_end={"metrics_port": port, "trusted": False},
+        tiers=[{"type": "redis", "url": redis.url}],
+    )
     clock = tmp_path_factory.mktemp("rust") / "clock"
     environment = ENVIRONMENT | {
         VARIABLE: str(clock),
@@ -71,7 +80,8 @@ def rust(tiny_model, tmp_path_factory) -> Iterator[Rust]:
     command = [sys.executable, "-m", "tests.engine.vllm_cli", *arguments]
     with Server(command, environment) as server:
         said = server.log_tail(500)
-        yield Rust(server.url, f"http://127.0.0.1:{port}/metrics", said, Clock(clock))
+        yield Rust(server.url, f"http://127.0.0.1:{port}/metrics", said, Clock(clock), redis)
+    redis.close()
 
 
 def test_it_is_recognised(rust: Rust) -> None:
@@ -135,4 +145,28 @@ def test_an_idle_engine_drops_what_expires_though_nobody_asks_it_to(rust: Rust) 
     before = rust.counted("cachescope_evictions_total")["ttl"]
     rust.clock.advance(301)
     wait_until(lambda: rust.counted("cachescope_evictions_total")["ttl"] >= before + 10)
+    # A Redis has a clock of its own.
+    rust.redis.client.delete(*entries(rust.redis))
     assert rust.read(tokens) == 0
+
+
+def test_a_purge_needs_no_server_in_python(rust: Rust, monkeypatch, capsys) -> None:
+    """The engine is idle, and nobody asks it anything meanwhile."""
+    tokens, others = (draw_tokens(random.Random(seed), LENGTH) for seed in (7, 8))
+    for prompt, salt in ((tokens, "gone"), (others, "kept")):
+        assert [rust.read(prompt, cache_salt=salt) for _ in range(2)] == [0, WHOLE]
+    wait_until(lambda: len(entries(rust.redis)) >= 2 * 10)
+    monkeypatch.setenv("CACHESCOPE_SECRET", SECRET)
+    assert command.main(["purge", "--redis", rust.redis.url, "--org", "salt:gone"]) == 0
+    said = capsys.readouterr().out
+    assert "entries forgotten: redis 10" in said and "done as well: " in said
+    assert rust.read(tokens, cache_salt="gone") == 0
+    assert rust.read(others, cache_salt="kept") == WHOLE
+
+
+def test_its_engine_tells_its_health(rust: Rust) -> None:
+    health = httpx.get(rust.metrics.replace("/metrics", "/health")).json()
+    assert health["status"] == "ok"
+    names = [(tier["engine"], tier["name"], tier["up"]) for tier in health["tiers"]]
+    assert names == [(0, "device", True), (0, "cpu", True), (0, "redis", True)]
+    assert "address" not in str(health) and "orgs" not in str(health)

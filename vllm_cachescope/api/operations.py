@@ -14,7 +14,7 @@
 The operator is whoever presents `Config.operators_token` as an API key.
 """
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from math import ceil
 from typing import Any
 
@@ -142,15 +142,9 @@ class Operations:
         try:
             engines = await self._engines.health()
         except TimeoutError:
-            return Answer({"status": "degraded", "reason": "the engine does not answer"})
-        orgs = self._orgs_by_tag() if is_operator else {}
-        tiers = [
-            {"engine": engine} | _shown(tier, is_operator, orgs)
-            for engine, tiers in enumerate(engines)
-            for tier in tiers
-        ]
-        well = all(t["up"] and t.get("readable", True) and t.get("writable", True) for t in tiers)
-        return Answer({"status": "ok" if well else "degraded", "tiers": tiers})
+            return Answer(health_of(None))
+        orgs = self._orgs_by_tag() if is_operator else None
+        return Answer(health_of(dict(enumerate(engines)), orgs))
 
     def _orgs_by_tag(self) -> dict[str, str]:
         """Return the organisations that are known here by their tags in hex."""
@@ -205,9 +199,28 @@ def _replicas(purged: Purged, is_operator: bool) -> dict[str, Any]:
     return {"confirmed": len(purged.confirmed), "missing": len(purged.missing)}
 
 
-def _shown(tier: Mapping[str, Any], is_operator: bool, orgs: Mapping[str, str]) -> dict[str, Any]:
+def health_of(
+    engines: Mapping[int, Sequence[Mapping[str, Any]]] | None,
+    orgs: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Return what is said of the health of engines.
+
+    Args:
+        engines: the state of each tier by the engine's rank; None if an engine does not answer.
+        orgs: the organisations by their tags in hex, for the operator; None for anyone else.
+    """
+    if engines is None:
+        return {"status": "degraded", "reason": "the engine does not answer"}
+    tiers = [
+        {"engine": engine} | _shown(tier, orgs) for engine, held in engines.items() for tier in held
+    ]
+    well = all(t["up"] and t.get("readable", True) and t.get("writable", True) for t in tiers)
+    return {"status": "ok" if well else "degraded", "tiers": tiers}
+
+
+def _shown(tier: Mapping[str, Any], orgs: Mapping[str, str] | None) -> dict[str, Any]:
     """Return what the caller may know of a tier, organisations by their ids."""
-    if not is_operator:
+    if orgs is None:
         return {key: tier[key] for key in _FOR_ALL if key in tier}
     shown = dict(tier)
     if "orgs" in tier:

@@ -42,6 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that `read` reads; those that ``parser`` does not know are vLLM's."""
     # Not as a positional one: that would take the value of the first argument of vLLM's.
     parser.add_argument("--model", metavar="MODEL", help="the model, if it is not named first")
+    add_setting_arguments(parser)
+
+
+def add_setting_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that `read_settings` takes."""
     parser.add_argument(
         "--cachescope", metavar="FILE", type=Path, help="configuration, YAML or JSON"
     )

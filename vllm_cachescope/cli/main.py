@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 import vllm_cachescope
-from vllm_cachescope.cli import check, explain, lint, purge, report, serve, usage
+from vllm_cachescope.cli import check, explain, gateway, lint, purge, report, serve, usage
 from vllm_cachescope.cli.simulate import command as simulate
 
 
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--version", action="version", version=f"%(prog)s {vllm_cachescope.__version__}"
     )
     subparsers = parser.add_subparsers(dest="command", required=True)
-    for command in (serve, check, explain, lint, report, simulate, purge, usage):
+    for command in (serve, gateway, check, explain, lint, report, simulate, purge, usage):
         command.add_command(subparsers)
     args, unknown = parser.parse_known_args(argv)
     if args.command in ("serve", "check"):

@@ -7,8 +7,10 @@ import urllib.error
 import urllib.request
 from typing import Any
 
+from vllm_cachescope.cli import store_purge
+from vllm_cachescope.cli.launch import add_setting_arguments, read_settings
 from vllm_cachescope.cli.server_access import DEFAULT_URL, add_token_arguments, read_token
-from vllm_cachescope.config import ConfigError
+from vllm_cachescope.config import SECRET_VARIABLE, ConfigError
 
 _TIMEOUT_S = 180  # a server may take this long: longer than it gives its slowest tier
 
@@ -20,8 +22,10 @@ def add_command(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
         help="purge cached entries of running servers",
         description="Purges the entries of an organisation, of one of its sessions, or all, on "
         "every tier, and says how many. Replicas that share a Redis purge as well, and are named "
-        "once they have; others have to be named here. The exit status is 1 if a server or a tier "
-        "could not be reached, or a replica has not said that it is done.",
+        "once they have; others have to be named here. With --redis or --cachescope no server is "
+        "asked: the engines on the Redis hear of it there, whatever front end they have. The exit "
+        "status is 1 if a server or a tier could not be reached, or a replica has not said that "
+        "it is done.",
     )
     parser.add_argument(
         "--org",
@@ -43,6 +47,13 @@ def add_command(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
         help="a server's address, once for each server that shares no Redis with another "
         f"(default: {DEFAULT_URL})",
     )
+    parser.add_argument(
+        "--redis",
+        metavar="URL",
+        help="the Redis of engines without a server in Python; needs their secret, in the variable "
+        f"{SECRET_VARIABLE} or in the configuration",
+    )
+    add_setting_arguments(parser)
     add_token_arguments(parser)
     parser.set_defaults(run=lambda arguments: _run(parser, arguments))
 
@@ -55,6 +66,12 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     if arguments.all:
         body = {"all": True}
     try:
+        if arguments.redis or arguments.cachescope or arguments.set:
+            if arguments.url:
+                parser.error("--url names a server, and --redis and --cachescope go without one")
+            settings = read_settings(arguments.cachescope, arguments.set)
+            config = store_purge.settings_of(arguments.redis, settings)
+            return 0 if store_purge.purge(config, arguments.org, arguments.session) else 1
         token = read_token(arguments)
     except ConfigError as error:
         parser.error(str(error.args[0]))

@@ -134,6 +134,11 @@ class FleetPurges:
             self._work.notify()
         return announcement
 
+    @property
+    def has_errands(self) -> bool:
+        """Whether there is something for this engine to carry out."""
+        return bool(self._errands)
+
     def take(self) -> Sequence[Errand]:
         """Return what this engine is to carry out now, in order; `carried_out` ends each."""
         if not self._errands:

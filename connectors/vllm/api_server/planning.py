@@ -63,7 +63,7 @@ class Planner:
         cut, prefixes = await self._rendering(context, context.request)
         with context.stage("boundaries"):
             ends = await self._boundaries.ends(prefixes, context.request.protocol, tokens, text)
-        return self._plans.plan(cut, ends, caller)
+        return self._plan(cut, ends, caller)
 
     def plan_whole(self, caller: Caller, tokens: int) -> Plan:
         """Return the plan of a prompt of ``tokens`` tokens that is cached as a whole, with the

@@ -1,7 +1,7 @@
 """The KV connector: vLLM's OffloadingConnector with scopes, lifetimes and reports."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -31,6 +31,8 @@ from vllm_cachescope.connectors.vllm import config_check, engine_rpc
 from vllm_cachescope.connectors.vllm.engine import adapters, exporter, hashing, idle_sweep
 from vllm_cachescope.connectors.vllm.engine.adapters import Adapters
 from vllm_cachescope.connectors.vllm.engine.block_layout import read_layout
+from vllm_cachescope.connectors.vllm.engine.desk import Desk
+from vllm_cachescope.connectors.vllm.engine.door import EngineDoor
 from vllm_cachescope.connectors.vllm.engine.gauges import Gauges
 from vllm_cachescope.connectors.vllm.engine.health import TierInfo
 from vllm_cachescope.connectors.vllm.engine.held_stats import HeldStats
@@ -74,6 +76,7 @@ class CacheScopeConnector(OffloadingConnector):
 
     Attributes:
         idle_sweep: says when the engine sweeps by itself; only in the scheduler.
+        desk: where other threads ask the scheduler's thread; only in the scheduler.
         cachescope: our side in the scheduler, as ``connector_scheduler`` is vLLM's. It is there
             from `bind_kv_cache_manager` on, and only in the scheduler.
     """
@@ -95,7 +98,10 @@ class CacheScopeConnector(OffloadingConnector):
         engine_rpc.install()
         adapters.install()
         idle_sweep.install(config.sweep_interval)
-        self.idle_sweep = IdleSweep(config.sweep_interval)
+        self.idle_sweep = IdleSweep(
+            config.sweep_interval, is_wanted=lambda: self._purges.has_errands
+        )
+        self.desk = Desk(self.idle_sweep.wake)
         assert self.connector_scheduler is not None
         offload = self.connector_scheduler.config
         strides = self._offloading.primary_tier.get_kv_memoryview().strides
@@ -128,6 +134,7 @@ class CacheScopeConnector(OffloadingConnector):
             str(vllm_config.model_config.served_model_name),
             self._settings.rank,
             self._settings.org_labels.are_wanted,
+            EngineDoor(self.desk, self.command, secret, self._settings.rank),
         )
         # Whether the metrics do not show yet what an idle engine has dropped, or noticed.
         self._has_news = False
@@ -194,6 +201,7 @@ class CacheScopeConnector(OffloadingConnector):
 
     def on_new_request(self, request: Request) -> None:
         self._purges.carry_out()
+        self.desk.answer()
         self.cachescope.on_new_request(request)
         lora, adapter = request.lora_request, hashing.adapter_of(request)
         if lora and adapter and not self._adapters.admit(lora, adapter):
@@ -224,6 +232,7 @@ class CacheScopeConnector(OffloadingConnector):
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         self._purges.carry_out()
+        self.desk.answer()
         self.cachescope.on_step_scheduled(scheduler_output)
         self._events.collect()
         meta = super().build_connector_meta(scheduler_output)
@@ -257,6 +266,7 @@ class CacheScopeConnector(OffloadingConnector):
 
     def has_pending_push_work(self) -> bool:
         # vLLM asks between two steps, whenever it wants to know whether there is work.
+        self.desk.answer()
         if self.idle_sweep.is_due:
             self.command_sweep()
         # One step more, so that the metrics show what an idle engine has dropped or noticed.
@@ -314,7 +324,15 @@ class CacheScopeConnector(OffloadingConnector):
         self.cachescope.on_adapter_replaced(lora.lora_int_id)
         return loaded
 
-    # Commands from the API process; see `engine_rpc`.
+    # Commands from the API process, see `engine_rpc`, or from the engine's own port.
+
+    def command(self, name: str, args: Sequence[Any]) -> Any:
+        """Return the answer to a command by its name."""
+        return getattr(self, f"command_{name}")(*args)
+
+    def command_facts(self) -> dict[str, Any]:
+        """Return what the API side of another process has to know of the engine."""
+        return {"block_tokens": self._settings.layout.tokens_per_step}
 
     def command_health(self) -> list[dict[str, Any]]:
         """Return the state of each tier, with the bytes that organisations hold there, by their

@@ -1,5 +1,5 @@
 """The exporter: a TCP port at which an engine serves its own metrics, where its front end does not
-show them.
+show them, and answers what is asked at its `door`.
 
 No metric of the client library is used: with several API servers those would write into the files
 that all processes share, and count twice.
@@ -8,8 +8,10 @@ that all processes share, and count twice.
 import socket
 import threading
 from collections.abc import Iterable, Mapping
+from socketserver import ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.core import (
@@ -22,12 +24,13 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from vllm_cachescope import metrics
+from vllm_cachescope.connectors.vllm.engine.door import EngineDoor
 from vllm_cachescope.connectors.vllm.engine.stats import SUM
 from vllm_cachescope.logs import logger_of
 from vllm_cachescope.metrics import ENGINE_LABELS, ENGINE_METRICS
 
 PATIENCE_S = 5
-"""How long one scrape may take, in seconds. They are served one after the other."""
+"""How long a client may be silent, in seconds."""
 
 logger = logger_of(__name__)
 
@@ -100,6 +103,7 @@ class Exporter:
         model_name: the name that the model is served under.
         rank: the engine's number among those behind one API server, from 0.
         by_org: whether metrics tell organisations apart.
+        door: answers what is no question for metrics; None for nothing.
 
     Attributes:
         port: the port that it is bound to.
@@ -108,12 +112,20 @@ class Exporter:
         OSError: if the port cannot be bound.
     """
 
-    def __init__(self, host: str, port: int, model_name: str, rank: int, by_org: bool) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        model_name: str,
+        rank: int,
+        by_org: bool,
+        door: EngineDoor | None = None,
+    ) -> None:
         self._metrics = EngineMetrics((model_name, str(rank)), by_org)
         registry = CollectorRegistry()
         registry.register(self._metrics)
-        server_class = _Server6 if ":" in host else WSGIServer
-        app = make_wsgi_app(registry)
+        server_class = _Server6 if ":" in host else _Server
+        app = _app(make_wsgi_app(registry), door)
         self._server = make_server(host, port, app, server_class, Handler)
         self.port: int = self._server.server_port
         threading.Thread(
@@ -130,7 +142,9 @@ class Exporter:
         self._server.server_close()
 
 
-def start(host: str, port: int, model_name: str, rank: int, by_org: bool) -> Exporter | None:
+def start(
+    host: str, port: int, model_name: str, rank: int, by_org: bool, door: EngineDoor | None = None
+) -> Exporter | None:
     """Start the exporter of an engine; see `Exporter`. The engine runs without one if the port
     cannot be bound: None, and a warning in the log.
 
@@ -140,20 +154,25 @@ def start(host: str, port: int, model_name: str, rank: int, by_org: bool) -> Exp
         model_name: the name that the model is served under.
         rank: the engine's number among those behind one API server, from 0.
         by_org: whether metrics tell organisations apart.
+        door: as of `Exporter`.
     """
     try:
-        exporter = Exporter(host, port + rank, model_name, rank, by_org)
+        exporter = Exporter(host, port + rank, model_name, rank, by_org, door)
     except (OSError, OverflowError) as error:
         logger.warning(
             "front_end.metrics_port: nothing is served at %s port %d: %s", host, port + rank, error
         )
         return None
-    logger.info("Metrics of this engine are served at http://%s:%d/metrics", host, exporter.port)
+    logger.info(
+        "Metrics of this engine are served at http://%s:%d/metrics, its health at /health",
+        host,
+        exporter.port,
+    )
     return exporter
 
 
 class Handler(WSGIRequestHandler):
-    """Answers one scrape."""
+    """Answers one request."""
 
     timeout = PATIENCE_S
 
@@ -161,5 +180,19 @@ class Handler(WSGIRequestHandler):
         """Log nothing: scrapes come every few seconds."""
 
 
-class _Server6(WSGIServer):
+class _Server(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+
+
+class _Server6(_Server):
     address_family = socket.AF_INET6
+
+
+def _app(metrics_app: Any, door: EngineDoor | None) -> WSGIApplication:
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        if door is not None and door.answers(environ["PATH_INFO"]):
+            return door(environ, start_response)
+        shown: Iterable[bytes] = metrics_app(environ, start_response)
+        return shown
+
+    return app

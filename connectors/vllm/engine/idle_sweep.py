@@ -15,6 +15,9 @@ from vllm.v1.engine import core as engine_core
 
 from vllm_cachescope.connectors.vllm import engine_rpc
 
+LOOK_S = 0.5
+"""How often to look whether a sweep is due, in seconds, or more often."""
+
 _SWEEP = "idle_sweep"
 """The connector's attribute."""
 
@@ -25,17 +28,30 @@ class IdleSweep:
     Args:
         interval_s: how often an idle engine sweeps, in seconds.
         clock: seconds, never running backwards.
+        is_wanted: whether there is another reason to sweep.
     """
 
-    def __init__(self, interval_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        interval_s: float,
+        clock: Callable[[], float] = time.monotonic,
+        is_wanted: Callable[[], bool] = lambda: False,
+    ) -> None:
         # Whoever asks for sweeps at this interval is never quite on time.
         self._patience_s = 1.5 * interval_s
         self._clock = clock
+        self._is_wanted = is_wanted
         self._swept_at: float | None = None
+        self._wake: Callable[[], object] = lambda: None
 
-    def begin(self) -> None:
-        """The engine runs a loop of its own, which can be woken."""
-        self._swept_at = self._clock()
+    def begin(self, wake: Callable[[], object] = lambda: None) -> None:
+        """The engine runs a loop of its own, which ``wake`` wakes."""
+        self._swept_at, self._wake = self._clock(), wake
+
+    def wake(self) -> None:
+        """Have an engine that has nothing to do look whether there is something. Called on any
+        thread."""
+        self._wake()
 
     def note(self) -> None:
         """The engine sweeps."""
@@ -44,8 +60,10 @@ class IdleSweep:
 
     @property
     def is_due(self) -> bool:
-        """Whether nobody has had the engine sweep for too long."""
-        return self._swept_at is not None and self._clock() - self._swept_at > self._patience_s
+        """Whether nobody has had the engine sweep for too long, or there is a reason to."""
+        if self._swept_at is None:
+            return False
+        return self._clock() - self._swept_at > self._patience_s or self._is_wanted()
 
 
 def install(interval_s: float) -> None:
@@ -71,9 +89,10 @@ def _woken(run: Callable[..., Any], interval_s: float) -> Callable[..., Any]:
         if connector is not None and not hasattr(self, "cachescope_is_woken"):
             self.cachescope_is_woken = True
             sweep: IdleSweep = getattr(connector, _SWEEP)
-            sweep.begin()
+            wakeup = (EngineCoreRequestType.WAKEUP, None)
+            sweep.begin(lambda: self.input_queue.put_nowait(wakeup))
             threading.Thread(
-                target=_wake, args=(self, sweep, interval_s, over), daemon=True
+                target=_look, args=(self, sweep, min(interval_s, LOOK_S), over), daemon=True
             ).start()
         try:
             return run(self)
@@ -84,8 +103,8 @@ def _woken(run: Callable[..., Any], interval_s: float) -> Callable[..., Any]:
     return run_busy_loop
 
 
-def _wake(core: Any, sweep: IdleSweep, interval_s: float, over: threading.Event) -> None:
+def _look(core: Any, sweep: IdleSweep, interval_s: float, over: threading.Event) -> None:
     while not over.wait(interval_s):
         # One at a time: a step may take long.
         if sweep.is_due and core.input_queue.empty():
-            core.input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None))
+            sweep.wake()

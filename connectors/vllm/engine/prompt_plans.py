@@ -11,6 +11,7 @@ from vllm_cachescope.config import Config
 from vllm_cachescope.errors import BadRequest
 from vllm_cachescope.prompt import plan_hint
 from vllm_cachescope.prompt.global_scope import org_default
+from vllm_cachescope.prompt.open_plan import CUT_KEY, unseal_open
 from vllm_cachescope.prompt.plan import PLAN_KEY, Plan, Span, unseal
 from vllm_cachescope.prompt.plan_hint import HintRefused, PlanHint, Refusal
 from vllm_cachescope.prompt.request import Region
@@ -101,8 +102,13 @@ class PromptPlans:
         return FoundPlan(self._automatic(request))
 
     def _sealed(self, request: Request) -> Plan:
-        plan = unseal(_parameters(request)[PLAN_KEY], self.secret)
-        if plan is not None:
+        sent = _parameters(request)[PLAN_KEY]
+        if isinstance(sent, Mapping) and CUT_KEY in sent:
+            opened = unseal_open(sent, self.secret)
+            tokens = request.prompt_token_ids
+            if opened is not None and tokens:
+                return opened.closed(tokens)
+        elif (plan := unseal(sent, self.secret)) is not None:
             return plan
         key = self._keys.private_key(secrets.token_hex(16))
         span = Span(request.num_prompt_tokens, Scope.SESSION, key, REFUSED_TTL_S, covered=False)

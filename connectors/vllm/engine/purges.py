@@ -43,6 +43,11 @@ class EnginePurges:
         """Whether this engine is about to learn what others have purged long ago."""
         return any(fleet.is_late() for fleet in self._fleets)
 
+    @property
+    def has_errands(self) -> bool:
+        """Whether others have purged what this engine has not yet."""
+        return any(fleet.has_errands for fleet in self._fleets)
+
     def begin(
         self, prefix: bytes, purge_id: str, org: str | None, session: str | None
     ) -> dict[str, int]:
