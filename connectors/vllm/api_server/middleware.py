@@ -20,8 +20,9 @@ from vllm_cachescope.config import Config
 from vllm_cachescope.connectors.vllm import config_check, engine_rpc, shm_regions
 from vllm_cachescope.connectors.vllm.api_server.admission import Admission
 from vllm_cachescope.connectors.vllm.api_server.tracing import Tracer
-from vllm_cachescope.connectors.vllm.store_factory import keeps_purge_log
+from vllm_cachescope.connectors.vllm.store_factory import keeps_purge_log, note_stores
 from vllm_cachescope.logs import logger_of
+from vllm_cachescope.tiers.keyspace import secret_digest
 from vllm_cachescope.tiers.purges import PURGE_S
 
 ANSWER_S = 10.0
@@ -93,6 +94,7 @@ def connect(state: Any) -> Server:
         replica=replica,
         trace=None if tracer is None else tracer.send,
         takes_parsed=True,
+        note_stores=note_stores(config.tiers, secret_digest(config.secret_bytes()), time.monotonic),
     )
 
 
