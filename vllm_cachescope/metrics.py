@@ -354,6 +354,16 @@ QUEUED_DIAGNOSES = Metric(
     side="api",
 )
 
+SESSION_NOTES = Metric(
+    "cachescope_session_notes",
+    "counter",
+    "Notes on sessions, which replicas share so that a session that moves keeps its diagnosis: "
+    "written, dropped (too long, or too many to write); and questions for those of others: found, "
+    "none, late, unavailable (the store does not answer). 'damaged' are notes that somebody has "
+    "altered, or that this version cannot read.",
+    ("outcome",),
+    side="api",
+)
 LEDGER_RECORDS = Metric(
     "cachescope_ledger_records",
     "counter",
@@ -401,6 +411,7 @@ METRICS = (
     REPAIR_FAILURES,
     STAGE_SECONDS,
     QUEUED_DIAGNOSES,
+    SESSION_NOTES,
     LEDGER_RECORDS,
 )
 """All of them."""

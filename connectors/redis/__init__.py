@@ -4,13 +4,34 @@ from collections.abc import Callable
 
 from vllm_cachescope.cache.quotas import Quotas
 from vllm_cachescope.connectors.redis.address import parse
+from vllm_cachescope.connectors.redis.note_store import RedisNoteStore
 from vllm_cachescope.connectors.redis.server_clock import ServerClock
 from vllm_cachescope.connectors.redis.store import RedisStore
 from vllm_cachescope.connectors.redis.topology import Topology
 from vllm_cachescope.tiers.keyspace import Keyspace
 from vllm_cachescope.tiers.leases import Leases
+from vllm_cachescope.tiers.note_store import BOUNDS, NoteBounds
 
-__all__ = ["parse", "stores"]
+__all__ = ["note_stores", "parse", "stores"]
+
+
+def note_stores(
+    url: str,
+    timeout_s: float,
+    secret_digest: bytes,
+    clock: Callable[[], float],
+    password: str | None = None,
+    bounds: NoteBounds = BOUNDS,
+) -> Callable[[], RedisNoteStore]:
+    """Return what makes a store of notes on sessions; see `address.parse` and `RedisNoteStore`.
+
+    Raises:
+        ValueError: if ``url`` is none.
+    """
+    address = parse(url, password)
+    return lambda: RedisNoteStore(
+        address, Topology(address), secret_digest, timeout_s, clock, bounds
+    )
 
 
 def stores(

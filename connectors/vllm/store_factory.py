@@ -4,7 +4,7 @@ redis-py and LMCache are imported only where a tier of their type is configured.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from types import ModuleType
 
@@ -13,6 +13,7 @@ from vllm_cachescope.config import ConfigError, DiskTier, LMCacheTier, RedisTier
 from vllm_cachescope.tiers.keyspace import Keyspace
 from vllm_cachescope.tiers.leases import Leases
 from vllm_cachescope.tiers.limits import Limits
+from vllm_cachescope.tiers.note_store import NoteStore
 from vllm_cachescope.tiers.store import Store
 
 CLIENTS = {"lmcache": "LMCache", "redis": "redis-py"}
@@ -106,6 +107,30 @@ def stores(
             time.time,
         )
     return made
+
+
+def note_stores(
+    tiers: Iterable[Tier], secret_digest: bytes, clock: Callable[[], float]
+) -> Callable[[], NoteStore] | None:
+    """Return a function that makes the store of notes on sessions, beside the blocks of the first
+    tier that has one; None if none has.
+
+    Args:
+        tiers: the tiers' settings; `check` has accepted them.
+        secret_digest: tells our secret from others; see `keyspace.secret_digest`.
+        clock: seconds, never running backwards.
+    """
+    for settings in tiers:
+        if isinstance(settings, RedisTier):
+            made: Callable[[], NoteStore] = _connector(settings).note_stores(
+                settings.url.get_secret_value(),
+                settings.timeout,
+                secret_digest,
+                clock,
+                settings.password(),
+            )
+            return made
+    return None
 
 
 def counts_usage(settings: Tier) -> bool:

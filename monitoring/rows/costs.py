@@ -4,7 +4,13 @@ from grafana_foundation_sdk.builders import timeseries
 
 from monitoring.panels import Query, Words, graph
 from monitoring.queries import CHOSEN, of, quantile, rate, smallest, total
-from vllm_cachescope.metrics import LEDGER_RECORDS, PREFILL_RATE, QUEUED_DIAGNOSES, STAGE_SECONDS
+from vllm_cachescope.metrics import (
+    LEDGER_RECORDS,
+    PREFILL_RATE,
+    QUEUED_DIAGNOSES,
+    SESSION_NOTES,
+    STAGE_SECONDS,
+)
 
 
 def panels() -> list[timeseries.Panel]:
@@ -59,7 +65,21 @@ def panels() -> list[timeseries.Panel]:
             ),
             [Query(total(rate(of(LEDGER_RECORDS, CHOSEN)), "outcome"), "{{outcome}}")],
             "short",
-            span=12,
+            span=8,
+        ),
+        graph(
+            Words(
+                "Notes on sessions",
+                "Notes in a second that replicas write for each other, and questions for them, by "
+                "what became of them.",
+                "unavailable, late: Redis does not answer, and a session that moves is a first "
+                "request. damaged: somebody else writes to the Redis, or replicas of several "
+                "versions run. dropped: more is to be written than Redis takes.",
+                "No Redis",
+            ),
+            [Query(total(rate(of(SESSION_NOTES, CHOSEN)), "outcome"), "{{outcome}}")],
+            "short",
+            span=8,
         ),
         graph(
             Words(
@@ -76,6 +96,6 @@ def panels() -> list[timeseries.Panel]:
                 )
             ],
             "short",
-            span=12,
+            span=8,
         ),
     ]

@@ -15,7 +15,8 @@ from pydantic import TypeAdapter
 from demo.session import agent_session
 from vllm_cachescope.api import break_log
 from vllm_cachescope.api.break_log import LISTED_CHANGES
-from vllm_cachescope.api.diagnoser import Diagnoser, PendingDiagnosis
+from vllm_cachescope.api.diagnoser import Diagnoser
+from vllm_cachescope.api.pending_diagnosis import PendingDiagnosis
 from vllm_cachescope.cache.miss_causes import CacheMiss, MissCause
 from vllm_cachescope.cache.report import EngineId, Report, Row
 from vllm_cachescope.prompt.request import Protocol

@@ -80,7 +80,8 @@ class Break:
 
     def to_dict(self, for_operator: bool = False) -> dict[str, Any]:
         """Return the break as plain data for JSON."""
-        data = self.diagnosis.to_dict()
+        diagnosis = self.diagnosis if for_operator else self.diagnosis.anonymous()
+        data = diagnosis.to_dict()
         for change, (names, fields) in zip(data["changes"], self.more_names, strict=True):
             change |= {"more_names": names} if names else {}
             change |= {"more_fields": fields} if fields else {}

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,105 +10,30 @@ from prometheus_client import REGISTRY, CollectorRegistry
 
 from vllm_cachescope.api.break_log import Break, BreakLog
 from vllm_cachescope.api.client_request import ClientRequest
-from vllm_cachescope.api.diagnostics import (
-    anthropic_diagnostics,
-    openai_diagnostics,
-    with_repairs,
-)
 from vllm_cachescope.api.diffs import Diffs
 from vllm_cachescope.api.peers import ALONE, Peers
+from vllm_cachescope.api.pending_diagnosis import PendingDiagnosis
 from vllm_cachescope.api.request_context import PromptTiming
 from vllm_cachescope.api.request_details import RequestDetails
+from vllm_cachescope.api.session_exchange import SessionExchange
 from vllm_cachescope.cache.report import EngineId, Report
 from vllm_cachescope.diagnosis.attribution import EngineReport
 from vllm_cachescope.diagnosis.change_places import MeasuredDivergence
 from vllm_cachescope.diagnosis.computed_prompt import ComputedPrompt, prefix_source
-from vllm_cachescope.diagnosis.diagnosis import conclude, diagnose, diagnose_against, measure
+from vllm_cachescope.diagnosis.diagnosis import conclude, diagnose, diagnose_against
 from vllm_cachescope.diagnosis.fingerprint import Fingerprint
 from vllm_cachescope.diagnosis.fingerprinter import Fingerprinter
-from vllm_cachescope.diagnosis.forest import LineageNode
 from vllm_cachescope.diagnosis.lineage_store import LineageStore
-from vllm_cachescope.diagnosis.outcome import Diagnosis
-from vllm_cachescope.diagnosis.placement import LineagePlacement
-from vllm_cachescope.diagnosis.repaired import Unrepaired, UnrepairedRequests
+from vllm_cachescope.diagnosis.repaired import UnrepairedRequests
 from vllm_cachescope.diagnosis.token_fingerprint import fingerprint_tokens
 from vllm_cachescope.metrics import REPAIRED_TOKENS, REPAIRS, UNEXPLAINED_TOKENS
-from vllm_cachescope.prompt.request import PromptRequest, Protocol
+from vllm_cachescope.prompt.request import PromptRequest
 from vllm_cachescope.registration import counter
 from vllm_cachescope.repair.repair import Repair
 from vllm_cachescope.tenancy.org_labels import NO_ORG_LABELS, OrgLabels
 from vllm_cachescope.tenancy.scope import Caller
 from vllm_cachescope.tenancy.shares import AccountOf, own_account
 from vllm_cachescope.wire.extras import extra_fields
-
-
-@dataclass(slots=True)
-class PendingDiagnosis:
-    """The diagnosis of one request, between `Diagnoser.open` and `Diagnoser.close`.
-
-    Attributes:
-        caller: whose request it is.
-        request: the request.
-        placement: where the request belongs among its session's requests.
-        named: the earlier request that the client named in this one; None if it named none, or
-            none that is known of its organisation.
-        compared: how the request differs from ``named``, with estimates of tokens.
-        diagnosis: what the client changed; after `Diagnoser.close` also what the cache lost.
-        block_tokens: tokens per block of the engine.
-        reports: the engine's report on each of the request's prompts, by the prompt's nonce.
-            Filled in while the request runs.
-        peers: the API processes of the server, any of which may have had the earlier request.
-        unrepaired: the request as the client sent it; None if it is not to be repaired.
-        tools_behind_system: whether the chat template renders tools behind the system prompt.
-    """
-
-    caller: Caller
-    request: PromptRequest
-    placement: LineagePlacement
-    named: LineageNode | None
-    compared: Diagnosis | None
-    diagnosis: Diagnosis
-    block_tokens: int
-    reports: Mapping[str, Report]
-    peers: Peers
-    unrepaired: Unrepaired | None = None
-    tools_behind_system: bool = False
-
-    def repairs(self, read_tokens: int | None = None) -> tuple[Repair, ...]:
-        """Return what was put right in the request, with what it saved if that is known.
-
-        Args:
-            read_tokens: tokens read from the cache; None if that is not known yet.
-        """
-        if self.unrepaired is None:
-            return ()
-        prompt = sum(report.prompt_tokens for report in self.reports.values())
-        if read_tokens is None or not prompt:
-            return self.unrepaired.repairs
-        return self.unrepaired.saved(
-            self.placement, prompt, read_tokens, self.block_tokens, self.tools_behind_system
-        )
-
-    def answer(self, read_tokens: int | None = None) -> dict[str, Any] | None:
-        """Return the diagnostics for the response, in the protocol's own shape; None for none.
-
-        Args:
-            read_tokens: tokens read from the cache; None if that is not known yet.
-        """
-        compared = self.compared
-        if compared is not None and read_tokens is not None:
-            prompt = sum(report.prompt_tokens for report in self.reports.values())
-            compared = measure(
-                compared, EngineReport(prompt, read_tokens, self.block_tokens), self.named
-            )
-        alone = self.peers.count == 1
-        if self.request.protocol is Protocol.MESSAGES:
-            answer = anthropic_diagnostics(self.request, compared, is_known_here=alone)
-        else:
-            answer = openai_diagnostics(
-                self.request, compared, read_tokens=read_tokens, is_known_here=alone
-            )
-        return with_repairs(self.request, answer, self.repairs(read_tokens))
 
 
 class Diagnoser:
@@ -124,6 +49,8 @@ class Diagnoser:
         peers: the API processes of the server, of which this is one.
         model_name: the model's name in vLLM's own metrics.
         account_of: returns who answers for an organisation, by its id.
+        exchange: exchanges notes on sessions with other replicas; None where there is no store
+            to do so.
         org_labels: the labels of organisations in metrics.
         details: where to keep the diagnosis of each request; None to keep none but breaks.
         tools_behind_system: whether the chat template renders tools behind the system prompt; None
@@ -148,7 +75,9 @@ class Diagnoser:
         org_labels: OrgLabels = NO_ORG_LABELS,
         details: RequestDetails | None = None,
         tools_behind_system: Callable[[], bool | None] = lambda: None,
+        exchange: SessionExchange | None = None,
     ) -> None:
+        self._exchange = exchange
         self._details = details
         self.peers = peers
         self.breaks = BreakLog(registry, model_name, account_of, org_labels)
@@ -176,6 +105,18 @@ class Diagnoser:
     ) -> Fingerprint:
         """Return the fingerprint of a request. Safe to call from any thread."""
         return self._fingerprint(request, extra_fields(body, headers), caller.org)
+
+    def lacks(self, caller: Caller, fingerprint: Fingerprint | None) -> bool:
+        """Whether another replica may know what a request goes on from, and this one does not."""
+        if self._exchange is None or fingerprint is None:
+            return False
+        return self._lineages.lacks(caller, fingerprint) is not None
+
+    async def recall(self, caller: Caller, fingerprint: Fingerprint) -> None:
+        """Learn what other replicas know of the session of a request. Does not take long."""
+        key = self._lineages.lacks(caller, fingerprint)
+        if self._exchange is not None and key is not None:
+            self._lineages.merge(caller, fingerprint, await self._exchange.recall(key))
 
     def open(
         self,
@@ -264,6 +205,7 @@ class Diagnoser:
         if engine is None or not all(report.engine for report in reports):
             # Estimates only: they say nothing of what the cache lost.
             self._lineages.answered(caller, node, response_id)
+            self._note(pending)
             return
         found = EngineReport(
             prompt_tokens=sum(report.prompt_tokens for report in reports),
@@ -278,6 +220,7 @@ class Diagnoser:
             each = tuple(map(partial(self._found, pending), reports, computed))
             found = each[0] if len(each) == 1 else replace(found, prompts=each)
         self._lineages.answered(caller, node, response_id, found.prompt_tokens, computed)
+        self._note(pending)
         pending.diagnosis = conclude(
             pending.diagnosis, found, pending.placement.ancestor, node.fingerprint
         )
@@ -287,6 +230,13 @@ class Diagnoser:
         unexplained = self._unexplained.labels(self._model_name, str(engine.rank))
         unexplained.inc(pending.diagnosis.unknown_tokens)
         self._record(pending, engine, response_id)
+
+    def _note(self, pending: PendingDiagnosis) -> None:
+        """Have other replicas know of a request that was answered."""
+        if self._exchange is not None:
+            noted = self._lineages.note(pending.caller, pending.placement)
+            if noted is not None:
+                self._exchange.put(*noted)
 
     def _count_repairs(self, caller: Caller, engine: EngineId, repairs: Iterable[Repair]) -> None:
         org = self._org_labels.of(caller.org)
@@ -306,6 +256,8 @@ class Diagnoser:
             How many requests were dropped.
         """
         self.breaks.purge(org, session)
+        if self._exchange is not None:
+            self._exchange.forget(org, session)
         if self._details is not None:
             self._details.purge(org, session)
         self._fingerprint.purge(org)
@@ -313,6 +265,10 @@ class Diagnoser:
         if self._diffs is not None:
             self._diffs.purge(org, session)
         return self._lineages.purge(org, session)
+
+    async def purged(self) -> str | None:
+        """Wait until what other replicas could know is deleted as well; return why it is not."""
+        return None if self._exchange is None else await self._exchange.settled()
 
     def _found(
         self, pending: PendingDiagnosis, report: Report, computed: ComputedPrompt

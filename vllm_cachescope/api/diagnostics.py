@@ -10,7 +10,7 @@ from typing import Any
 
 from vllm_cachescope.diagnosis.changes import Change, ChangeKind
 from vllm_cachescope.diagnosis.outcome import Diagnosis
-from vllm_cachescope.prompt.request import PromptRequest
+from vllm_cachescope.prompt.request import PromptRequest, Protocol
 from vllm_cachescope.repair.repair import Repair
 
 # The first of these areas that changed is the reason. A changed `speed` counts as another model: so
@@ -117,6 +117,13 @@ def openai_diagnostics(
         "cache_missed_tokens": diagnosis.missed_tokens,
         "comparison_reusable_tokens": diagnosis.shared_tokens,
     }
+
+
+def early_answer(request: PromptRequest) -> dict[str, Any] | None:
+    """Return the diagnostics of a response that has to go out before the comparison is done."""
+    if request.protocol is Protocol.MESSAGES:
+        return anthropic_diagnostics(request, None, pending=True)
+    return openai_diagnostics(request, None, is_known_here=False)
 
 
 def with_repairs(

@@ -175,6 +175,8 @@ class Operations:
             for prefix in [b""] if org is None else self._tags.prefixes(org, session):
                 purged.add(await self._engines.purge(prefix, org, session))
         requests = sum(self._forget(org, session) for org in orgs or everyone)
+        if (reason := await self._diagnoser.purged()) is not None:
+            purged.unreached["notes on sessions"] = reason
         by = caller_org or "the operator"
         logger.info("Purged %s for %s: %s entries", request, by, purged.entries)
         for tier, reason in purged.unreached.items():

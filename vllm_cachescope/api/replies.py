@@ -8,7 +8,8 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import Message, Send
 
-from vllm_cachescope.api.diagnoser import PendingDiagnosis
+from vllm_cachescope.api.diagnostics import early_answer
+from vllm_cachescope.api.opening import Opening
 from vllm_cachescope.api.prewarming import drop_token, stream_of
 from vllm_cachescope.api.request_context import RequestContext
 from vllm_cachescope.api.usage import Usage, write_chat, write_messages, write_responses
@@ -31,7 +32,7 @@ class Reply:
     Args:
         context: the request's context; its reports fill in while the reply is sent.
         send: sends a message to the client.
-        pending: the request's diagnosis; None if the reply is to have none.
+        opening: the request's diagnosis; None if the reply is to have none.
         stream_prewarm: whether the client wants to have a pre-warming streamed, which the server
             answers in one piece.
         repairs: what was put right in the request.
@@ -44,7 +45,7 @@ class Reply:
         self,
         context: RequestContext,
         send: Send,
-        pending: PendingDiagnosis | None = None,
+        opening: Opening | None = None,
         stream_prewarm: bool = False,
         repairs: Sequence[Repair] = (),
     ) -> None:
@@ -52,7 +53,7 @@ class Reply:
         self._context = context
         self._request = context.request
         self._send = send
-        self._pending = pending
+        self._opening = opening
         self._repairs = repairs
         self.id: str | None = None
         self._stream_prewarm = stream_prewarm
@@ -160,18 +161,24 @@ class Reply:
 
     def _diagnose(self, reply: dict[str, Any], usage: Usage | None) -> bool:
         """Write the diagnostics that the client asked for; return whether it asked for any."""
-        if self._pending is None or not self._request.diagnose:
+        opening = self._opening
+        if opening is None or not self._request.diagnose:
+            return False
+        if opening.pending is None and opening.is_over:
             return False
         name = "prompt_cache_diagnostics"
         if self._request.protocol is Protocol.MESSAGES:
             name = "diagnostics"
-        reply[name] = self._pending.answer(usage.read if usage else None)
+        if opening.pending is None:
+            reply[name] = early_answer(self._request)
+        else:
+            reply[name] = opening.pending.answer(usage.read if usage else None)
         return True
 
     def _tell_repairs(self, usage: dict[str, Any], read_tokens: int) -> None:
         repairs = self._repairs
-        if self._pending is not None:
-            repairs = self._pending.repairs(read_tokens)
+        if self._opening is not None and self._opening.pending is not None:
+            repairs = self._opening.pending.repairs(read_tokens)
         if repairs:
             usage["prompt_repairs"] = [repair.to_dict() for repair in repairs]
 

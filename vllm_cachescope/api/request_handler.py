@@ -1,7 +1,6 @@
 """The handler of HTTP requests: reads the cache fields of each, has the server answer it, writes
 the usage into the reply, and diagnoses the request."""
 
-import asyncio
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -12,7 +11,6 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vllm_cachescope.api.collection_pause import CollectionPause
-from vllm_cachescope.api.diagnoser import PendingDiagnosis
 from vllm_cachescope.api.http_request import joined_headers, read_body, with_body
 from vllm_cachescope.api.incoming_body import LARGE_BYTES, read_incoming
 from vllm_cachescope.api.mending import Mending, Trial, wants_repair
@@ -21,11 +19,9 @@ from vllm_cachescope.api.page import Page, is_page_path
 from vllm_cachescope.api.parsed_body import hand_over
 from vllm_cachescope.api.replies import Reply
 from vllm_cachescope.api.request_context import RequestContext, current_request
+from vllm_cachescope.api.request_diagnoses import RequestDiagnoses
 from vllm_cachescope.api.services import Services
-from vllm_cachescope.api.session_queue import SessionQueue
 from vllm_cachescope.api.viewer import Viewer
-from vllm_cachescope.diagnosis.fingerprint import Fingerprint
-from vllm_cachescope.diagnosis.outcome import Diagnosis
 from vllm_cachescope.errors import BadRequest
 from vllm_cachescope.logs import logger_of
 from vllm_cachescope.prompt.global_scope import without_global
@@ -39,8 +35,6 @@ logger = logger_of(__name__)
 
 USAGE_HEADER = "x-cachescope-usage"
 """A client that sends ``tiers`` here is told in its usage how many tokens each tier had."""
-
-_PUT_OFF_S = 0.02
 
 
 class RequestHandler:
@@ -57,7 +51,7 @@ class RequestHandler:
     def __init__(self, app: ASGIApp, services: Services) -> None:
         self._app = app
         self.services = services
-        self._queue = SessionQueue(services.count_queued)
+        self._diagnoses = RequestDiagnoses(services)
         self._collection = CollectionPause()
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -182,15 +176,13 @@ class RequestHandler:
         context.is_recorded = self.services.recorder.is_used
         # Opened now only for a client that wants to hear of it: fingerprints of a long prompt take
         # some milliseconds, which the first token of other requests need not wait for.
-        pending = None
+        opening = None
         if body.request.diagnose or mending.is_repaired:
-            # A client that hears only what was repaired is not kept waiting for what is put off.
-            await self._queue.done(caller, None if body.request.diagnose else _PUT_OFF_S)
-            pending = await self._open(context, mending, headers)
+            opening = await self._diagnoses.begin(context, mending, headers)
         stream_prewarm = body.request.prewarm and body.fields.get("stream") is True
         trial = Trial(send, mending.is_repaired, partial(self.services.mender.learn, mending))
         repairs = () if client is None else client.repairs
-        reply = Reply(context, trial.send, pending, stream_prewarm, repairs)
+        reply = Reply(context, trial.send, opening, stream_prewarm, repairs)
         try:
             await self._run(context, scope, receive, reply.send)
         except Exception:
@@ -199,7 +191,7 @@ class RequestHandler:
             logger.exception("The server failed on a repaired request")
             trial.refused = True
         finally:
-            context.end(partial(self._over, context, reply, pending, mending, headers))
+            context.end(partial(self._diagnoses.over, context, reply, opening, mending, headers))
         return not trial.refused
 
     async def _pass_on(
@@ -210,18 +202,7 @@ class RequestHandler:
         try:
             await self._run(context, scope, receive, send)
         finally:
-            context.end(partial(self._record, context))
-
-    def _record(self, context: RequestContext) -> None:
-        """Record what is over of a request, and is not diagnosed."""
-        if context.fetching is None:
-            self._account(context, None, None)
-        else:
-            self._queue.put_off(context.caller, self._record_later(context, context.fetching))
-
-    async def _record_later(self, context: RequestContext, fetching: asyncio.Task[None]) -> None:
-        await asyncio.wait([fetching])
-        self._account(context, None, None)
+            context.end(partial(self._diagnoses.record, context))
 
     async def _run(
         self, context: RequestContext, scope: Scope, receive: Receive, send: Send
@@ -231,138 +212,6 @@ class RequestHandler:
             await self._app(scope, receive, send)
         finally:
             current_request.reset(token)
-
-    def _over(
-        self,
-        context: RequestContext,
-        reply: Reply,
-        pending: PendingDiagnosis | None,
-        mending: Mending,
-        headers: Mapping[str, str],
-    ) -> None:
-        """Diagnose and record a request whose prompts are over."""
-        # A prompt that comes later yet, in the background, goes on from one that was diagnosed.
-        context.on_over = partial(self._record, context)
-        try:
-            self._diagnose(context, reply, pending, mending, headers)
-        except Exception:
-            logger.exception("The request could not be diagnosed")
-
-    def _diagnose(
-        self,
-        context: RequestContext,
-        reply: Reply,
-        pending: PendingDiagnosis | None,
-        mending: Mending,
-        headers: Mapping[str, str],
-    ) -> None:
-        """Diagnose and record a request that is over, at once where that is quick; ``pending`` is
-        None if its diagnosis was put off until now."""
-        to_open = pending is None and bool(context.reports or context.fetching)
-        waits = context.fetching is not None or not self._queue.is_empty(context.caller)
-        if waits or (to_open and mending.body.is_large):
-            later = self._diagnose_later(context, reply, pending, mending, headers)
-            self._queue.put_off(context.caller, later)
-            return
-        if to_open:
-            pending = self._opened(context, mending, headers, None)
-        self._close(pending, context, reply)
-
-    async def _diagnose_later(
-        self,
-        context: RequestContext,
-        reply: Reply,
-        pending: PendingDiagnosis | None,
-        mending: Mending,
-        headers: Mapping[str, str],
-    ) -> None:
-        if context.fetching is not None:
-            await asyncio.wait([context.fetching])
-        if pending is None and context.reports:
-            pending = await self._open(context, mending, headers)
-        self._close(pending, context, reply)
-
-    # A mistake in a diagnosis costs the diagnosis, and never the request.
-
-    async def _open(
-        self, context: RequestContext, mending: Mending, headers: Mapping[str, str]
-    ) -> PendingDiagnosis | None:
-        """Open a diagnosis; the fingerprint of a large body is made on a thread of its own."""
-        fingerprint = None
-        if mending.body.is_large:
-            try:
-                fingerprint = await asyncio.to_thread(self._fingerprint, context, mending, headers)
-                mending = await asyncio.to_thread(self._with_clients, context, mending, headers)
-            except Exception:
-                logger.exception("The request could not be diagnosed")
-                return None
-        return self._opened(context, mending, headers, fingerprint)
-
-    def _fingerprint(
-        self, context: RequestContext, mending: Mending, headers: Mapping[str, str]
-    ) -> Fingerprint:
-        body = mending.body
-        with context.stage("diagnosis"):
-            return self.services.diagnoser.fingerprint(
-                context.caller, body.request, body.fields, headers
-            )
-
-    def _with_clients(
-        self, context: RequestContext, mending: Mending, headers: Mapping[str, str]
-    ) -> Mending:
-        """Return ``mending`` with the fingerprint of what the client sent, if it was repaired."""
-        client = mending.client
-        if client is None or not client.repairs:
-            return mending
-        fingerprint = self.services.diagnoser.fingerprint(
-            context.caller, client.request, client.body, headers
-        )
-        return replace(mending, client=replace(client, fingerprint=fingerprint))
-
-    def _opened(
-        self,
-        context: RequestContext,
-        mending: Mending,
-        headers: Mapping[str, str],
-        fingerprint: Fingerprint | None,
-    ) -> PendingDiagnosis | None:
-        body = mending.body
-        try:
-            with context.stage("diagnosis"):
-                return self.services.diagnoser.open(
-                    context.caller,
-                    body.request,
-                    body.fields,
-                    headers,
-                    context.reports,
-                    fingerprint,
-                    mending.client,
-                )
-        except Exception:
-            logger.exception("The request could not be diagnosed")
-            return None
-
-    def _close(
-        self, pending: PendingDiagnosis | None, context: RequestContext, reply: Reply
-    ) -> None:
-        if pending is not None:
-            try:
-                timings = [context.timings[nonce] for nonce in context.reports]
-                with context.stage("diagnosis"):
-                    reports = context.reports.values()
-                    self.services.diagnoser.close(pending, reports, reply.id, timings)
-            except Exception:
-                logger.exception("The request could not be diagnosed")
-        assert context.request is not None
-        self.services.ignored_markers.count(context.request, context.engine)
-        self._account(context, None if pending is None else pending.diagnosis, reply.id)
-
-    def _account(
-        self, context: RequestContext, diagnosis: Diagnosis | None, response_id: str | None
-    ) -> None:
-        """Count and record what is over of a request, and was not yet."""
-        self.services.stage_times.count(context)
-        self.services.recorder.record(context, diagnosis, response_id)
 
 
 def _wants_tiers(headers: Mapping[str, str]) -> bool:

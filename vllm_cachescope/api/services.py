@@ -19,6 +19,7 @@ from vllm_cachescope.api.peers import ALONE, Peers
 from vllm_cachescope.api.poll_filter import leave_out
 from vllm_cachescope.api.recorder import Recorder, Trace
 from vllm_cachescope.api.request_details import RequestDetails
+from vllm_cachescope.api.session_exchange import SessionExchange
 from vllm_cachescope.api.stage_times import StageTimes
 from vllm_cachescope.api.viewer import Viewer, viewer_of
 from vllm_cachescope.config import Config
@@ -28,6 +29,7 @@ from vllm_cachescope.registration import gauge
 from vllm_cachescope.repair.repairer import Repairer
 from vllm_cachescope.tenancy.caller import CallerDirectory, api_key
 from vllm_cachescope.tenancy.org_labels import OrgLabels
+from vllm_cachescope.tiers.note_store import NoteStore
 from vllm_cachescope.usage.prices import Prices, read_prices
 from vllm_cachescope.usage.recent_requests import RecentRequests
 from vllm_cachescope.usage.request_memory import RequestMemory
@@ -58,6 +60,8 @@ class Server:
             while that is not known.
         takes_parsed: whether it takes the object of a large body in place of JSON, which
             `parsed_body.install` has seen to.
+        note_stores: makes the store of notes on sessions that it shares with other servers; None
+            if it shares none.
     """
 
     config: Config
@@ -72,6 +76,7 @@ class Server:
     trace: Trace | None = None
     tools_behind_system: Callable[[], bool | None] = lambda: None
     takes_parsed: bool = False
+    note_stores: Callable[[], NoteStore] | None = None
 
 
 def directory_of(config: Config, api_keys: Collection[str]) -> CallerDirectory:
@@ -146,6 +151,16 @@ class Services:
         if config.diffs is not None:
             diffs = Diffs(config.diffs, time.monotonic, directory.account)
         details = RequestDetails(directory.account) if config.page else None
+        exchange = None
+        if server.note_stores is not None:
+            exchange = SessionExchange(
+                server.note_stores,
+                secret,
+                server.model_name,
+                server.replica,
+                directory.account,
+                server.registry,
+            )
         diagnoser = Diagnoser(
             secret,
             server.block_tokens,
@@ -157,6 +172,7 @@ class Services:
             org_labels=OrgLabels(config.labelled_orgs(), secret),
             details=details,
             tools_behind_system=server.tools_behind_system,
+            exchange=exchange,
         )
         orgs = config.repair_of_orgs()
         repairer = Repairer(config.repair, orgs, time.monotonic, directory.account)

@@ -27,12 +27,19 @@ class SessionQueue:
         if (last := self._last.get(caller)) is not None:
             await asyncio.wait([last], timeout=timeout_s)
 
-    def put_off(self, caller: Caller, work: Coroutine[None, None, None]) -> None:
-        """Have ``work`` done once all that was put off for ``caller`` before is done."""
+    def put_off(
+        self,
+        caller: Caller,
+        work: Coroutine[None, None, None],
+        then: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Have ``work`` done once all that was put off for ``caller`` before is done; then call
+        ``then``, whatever came of it."""
         task = asyncio.get_running_loop().create_task(self._after(self._last.get(caller), work))
         self._last[caller] = task
         self._on_change(1)
         task.add_done_callback(lambda _: self._forget(caller, task))
+        task.add_done_callback(lambda _: then())
 
     @staticmethod
     async def _after(before: asyncio.Task[None] | None, work: Coroutine[None, None, None]) -> None:

@@ -42,6 +42,8 @@ class CacheMiss:
         ttl_s: the lifetime that their blocks had, in seconds; None if it is not known.
         age_s: seconds since their blocks expired or were evicted; None if that is not known.
         detail: what else is known, in a few words: "not covered by a breakpoint".
+        replica: the name in ``detail`` of the server that had them, which is the operator's to
+            know; None if there is none.
     """
 
     cause: MissCause
@@ -50,6 +52,7 @@ class CacheMiss:
     ttl_s: int | None = None
     age_s: float | None = None
     detail: str | None = None
+    replica: str | None = None
 
     def continues(self, other: "CacheMiss") -> bool:
         """Whether both have the same cause, tier, TTL and detail; their ages may differ."""

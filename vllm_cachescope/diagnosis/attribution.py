@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from vllm_cachescope.cache.miss_causes import CacheMiss, MissCause
 from vllm_cachescope.cache.report import EngineId
 from vllm_cachescope.diagnosis.change_places import MeasuredDivergence
-from vllm_cachescope.diagnosis.computed_prompt import PrefixSource
+from vllm_cachescope.diagnosis.computed_prompt import ComputedPrompt, PrefixSource
 from vllm_cachescope.diagnosis.outcome import NEW_CONTENT, Diagnosis, DiagnosisKind
 
 _UNCOVERED = "not covered by a breakpoint"
@@ -143,30 +143,34 @@ def _elsewhere(report: EngineReport) -> bool:
     """Whether another engine's own memory held the tokens, and no tier that this one shares."""
     if report.source is None or report.engine is None or report.engine.tiers:
         return False
-    return _is_other(report.engine, report.source.prompt.engine)
+    return _is_other(report.engine, report.source.prompt)
 
 
-def _is_other(engine: EngineId, other: EngineId) -> bool:
-    return (engine.rank, engine.epoch) != (other.rank, other.epoch)
+def _is_other(engine: EngineId, prompt: ComputedPrompt) -> bool:
+    """Whether another engine has computed a prompt."""
+    other = prompt.engine
+    return bool(prompt.replica) or (engine.rank, engine.epoch) != (other.rank, other.epoch)
 
 
 def _cause_elsewhere(report: EngineReport, source: PrefixSource, tokens: int) -> CacheMiss | None:
     """Return why the engine knows nothing of tokens that were computed once; None if it should."""
-    here, there = report.engine, source.prompt.engine
+    here, there, replica = report.engine, source.prompt.engine, source.prompt.replica
     assert here is not None
-    if _is_other(here, there):
+    if _is_other(here, source.prompt):
         if report.unasked is not None:
             return replace(report.unasked, tokens=tokens)
         if here.tiers and here.hashing != there.hashing:
             return CacheMiss(MissCause.HASH_SETTINGS_DIFFER, tokens)
         names = " and ".join(here.tiers)
-        no_copy = f"{names} had no copy" if names else ""
-        if here.rank == there.rank:
+        no_copy = f"{names} had no copy of it" if names else ""
+        if replica:
+            cause, where = MissCause.OTHER_REPLICA, f"it was on replica {replica}"
+        elif here.rank == there.rank:
             cause, where = MissCause.ENGINE_RESTARTED, ""
         else:
             cause, where = MissCause.OTHER_REPLICA, f"it was on engine {there.rank}"
         detail = ", and ".join(filter(None, (where, no_copy)))
-        return CacheMiss(cause, tokens, detail=detail or None)
+        return CacheMiss(cause, tokens, detail=detail or None, replica=replica or None)
     if here.hashing != there.hashing:
         # One engine changes its settings in nothing else.
         detail = "the LoRA adapter was replaced"

@@ -33,6 +33,7 @@ class ComputedPrompt:
         began: when the engine was given the prompt, on the lineage store's clock, in seconds.
         computed_at: when the whole prompt had been computed, or was cut off.
         used_at: when the request was over, and with it the last use of its blocks.
+        replica: the name of the server that had it; empty for this one.
     """
 
     tokens: PrefixHashes
@@ -45,6 +46,7 @@ class ComputedPrompt:
     began: float
     computed_at: float
     used_at: float
+    replica: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -108,7 +110,8 @@ def prefix_source(prompt: ComputedPrompt, earlier: Iterable[ComputedPrompt]) -> 
         at_least = best[0][0] if best else 0
         shared = other.tokens.shared_tokens(prompt.tokens, at_least)
         left, why = other.left_to(prompt, shared)
-        rank = (left, other.engine == prompt.engine, shared, other.used_at)
+        here = other.engine == prompt.engine and not other.replica
+        rank = (left, here, shared, other.used_at)
         if best is None or rank > best[0]:
             best = rank, other
         if (shared, left) > nearest[0]:

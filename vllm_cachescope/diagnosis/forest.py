@@ -6,10 +6,12 @@ titles, forks that share a prefix.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from vllm_cachescope.diagnosis.computed_prompt import ComputedPrompt
 from vllm_cachescope.diagnosis.fingerprint import Fingerprint
 from vllm_cachescope.diagnosis.flapping import FlappingFields
+from vllm_cachescope.prompt.request import Region
 
 _MAX_ALIKE = 64
 
@@ -28,6 +30,8 @@ class LineageNode:
         response_id: the id of its response, once known.
         prompt_tokens: its length in tokens as the engine counted it, once known.
         computed: its prompts as the engine computed them, once the request is over.
+        name: the name of the note on it that other replicas can read; empty if there is none.
+        parent: the name of the request that it went on from.
     """
 
     fingerprint: Fingerprint
@@ -38,6 +42,8 @@ class LineageNode:
     response_id: str | None = None
     prompt_tokens: int | None = None
     computed: tuple[ComputedPrompt, ...] = ()
+    name: bytes = b""
+    parent: bytes = b""
 
     @property
     def nbytes(self) -> int:
@@ -87,6 +93,25 @@ class Forest:
         """Return the requests to compare a new one with, oldest first."""
         alike = self.by_opening.get(fingerprint.opening, ())
         return [*alike[-_MAX_ALIKE:], *self.latest]
+
+    def knows_parent_of(self, fingerprint: Fingerprint) -> bool:
+        """Whether one of the requests is the one that a new one must go on from; True if that goes
+        on from none. Whether its tools and system prompt were others does not matter."""
+        first, parts = fingerprint.static_parts, fingerprint.parent_parts
+        if parts <= first:
+            return True
+        wanted = fingerprint.hashes_of(range(first, parts))
+        return any(
+            node.fingerprint.counts[Region.MESSAGES] == parts - first
+            and node.fingerprint.hashes.endswith(wanted)
+            for node in self.candidates(fingerprint)
+        )
+
+    def merge(self, node: LineageNode) -> None:
+        """Take in a request that another replica had."""
+        self.latest.append(node)
+        self.latest.sort(key=attrgetter("at"))
+        self.lineages = max(self.lineages, node.lineage)
 
     def shelve(self, node: LineageNode) -> None:
         """Move one of ``latest`` to ``older``."""

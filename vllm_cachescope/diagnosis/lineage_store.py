@@ -1,16 +1,21 @@
 """The recent requests of every session, among which each new one finds its place."""
 
+import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from secrets import token_bytes
 
 from vllm_cachescope.diagnosis.computed_prompt import ComputedPrompt
 from vllm_cachescope.diagnosis.fingerprint import Fingerprint
 from vllm_cachescope.diagnosis.forest import Forest, LineageNode, id_bytes
 from vllm_cachescope.diagnosis.placement import LineagePlacement, place
+from vllm_cachescope.diagnosis.session_note import NoteKey, SessionNote
 from vllm_cachescope.tenancy.scope import Caller
 from vllm_cachescope.tenancy.shares import AccountOf, Shares, own_account
 
 _Session = tuple[str, str | None]  # organisation and session
+Noted = tuple[NoteKey, SessionNote]
+"""A note, and where it stands."""
 
 DEFAULT_TTL_S = 6 * 3600.0
 DEFAULT_REQUESTS = 64
@@ -39,6 +44,7 @@ class LineageStore:
         max_bytes: memory for all organisations together, in bytes; of the account with most the
             least recently used session is dropped first.
         account_of: returns who answers for an organisation, by its id.
+        wall_clock: Unix time in seconds, about the same on all replicas.
     """
 
     def __init__(
@@ -51,8 +57,10 @@ class LineageStore:
         org_bytes: int = DEFAULT_ORG_BYTES,
         max_bytes: int = DEFAULT_BYTES,
         account_of: AccountOf = own_account,
+        wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._clock = clock
+        self._wall_clock = wall_clock
         self._ttl_s = ttl_s
         self._requests = requests
         self._ends = ends
@@ -92,6 +100,67 @@ class LineageStore:
         if ancestor is not None and ancestor.superseded and ancestor in forest.older:
             self._drop(caller.org, forest, ancestor)
         return placement
+
+    def lacks(self, caller: Caller, fingerprint: Fingerprint) -> NoteKey | None:
+        """Return where there may be notes of other replicas on the request that a new one goes on
+        from; None if that is known here, or nowhere."""
+        owner = _forest_owner(caller, fingerprint)
+        forest = self._find_forest(owner)
+        if fingerprint.previous_id is not None:
+            known = (owner.org, fingerprint.previous_id) in self._by_response
+        else:
+            known = False
+            if forest is not None and len(forest) > 0:
+                known = forest.knows_parent_of(fingerprint)
+        return None if known else _note_key(owner, fingerprint)
+
+    def merge(self, caller: Caller, fingerprint: Fingerprint, notes: Iterable[SessionNote]) -> None:
+        """Take in what other replicas have noted.
+
+        Args:
+            caller: whose request has asked for it.
+            fingerprint: that request.
+            notes: the notes; those that are known already are passed over.
+        """
+        caller = _forest_owner(caller, fingerprint)
+        notes = list(notes)
+        if not notes:
+            return
+        forest = self._open_forest(caller, self._clock())
+        known = {node.name: node for node in forest if node.name}
+        for note in notes:
+            if note.node.name not in known:
+                known[note.node.name] = note.node
+                note.node.parent = note.ancestor
+                forest.merge(note.node)
+                if note.node.response_id is not None:
+                    self._by_response[caller.org, note.node.response_id] = note.node
+                self._grow(caller.org, forest, note.node.nbytes)
+        for note in notes:
+            if (ancestor := known.get(note.ancestor)) is not None:
+                ancestor.superseded |= note.supersedes
+                ancestor.continued |= note.continues
+        self._shrink(caller, forest)
+
+    def note(self, caller: Caller, placement: LineagePlacement) -> Noted | None:
+        """Return what other replicas are to know of a request that was answered, and under which
+        key; None if nothing can be known of it there."""
+        node, ancestor = placement.node, placement.ancestor
+        owner = _forest_owner(caller, node.fingerprint)
+        forest, key = self._find_forest(owner), _note_key(owner, node.fingerprint)
+        if key is None or forest is None or node not in forest:
+            return None
+        if not node.name:
+            # Names are in the order of their requests, on whatever replica.
+            at_ms = int(self._wall_clock() * 1000)
+            node.name = at_ms.to_bytes(8, "big") + token_bytes(8)
+        if ancestor is None or not ancestor.name:
+            return key, SessionNote(node)
+        node.parent = ancestor.name
+        obsolete = ancestor.parent if ancestor.superseded else b""
+        return key, SessionNote(
+            node, ancestor.name, ancestor.superseded, ancestor.continued, obsolete
+        )
 
     def answered(
         self,
@@ -211,6 +280,16 @@ class LineageStore:
                 forest.shelve(forest.latest[0])
         if len(forest.older) > self._ends:
             self._drop(caller.org, forest, next(iter(forest.older)))
+        self._keep_bounds(caller, forest)
+
+    def _shrink(self, caller: Caller, forest: Forest) -> None:
+        """Keep the bounds of a forest that several requests have come into at once."""
+        while len(forest.latest) > self._requests:
+            superseded = next((kept for kept in forest.latest if kept.superseded), None)
+            self._drop(caller.org, forest, superseded or forest.latest[0])
+        self._keep_bounds(caller, forest)
+
+    def _keep_bounds(self, caller: Caller, forest: Forest) -> None:
         org = self._orgs[caller.org]
         while self._bytes_of[caller.org] > self._org_bytes and len(org) > 1:
             self._drop_forest(caller.org, next(iter(org)))
@@ -256,6 +335,15 @@ class LineageStore:
         forest.nbytes += nbytes
         self._bytes_of[org] = self._bytes_of.get(org, 0) + nbytes
         self._shares.add(self._account_of(org), nbytes)
+
+
+def _note_key(owner: Caller, fingerprint: Fingerprint) -> NoteKey | None:
+    """Return under which key notes on a request stand: its session's, or in traffic that names no
+    session its conversation's; None if it has nothing to be known by."""
+    if owner.session is not None:
+        return NoteKey(owner.org, owner.session)
+    opening = fingerprint.opening
+    return NoteKey(owner.org, None, opening) if opening else None
 
 
 def _forest_owner(caller: Caller, fingerprint: Fingerprint) -> Caller:

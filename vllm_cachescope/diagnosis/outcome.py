@@ -1,6 +1,6 @@
 """A diagnosis: why a prompt was read from the cache less far than it might have been."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -134,6 +134,10 @@ class Diagnosis:
         """Tokens that nothing explains the absence of: a gap in what the tiers report."""
         return sum(tokens for cause, tokens in self.uncached if cause == MissCause.UNKNOWN)
 
+    def anonymous(self) -> "Diagnosis":
+        """Return it without the names of other replicas, which are the operator's to know."""
+        return replace(self, engine=tuple(map(_anonymous, self.engine)))
+
     @property
     def names(self) -> tuple[str, ...]:
         """The tools and parameters that changed, each once."""
@@ -148,6 +152,9 @@ class Diagnosis:
         data = {"latch" if k == "flapping" else k: v for k, v in asdict(self).items()}
         for change in data["changes"]:
             del change["value"], change["old_value"], change["part_before"]
+        for miss in data["engine"]:
+            if miss["replica"] is None:
+                del miss["replica"]
         del data["repaired"]
         if self.repaired:
             data["repaired"] = [repair.to_dict() for repair in self.repaired]
@@ -156,3 +163,10 @@ class Diagnosis:
         if not self.waited:
             del data["waited"]
         return data
+
+
+def _anonymous(miss: CacheMiss) -> CacheMiss:
+    if miss.replica is None:
+        return miss
+    detail = (miss.detail or "").replace(f"replica {miss.replica}", "another replica")
+    return replace(miss, detail=detail, replica=None)

@@ -13,6 +13,9 @@ FORMAT = 3
 """Grows with every change to keys or values; engines of different formats share nothing."""
 
 
+NOTE_FORMAT = 1
+"""Grows with every change to the names of notes on sessions, or to the notes."""
+
 MODELS = f"cachescope:{FORMAT}:models".encode()
 """The name of the set of the models that have entries, by their namespaces."""
 
@@ -115,6 +118,43 @@ class PurgeLogNames:
     @property
     def _prefix(self) -> bytes:
         return b"cachescope:%d:{purges}:%b:" % (FORMAT, self.secret_digest)
+
+
+@dataclass(frozen=True, slots=True)
+class NoteNames:
+    """The names of the notes on sessions under one secret; see `note_store`. Those of one account
+    are on one node of a Cluster.
+
+    Attributes:
+        secret_digest: see `secret_digest`.
+    """
+
+    secret_digest: bytes
+
+    def index(self, account: bytes) -> bytes:
+        """Return the name of the set of an account's sessions, by when their notes expire."""
+        return self._of(account) + b"index"
+
+    def sizes(self, account: bytes) -> bytes:
+        """Return the name of the hash of what their notes take up, in bytes."""
+        return self._of(account) + b"sizes"
+
+    def notes(self, account: bytes, session: bytes) -> bytes:
+        """Return the name of the hash of the notes on a session of an account."""
+        return self._of(account) + b"notes:" + session.hex().encode()
+
+    def _of(self, account: bytes) -> bytes:
+        return self.prefix + b"{" + account.hex().encode() + b"}:"
+
+    @property
+    def all(self) -> bytes:
+        """A pattern for all of these names."""
+        return self.prefix + b"*"
+
+    @property
+    def prefix(self) -> bytes:
+        """What all of these names begin with."""
+        return b"cachescope:sessions:%d:%b:" % (NOTE_FORMAT, self.secret_digest)
 
 
 HANDSHAKES = f"cachescope:{FORMAT}:*:secret".encode()

@@ -3,6 +3,7 @@
 import asyncio
 import atexit
 import socket
+import time
 from functools import partial
 from typing import Any
 
@@ -17,8 +18,9 @@ from vllm_cachescope.connectors.vllm import config_check, engine_rpc, shm_region
 from vllm_cachescope.connectors.vllm.api_server.admission import Admission
 from vllm_cachescope.connectors.vllm.api_server.tracing import Tracer
 from vllm_cachescope.connectors.vllm.engine_processes import HEED_S, EngineProcesses
-from vllm_cachescope.connectors.vllm.store_factory import keeps_purge_log
+from vllm_cachescope.connectors.vllm.store_factory import keeps_purge_log, note_stores
 from vllm_cachescope.logs import logger_of
+from vllm_cachescope.tiers.keyspace import secret_digest
 
 logger = logger_of(__name__)
 
@@ -84,6 +86,7 @@ def connect(state: Any) -> Server:
         replica=replica,
         trace=None if tracer is None else tracer.send,
         takes_parsed=True,
+        note_stores=note_stores(config.tiers, secret_digest(config.secret_bytes()), time.monotonic),
     )
 
 
