@@ -4,8 +4,8 @@ vLLM itself takes room chunk by chunk while it looks up, and answers "miss" wher
 many prompts at once each gets a part, computes the rest, and evicts with what it computes the parts
 that others have just loaded.
 
-A prompt that the CPU tier cannot hold is promoted in parts: each waits like a prompt of its own, and
-makes room for the next one once it is on the device (`streams`).
+A prompt that the CPU tier cannot hold is promoted in parts: each waits like a prompt of its own,
+and makes room for the next one once it is on the device (`streams`).
 """
 
 import time
@@ -163,8 +163,8 @@ class Promotions:
         tokens, request_id = request.num_computed_tokens, request.request_id
         if (before := self._parts.pop(request_id, None)) is None or tokens <= before:
             return False
-        # Each of them, whether or not one refuses.
-        if not any([remote.tier.resume(request_id) for remote in self._remotes]):
+        resumed = [remote.tier.resume(request_id) for remote in self._remotes]
+        if not any(resumed):
             return False
         self._parts[request_id] = tokens
         self._open.pop(request_id, None)

@@ -1,4 +1,4 @@
-"""Streams: prompts that pass through the CPU tier in parts, since it has not the room for all of one.
+"""Streams: prompts that pass through the CPU tier in parts, since it cannot hold all of one.
 
 vLLM asks a connector once for a prompt, and takes what it gets in one load. A prompt of which one
 part has arrived on the device is therefore made to start anew, as vLLM itself does with a prompt
