@@ -176,6 +176,29 @@ HOOKS = (
         is_needed=False,
     ),
     Hook(
+        "streams",
+        "a prompt that the CPU tier cannot hold reads no more than one part of it",
+        {
+            (_OFFLOADING, "OffloadingConnector.update_connector_output"): "self connector_output",
+            ("v1/core/kv_cache_manager.py", "KVCacheManager.cache_blocks"): (
+                "self request num_computed_tokens"
+            ),
+            ("v1/core/kv_cache_manager.py", "KVCacheManager.free"): "self request",
+        },
+        {
+            "v1/core/kv_cache_coordinator.py": (
+                "def get_num_blocks_to_allocate(\n        self,\n        request_id: str,",
+            ),
+            # A request without computed tokens is looked up, whatever has become of it before.
+            "v1/core/sched/scheduler.py": (
+                "if request.num_computed_tokens == 0:",
+                "self.connector.update_connector_output(kv_connector_output)",
+                "self.kv_cache_manager.cache_blocks(request, request.num_computed_tokens)",
+            ),
+        },
+        is_needed=False,
+    ),
+    Hook(
         "API server",
         "the server does not start; offline, prompts are cached with your defaults",
         {

@@ -29,9 +29,16 @@ class Tier:
     def __post_init__(self) -> None:
         self.queue = PromotionQueue(self.limit_s, self.share)
 
-    def join(self, request: str, account: bytes = ACME, slots: int = 20, worth_s=0.0) -> Verdict:
+    def join(
+        self,
+        request: str,
+        account: bytes = ACME,
+        slots: int = 20,
+        worth_s: float = 0.0,
+        resumes: bool = False,
+    ) -> Verdict:
         self.slots[request] = slots
-        self.queue.join(request, account, slots, worth_s, self.now)
+        self.queue.join(request, account, slots, worth_s, self.now, resumes)
         return self.ask(request)
 
     def ask(self, request: str) -> Verdict:
@@ -161,6 +168,32 @@ def test_accounts_take_turns():
         tier.step(*[name for name in waiting if name not in tier.order])
         tier.step(*[name for name in waiting if name not in tier.order])
     assert tier.order == ["a0", "b0", "a1", "a2", "a3", "a4", "a5"]
+
+
+def test_what_goes_on_comes_before_those_of_its_account_that_came_later():
+    tier = Tier(capacity=10)
+    assert tier.join("long", slots=6) is Verdict.GO
+    tier.join("next", slots=8)
+    tier.join("other", OTHER, slots=8)
+    tier.settle("long")
+    # Another account has its turn, as it has had none yet.
+    assert tier.join("long", slots=6, resumes=True) is Verdict.WAIT
+    assert tier.step("next", "other", "long") == [Verdict.WAIT, Verdict.GO, Verdict.WAIT]
+    tier.settle("other")
+    assert tier.step("next", "long") == [Verdict.WAIT, Verdict.GO]
+    tier.settle("long")
+    assert tier.step("next") == [Verdict.GO]
+    assert tier.outcomes() == {"at_once": 1, "waited": 3}
+
+
+def test_what_goes_on_waits_for_a_share_of_its_own_computing():
+    tier = Tier(capacity=10)
+    tier.join("first", slots=8)
+    for late in ("b", "c"):
+        tier.join(late, slots=8, worth_s=1.0)
+    tier.join("long", slots=4, worth_s=1.0, resumes=True)
+    # Of those that wait nobody is before it, of those that have room one of twice its size.
+    assert tier.queue.bound_s("long") == pytest.approx(0.5 * 3)
 
 
 def test_a_large_turn_counts_for_more():

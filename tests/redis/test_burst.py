@@ -271,13 +271,148 @@ def end_burst(engine: Any) -> list[Answer]:
     return [engine.answer(request_id) for request_id in engine.burst]
 
 
-def test_a_prompt_longer_than_the_cpu_tier_reads_what_fits(engine, behind, chance):
-    (long,) = draw(chance, 1, CPU_CHUNKS + 4)
-    # In two goes: chunks that are being stored in Redis stay in the CPU tier meanwhile.
-    *_, cold = stored(engine, behind, [long[: BLOCKS * BLOCK], long])
+LONG = 2 * CPU_CHUNKS + 4
+"""Blocks of a prompt that the CPU tier does not hold, and the device does."""
+
+
+def long_stored(engine: Replica, behind: Behind, chance: random.Random) -> tuple[list[int], Any]:
+    """Have a long prompt stored; return it, and its answer."""
+    (long,) = draw(chance, 1, LONG)
+    before, (cold,) = behind.blocks(), engine.run(*asks([long]))
+    # In several goes: chunks that are being stored stay in the CPU tier, and others find no room.
+    for _ in range(8):
+        wait_until(lambda: engine.call("command_health")[-1]["storing_bytes"] == 0)
+        engine.call("empty")
+        if behind.blocks() >= before + LONG:
+            return long, cold.tokens
+        engine.run(*asks([long]))
+    raise AssertionError("it is not stored")
+
+
+def test_a_prompt_longer_than_the_cpu_tier_is_read_in_parts(engine, behind, chance):
+    long, cold = long_stored(engine, behind, chance)
+    before = engine.call(waits)
     (answer,) = engine.run(*asks([long]))
     assert answer.tokens == cold
-    assert answer.read >= CPU_CHUNKS * BLOCK
+    assert answer.outcome(f"read_{behind.name}") == LONG * BLOCK
+    assert answer.report is not None and not answer.report.misses
+    # Three parts of half of the tier, and what the whole of it holds.
+    assert grown(engine, before) == {"at_once": 4}
+    assert engine.call(held) == 0
+    # What it has left on the device is right.
+    (again,) = engine.run(*asks([long]))
+    assert again.tokens == cold and again.outcome("read_device") == LONG * BLOCK
+
+
+def test_long_prompts_and_others_come_back_together(engine, behind, chance):
+    long, cold = long_stored(engine, behind, chance)
+    other, other_cold = long_stored(engine, behind, chance)
+    prompts = draw(chance, 2)
+    colds = stored(engine, behind, prompts)
+    answers = engine.run(*asks([long, prompts[0], other, prompts[1]]))
+    assert [answer.tokens for answer in answers] == [cold, colds[0], other_cold, colds[1]]
+    assert answers[0].read == LONG * BLOCK and answers[1].read == BLOCKS * BLOCK
+    # On a device that holds one of the two, a part may be evicted before the next one comes.
+    assert answers[2].read >= CPU_CHUNKS // 2 * BLOCK
+    assert engine.call(held) == 0
+
+
+def between_parts(engine: Any, ask: Ask) -> str:
+    """Put a long prompt to the engine, and step until its first part is on the device; return the
+    request's id."""
+    request_id = engine.add(ask)
+    streams = engine.connector._streams  # noqa: SLF001
+    while not streams._between:  # noqa: SLF001
+        engine.step()
+    return request_id
+
+
+def cut_off_between_parts(engine: Any, ask: Ask) -> None:
+    engine.abort(between_parts(engine, ask))
+    while engine.step():
+        pass
+
+
+def test_what_is_cut_off_between_two_parts_leaves_nothing(engine, behind, chance):
+    long, cold = long_stored(engine, behind, chance)
+    engine.call(cut_off_between_parts, asks([long])[0])
+    assert engine.call(held) == 0
+    assert engine.call(in_use) == 0
+    (answer,) = engine.run(*asks([long]))
+    assert answer.tokens == cold and answer.read == LONG * BLOCK
+
+
+def in_use(engine: Any) -> int:
+    """Return how many of the device's blocks requests have, and how many requests read in
+    parts."""
+    pool = engine.connector.cachescope.local._device._pool  # noqa: SLF001
+    free = pool.get_num_free_blocks()
+    promotions, streams = engine.connector._promotions, engine.connector._streams  # noqa: SLF001
+    return pool.num_gpu_blocks - 1 - free + len(promotions._parts) + len(streams._between)  # noqa: SLF001
+
+
+def begin_long(engine: Any, ask: Ask) -> None:
+    engine.burst = [between_parts(engine, ask)]
+
+
+def lose_the_device(engine: Any) -> None:
+    """Evict what requests have left on the device."""
+    device = engine.connector.cachescope.local._device  # noqa: SLF001
+    device.evict(list(engine.connector.cachescope.ledger._entries))  # noqa: SLF001
+
+
+def test_a_part_that_the_device_loses_is_computed(engine, behind, chance):
+    long, cold = long_stored(engine, behind, chance)
+    engine.call(begin_long, asks([long])[0])
+    engine.call(lose_the_device)
+    (answer,) = engine.call(end_burst)
+    assert answer.tokens == cold
+    assert engine.call(in_use) == 0 and engine.call(held) == 0
+
+
+def test_a_tier_that_dies_between_two_parts_costs_the_rest(engine, behind, chance):
+    if not isinstance(behind, RedisBehind):
+        pytest.skip("files do not die")
+    long, cold = long_stored(engine, behind, chance)
+    engine.call(begin_long, asks([long])[0])
+    behind.server.kill()
+    try:
+        (answer,) = engine.call(end_burst)
+    finally:
+        behind.server.start()
+        wait_until(lambda: engine.call("command_health")[-1]["up"])
+    assert answer.tokens == cold
+    assert CPU_CHUNKS // 2 * BLOCK <= answer.read < LONG * BLOCK
+    assert engine.call(in_use) == 0 and engine.call(held) == 0
+
+
+def test_whose_next_part_finds_no_room_in_time_computes_the_rest(engine, behind, chance):
+    long, cold = long_stored(engine, behind, chance)
+    engine.call(begin_long, asks([long])[0])
+    engine.call(set_bounds, 0.0, 1.0)
+    engine.call(crowd)
+    try:
+        (answer,) = engine.call(end_burst)
+    finally:
+        engine.call(disperse)
+    assert answer.tokens == cold
+    assert CPU_CHUNKS // 2 * BLOCK <= answer.read < LONG * BLOCK
+    assert answer.report is not None
+    (miss,) = answer.report.misses
+    assert miss.tokens == LONG * BLOCK - answer.read
+    assert miss.detail == "no room in the CPU tier within 0 ms"
+
+
+def crowd(engine: Any) -> None:
+    """Keep everything that the CPU tier holds."""
+    policy = engine.connector.connector_scheduler.manager.primary_tier._policy  # noqa: SLF001
+    engine.kept = list(policy._chunks)  # noqa: SLF001
+    policy.hold(engine.kept)
+
+
+def disperse(engine: Any) -> None:
+    policy = engine.connector.connector_scheduler.manager.primary_tier._policy  # noqa: SLF001
+    policy.release(engine.kept)
 
 
 def test_promotions_keep_to_an_organisations_quota(engine, behind, chance):

@@ -62,3 +62,37 @@ def test_who_gives_up_says_why(server, start_engine_side):
         side.tier.end_request(gone)
         side.tier.give_up(gone, "too late")
         side.tier.restart(gone)
+
+
+def test_what_is_loaded_in_parts_is_asked_for_once(server, start_engine_side):
+    side = start_engine_side(server.url)
+    wanted = keys(6)
+    side.put(wanted)
+    peek(side, "r", wanted)
+    side.tier.limit("r", 4)
+    assert [side.tier.lookup("r", key) for key in wanted] == [Lookup.HIT] * 4 + [Lookup.MISS] * 2
+    side.tier.load(98, "r", wanted[:4], [side.slot(i) for i in range(4)])
+    assert len(side.step_until(98).loaded) == 4
+    # Each request loads once, unless it resumes.
+    assert side.tier.lookup("r", wanted[4]) is Lookup.MISS
+    assert side.tier.resume("r")
+    side.tier.limit("r", None)
+    assert [side.tier.lookup("r", key) for key in wanted[4:]] == [Lookup.HIT] * 2
+    side.tier.load(99, "r", wanted[4:], [side.slot(i) for i in range(2)])
+    assert len(side.step_until(99).loaded) == 2
+    asked = side.tier.take_stats()
+    assert asked["lookup", "hit"] == 6 and not asked["load", "dropped"]
+
+
+def test_nobody_resumes_for_whom_something_has_failed(server, start_engine_side):
+    side = start_engine_side(server.url)
+    wanted = keys(3)
+    side.put(wanted)
+    for request in ("gone", "given up"):
+        peek(side, request, wanted)
+    server.client.flushdb()
+    assert side.tier.lookup("gone", wanted[0]) is Lookup.HIT
+    side.tier.load(99, "gone", wanted[:1], [side.slot(0)])
+    assert not side.step_until(99).loaded
+    side.tier.give_up("given up", "no room")
+    assert not any(side.tier.resume(request) for request in ("gone", "given up", "never there"))

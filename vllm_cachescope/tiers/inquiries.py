@@ -34,9 +34,11 @@ class Inquiry:
         deadline: until when the request waits for the tier, on the tier's clock, in seconds.
         answers: whether the store holds a key; None while that is not known yet.
         unsent: keys that were asked for since the last `Inquiries.flush`.
-        promised_bytes: bytes of the hits that the request was told of.
+        promised_bytes: bytes of the hits that the request was told of since its last load.
+        most_bytes: how many bytes it may load in one go, if it is to load a part only.
         over: whether the request may start no further load. Each request loads once, in one go, so
-            that blocks that push each other out of memory cannot keep it waiting for ever.
+            that blocks that push each other out of memory cannot keep it waiting for ever; unless
+            it has brought to safety what it has loaded, and resumes.
         failures: keys that were found and not loaded, and why. The request's `LoadJob` has the
             same mapping, which threads add to; here single keys are read.
         trouble: why some of the request's questions were not answered; None if all were.
@@ -47,6 +49,7 @@ class Inquiry:
     answers: dict[bytes, bool | None] = field(default_factory=dict)
     unsent: list[bytes] = field(default_factory=list)
     promised_bytes: int = 0
+    most_bytes: int | None = None
     over: bool = False
     failures: dict[bytes, BlockState] = field(default_factory=dict)
     trouble: MissCause | None = None
@@ -169,11 +172,14 @@ class Inquiries:
             key: see `keyspace.qualified`.
             room_bytes: how many bytes may be loaded besides what is being loaded.
         """
-        if inquiry.promised_bytes + self._tier.slot_bytes > room_bytes:
+        promised_bytes = inquiry.promised_bytes + self._tier.slot_bytes
+        if inquiry.most_bytes is not None and promised_bytes > inquiry.most_bytes:
+            return Lookup.MISS
+        if promised_bytes > room_bytes:
             self._tier.counts.add("load", "dropped")
             inquiry.failures[key] = BlockState.CROWDED
             return Lookup.MISS
-        inquiry.promised_bytes += self._tier.slot_bytes
+        inquiry.promised_bytes = promised_bytes
         return Lookup.HIT
 
     def flush(self) -> None:
@@ -202,6 +208,21 @@ class Inquiries:
         for something else."""
         if (inquiry := self._inquiries.get(request_id)) is not None:
             inquiry.deadline = self._tier.clock() + self._tier.limits.load_deadline_s
+
+    def limit(self, request_id: str, keys: int | None) -> None:
+        """Let a request load no more than ``keys`` blocks in one go; None for no such limit."""
+        if (inquiry := self._inquiries.get(request_id)) is not None:
+            inquiry.most_bytes = None if keys is None else keys * self._tier.slot_bytes
+
+    def resume(self, request_id: str) -> bool:
+        """Let a request load more of what was found for it: what it has loaded is where nothing
+        that it loads can push it out. Returns whether nothing has failed for it until now."""
+        inquiry = self._inquiries.get(request_id)
+        if inquiry is None or inquiry.given_up or inquiry.trouble or inquiry.failures:
+            return False
+        inquiry.over = False
+        self.restart(request_id)
+        return True
 
     def give_up(self, request_id: str, why: str) -> None:
         """A request loads nothing of what was found for it, and asks nothing any more."""

@@ -138,7 +138,15 @@ class PromotionQueue:
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._tickets
 
-    def join(self, request_id: str, account: bytes, slots: int, worth_s: float, now: float) -> None:
+    def join(
+        self,
+        request_id: str,
+        account: bytes,
+        slots: int,
+        worth_s: float,
+        now: float,
+        resumes: bool = False,
+    ) -> None:
         """Queue a request; `ask` follows at once.
 
         Args:
@@ -148,11 +156,14 @@ class PromotionQueue:
             worth_s: how long computing what it wants would take, in seconds; 0 if that is not
                 known, and the wait is bounded by the limit alone.
             now: the time.
+            resumes: whether it has had room for a part of what it wants, and goes on: it comes
+                before those of its account that came later.
         """
         bound_s = self._limit_s
         if worth_s or not self._share:
             # If nobody waited, the engine would have those before it to compute as well.
-            worth_s *= self._ahead_of(account, slots) / slots
+            before = self._before(account, slots) if resumes else self._ahead_of(account, 0)
+            worth_s *= (before + slots) / slots
             bound_s = min(bound_s, self._share * worth_s)
         ticket = _Ticket(account, slots, self._arrivals, bound_s, self._step, now)
         self._arrivals += 1
@@ -160,9 +171,13 @@ class PromotionQueue:
         line = self._waiting.setdefault(account, deque())
         if not line:
             self._turns[account] = max(self._turns.get(account, 0.0), self._now_serving)
-        line.append(ticket)
+        if resumes:
+            line.appendleft(ticket)
+            ahead = self._before(account, slots)
+        else:
+            line.append(ticket)
+            ahead = self._ahead_of(account, 0) - slots
         self._head = None
-        ahead = self._ahead_of(account, 0) - slots
         ticket.is_hopeless = self._seconds_for(ahead) > bound_s
 
     def ask(self, request_id: str, now: float, room: Callable[[], Room]) -> Verdict:

@@ -45,7 +45,8 @@ class RemoteTier:
     `start`, `drain` and `close`. The order for each request:
 
     1. `lookup` for each key, in each step until none is answered RETRY; `flush` ends the step.
-    2. `load` for those that were hits, once, if at all; `finished` tells how it went.
+    2. `load` for those that were hits, once, if at all; `finished` tells how it went. What is
+       loaded in parts begins anew with 1 after `resume`.
     3. `end_request`, also before the request starts anew.
 
     Args:
@@ -171,6 +172,19 @@ class RemoteTier:
         """Let a request wait for the tier for its deadline from now on: until now it has waited
         for room."""
         self._inquiries.restart(request_id)
+
+    def limit(self, request_id: str, keys: int | None) -> None:
+        """Let a request load no more than ``keys`` blocks in one go; None for no such limit."""
+        self._inquiries.limit(request_id, keys)
+
+    def resume(self, request_id: str) -> bool:
+        """Let a request that has loaded a part of what was found for it load more. To be called
+        once the part is where no further load can push it out.
+
+        Returns:
+            Whether it may: nothing has failed for it until now.
+        """
+        return self._inquiries.resume(request_id)
 
     def give_up(self, request_id: str, why: str) -> None:
         """Let a request load nothing of what was found for it.

@@ -23,6 +23,7 @@ from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.kv_offload.tiering.manager import TieringOffloadingManager
+from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
 from vllm_cachescope.cache.quotas import read_quotas
@@ -56,6 +57,7 @@ from vllm_cachescope.connectors.vllm.engine.stats import (
     move_observations,
     move_remote_counts,
 )
+from vllm_cachescope.connectors.vllm.engine.streams import Streams
 from vllm_cachescope.connectors.vllm.engine.tier_events import TierEvents
 from vllm_cachescope.connectors.vllm.engine.tiers.cpu import CPU
 from vllm_cachescope.connectors.vllm.engine.tiers.device import DEVICE
@@ -167,8 +169,13 @@ class CacheScopeConnector(OffloadingConnector):
             self._settings, kv_cache_manager, self._offloading, self.clock, self._events
         )
         self._purges = EnginePurges(self.cachescope)
+        self._streams = Streams(kv_cache_manager)
         self._promotions = Promotions(
-            self.connector_scheduler, self.cachescope, self.cachescope.remotes, self._queue
+            self.connector_scheduler,
+            self.cachescope,
+            self.cachescope.remotes,
+            self._queue,
+            self._streams,
         )
         places = {
             # One of the device's blocks is vLLM's own.
@@ -229,6 +236,13 @@ class CacheScopeConnector(OffloadingConnector):
         super().update_state_after_alloc(request, blocks, num_external_tokens)
         self.cachescope.update_state_after_alloc(request, num_external_tokens)
         self._promotions.on_scheduled(request.request_id)
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        super().update_connector_output(connector_output)
+        for request_id in connector_output.finished_recving or ():
+            request = self.cachescope.running(request_id)
+            if request is not None and self._promotions.has_more(request):
+                self._streams.restart(request, partial(self.cachescope.on_part_read, request))
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         self._purges.carry_out()

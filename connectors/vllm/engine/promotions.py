@@ -3,6 +3,9 @@
 vLLM itself takes room chunk by chunk while it looks up, and answers "miss" where there is none: of
 many prompts at once each gets a part, computes the rest, and evicts with what it computes the parts
 that others have just loaded.
+
+A prompt that the CPU tier cannot hold is promoted in parts: each waits like a prompt of its own,
+and makes room for the next one once it is on the device (`streams`).
 """
 
 import time
@@ -20,6 +23,7 @@ from vllm.v1.kv_offload.tiering.manager import TieringOffloadingManager
 from vllm.v1.request import Request
 
 from vllm_cachescope.cache.miss_causes import NO_ROOM
+from vllm_cachescope.connectors.vllm.engine.streams import Streams
 from vllm_cachescope.connectors.vllm.engine.tiers.base import TierParent
 from vllm_cachescope.connectors.vllm.engine.tiers.cpu import ScopePolicy
 from vllm_cachescope.connectors.vllm.engine.tiers.remote import RemoteTierManager
@@ -35,19 +39,21 @@ _CHOSEN_TIERS = "kv_load_tiers"
 
 @dataclass(slots=True)
 class _Wanted:
-    """What a request finds behind the device.
+    """What a request finds behind the device, or the first part of it.
 
     Attributes:
         present: keys that the CPU tier has, or is being given.
         missing: keys that remote tiers have and the CPU tier does not.
         loads: how many of these each remote tier would load, by the tier's place.
         is_known: whether all remote tiers have answered.
+        is_part: whether there is more behind.
     """
 
     present: list[OffloadKey] = field(default_factory=list)
     missing: list[OffloadKey] = field(default_factory=list)
     loads: Counter[int] = field(default_factory=Counter)
     is_known: bool = True
+    is_part: bool = False
 
 
 class Promotions:
@@ -60,6 +66,7 @@ class Promotions:
         parent: knows whose a request is, and what computing would take.
         remotes: the remote tiers, nearest first.
         queue: says who may promote.
+        streams: has prompts read in parts.
     """
 
     def __init__(
@@ -68,11 +75,13 @@ class Promotions:
         parent: TierParent,
         remotes: list[RemoteTierManager],
         queue: PromotionQueue,
+        streams: Streams,
     ) -> None:
         self._scheduler = scheduler
         self._parent = parent
         self._remotes = remotes
         self._queue = queue
+        self._streams = streams
         manager = scheduler.manager
         assert isinstance(manager, TieringOffloadingManager)
         self._primary = manager.primary_tier
@@ -83,6 +92,12 @@ class Promotions:
         self._open: dict[str, list[OffloadKey]] = {}
         self._waiting: dict[str, _Wanted] = {}
         self._waited_s: dict[str, float] = {}
+        # How many tokens each request had read at its last restart, of those that read in parts.
+        self._parts: dict[str, int] = {}
+        groups = scheduler.config.kv_group_configs
+        # Where a later block is of use without those before it, or not without those of other
+        # groups, the first blocks found are no part that helps.
+        self._has_parts = len(groups) == 1 and groups[0].sliding_window_size_in_chunks is None
 
     def may_look_up(self, request: Request, local_tokens: int) -> bool:
         """Whether vLLM may look up a request in this step. If not, it asks in the next one.
@@ -107,7 +122,7 @@ class Promotions:
                 return False
             if not wanted.missing:
                 # Others may be loading some of it, and others again want its room.
-                self._hold(request_id, wanted.present)
+                self._open_up(request_id, wanted)
                 return True
             self._waiting[request_id] = wanted
             plan = self._parent.plan_of(request_id)
@@ -119,6 +134,7 @@ class Promotions:
                 len(wanted.missing),
                 self._parent.prefill_seconds(wanted.missing),
                 now,
+                resumes=self._parts.get(request_id, 0) > 0,
             )
         elif not any(self._remotes[place].tier.usable for place in wanted.loads):
             self._queue.leave(request_id, WaitOutcome.TIER_LOST)
@@ -141,6 +157,19 @@ class Promotions:
         self._queue.settle(request_id, time.monotonic())
         self._release(request_id)
 
+    def has_more(self, request: Request) -> bool:
+        """Whether a request that has just read something from tiers behind the device is to be
+        looked up once more and read what comes behind: it has read a part, and all went well."""
+        tokens, request_id = request.num_computed_tokens, request.request_id
+        if (before := self._parts.pop(request_id, None)) is None or tokens <= before:
+            return False
+        resumed = [remote.tier.resume(request_id) for remote in self._remotes]
+        if not any(resumed):
+            return False
+        self._parts[request_id] = tokens
+        self._open.pop(request_id, None)
+        return True
+
     def end(self, request_id: str) -> float | None:
         """A request is over, or starts anew.
 
@@ -151,6 +180,8 @@ class Promotions:
         self._release(request_id)
         self._open.pop(request_id, None)
         self._waiting.pop(request_id, None)
+        self._parts.pop(request_id, None)
+        self._streams.end(request_id)
         return self._waited_s.pop(request_id, None)
 
     def end_step(self, preempted: Iterable[str]) -> None:
@@ -190,7 +221,7 @@ class Promotions:
         if not self._policy.fits_quotas(newcomers):
             return Room.SPENT
         primary = self._primary
-        # What can never fit gets all that there is.
+        # What can never fit, and not be read in parts either, gets all that there is.
         need = min(len(wanted.missing), primary._num_chunks - len(wanted.present))
         room = primary._get_num_free_chunks() + primary._num_evictable_cache_chunks
         if need > room or need > room - self._policy.held_idle(wanted.present):
@@ -198,14 +229,20 @@ class Promotions:
         return Room.ENOUGH
 
     def _go(self, request_id: str) -> None:
-        wanted = self._waiting.pop(request_id)
-        self._hold(request_id, [*wanted.present, *wanted.missing])
+        self._open_up(request_id, self._waiting.pop(request_id))
         if (waited_s := self._queue.waited_s(request_id)) > 0:
-            self._waited_s[request_id] = waited_s
+            self._waited_s[request_id] = self._waited_s.get(request_id, 0.0) + waited_s
 
-    def _hold(self, request_id: str, keys: list[OffloadKey]) -> None:
+    def _open_up(self, request_id: str, wanted: _Wanted) -> None:
+        keys = [*wanted.present, *wanted.missing]
         self._policy.hold(keys)
         self._open[request_id] = keys
+        if wanted.is_part:
+            self._parts.setdefault(request_id, 0)
+        else:
+            self._parts.pop(request_id, None)
+        for place, remote in enumerate(self._remotes):
+            remote.tier.limit(request_id, wanted.loads[place] if wanted.is_part else None)
 
     def _compute(self, request_id: str) -> None:
         del self._waiting[request_id]
@@ -217,7 +254,23 @@ class Promotions:
             self._open[request_id] = []
 
     def _find(self, status: RequestOffloadState, local_tokens: int) -> _Wanted:
-        """Return what vLLM's look-up would find behind the device."""
+        """Return what vLLM's look-up would find behind the device, or a part of it if the CPU tier
+        cannot hold it, or not all of it may be loaded at once."""
+        wanted = self._find_all(status, local_tokens)
+        chunks = self._primary._num_chunks
+        fits = len(wanted.present) + len(wanted.missing) <= chunks and all(
+            loads <= self._remotes[place].tier.most_loads for place, loads in wanted.loads.items()
+        )
+        if fits or not wanted.is_known or not self._has_parts:
+            return wanted
+        # One half can be filled while what the other one holds is copied.
+        return self._find_all(status, local_tokens, max(1, chunks // 2))
+
+    def _find_all(
+        self, status: RequestOffloadState, local_tokens: int, most: int | None = None
+    ) -> _Wanted:
+        """Return what is found behind the device; no more than ``most`` keys, and what may be
+        loaded at once, if that is given."""
         wanted = _Wanted()
         for group, state in zip(
             self._scheduler.config.kv_group_configs, status.group_states, strict=True
@@ -226,6 +279,9 @@ class Promotions:
             window = group.sliding_window_size_in_chunks
             if window is None:
                 for key in keys:
+                    if most is not None and self._is_full(wanted, most):
+                        wanted.is_part = True
+                        break
                     if not self._add(wanted, key, status.req_context):
                         break
                 continue
@@ -235,6 +291,11 @@ class Promotions:
                 if in_a_row > window:
                     break
         return wanted
+
+    def _is_full(self, wanted: _Wanted, most: int) -> bool:
+        return len(wanted.present) + len(wanted.missing) >= most or any(
+            loads >= self._remotes[place].tier.most_loads for place, loads in wanted.loads.items()
+        )
 
     def _add(self, wanted: _Wanted, key: OffloadKey, context: ReqContext) -> bool:
         """Note where a key is found; return whether it is anywhere, as far as is known."""

@@ -55,7 +55,8 @@ class PromptReporter:
         self._prefill_rate = prefill_rate
 
     def note_read(self, prompt: Prompt, request: Request, external_tokens: int) -> None:
-        """Note what a prompt reads when it is scheduled for the first time, and what it misses.
+        """Note what a prompt reads when it is scheduled for the first time, or resumed, and what it
+        misses.
 
         Args:
             prompt: the prompt.
@@ -63,7 +64,7 @@ class PromptReporter:
             external_tokens: tokens read from tiers behind the device, right behind the local ones.
         """
         prompt.read = [
-            (Outcome.READ_DEVICE, prompt.local_tokens),
+            *_first(prompt.read or [], prompt.local_tokens),
             *self._external_reads(prompt, request, external_tokens),
         ]
         prompt.prefill_rate = self._prefill_rate.tokens_per_s
@@ -125,3 +126,13 @@ class PromptReporter:
                 position = end
         read.append((Outcome.READ_CPU, last - position))
         return [(outcome, tokens) for outcome, tokens in read if tokens]
+
+
+def _first(read: Sequence[tuple[str, int]], tokens: int) -> list[tuple[str, int]]:
+    """Return how the first ``tokens`` tokens were read: as ``read`` says, and what lies behind
+    from the device."""
+    first: list[tuple[str, int]] = []
+    for outcome, count in read:
+        first.append((outcome, min(count, tokens)))
+        tokens -= first[-1][1]
+    return [*first, (Outcome.READ_DEVICE, tokens)]

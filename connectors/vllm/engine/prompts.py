@@ -73,6 +73,7 @@ class Prompt:
         local_tokens: tokens that the prefix cache held at the last look-up.
         read: ``(outcome, tokens)`` of what was read when the prompt was first scheduled; None
             before.
+        is_resumed: whether what comes next is read on top of that: the prompt is read in parts.
         prefill_rate: tokens per second that the engine was seen to compute when the prompt was
             read; None if it was seen to compute none.
         misses: the tokens behind those that were read, up to the first unknown block.
@@ -94,6 +95,7 @@ class Prompt:
     request: Request | None
     local_tokens: int = 0
     read: list[tuple[str, int]] | None = None
+    is_resumed: bool = False
     prefill_rate: float | None = None
     misses: tuple[CacheMiss, ...] = ()
     unasked: CacheMiss | None = None

@@ -166,13 +166,18 @@ class CacheScopeConnectorScheduler(TierParent):
         if prompt is None:
             return
         found = prompt.local_tokens + num_external_tokens
-        reads: Counter[Read] | None = Counter() if prompt.read is None else None
+        is_new = prompt.read is None
+        reads: Counter[Read] | None = Counter() if is_new or prompt.is_resumed else None
+        prompt.registered = 0
         if reads is not None:
+            if not is_new:
+                # What was read before has been counted.
+                prompt.registered = prompt.local_tokens
             self._reporter.note_read(prompt, request, num_external_tokens)
+            prompt.is_resumed = False
         if num_external_tokens:
             chunks = self._layout.chunks_between(request, prompt.local_tokens, found)
             self.counts.promotions[CPU, DEVICE] += chunks
-        prompt.registered = 0
         # Now and not when a load is done: what is in use must not expire meanwhile.
         all_known = self._register(prompt, request, found, known_only=True, reads=reads)
         if reads:
@@ -184,6 +189,19 @@ class CacheScopeConnectorScheduler(TierParent):
             # request of the same step; that request creates it, and must be the first to register
             # it.
             prompt.registered = 0
+
+    def running(self, request_id: str) -> Request | None:
+        """Return a request that runs or waits; None if there is no such request."""
+        prompt = self._prompts.get(request_id)
+        return None if prompt is None else prompt.request
+
+    def on_part_read(self, request: Request) -> None:
+        """What a request has read is on the device, to be found there. It will be looked up once
+        more, and reads more."""
+        prompt = self._prompts.get(request.request_id)
+        if prompt is not None:
+            self._register(prompt, request, request.num_computed_tokens, known_only=True)
+            prompt.is_resumed = True
 
     def on_step_scheduled(self, scheduler_output: SchedulerOutput) -> None:
         """A step was scheduled: the blocks that it fills are in vLLM's prefix cache now. To be
