@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 from vllm_cachescope.cache.return_counts import Kind
 
@@ -77,8 +78,7 @@ class Run:
         self.place: object | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Stretch:
+class Stretch(NamedTuple):
     """Consecutive blocks of a prompt that were in one run before, or in none.
 
     Attributes:
