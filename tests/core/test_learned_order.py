@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 from tests.examples import examples
 from vllm_cachescope.cache import learned_order
 from vllm_cachescope.cache.learned_order import LearnedOrder
-from vllm_cachescope.cache.return_counts import BINS, EDGES, MAX_KINDS, Counted, ReturnCounts, bin_of
+from vllm_cachescope.cache.return_counts import (
+    BINS,
+    EDGES,
+    MAX_KINDS,
+    Counted,
+    ReturnCounts,
+    bin_of,
+)
 from vllm_cachescope.cache.return_prices import fit_prices
 from vllm_cachescope.cache.runs import RequestSignals
 
