@@ -23,6 +23,7 @@ BENCHMARKS = (
     "policy",
     "remote_tier",
     "report",
+    "scale",
     "shared_prefix",
 )
 

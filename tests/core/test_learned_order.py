@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 from tests.examples import examples
 from vllm_cachescope.cache import learned_order
 from vllm_cachescope.cache.learned_order import LearnedOrder
-from vllm_cachescope.cache.return_counts import BINS, MAX_KINDS, Counted, ReturnCounts, bin_of
+from vllm_cachescope.cache.return_counts import (
+    BINS,
+    EDGES,
+    MAX_KINDS,
+    Counted,
+    ReturnCounts,
+    bin_of,
+)
 from vllm_cachescope.cache.return_prices import fit_prices
 from vllm_cachescope.cache.runs import RequestSignals
 
@@ -196,8 +203,8 @@ def test_what_is_marked_longer_stays_within_its_share_and_competes_beyond_it() -
 def test_what_was_learned_outlives_a_restart_and_a_damaged_file_does_not_matter() -> None:
     counts = ReturnCounts()
     number = counts.number((0, 1, 2, 3))
-    counts.add_return(number * BINS + 3, 2.0)
-    counts.add_exposure(number * BINS + 3, 20.0)
+    counts.add_return(number * BINS + 3, EDGES[3], 2.0)
+    counts.add_stay(number * BINS + 3, number * BINS + 4, 10)
     state = json.loads(json.dumps(counts.counted().state()))
     order = LearnedOrder()
     assert order.restore(state)
@@ -221,12 +228,9 @@ def test_prices_follow_the_chance_of_a_return_and_the_wait_for_it() -> None:
     counts = ReturnCounts()
     soon, late, never = (counts.number((0, level)) for level in range(3))
     for number, age in ((soon, 2.0), (late, 600.0)):
-        for bin_ in range(bin_of(age)):
-            counts.add_exposure(number * BINS + bin_, 1000.0)
-        counts.add_return(number * BINS + bin_of(age), 900.0)
-        counts.add_exposure(number * BINS + bin_of(age), 900.0)
-    for bin_ in range(BINS):
-        counts.add_exposure(never * BINS + bin_, 100_000.0)
+        counts.add_return(number * BINS, age, 900.0)
+        counts.add_stay(number * BINS, number * BINS + bin_of(age), 100)
+    counts.add_stay(never * BINS, (never + 1) * BINS, 10_000)
     prices = fit_prices(counts.counted())
     assert prices.of(soon * BINS) > 5 * prices.of(late * BINS) > 5 * prices.of(never * BINS)
     # What was late all along gains as its time comes.

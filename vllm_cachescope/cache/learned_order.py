@@ -2,13 +2,13 @@
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from heapq import heappop, heappush
 from math import inf, nextafter
 from typing import Any
 
 from vllm_cachescope.cache.place_listing import PlaceListing
-from vllm_cachescope.cache.return_counts import BINS, EDGES, WIDTHS, Counted, ReturnCounts
+from vllm_cachescope.cache.return_counts import BINS, Counted, ReturnCounts
 from vllm_cachescope.cache.return_prices import RECENCY, Prices, fit_prices
+from vllm_cachescope.cache.run_ages import RunAges
 from vllm_cachescope.cache.run_place import Place
 from vllm_cachescope.cache.run_selection import RunSelection
 from vllm_cachescope.cache.runs import (
@@ -81,9 +81,7 @@ class LearnedOrder:
         self._places: dict[tuple[bytes, bool], Place] = {}
         self.listing = PlaceListing(self._places)
         self._nowhere = Place(b"", False)
-        # Heaps of (time, number, place, cell): no run of the cell reaches the next bin before.
-        self._due: list[tuple[float, int, Place, int]] = []
-        self._number = 0
+        self._ages = RunAges(self._counts, self._entered)
         self._used_at = -inf
         self._requests = 0
         self._next_fit = _FIRST_FIT
@@ -110,7 +108,7 @@ class LearnedOrder:
 
         To be called for blocks of requests that are not over; `use_request` tells what they were.
         """
-        self._advance(now)
+        self._ages.advance(now)
         place = self._place(org, ttl_s > LONG_TTL_S)
         run = self._open
         if run is None or run.place is not place or now - run.used_at > _TOGETHER_S:
@@ -137,7 +135,7 @@ class LearnedOrder:
             now: the time in seconds.
             signals: what else is known of the request.
         """
-        self._advance(now)
+        self._ages.advance(now)
         self._open = None
         pieces = list(pieces)
         keys = pieces[0][0] if len(pieces) == 1 else [key for piece in pieces for key in piece[0]]
@@ -170,23 +168,33 @@ class LearnedOrder:
 
     def remove(self, key: bytes) -> None:
         """Remove ``key``; one that is not known is ignored."""
-        run = self._run_of.pop(key, None)
-        if run is None:
-            return
-        place = run.place
-        assert isinstance(place, Place)
-        self._hold(place, -1)
-        run.live -= 1
-        if not run.live:
-            self._end(run)
-        keys = run.keys
-        while keys and self._run_of.get(keys[-1]) is not run:
-            keys.pop()
+        self.remove_all((key,))
+
+    def remove_all(self, keys: Iterable[bytes]) -> None:
+        """Remove ``keys``; those that are not known are ignored."""
+        run_of, gone = self._run_of, dict[Run, int]()
+        for key in keys:
+            run = run_of.pop(key, None)
+            if run is not None:
+                gone[run] = gone.get(run, 0) + 1
+        held: dict[Place, int] = {}
+        for run, blocks in gone.items():
+            place = run.place
+            assert isinstance(place, Place)
+            held[place] = held.get(place, 0) + blocks
+            run.live -= blocks
+            if not run.live:
+                self._end(run)
+                continue
+            keys_of = run.keys
+            while keys_of and run_of.get(keys_of[-1]) is not run:
+                keys_of.pop()
+        for place, blocks in held.items():
+            self._hold(place, -blocks)
 
     def clear(self) -> None:
         """Remove all keys. What was learned is kept."""
-        for key in list(self._run_of):
-            self.remove(key)
+        self.remove_all(list(self._run_of))
 
     # Victims.
 
@@ -204,7 +212,7 @@ class LearnedOrder:
         Returns:
             ``count`` keys; None if fewer may be evicted.
         """
-        self._advance(now)
+        self._ages.advance(now)
         chosen = RunSelection(self, must_stay).take(count)
         return chosen if len(chosen) == count else None
 
@@ -212,7 +220,7 @@ class LearnedOrder:
         self, org: bytes, count: int, now: float, must_stay: Callable[[bytes], bool]
     ) -> list[bytes]:
         """Return up to ``count`` keys of ``org`` to evict first; see `victims`."""
-        self._advance(now)
+        self._ages.advance(now)
         return RunSelection(self, must_stay).take_of(org, count)
 
     def is_spared(self, org: bytes, evicted: int = 0) -> bool:
@@ -294,8 +302,7 @@ class LearnedOrder:
     def _count_return(self, run: Run, stretch: Stretch, now: float) -> None:
         used = stretch.end - stretch.start
         part = used / max(used, run.size)
-        self._counts.add_return(run.cell, part)
-        self._counts.add_exposure(run.cell, part * (now - run.used_at - EDGES[run.cell % BINS]))
+        self._counts.add_return(run.cell, now - run.used_at, part)
         run.size = max(0, run.size - used)
         if run.place is self._nowhere:
             self._forget(run)
@@ -337,15 +344,20 @@ class LearnedOrder:
             self._end(old)
 
     def _enter(self, run: Run, place: Place) -> None:
-        if place.add(run, self.prices):
-            self._list_due(place, run.cell)
-            if place is self._nowhere:
-                return
-            rank = self.prices.of(run.cell), run.used_at
-            spared = self.is_spared(place.org)
-            listed = place.listed[spared]
-            if listed is None or rank < listed:
-                self.listing.add(spared, place, rank)
+        if place.add(run):
+            self._entered(run, place)
+
+    def _entered(self, run: Run, place: Place) -> None:
+        """Note that a place has got a cell, with a run."""
+        self._ages.list(place, run.cell, run.used_at)
+        if place is self._nowhere:
+            return
+        rank = self.prices.of(run.cell), run.used_at
+        place.price(run.cell, rank, self.prices)
+        spared = self.is_spared(place.org)
+        listed = place.listed[spared]
+        if listed is None or rank < listed:
+            self.listing.add(spared, place, rank)
 
     def _end(self, run: Run) -> None:
         """Note that a run has no blocks left: from now on it is only remembered."""
@@ -372,38 +384,6 @@ class LearnedOrder:
         not moved: of blocks that are worth the same the one unused for longest goes first."""
         self._used_at = max(now, nextafter(self._used_at, inf))
         return self._used_at
-
-    def _list_due(self, place: Place, cell: int) -> None:
-        bin_ = cell % BINS
-        if bin_ < BINS - 1:
-            self._number += 1
-            at = place.cells[cell][0].used_at + EDGES[bin_ + 1]
-            if place.due.get(cell, at) < at:
-                return
-            place.due[cell] = at
-            heappush(self._due, (at, self._number, place, cell))
-
-    def _advance(self, now: float) -> None:
-        """Move runs to the bins of their ages, and count the time that they spent in those before.
-        Each run moves at most `BINS` times between two uses."""
-        due = self._due
-        while due and due[0][0] <= now:
-            at, _, place, cell = heappop(due)
-            if place.due.get(cell) != at:
-                continue
-            del place.due[cell]
-            moved = place.age(cell, now - EDGES[cell % BINS + 1])
-            passed = sum(not run.is_open for run in moved)
-            self._counts.add_exposure(cell, passed * WIDTHS[cell % BINS])
-            if cell in place.cells:
-                self._list_due(place, cell)
-            if not moved:
-                continue
-            if (later := place.cells.get(cell + 1)) is not None:
-                later.extend(moved)
-                continue
-            self._enter(moved[0], place)
-            place.cells[cell + 1].extend(moved[1:])
 
     # Prices.
 

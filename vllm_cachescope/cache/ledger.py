@@ -2,10 +2,12 @@
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from vllm_cachescope.cache.eviction import LifetimeShare
 from vllm_cachescope.tenancy.owner_tags import NOBODY, org_of
+
+NOWHERE: frozenset[str] = frozenset()
 
 
 @dataclass(slots=True)
@@ -23,7 +25,7 @@ class Entry:
     ttl_s: int
     expires_at: float
     owner: bytes = NOBODY
-    tiers: set[str] = field(default_factory=set)
+    tiers: frozenset[str] = NOWHERE
 
 
 class Ledger:
@@ -44,6 +46,8 @@ class Ledger:
         self._resident: Counter[tuple[str, int]] = Counter()
         self._held: dict[str, Counter[bytes]] = {}
         self._orders: dict[str, tuple[LifetimeShare, Callable[[bytes], bytes]]] = {}
+        # Sets of tiers are few, and entries many: all entries on the same tiers have the same set.
+        self._tiers: dict[frozenset[str], frozenset[str]] = {}
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -107,7 +111,7 @@ class Ledger:
         """Note that ``tier`` holds a known key."""
         entry = self._entries[key]
         if tier not in entry.tiers:
-            entry.tiers.add(tier)
+            entry.tiers = self._same(entry.tiers | {tier})
             self._count(tier, entry, 1)
             if tier in self._orders:
                 order, account_of = self._orders[tier]
@@ -119,7 +123,7 @@ class Ledger:
         entry = self._entries.get(key)
         if entry is None or tier not in entry.tiers:
             return
-        entry.tiers.remove(tier)
+        entry.tiers = self._same(entry.tiers - {tier})
         self._displaced(key, entry, tier)
         if not entry.tiers:
             self._drop(key, entry)
@@ -170,6 +174,9 @@ class Ledger:
         """Return how many blocks of each organisation ``tier`` holds, by the organisation's
         tag."""
         return dict(self._held.get(tier, ()))
+
+    def _same(self, tiers: frozenset[str]) -> frozenset[str]:
+        return self._tiers.setdefault(tiers, tiers)
 
     def _count(self, tier: str, entry: Entry, blocks: int) -> None:
         self._resident[tier, entry.ttl_s] += blocks

@@ -33,6 +33,11 @@ class PlaceListing:
             heappop(heap)
         return None
 
+    def second(self, spared: bool, is_long: bool) -> Rank | None:
+        """Return a rank that no place but the first is listed below; None if there is no other."""
+        heap = self._heaps[spared, is_long]
+        return min((item[0] for item in heap[1:3]), default=None)
+
     def remove(self, spared: bool, place: Place) -> None:
         """Remove a place that is listed."""
         place.listed[spared] = None

@@ -91,18 +91,31 @@ class ReturnCounts:
         self._exposure.extend([0.0] * BINS)
         return number
 
-    def add_return(self, cell: int, part: float) -> None:
+    def kind(self, cell: int) -> Kind:
+        """Return the kind of a cell: a kind's number times `BINS`, plus a bin."""
+        return self._kinds[cell // BINS]
+
+    def add_return(self, cell: int, age_s: float, part: float) -> None:
         """A run was used again.
 
         Args:
-            cell: its kind's number times `BINS`, plus the bin of its age.
+            cell: its kind's number times `BINS`, plus the bin up to which its time was counted.
+            age_s: its age, in that bin or a later one.
             part: how much of it, from 0 to 1.
         """
+        bin_, exposure = cell % BINS, self._exposure
+        while bin_ < BINS - 1 and EDGES[bin_ + 1] <= age_s:
+            exposure[cell] += part * WIDTHS[bin_]
+            bin_ += 1
+            cell += 1
         self._returns[cell] += part
+        exposure[cell] += part * (age_s - EDGES[bin_])
 
-    def add_exposure(self, cell: int, seconds: float) -> None:
-        """A run was of that kind and age for so long; ``cell`` as in `add_return`."""
-        self._exposure[cell] += seconds
+    def add_stay(self, cell: int, later: int, runs: int) -> None:
+        """So many runs have passed through ``cell``, and those behind it, up to ``later``."""
+        exposure, bin_ = self._exposure, cell % BINS
+        for passed in range(later - cell):
+            exposure[cell + passed] += runs * WIDTHS[bin_ + passed]
 
     def fade(self, factor: float) -> None:
         """Forget a part of all that was counted: what no longer holds loses its weight."""

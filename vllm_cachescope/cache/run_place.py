@@ -1,7 +1,7 @@
 """A place: the resident runs of one organisation, with a claim to be kept longer or without."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from heapq import heapify, heappop, heappush, heapreplace
 
 from vllm_cachescope.cache.return_prices import Prices
@@ -9,6 +9,9 @@ from vllm_cachescope.cache.runs import Run
 
 Rank = tuple[float, float]
 """The price of a block, and when its run was last used: the lowest goes first."""
+
+_LOOK = 32
+"""So many blocks of a run are looked at together."""
 
 
 class Place:
@@ -38,7 +41,7 @@ class Place:
         self._heap: list[tuple[float, float, int]] = []
         self._prices: Prices | None = None
 
-    def add(self, run: Run, prices: Prices) -> bool:
+    def add(self, run: Run) -> bool:
         """Add a run to its cell; return whether the cell is new."""
         run.place = self
         runs = self.cells.get(run.cell)
@@ -46,12 +49,15 @@ class Place:
             runs.append(run)
             return False
         self.cells[run.cell] = deque((run,))
+        return True
+
+    def price(self, cell: int, rank: Rank, prices: Prices) -> None:
+        """Note the rank of a cell that is new, by these prices."""
         if self._prices is prices:
             if len(self._heap) > 2 * len(self.cells) + 16:
                 self._prices = None
             else:
-                heappush(self._heap, (prices.of(run.cell), run.used_at, run.cell))
-        return True
+                heappush(self._heap, (*rank, cell))
 
     def oldest(self, cell: int) -> Run | None:
         """Return the oldest run of a cell that is still there; None if there is none, and the cell
@@ -66,22 +72,6 @@ class Place:
             runs.popleft()
         del self.cells[cell]
         return None
-
-    def age(self, cell: int, used_before: float) -> list[Run]:
-        """Move the runs of a cell that were used at ``used_before`` (seconds) or earlier to the
-        cell of the next bin; return them."""
-        moved: list[Run] = []
-        runs = self.cells.get(cell)
-        while runs:
-            run = runs[0]
-            if run.cell == cell and run.place is self:
-                if run.used_at > used_before:
-                    return moved
-                run.cell = cell + 1
-                moved.append(run)
-            runs.popleft()
-        self.cells.pop(cell, None)
-        return moved
 
     def lowest(self, prices: Prices) -> Rank | None:
         """Return the rank of the block to go first; None if there is none."""
@@ -98,39 +88,51 @@ class Place:
         return None
 
     def candidates(
-        self, prices: Prices, may_go: Callable[[bytes, Run], bool]
-    ) -> Iterator[tuple[Rank, bytes]]:
-        """Yield ``(rank, key)`` of the blocks that may go, lowest first; of a run the end first.
+        self, prices: Prices, free: Callable[[Run, int, int], list[bytes]]
+    ) -> Generator[tuple[Rank, list[bytes]], None, None]:
+        """Yield ``(rank, keys)`` of the blocks that may go, lowest first; of a run the end first.
 
-        Nothing may change meanwhile.
+        To be closed in the end. Nothing may change meanwhile: what is passed over is taken out of
+        the place's own heap and put back then, so that a look costs what it passes and not what
+        there is.
+
+        Args:
+            prices: the prices that count.
+            free: returns which keys of a run may go, from the second number back to the first, in
+                that order.
         """
         self._price(prices)
-        heap, cells = self._heap.copy(), dict[int, Iterator[Run]]()
-        heads: dict[int, Run] = {}
-        while heap:
-            price, used_at, cell = heappop(heap)
-            if cell not in cells:
-                cells[cell] = iter(self.cells.get(cell, ()))
-                self._advance(cell, cells[cell], heads)
-            run = heads.get(cell)
-            if run is None:
-                continue
-            if run.used_at > used_at:
-                heappush(heap, (price, run.used_at, cell))
-                continue
-            for key in reversed(run.keys):
-                if may_go(key, run):
-                    yield (price, used_at), key
-            self._advance(cell, cells[cell], heads)
-            if cell in heads:
-                heappush(heap, (price, heads[cell].used_at, cell))
-
-    def _advance(self, cell: int, runs: Iterator[Run], heads: dict[int, Run]) -> None:
-        heads.pop(cell, None)
-        for run in runs:
-            if run.cell == cell and run.place is self:
-                heads[cell] = run
-                return
+        heap, passed = self._heap, list[tuple[float, float, int]]()
+        rest: dict[int, Iterator[Run]] = {}
+        ahead: list[tuple[float, float, int, Run]] = []
+        try:
+            while heap or ahead:
+                if heap and (not ahead or heap[0] < ahead[0]):
+                    price, used_at, cell = item = heappop(heap)
+                    if cell in rest or (oldest := self.oldest(cell)) is None:
+                        continue
+                    run = oldest
+                    if run.used_at > used_at:
+                        heappush(heap, (price, run.used_at, cell))
+                        continue
+                    passed.append(item)
+                    rest[cell] = iter(self.cells[cell])
+                    next(rest[cell])
+                else:
+                    price, used_at, cell, run = heappop(ahead)
+                end = len(run.keys)
+                while end > 0:
+                    start = max(0, end - _LOOK)
+                    if found := free(run, start, end):
+                        yield (price, used_at), found
+                    end = start
+                for run in rest[cell]:
+                    if run.cell == cell and run.place is self:
+                        heappush(ahead, (price, run.used_at, cell, run))
+                        break
+        finally:
+            for item in passed:
+                heappush(heap, item)
 
     def _price(self, prices: Prices) -> None:
         if self._prices is not prices:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from heapq import merge
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,9 @@ from vllm_cachescope.cache.runs import Run
 
 if TYPE_CHECKING:
     from vllm_cachescope.cache.learned_order import LearnedOrder
+
+Head = tuple[Rank, list[bytes]]
+"""Blocks of one rank, the first to go first."""
 
 
 class RunSelection:
@@ -29,14 +32,18 @@ class RunSelection:
         self._chosen: dict[bytes, None] = {}
         self._evicted: Counter[bytes] = Counter()
         self._long_left = order.long_held
-        self._candidates: dict[Place, Iterator[tuple[Rank, bytes]]] = {}
-        self._heads: dict[Place, tuple[Rank, bytes] | None] = {}
+        self._candidates: dict[Place, Generator[Head, None, None]] = {}
+        self._heads: dict[Place, Head | None] = {}
 
     def take(self, count: int) -> list[bytes]:
         """Choose up to ``count`` blocks, the most dispensable one first."""
         for spared in (False, True):
-            while len(self._chosen) < count and (place := self._next(spared)) is not None:
-                self._choose(place, count - len(self._chosen), spared)
+            while (left := count - len(self._chosen)) > 0:
+                if (place := self._next(spared)) is None:
+                    break
+                self._choose(place, left, spared)
+        for candidates in self._candidates.values():
+            candidates.close()
         for place in self._heads:
             self._order.enlist(place)
         return list(self._chosen)
@@ -44,31 +51,53 @@ class RunSelection:
     def take_of(self, org: bytes, count: int) -> list[bytes]:
         """Choose up to ``count`` blocks of one organisation."""
         places = [self._order.place_of(org, is_long) for is_long in (False, True)]
-        found = [place.candidates(self._order.prices, self._may_go) for place in places if place]
-        for _, key in merge(*found):
+        found = [place.candidates(self._order.prices, self._free) for place in places if place]
+        for _, keys in merge(*found):
+            self._chosen.update(dict.fromkeys(keys[: max(0, count - len(self._chosen))]))
             if len(self._chosen) >= count:
                 break
-            self._chosen[key] = None
+        for candidates in found:
+            candidates.close()
         return list(self._chosen)
 
     def _choose(self, place: Place, most: int, spared: bool) -> None:
-        """Choose blocks of one rank: where one of them goes first, so do the others, until their
-        organisation is spared, or what is marked to live longer is back within its share."""
-        order, org = self._order, place.org
+        """Choose blocks of a place until another's may go before the next of them: what ranks as
+        the lowest does goes with it, until its organisation is spared, or what is marked to live
+        longer is back within its share."""
+        order, org, chosen = self._order, place.org, self._chosen
         if not spared:
             most = min(most, order.exposed(org) - self._evicted[org])
         if place.is_long and self._long_left > order.long_blocks:
             most = min(most, self._long_left - order.long_blocks)
         head = self._heads[place]
-        rank = head[0]  # type: ignore[index]
-        candidates, taken = self._candidates[place], 0
-        while head is not None and head[0] == rank and taken < most:
-            self._chosen[head[1]] = None
-            taken += 1
-            head = next(candidates, None)
+        assert head is not None
+        first, bound = head[0], self._bound(place, spared)
+        candidates, left = self._candidates[place], most
+        while head is not None and left > 0:
+            rank, keys = head
+            if rank != first and bound is not None and rank >= bound:
+                break
+            chosen.update(dict.fromkeys(keys[:left]))
+            if len(keys) > left:
+                head, left = (rank, keys[left:]), 0
+            else:
+                left -= len(keys)
+                head = next(candidates, None)
         self._heads[place] = head
-        self._evicted[org] += taken
-        self._long_left -= taken * place.is_long
+        self._evicted[org] += most - left
+        self._long_left -= (most - left) * place.is_long
+
+    def _bound(self, place: Place, spared: bool) -> Rank | None:
+        """Return a rank that no block of another place is below which competes with this one; None
+        if there is no other."""
+        order, is_long = self._order, place.is_long
+        bound = order.listing.second(spared, is_long)
+        # Those marked to live longer compete with the others only beyond their share, or alone.
+        if is_long or self._long_left > order.long_blocks:
+            other = order.listing.top(spared, not is_long)
+            if other is not None and (bound is None or other[0] < bound):
+                bound = other[0]
+        return bound
 
     def _next(self, spared: bool) -> Place | None:
         """Return the place whose lowest block goes next."""
@@ -98,11 +127,16 @@ class RunSelection:
                 return place
         return None
 
-    def _head(self, place: Place) -> tuple[Rank, bytes] | None:
+    def _head(self, place: Place) -> Head | None:
         if place not in self._heads:
-            self._candidates[place] = place.candidates(self._order.prices, self._may_go)
+            self._candidates[place] = place.candidates(self._order.prices, self._free)
             self._heads[place] = next(self._candidates[place], None)
         return self._heads[place]
 
-    def _may_go(self, key: bytes, run: Run) -> bool:
-        return self._runs.get(key) is run and key not in self._chosen and not self._must_stay(key)
+    def _free(self, run: Run, start: int, end: int) -> list[bytes]:
+        run_of, chosen, must_stay = self._runs.get, self._chosen, self._must_stay
+        return [
+            key
+            for key in reversed(run.keys[start:end])
+            if run_of(key) is run and key not in chosen and not must_stay(key)
+        ]

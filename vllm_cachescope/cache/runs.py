@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 from vllm_cachescope.cache.return_counts import Kind
 
@@ -17,11 +18,19 @@ class Group(IntEnum):
     PARTIAL = 2  # a last block that is not full: a longer prompt has another in its place
 
 
+class Ended(IntEnum):
+    """How the answer to a request ended."""
+
+    ANSWER = 0  # the turn is over: whoever asked may ask again, or never
+    TOOLS = 1  # it waits for the results of tools, which come with the session's next request
+
+
 @dataclass(frozen=True, slots=True)
 class RequestSignals:
     """What a request tells of its blocks' future.
 
     Attributes:
+        ended: how its answer ended; None if that is not known, or not yet.
         output_tokens: how many tokens were generated; None if that is not known.
         ends_partial: whether the last block is not full. Engines cache no such blocks; traces may
             have them.
@@ -29,6 +38,7 @@ class RequestSignals:
 
     output_tokens: int | None = None
     ends_partial: bool = False
+    ended: Ended | None = None
 
 
 NO_SIGNALS = RequestSignals()
@@ -77,8 +87,7 @@ class Run:
         self.place: object | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Stretch:
+class Stretch(NamedTuple):
     """Consecutive blocks of a prompt that were in one run before, or in none.
 
     Attributes:
@@ -143,10 +152,11 @@ def conversation_kind(turn: int, new_blocks: int, signals: RequestSignals) -> Ki
         min(octave(turn), 3),
         min(octave(new_blocks), 6),
         output,
+        UNKNOWN if signals.ended is None else int(signals.ended),
     )
 
 
-OPEN_KIND: Kind = (Group.CONVERSATION, *(UNKNOWN,) * 3)
+OPEN_KIND: Kind = (Group.CONVERSATION, *(UNKNOWN,) * 4)
 """Of what a request has stored that is not over."""
 
 PARTIAL_KIND: Kind = (Group.PARTIAL,)
