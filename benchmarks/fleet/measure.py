@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 from transformers import AutoTokenizer
 
 from benchmarks.agent_load import Call
@@ -133,9 +134,11 @@ def _row(
     ask = asking(front_end, choose)
     counted = row.engine.plugin and front_end is FrontEnd.PYTHON
     before = _asked_of_redis(fleet) if counted else Counter()
+    answered = _answered(fleet, front_end)
     empty = _redis_bytes(fleet)
     outcome = drive(prompts, ask)
     asked = _asked_of_redis(fleet) - before if counted else Counter()
+    after = _answered(fleet, front_end)
     # A salt keeps tenants apart for plain vLLM, too.
     apart = bool(tenant_fields(front_end, "any")[1]) or front_end is FrontEnd.DYNAMO
     stored = _redis_bytes(fleet) - empty
@@ -147,6 +150,7 @@ def _row(
         outcome=outcome,
         first_time=load.first_time(prompts, apart),
         asked_of_redis=dict(asked),
+        split=tuple(late - early for late, early in zip(after, answered, strict=True)),
         redis_bytes=stored if row.engine.tiers is Tiers.REDIS else None,
         own=own,
         across=across,
@@ -157,13 +161,28 @@ def _redis_bytes(fleet: _Fleet) -> int:
     return int(fleet.redis.client.info("memory")["used_memory"])
 
 
+def _answered(fleet: _Fleet, front_end: FrontEnd) -> list[int]:
+    """Return how many calls each replica has answered, where its port tells."""
+    if front_end not in (FrontEnd.PYTHON, FrontEnd.RUST):
+        return []
+    samples = [list(_samples(replica)) for replica in fleet.replicas]
+    return [
+        sum(int(one.value) for one in told if one.name == "vllm:request_success_total")
+        for told in samples
+    ]
+
+
 def _asked_of_redis(fleet: _Fleet) -> Counter[str]:
     counted: Counter[str] = Counter()
     for replica in fleet.replicas:
-        text = httpx.get(f"{replica.url}/metrics", timeout=60).text
-        for family in text_string_to_metric_families(text):
-            for sample in family.samples:
-                if sample.name == "cachescope_tier_keys_total":
-                    what = f"{sample.labels['operation']} {sample.labels['outcome']}"
-                    counted[what] += int(sample.value)
+        for sample in _samples(replica):
+            if sample.name == "cachescope_tier_keys_total":
+                what = f"{sample.labels['operation']} {sample.labels['outcome']}"
+                counted[what] += int(sample.value)
     return counted
+
+
+def _samples(replica: Server) -> Iterator[Sample]:
+    text = httpx.get(f"{replica.url}/metrics", timeout=60).text
+    for family in text_string_to_metric_families(text):
+        yield from family.samples

@@ -53,7 +53,11 @@ class Router:
         return list(dict.fromkeys(program for program in wanted if program is not None))
 
 
-_STICKY = ("--policy", "manual", "--routing-key-headers", SESSION_HEADER)
+_STICKY = (
+    *("--policy", "manual", "--routing-key-headers", SESSION_HEADER),
+    # At random, its default, most of the sessions may be on one replica.
+    *("--assignment-mode", "min_group"),
+)
 _PREFIX = ("--policy", "cache_aware")
 _DYNAMO_SESSION = ("--router-mode", "random", "--router-session-affinity-ttl-secs", "3600")
 

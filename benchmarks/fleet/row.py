@@ -53,6 +53,7 @@ class Measured:
         first_time: tokens that any cache has to compute.
         asked_of_redis: chunks by operation and outcome, as in ``cachescope_tier_keys_total``; empty
             where a replica has no such metric on its port.
+        split: calls that each replica answered; empty where their ports do not tell.
         redis_bytes: by how much Redis's memory grew, in bytes; None without Redis.
         own: tokens that a tenant read of its own; None where that was not looked at.
         across: tokens that a tenant read of another one's.
@@ -62,6 +63,7 @@ class Measured:
     outcome: Outcome
     first_time: int
     asked_of_redis: dict[str, int]
+    split: tuple[int, ...]
     redis_bytes: int | None
     own: int | None
     across: int | None
@@ -99,6 +101,7 @@ class Measured:
             **{"front_end": self.row.engine.front_end, "engine": self.row.engine.name},
             **{"read": self.outcome.read, "prompts": self.outcome.prompts, "twice": self.twice},
             **{"share": self.share, "p50_ms": self.p50_ms, "p99_ms": self.p99_ms},
+            **{"split": self.split},
             **{"asked_of_redis": self.asked_of_redis, "redis_bytes": self.redis_bytes},
             **{"seconds": self.outcome.seconds, "own": self.own, "across": self.across},
         }

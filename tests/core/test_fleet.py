@@ -97,7 +97,7 @@ def test_editions_share_nothing_and_too_long_prompts_are_left_out(trace) -> None
 
 def measured(row: Row, read: int, own: int | None = None, across: int | None = None) -> Measured:
     outcome = Outcome(prompts=1000, read=read, ttft_s=(0.1, 0.2, 0.3), seconds=1.0)
-    return Measured(row, outcome, 100, {}, None, own, across)
+    return Measured(row, outcome, 100, {}, (), None, own, across)
 
 
 def test_targets_name_the_row_that_misses_them() -> None:

@@ -3,6 +3,7 @@
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ class EventStream:
         told: how often each block was said to be stored, less how often to be removed, by
             medium and the engine's hash.
         twice: what was said twice in a row, in the same form.
+        parents: the block before each that was said to be stored; None before a prompt's first.
     """
 
     def __init__(self) -> None:
@@ -46,6 +48,7 @@ class EventStream:
         self.aibrix = AibrixReader(BLOCK)
         self.told: Counter[tuple[str, int]] = Counter()
         self.twice: list[tuple[str, int]] = []
+        self.parents: dict[int, int | None] = {}
         self._next = 0
 
     @property
@@ -87,6 +90,9 @@ class EventStream:
             self.told.clear()
             return
         removed = event["type"] == "BlockRemoved"
+        if not removed:
+            chain = [event["parent_block_hash"], *event["block_hashes"]]
+            self.parents |= {block: before for before, block in pairwise(chain)}
         for block_hash in event["block_hashes"]:
             told = event["medium"], block_hash
             if self.told[told] == (not removed):
