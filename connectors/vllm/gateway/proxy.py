@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 from vllm_cachescope.api.http_request import read_body
 from vllm_cachescope.api.request_context import PromptTiming, RequestContext, current_request
 from vllm_cachescope.cache.report import Report
-from vllm_cachescope.connectors.vllm.gateway.answer import Answer, ends
+from vllm_cachescope.connectors.vllm.gateway.answer import Answer, ends, tells_usage
 from vllm_cachescope.connectors.vllm.gateway.planner import OpenPlanner, has_one_prompt
 from vllm_cachescope.connectors.vllm.gateway.upstream import Upstream, replied_headers
 from vllm_cachescope.connectors.vllm.plan_transport import without_plan_in
@@ -63,14 +63,20 @@ class Proxy:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, as ASGI has it."""
+        if scope["type"] != "http":
+            await send({"type": "websocket.close"})
+            return
+        exchange = Exchange(scope, send)
         try:
-            await self._answer(scope, receive, send)
-        except httpx.ConnectError as error:
+            await self._answer(scope, receive, exchange)
+        except httpx.TransportError as error:
+            if exchange.has_begun:
+                raise
             message = f"the server behind this gateway does not answer: {error}"
             body = {"error": {"message": message, "type": "api_error", "code": 502}}
             await JSONResponse(body, 502)(scope, receive, send)
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _answer(self, scope: Scope, receive: Receive, exchange: "Exchange") -> None:
         context = current_request.get()
         raw, receive = await read_body(scope, receive)
         body: Mapping[str, Any] | None = None
@@ -79,7 +85,6 @@ class Proxy:
         elif context is not None and scope["path"].endswith(_GENERATE):
             decoded = decode(raw)
             body = decoded if isinstance(decoded, dict) else None
-        exchange = Exchange(scope, send)
         if context is None or body is None:
             work = self._pass_on(exchange, scope, raw)
         else:
@@ -147,14 +152,16 @@ class Proxy:
         self, response: httpx.Response, answer: Answer, prompt: "ServedPrompt", exchange: "Exchange"
     ) -> None:
         await exchange.begin(response)
+        is_over = False
         async for chunk in response.aiter_raw():
             out: list[bytes] = []
             for event in answer.events(chunk):
-                if ends(event):
+                is_over |= ends(event)
+                if is_over or tells_usage(event):
                     if out:
                         await exchange.body(b"".join(out))
                         out.clear()
-                    await prompt.fetch_report()
+                    await prompt.fetch_report(is_over)
                 out.append(event)
             if out:
                 await exchange.body(b"".join(out))
@@ -170,16 +177,19 @@ class Exchange:
 
     Attributes:
         target: the request's path with its query.
+        has_begun: whether the client has the head of the answer.
     """
 
     def __init__(self, scope: Scope, send: Send) -> None:
         query = scope.get("query_string", b"").decode("latin-1")
         path = scope.get("raw_path", scope["path"].encode()).decode("latin-1")
         self.target = f"{path}?{query}" if query else path
+        self.has_begun = False
         self._send = send
 
     async def begin(self, response: httpx.Response) -> None:
         """Send the head of an answer."""
+        self.has_begun = True
         await self._send(
             {
                 "type": "http.response.start",
@@ -217,6 +227,7 @@ class ServedPrompt:
         self._tokens: list[int] = []
         self._output_tokens = 0
         self._computed_at: float | None = None
+        self._is_whole = False
 
     def came(self, tokens: list[int]) -> None:
         """Note the prompt's tokens."""
@@ -233,9 +244,13 @@ class ServedPrompt:
         if self._tokens:
             self._context.reports[self._plan.nonce] = Report.from_wire(dict(data))
 
-    async def fetch_report(self) -> None:
-        """Have the engine report, unless it has."""
-        if self._plan.nonce in self._context.reports:
+    async def fetch_report(self, is_over: bool) -> None:
+        """Have the engine report, unless it has told all.
+
+        Args:
+            is_over: whether it has computed the whole answer.
+        """
+        if self._is_whole or not self._plan.nonce:
             return
         try:
             answers = await self._command("report", self._plan.nonce)
@@ -245,6 +260,7 @@ class ServedPrompt:
         for data in answers:
             if data is not None:
                 self.reported(data)
+                self._is_whole = is_over
 
     def over(self) -> None:
         """Note that the server is done, or the client gone."""
@@ -267,7 +283,7 @@ class ServedPrompt:
         context.plans[plan.nonce] = plan
         if plan.nonce not in context.reports:
             # Not awaited: the client's task may be cancelled.
-            context.fetching = asyncio.get_running_loop().create_task(self.fetch_report())
+            context.fetching = asyncio.get_running_loop().create_task(self.fetch_report(True))
 
 
 def _credentials(scope: Scope) -> dict[str, str]:
