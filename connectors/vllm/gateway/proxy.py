@@ -128,6 +128,9 @@ class Proxy:
                 **body,
                 "kv_transfer_params": {**own, PLAN_KEY: seal_open(plan, self._secret)},
             }
+            if context.request is not None and context.caller.session is not None:
+                # So that KV events, and routers by them, know sessions that vLLM does not.
+                sent["session_id"] = body.get("session_id") or context.caller.session
             if is_told:
                 sent["return_token_ids"] = True
             response = await self._upstream.send(
