@@ -9,9 +9,9 @@ import pytest
 from vllm_cachescope.api.request_context import RequestContext
 from vllm_cachescope.config import load
 from vllm_cachescope.connectors.vllm.gateway.answer import Answer, ends, tells_usage
-from vllm_cachescope.connectors.vllm.gateway.planner import OpenPlanner, has_one_prompt
+from vllm_cachescope.connectors.vllm.gateway.planner import OpenPlanner, has_one_prompt, with_plan
 from vllm_cachescope.connectors.vllm.gateway.prefixes import CannotRender
-from vllm_cachescope.prompt.open_plan import OpenPlan
+from vllm_cachescope.prompt.open_plan import OpenPlan, OpenSpan, seal_open
 from vllm_cachescope.prompt.request import Protocol
 from vllm_cachescope.tenancy.caller import CallerDirectory
 from vllm_cachescope.tenancy.owner_tags import is_unlisted
@@ -207,3 +207,26 @@ async def test_unlisted_organisations_are_told_apart(planner) -> None:
     for org, unlisted in (("name:acme", False), ("key:8f3a", True)):
         opened = await planned(planner, Renderer(), org, MARKED)
         assert is_unlisted(opened.owner) is unlisted
+
+
+@pytest.mark.parametrize("odd", ["x", ["x"], 5, None, {"cachescope": "forged"}])
+def test_nothing_of_a_clients_stands_where_the_plan_does(odd: Any) -> None:
+    plan = OpenPlan((OpenSpan(None, Scope.ORG, "k", 300),), "nonce", bytes(16))
+    extra = {"kv_transfer_params": {"cachescope": "forged"}, "other": 1}
+    body = {
+        "prompt": "a",
+        "kv_transfer_params": odd,
+        "vllm_xargs": extra,
+        "sampling_params": {"extra_args": extra, "n": 1},
+    }
+    sent = with_plan(body, plan, SECRET.encode())
+    assert sent.pop("kv_transfer_params") == {"cachescope": seal_open(plan, SECRET.encode())}
+    assert sent == {
+        "prompt": "a",
+        "vllm_xargs": {"other": 1},
+        "sampling_params": {"extra_args": {"other": 1}, "n": 1},
+    }
+    for sampling in (odd, {"extra_args": odd}):
+        body = {"vllm_xargs": odd, "sampling_params": sampling}
+        sent = with_plan(body, plan, SECRET.encode())
+        assert {**sent, "kv_transfer_params": None} == {**body, "kv_transfer_params": None}

@@ -16,12 +16,10 @@ from vllm_cachescope.api.http_request import read_body
 from vllm_cachescope.api.request_context import PromptTiming, RequestContext, current_request
 from vllm_cachescope.cache.report import Report
 from vllm_cachescope.connectors.vllm.gateway.answer import Answer, ends, tells_usage
-from vllm_cachescope.connectors.vllm.gateway.planner import OpenPlanner, has_one_prompt
+from vllm_cachescope.connectors.vllm.gateway.planner import OpenPlanner, has_one_prompt, with_plan
 from vllm_cachescope.connectors.vllm.gateway.upstream import Upstream, replied_headers
-from vllm_cachescope.connectors.vllm.plan_transport import without_plan_in
 from vllm_cachescope.logs import logger_of
-from vllm_cachescope.prompt.open_plan import OpenPlan, seal_open
-from vllm_cachescope.prompt.plan import PLAN_KEY
+from vllm_cachescope.prompt.open_plan import OpenPlan
 from vllm_cachescope.prompt.request import Protocol
 from vllm_cachescope.tenancy.scope import Scope as CacheScope
 from vllm_cachescope.wire.body import decode, encode
@@ -122,12 +120,7 @@ class Proxy:
             if not is_told:
                 # Nobody asks for the reports of several prompts, nor takes one off.
                 plan = OpenPlan(plan.spans, "", plan.owner)
-            transfer = body.get("kv_transfer_params")
-            own = without_plan_in(transfer) if isinstance(transfer, dict) else {}
-            sent = {
-                **body,
-                "kv_transfer_params": {**own, PLAN_KEY: seal_open(plan, self._secret)},
-            }
+            sent = with_plan(body, plan, self._secret)
             if context.request is not None and context.caller.session is not None:
                 # So that KV events, and routers by them, know sessions that vLLM does not.
                 sent["session_id"] = body.get("session_id") or context.caller.session
