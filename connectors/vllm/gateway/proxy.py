@@ -141,7 +141,7 @@ class Proxy:
                     await exchange.begin(response)
                     await exchange.body(whole, more=False)
             finally:
-                prompt.over()
+                prompt.over(was_run=response.status_code == httpx.codes.OK)
                 await response.aclose()
 
     async def _stream(
@@ -248,20 +248,29 @@ class ServedPrompt:
         """
         if self._is_whole or not self._plan.nonce:
             return
+        for data in await self._reports():
+            self.reported(data)
+            self._is_whole = is_over
+
+    async def _reports(self) -> list[dict[str, Any]]:
         try:
             answers = await self._command("report", self._plan.nonce)
         except TimeoutError as error:
             logger.warning("The engine's report could not be fetched: %s", error)
-            return
-        for data in answers:
-            if data is not None:
-                self.reported(data)
-                self._is_whole = is_over
+            return []
+        return [data for data in answers if data is not None]
 
-    def over(self) -> None:
-        """Note that the server is done, or the client gone."""
+    def over(self, was_run: bool) -> None:
+        """Note that the server is done, or the client gone.
+
+        Args:
+            was_run: whether the server has taken the request.
+        """
+        loop = asyncio.get_running_loop()
         if not self._tokens:
-            # The request was refused, or never got to the engine.
+            if was_run and self._context.is_recorded:
+                # The client went before the first token. Only the request's record tells of it.
+                self._context.fetching = loop.create_task(self._fetch_untold())
             return
         context, plan = self._context, self._plan.closed(self._tokens)
         has_session = context.caller.session is not None
@@ -279,7 +288,11 @@ class ServedPrompt:
         context.plans[plan.nonce] = plan
         if plan.nonce not in context.reports:
             # Not awaited: the client's task may be cancelled.
-            context.fetching = asyncio.get_running_loop().create_task(self.fetch_report(True))
+            context.fetching = loop.create_task(self.fetch_report(True))
+
+    async def _fetch_untold(self) -> None:
+        for data in await self._reports():
+            self._context.untold[self._plan.nonce] = Report.from_wire(data)
 
 
 def _credentials(scope: Scope) -> dict[str, str]:
