@@ -16,6 +16,7 @@ BENCHMARKS = (
     "disk_tier",
     "envelopes",
     "explain",
+    "gateway",
     "ledger",
     "metrics",
     "neighbours",

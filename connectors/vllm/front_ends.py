@@ -45,6 +45,8 @@ class FrontEnd:
         if self.ability in (Ability.MARKS, Ability.CODE):
             return Finding("front end", Status.OK, str(self))
         remedy = "vLLM's API server in Python, for marks and usage; see docs/frontends.md"
+        if self == RUST:
+            remedy = f"cachescope gateway in front of it, or {remedy}"
         return Finding("front end", Status.WARNING, str(self), remedy)
 
 

@@ -34,7 +34,9 @@ def settings_of(redis_url: str | None, settings: Mapping[str, Any]) -> Config:
         own["tiers"] = [{"type": "redis", "url": redis_url}]
     config = config_check.load_checked(own)
     if not any(map(store_factory.keeps_purge_log, config.tiers)):
-        raise ConfigError("tiers: none keeps a purge log; allowed: one of type redis, or --redis")
+        raise ConfigError(
+            "tiers: none keeps a purge log; allowed: one that does, as Redis, or --redis"
+        )
     return config
 
 

@@ -9,7 +9,7 @@ import uvloop
 
 from vllm_cachescope.config import ConfigError
 from vllm_cachescope.connectors.vllm import config_check
-from vllm_cachescope.connectors.vllm.gateway.app import api_keys, serve
+from vllm_cachescope.connectors.vllm.gateway.app import known_api_keys, serve
 
 
 def main(settings: str, host: str, port: str, upstream: str, *engines: str) -> int:
@@ -18,7 +18,7 @@ def main(settings: str, host: str, port: str, upstream: str, *engines: str) -> i
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         config = config_check.load_checked(json.loads(settings))
-        uvloop.run(serve(config, upstream, engines, host, int(port), api_keys()))
+        uvloop.run(serve(config, upstream, engines, host, int(port), known_api_keys()))
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2

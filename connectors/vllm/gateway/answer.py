@@ -82,7 +82,8 @@ class Answer:
             no_prompt: what it has in place of a prompt's tokens where nobody asks for them.
             no_output: the same of an output's.
         """
-        choices = [one for one in data.get("choices") or () if isinstance(one, dict)]
+        listed = data.get("choices")
+        choices = [one for one in listed if isinstance(one, dict)] if type(listed) is list else []
         # Completions have the prompt's beside each choice.
         for holder in (data, *choices):
             if tokens := holder.get("prompt_token_ids"):
@@ -104,8 +105,13 @@ class Answer:
 
 
 def ends(event: bytes) -> bool:
-    """Whether an event may tell usage, or is the last one of an answer."""
-    return b'"finish_reason":"' in event or b'"usage":{' in event or event.startswith(b"data: [")
+    """Whether an event ends an answer, or comes after its end."""
+    return b'"finish_reason":"' in event or event.startswith(b"data: [")
+
+
+def tells_usage(event: bytes) -> bool:
+    """Whether an event may tell usage."""
+    return b'"usage":{' in event
 
 
 def _encoded(data: dict[str, Any]) -> bytes:

@@ -24,7 +24,6 @@ from vllm_cachescope.connectors.vllm.gateway.engine_ports import EnginePorts
 from vllm_cachescope.connectors.vllm.gateway.planner import OpenPlanner
 from vllm_cachescope.connectors.vllm.gateway.proxy import Proxy
 from vllm_cachescope.connectors.vllm.gateway.upstream import Upstream
-from vllm_cachescope.connectors.vllm.store_factory import keeps_purge_log
 from vllm_cachescope.logs import logger_of
 
 WAIT_S = 0.5
@@ -76,8 +75,8 @@ async def serve(
     planner, registry = OpenPlanner(config, directory), CollectorRegistry()
     model_name, facts = await _up(upstream, ports, api_keys)
     replica = (config.ledger and config.ledger.replica) or f"{socket.gethostname()}:{port}"
-    # Whoever else is at these engines may purge as well.
-    engines = EngineProcesses(ports.call, replica, any(map(keeps_purge_log, config.tiers)))
+    # There may be other gateways to these engines.
+    engines = EngineProcesses(ports.call, replica, has_others=True)
     server = Server(
         config,
         model_name=model_name,
@@ -133,6 +132,6 @@ async def _up(
         await pause(WAIT_S)
 
 
-def api_keys() -> list[str]:
+def known_api_keys() -> list[str]:
     """Return the API keys that the server insists on, from vLLM's variable."""
     return [key for key in [os.environ.get("VLLM_API_KEY", "")] if key]

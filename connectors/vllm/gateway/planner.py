@@ -6,8 +6,10 @@ from typing import Any
 from vllm_cachescope.api.request_context import RequestContext
 from vllm_cachescope.config import Config
 from vllm_cachescope.connectors.vllm.gateway.prefixes import Prefixes, Render
+from vllm_cachescope.connectors.vllm.plan_transport import without_plan_in
 from vllm_cachescope.prompt.global_scope import org_default
-from vllm_cachescope.prompt.open_plan import OpenPlan
+from vllm_cachescope.prompt.open_plan import OpenPlan, seal_open
+from vllm_cachescope.prompt.plan import PLAN_KEY
 from vllm_cachescope.prompt.plan_maker import PlanMaker
 from vllm_cachescope.prompt.request import Region
 from vllm_cachescope.prompt.segments import RegionDefault, Segment, segments
@@ -62,3 +64,24 @@ def has_one_prompt(body: Mapping[str, Any]) -> bool:
     """Whether a body of Completions, or of Chat Completions, has one prompt and not several."""
     prompt = body.get("prompt")
     return not isinstance(prompt, list) or all(isinstance(token, int) for token in prompt)
+
+
+def with_plan(body: Mapping[str, Any], plan: OpenPlan, secret: bytes) -> dict[str, Any]:
+    """Return a body with its prompt's plan in the place of any other, whatever a client has sent
+    there, or elsewhere in place of what stands there.
+
+    Args:
+        body: the body.
+        plan: the plan.
+        secret: key of its MAC.
+    """
+    transfer = body.get("kv_transfer_params")
+    own = without_plan_in(transfer) if isinstance(transfer, dict) else {}
+    sent = {**body, "kv_transfer_params": {**own, PLAN_KEY: seal_open(plan, secret)}}
+    for name, inner in (("vllm_xargs", None), ("sampling_params", "extra_args")):
+        holder = sent.get(name)
+        extra = holder.get(inner) if inner and isinstance(holder, dict) else holder
+        if isinstance(extra, dict) and "kv_transfer_params" in extra:
+            kept = {key: value for key, value in extra.items() if key != "kv_transfer_params"}
+            sent[name] = {**holder, inner: kept} if inner and isinstance(holder, dict) else kept
+    return sent

@@ -19,7 +19,7 @@ from vllm_cachescope.wire.truncate import truncate
 MAX_PARTS = 5_000
 """In a request of more parts no beginning is looked for."""
 
-REMEMBERED = 20_000
+REMEMBERED = 10_000
 """Beginnings that are kept, of all organisations: some 3 KB each."""
 
 _NOWHERE = Beginning(2**31, "", ())

@@ -15,13 +15,11 @@ from starlette.types import Receive, Scope, Send
 from vllm_cachescope.api.http_request import read_body
 from vllm_cachescope.api.request_context import PromptTiming, RequestContext, current_request
 from vllm_cachescope.cache.report import Report
-from vllm_cachescope.connectors.vllm.gateway.answer import Answer, ends
-from vllm_cachescope.connectors.vllm.gateway.planner import OpenPlanner, has_one_prompt
+from vllm_cachescope.connectors.vllm.gateway.answer import Answer, ends, tells_usage
+from vllm_cachescope.connectors.vllm.gateway.planner import OpenPlanner, has_one_prompt, with_plan
 from vllm_cachescope.connectors.vllm.gateway.upstream import Upstream, replied_headers
-from vllm_cachescope.connectors.vllm.plan_transport import without_plan_in
 from vllm_cachescope.logs import logger_of
-from vllm_cachescope.prompt.open_plan import OpenPlan, seal_open
-from vllm_cachescope.prompt.plan import PLAN_KEY
+from vllm_cachescope.prompt.open_plan import OpenPlan
 from vllm_cachescope.prompt.request import Protocol
 from vllm_cachescope.tenancy.scope import Scope as CacheScope
 from vllm_cachescope.wire.body import decode, encode
@@ -63,14 +61,20 @@ class Proxy:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, as ASGI has it."""
+        if scope["type"] != "http":
+            await send({"type": "websocket.close"})
+            return
+        exchange = Exchange(scope, send)
         try:
-            await self._answer(scope, receive, send)
-        except httpx.ConnectError as error:
+            await self._answer(scope, receive, exchange)
+        except httpx.TransportError as error:
+            if exchange.has_begun:
+                raise
             message = f"the server behind this gateway does not answer: {error}"
             body = {"error": {"message": message, "type": "api_error", "code": 502}}
             await JSONResponse(body, 502)(scope, receive, send)
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _answer(self, scope: Scope, receive: Receive, exchange: "Exchange") -> None:
         context = current_request.get()
         raw, receive = await read_body(scope, receive)
         body: Mapping[str, Any] | None = None
@@ -79,7 +83,6 @@ class Proxy:
         elif context is not None and scope["path"].endswith(_GENERATE):
             decoded = decode(raw)
             body = decoded if isinstance(decoded, dict) else None
-        exchange = Exchange(scope, send)
         if context is None or body is None:
             work = self._pass_on(exchange, scope, raw)
         else:
@@ -117,12 +120,10 @@ class Proxy:
             if not is_told:
                 # Nobody asks for the reports of several prompts, nor takes one off.
                 plan = OpenPlan(plan.spans, "", plan.owner)
-            transfer = body.get("kv_transfer_params")
-            own = without_plan_in(transfer) if isinstance(transfer, dict) else {}
-            sent = {
-                **body,
-                "kv_transfer_params": {**own, PLAN_KEY: seal_open(plan, self._secret)},
-            }
+            sent = with_plan(body, plan, self._secret)
+            if context.request is not None and context.caller.session is not None:
+                # So that KV events, and routers by them, know sessions that vLLM does not.
+                sent["session_id"] = body.get("session_id") or context.caller.session
             if is_told:
                 sent["return_token_ids"] = True
             response = await self._upstream.send(
@@ -140,21 +141,23 @@ class Proxy:
                     await exchange.begin(response)
                     await exchange.body(whole, more=False)
             finally:
-                prompt.over()
+                prompt.over(was_run=response.status_code == httpx.codes.OK)
                 await response.aclose()
 
     async def _stream(
         self, response: httpx.Response, answer: Answer, prompt: "ServedPrompt", exchange: "Exchange"
     ) -> None:
         await exchange.begin(response)
+        is_over = False
         async for chunk in response.aiter_raw():
             out: list[bytes] = []
             for event in answer.events(chunk):
-                if ends(event):
+                is_over |= ends(event)
+                if is_over or tells_usage(event):
                     if out:
                         await exchange.body(b"".join(out))
                         out.clear()
-                    await prompt.fetch_report()
+                    await prompt.fetch_report(is_over)
                 out.append(event)
             if out:
                 await exchange.body(b"".join(out))
@@ -170,16 +173,19 @@ class Exchange:
 
     Attributes:
         target: the request's path with its query.
+        has_begun: whether the client has the head of the answer.
     """
 
     def __init__(self, scope: Scope, send: Send) -> None:
         query = scope.get("query_string", b"").decode("latin-1")
         path = scope.get("raw_path", scope["path"].encode()).decode("latin-1")
         self.target = f"{path}?{query}" if query else path
+        self.has_begun = False
         self._send = send
 
     async def begin(self, response: httpx.Response) -> None:
         """Send the head of an answer."""
+        self.has_begun = True
         await self._send(
             {
                 "type": "http.response.start",
@@ -217,6 +223,7 @@ class ServedPrompt:
         self._tokens: list[int] = []
         self._output_tokens = 0
         self._computed_at: float | None = None
+        self._is_whole = False
 
     def came(self, tokens: list[int]) -> None:
         """Note the prompt's tokens."""
@@ -233,23 +240,37 @@ class ServedPrompt:
         if self._tokens:
             self._context.reports[self._plan.nonce] = Report.from_wire(dict(data))
 
-    async def fetch_report(self) -> None:
-        """Have the engine report, unless it has."""
-        if self._plan.nonce in self._context.reports:
+    async def fetch_report(self, is_over: bool) -> None:
+        """Have the engine report, unless it has told all.
+
+        Args:
+            is_over: whether it has computed the whole answer.
+        """
+        if self._is_whole or not self._plan.nonce:
             return
+        for data in await self._reports():
+            self.reported(data)
+            self._is_whole = is_over
+
+    async def _reports(self) -> list[dict[str, Any]]:
         try:
             answers = await self._command("report", self._plan.nonce)
         except TimeoutError as error:
             logger.warning("The engine's report could not be fetched: %s", error)
-            return
-        for data in answers:
-            if data is not None:
-                self.reported(data)
+            return []
+        return [data for data in answers if data is not None]
 
-    def over(self) -> None:
-        """Note that the server is done, or the client gone."""
+    def over(self, was_run: bool) -> None:
+        """Note that the server is done, or the client gone.
+
+        Args:
+            was_run: whether the server has taken the request.
+        """
+        loop = asyncio.get_running_loop()
         if not self._tokens:
-            # The request was refused, or never got to the engine.
+            if was_run and self._context.is_recorded:
+                # The client went before the first token. Only the request's record tells of it.
+                self._context.fetching = loop.create_task(self._fetch_untold())
             return
         context, plan = self._context, self._plan.closed(self._tokens)
         has_session = context.caller.session is not None
@@ -267,7 +288,11 @@ class ServedPrompt:
         context.plans[plan.nonce] = plan
         if plan.nonce not in context.reports:
             # Not awaited: the client's task may be cancelled.
-            context.fetching = asyncio.get_running_loop().create_task(self.fetch_report())
+            context.fetching = loop.create_task(self.fetch_report(True))
+
+    async def _fetch_untold(self) -> None:
+        for data in await self._reports():
+            self._context.untold[self._plan.nonce] = Report.from_wire(data)
 
 
 def _credentials(scope: Scope) -> dict[str, str]:

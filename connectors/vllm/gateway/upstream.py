@@ -8,8 +8,9 @@ import httpx
 from vllm_cachescope.connectors.vllm.gateway.prefixes import CannotRender
 from vllm_cachescope.wire.body import encode
 
-_NO_BODY = (b"connection", b"content-length", b"host", b"keep-alive", b"transfer-encoding")
-"""Headers that belong to one connection."""
+_OF_CONNECTIONS = (b"connection", b"content-length", b"keep-alive", b"transfer-encoding")
+_OF_REQUESTS = (*_OF_CONNECTIONS, b"accept-encoding", b"expect", b"host")
+"""Headers that belong to one connection, or name what the gateway could not read."""
 
 _CONNECT_S = 5.0
 """How long connecting to it may take, in seconds. An answer may take as long as it likes."""
@@ -47,7 +48,7 @@ class Upstream:
         Raises:
             httpx.TransportError: if there is none.
         """
-        kept = [(name, value) for name, value in headers if name.lower() not in _NO_BODY]
+        kept = [(name, value) for name, value in headers if name.lower() not in _OF_REQUESTS]
         kept += [(b"host", self._url.netloc), (b"content-length", b"%d" % len(body))]
         url = self._url.copy_with(raw_path=path.encode("latin-1"))
         # Not by the client: cookies, redirects and the like take a third of a millisecond.
@@ -91,4 +92,6 @@ class Upstream:
 
 def replied_headers(response: httpx.Response) -> list[tuple[bytes, bytes]]:
     """Return the headers of an answer that are not its connection's."""
-    return [(name, value) for name, value in response.headers.raw if name.lower() not in _NO_BODY]
+    return [
+        (name, value) for name, value in response.headers.raw if name.lower() not in _OF_CONNECTIONS
+    ]
