@@ -420,6 +420,26 @@ async def test_a_server_that_was_started_anew_knows_its_own(server, start):
     assert seen.cause == "engine_restarted"
 
 
+RIGHTS = """~cachescope:* +set +get +exists +pexpire +pttl +unlink +eval +setrange +info +time +zadd
++zrange +zrem +zremrangebyscore +pexpireat +scan +hset +hgetall +hdel +zscore +zrevrange +zcard
++zremrangebyrank +hget +hkeys +hstrlen +hincrby"""
+"""Those that docs/tiers.md lists."""
+
+
+async def test_the_rights_that_are_listed_suffice(server, start):
+    server.client.execute_command(f"ACL SETUSER narrow on >pass {RIGHTS}")
+    url = f"redis://narrow:pass@127.0.0.1:{server.port}"
+    a, b = start(url, "a"), start(url, "b")
+    said = Conversation().turn()
+    await a.ask(said)
+    a.wrote(1)
+    assert (await b.ask(said.turn(), read=400)).kind == "continuation"
+    for org in ("name:acme", None):
+        a.diagnoser.purge(org)
+        assert await a.diagnoser.purged() is None
+    assert not keys(server)
+
+
 async def test_a_cluster_serves_as_well(nodes, start):
     url = f"redis+cluster://127.0.0.1:{nodes[0].port}"
     a, b = start(url, "a"), start(url, "b")
