@@ -4,6 +4,7 @@ each other of their sessions, and what they do not."""
 import asyncio
 import random
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -19,10 +20,12 @@ from vllm_cachescope.api.session_exchange import READ_S, TTL_S, SessionExchange
 from vllm_cachescope.cache.report import EngineId, Report, Row
 from vllm_cachescope.connectors import redis
 from vllm_cachescope.diagnosis.outcome import Diagnosis
+from vllm_cachescope.diagnosis.session_note import FORMAT
 from vllm_cachescope.metrics import SESSION_NOTES
 from vllm_cachescope.prompt.request import Protocol
 from vllm_cachescope.tenancy.scope import Caller, Scope
 from vllm_cachescope.tiers.keyspace import secret_digest
+from vllm_cachescope.tiers.note_seals import NoteSeals
 from vllm_cachescope.tiers.note_store import BOUNDS, NoteBounds
 from vllm_cachescope.wire import READERS
 
@@ -257,8 +260,12 @@ async def test_what_was_altered_is_passed_over_and_counted(server, start, where)
     altered[where] ^= 1
     server.client.hset(name, note, bytes(altered))
     server.client.hset(name, b"made up", b"by somebody")
+    # What has the right seal, and was written by a version that this one does not know.
+    seals = NoteSeals(SECRET, f"{FORMAT} m")
+    place = seals.name(ACME.org, ACME.org, b"named s").session + b"later"
+    server.client.hset(name, b"later", seals.seal(ACME.org, place, zlib.compress(b"\x81")))
     assert (await b.ask(said.turn())).kind == "first_request"
-    assert b.counted("damaged") == 2
+    assert b.counted("damaged") == 3
 
 
 @pytest.mark.parametrize("fault", ["dead", "hangs", "cut", "denied", "another type"])
