@@ -5,6 +5,7 @@ import base64
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 
 from tests.redis.engine_side import SECRET, keys
 from tests.redis.servers import RedisServer, entries, wait_until
+from vllm_cachescope.tiers.keyspace import KINDS
 from vllm_cachescope.tiers.purge_notices import Progress, PurgeNotice, PurgeNotices
 
 ROOT = Path(__file__).parents[2]
@@ -164,3 +166,35 @@ def test_what_a_later_version_says_of_purges_is_read_as_far_as_it_is_known():
     assert notices.open(said) == notice == notices.open(notices.seal(notice))
     claim = seal(b"progress of a", ["name", 7, {"more": 1}])
     assert notices.progress(b"a", claim) == Progress("name", 7)
+
+
+@pytest.mark.parametrize(
+    ("other", "difference"),
+    [
+        ({"identity": "another model"}, "model"),
+        ({"identity": "another model", "encrypt": True}, "encrypted, model"),
+        ({"identity": "another model", "secret": b"another secret, long"}, "the secret, model"),
+        ({}, None),
+    ],
+)
+def test_engines_that_share_nothing_are_told_so(
+    server, start_engine_side, caplog, other, difference
+):
+    first = start_engine_side(server.url)
+    wait_until(lambda: first.tier.health()["up"])
+    # What somebody else writes there is passed over.
+    server.client.hset(KINDS, "made up", b"nonsense")
+    server.client.hset(KINDS, "unread", b"%d x [1]" % time.time())
+    second = start_engine_side(server.url, **other)
+    wait_until(lambda: second.tier.health()["up"])
+    first.put(keys(2, "a"))
+
+    def said() -> list[str]:
+        messages = [one.message for one in caplog.records]
+        return [m.partition("one. ")[2] for m in messages if "share nothing with this one" in m]
+
+    if difference is not None:
+        wait_until(said)
+    assert said() == ([] if difference is None else [f"They differ in: {difference}"])
+    if difference is not None:
+        assert not second.get(keys(2, "a")).keys
