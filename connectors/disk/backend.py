@@ -68,7 +68,7 @@ class Backend:
         wall_clock: Unix time in seconds.
 
     Attributes:
-        directory, space, quotas, model: see above.
+        directory, space, quotas, model, wall_clock: see above.
         upkeep: deletes what has expired, and what is of no use.
     """
 
@@ -86,7 +86,7 @@ class Backend:
         self.quotas = quotas
         self.model = model
         self._clock = clock
-        self._wall_clock = wall_clock
+        self.wall_clock = wall_clock
         self._numbers = itertools.count()
         self.upkeep = Upkeep(self)
         # Under the lock.
@@ -99,11 +99,11 @@ class Backend:
 
     def now_ms(self) -> int:
         """Return Unix time in ms."""
-        return int(self._wall_clock() * 1000)
+        return int(self.wall_clock() * 1000)
 
     def wall_ms(self, at: float) -> int:
         """Return a time on the tier's clock, in seconds, as Unix time in ms."""
-        return int((self._wall_clock() + at - self._clock()) * 1000)
+        return int((self.wall_clock() + at - self._clock()) * 1000)
 
     def connect(self, user: object, deadline: float) -> Index:
         """Return a connection to the index, for one of the threads that share the directory.

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vllm_cachescope.tiers.store import StoreFailed, StoreLate
 
@@ -53,6 +54,21 @@ CREATE TABLE IF NOT EXISTS secrets (
   digest BLOB NOT NULL,
   until_ms INTEGER NOT NULL
 );
+CREATE TABLE IF NOT EXISTS notices (
+  secret BLOB NOT NULL,
+  position INTEGER NOT NULL,
+  entry BLOB NOT NULL,
+  PRIMARY KEY (secret, position)
+) WITHOUT ROWID;
+CREATE UNIQUE INDEX IF NOT EXISTS notices_entry ON notices (secret, entry);
+CREATE TABLE IF NOT EXISTS followers (
+  secret BLOB NOT NULL,
+  follower BLOB NOT NULL,
+  claim BLOB NOT NULL,
+  heard_us INTEGER NOT NULL,
+  PRIMARY KEY (secret, follower)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS cuts (secret BLOB PRIMARY KEY, position INTEGER NOT NULL) WITHOUT ROWID;
 """
 
 _PRAGMAS = (
@@ -159,6 +175,11 @@ class Index:
                 if self._database.in_transaction:
                     self._database.execute("ROLLBACK")
                 raise
+
+    def run(self, statement: str, *values: object) -> list[Any]:
+        """Run a statement on what stands beside the entries; return the rows that it finds."""
+        with _explained():
+            return self._database.execute(statement, values).fetchall()
 
     def checkpoint(self) -> None:
         """Bring what was written into the database proper. This waits for the disk."""

@@ -14,6 +14,7 @@ from vllm_cachescope.cache.quotas import SHOWN_ORGS
 from vllm_cachescope.connectors.disk.backend import Backend
 from vllm_cachescope.connectors.disk.directory import INDEX
 from vllm_cachescope.connectors.disk.index import Entry, Index, IndexFull
+from vllm_cachescope.connectors.disk.purge_log import DiskPurgeLog
 from vllm_cachescope.connectors.disk.room import account_of, beyond_quotas, to_free
 from vllm_cachescope.tenancy.owner_tags import org_of
 from vllm_cachescope.tiers.envelope import HEADER_BYTES
@@ -302,6 +303,9 @@ class DiskStore(Store):
 
     def take_crowded(self) -> list[bytes]:
         return self.backend.take_crowded()
+
+    def purge_log(self) -> DiskPurgeLog:
+        return DiskPurgeLog(self._secret_digest, self._index, self.backend.wall_clock)
 
     def close(self) -> None:
         self.backend.give_up(self._open)

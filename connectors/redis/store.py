@@ -14,6 +14,7 @@ from vllm_cachescope.connectors.redis.purge_log import RedisPurgeLog
 from vllm_cachescope.connectors.redis.renewal import AT_ONCE, renewals
 from vllm_cachescope.connectors.redis.server_clock import ServerClock
 from vllm_cachescope.connectors.redis.shared_usage import SharedUsage
+from vllm_cachescope.connectors.redis.strangers import strangers
 from vllm_cachescope.connectors.redis.topology import Node, Topology
 from vllm_cachescope.tenancy.owner_tags import org_of
 from vllm_cachescope.tiers.envelope import HEADER_BYTES
@@ -117,6 +118,8 @@ class RedisStore(Store):
             known["capacity_bytes"] += int(info.get("maxmemory", 0))
         self._shake_hands(deadline)
         self._try_to_renew(deadline)
+        ask = self._connections.ask_node_of
+        known["strangers"] = strangers(self._keyspace, self._secret_digest, ask, deadline)
         if self._usage is not None and self._quotas is not None:
             held = Counter(self._usage.held(deadline)).most_common(SHOWN_ORGS)
             known["orgs"] = {

@@ -141,7 +141,7 @@ def counts_usage(settings: Tier) -> bool:
 def keeps_purge_log(settings: Tier) -> bool:
     """Whether the store of a tier keeps a purge log, so that other replicas may have this one
     purge."""
-    return isinstance(settings, RedisTier)
+    return isinstance(settings, RedisTier | DiskTier)
 
 
 def is_on_disk(settings: Tier) -> bool:

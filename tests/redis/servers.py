@@ -13,7 +13,7 @@ from pathlib import Path
 
 import redis
 
-from vllm_cachescope.tiers.keyspace import HANDSHAKES, names_of
+from vllm_cachescope.tiers.keyspace import HANDSHAKES, KINDS, names_of
 
 REDIS_SERVER = shutil.which(os.environ.get("REDIS_SERVER", "redis-server"))
 """Path of the server to test with; ``REDIS_SERVER=valkey-server`` tests with Valkey."""
@@ -33,8 +33,10 @@ def entries(server: "RedisServer") -> set[bytes]:
 
 def beside_engines(server: "RedisServer") -> set[bytes]:
     """Return the names that stand in a server as long as engines use it: the digest of their
-    secret, which comes back with their next greeting, and the list of who follows purges."""
-    return {*server.client.keys(HANDSHAKES), *server.client.keys("cachescope:*:{purges}:*")}
+    secret and of their kind, which come back with their next greeting, and the list of who follows
+    purges."""
+    client = server.client
+    return {*client.keys(HANDSHAKES), *client.keys("cachescope:*:{purges}:*"), *client.keys(KINDS)}
 
 
 def wait_until(condition: Callable[[], object], timeout_s: float = 10.0) -> None:

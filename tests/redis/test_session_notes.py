@@ -4,6 +4,7 @@ each other of their sessions, and what they do not."""
 import asyncio
 import random
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -19,10 +20,12 @@ from vllm_cachescope.api.session_exchange import READ_S, TTL_S, SessionExchange
 from vllm_cachescope.cache.report import EngineId, Report, Row
 from vllm_cachescope.connectors import redis
 from vllm_cachescope.diagnosis.outcome import Diagnosis
+from vllm_cachescope.diagnosis.session_note import FORMAT
 from vllm_cachescope.metrics import SESSION_NOTES
 from vllm_cachescope.prompt.request import Protocol
 from vllm_cachescope.tenancy.scope import Caller, Scope
 from vllm_cachescope.tiers.keyspace import secret_digest
+from vllm_cachescope.tiers.note_seals import NoteSeals
 from vllm_cachescope.tiers.note_store import BOUNDS, NoteBounds
 from vllm_cachescope.wire import READERS
 
@@ -257,8 +260,12 @@ async def test_what_was_altered_is_passed_over_and_counted(server, start, where)
     altered[where] ^= 1
     server.client.hset(name, note, bytes(altered))
     server.client.hset(name, b"made up", b"by somebody")
+    # What has the right seal, and was written by a version that this one does not know.
+    seals = NoteSeals(SECRET, f"{FORMAT} m")
+    place = seals.name(ACME.org, ACME.org, b"named s").session + b"later"
+    server.client.hset(name, b"later", seals.seal(ACME.org, place, zlib.compress(b"\x81")))
     assert (await b.ask(said.turn())).kind == "first_request"
-    assert b.counted("damaged") == 2
+    assert b.counted("damaged") == 3
 
 
 @pytest.mark.parametrize("fault", ["dead", "hangs", "cut", "denied", "another type"])
@@ -418,6 +425,26 @@ async def test_a_server_that_was_started_anew_knows_its_own(server, start):
     again.engine = replace(again.engine, epoch="later")
     seen = await again.ask(said.turn())
     assert seen.cause == "engine_restarted"
+
+
+RIGHTS = """~cachescope:* +set +get +exists +pexpire +pttl +unlink +eval +setrange +info +time +zadd
++zrange +zrem +zremrangebyscore +pexpireat +scan +hset +hgetall +hdel +zscore +zrevrange +zcard
++zremrangebyrank +hget +hkeys +hstrlen +hincrby"""
+"""Those that docs/tiers.md lists."""
+
+
+async def test_the_rights_that_are_listed_suffice(server, start):
+    server.client.execute_command(f"ACL SETUSER narrow on >pass {RIGHTS}")
+    url = f"redis://narrow:pass@127.0.0.1:{server.port}"
+    a, b = start(url, "a"), start(url, "b")
+    said = Conversation().turn()
+    await a.ask(said)
+    a.wrote(1)
+    assert (await b.ask(said.turn(), read=400)).kind == "continuation"
+    for org in ("name:acme", None):
+        a.diagnoser.purge(org)
+        assert await a.diagnoser.purged() is None
+    assert not keys(server)
 
 
 async def test_a_cluster_serves_as_well(nodes, start):

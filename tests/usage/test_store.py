@@ -35,10 +35,23 @@ def test_records_come_back_as_they_were(books: Books) -> None:
     assert requests.newest(None, 100, after=numbers[0]) == latest != []
 
 
+def test_breaks_of_other_servers_are_listed(books: Books) -> None:
+    written = some_records(3, 60)
+    books.write(*written)
+    requests = LedgerRequests(books.engine)
+    there = [one for one in written[::-1] if one.replica == "b" and one.is_break]
+    assert 5 < len(there) < 60
+    assert [one.record for one in requests.breaks_elsewhere("a", None, 100)] == there
+    acme = [one for one in there if one.org == "name:acme"]
+    assert [one.record for one in requests.breaks_elsewhere("a", "name:acme", 2)] == acme[:2]
+
+
 def test_a_database_that_is_away_is_told_of(books: Books) -> None:
     METADATA.drop_all(books.engine)
     with pytest.raises(UnavailableError):
         LedgerRequests(books.engine).newest(None, 1)
+    with pytest.raises(UnavailableError):
+        LedgerRequests(books.engine).breaks_elsewhere("a", None, 1)
 
 
 def test_sums_are_those_of_the_records_whatever_is_summed_up_and_when(books: Books) -> None:

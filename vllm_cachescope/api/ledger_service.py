@@ -1,7 +1,9 @@
 """The ledger as one API process uses it: records go in, and queries are answered."""
 
+import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from cachetools import LRUCache
 from prometheus_client import CollectorRegistry
@@ -10,14 +12,17 @@ from starlette.responses import Response
 from vllm_cachescope.api.usage_endpoint import UsageEndpoint
 from vllm_cachescope.config import LedgerSettings
 from vllm_cachescope.diagnosis.outcome import Diagnosis
+from vllm_cachescope.logs import logger_of
 from vllm_cachescope.metrics import LEDGER_RECORDS, NO_ENGINE
 from vllm_cachescope.registration import counter
 from vllm_cachescope.tenancy.caller import UNLISTED, CallerDirectory
 from vllm_cachescope.tenancy.owner_tags import EVERYONE, NOBODY, UNLISTED_TAG, OwnerTags, org_of
 from vllm_cachescope.usage.prices import Prices
-from vllm_cachescope.usage.recent_requests import RecentRequests
+from vllm_cachescope.usage.recent_requests import UnavailableError
 from vllm_cachescope.usage.record import RequestRecord
 from vllm_cachescope.usage.usage_ledger import UsageLedger
+
+logger = logger_of(__name__)
 
 MAX_ORGS = 20_000
 """How many organisations evictions can be counted for by name: those served last."""
@@ -69,7 +74,7 @@ class LedgerService:
             settings, prices, lambda end, number: ends[end].inc(number), directory.account
         )
         self.keeps_requests = settings.max_requests > 0
-        self.requests: RecentRequests = self._ledger.requests
+        self.requests = self._ledger.requests
         self._model_name = model_name
         self._replica = replica
         self._tags = OwnerTags(secret)
@@ -105,6 +110,24 @@ class LedgerService:
         blocks."""
         self._ledger.purge(org, session)
 
+    async def breaks_elsewhere(self, org: str | None, limit: int) -> list[dict[str, Any]]:
+        """Return what the ledger has of the newest breaks that other servers had, as plain data;
+        nothing if its database does not answer.
+
+        Args:
+            org: whose; None for everyone's.
+            limit: how many at most.
+        """
+        if not self.keeps_requests:
+            return []
+        find = self.requests.breaks_elsewhere
+        try:
+            found = await asyncio.to_thread(find, self._replica, org, limit)
+        except UnavailableError as error:
+            logger.debug("The breaks of other replicas cannot be had: %s", error)
+            return []
+        return [_break_of(one.record) for one in found]
+
     async def answer(self, fields: Mapping[str, str], caller_org: str | None) -> Response:
         """Answer a query; see `UsageEndpoint.answer`."""
         return await self._endpoint.answer(fields, caller_org)
@@ -112,3 +135,23 @@ class LedgerService:
     def close(self) -> None:
         """Write what is left. A process that ends does so by itself."""
         self._ledger.close()
+
+
+def _break_of(record: RequestRecord) -> dict[str, Any]:
+    """Return a break by its record; where and why are as `Break.to_dict` has them."""
+    where = None
+    if record.region is not None:
+        where = {"region": record.region, "path": record.path}
+    return {
+        "at": round(record.at, 3),
+        "org": record.org,
+        "session": record.session,
+        "model": record.model,
+        "replica": record.replica,
+        "request_id": record.request_id,
+        "lineage": record.lineage,
+        "cause": record.cause,
+        "expected": record.expected,
+        "where": where,
+        "missed_tokens": record.missed_tokens,
+    }

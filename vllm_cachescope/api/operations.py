@@ -16,6 +16,7 @@ The operator is whoever presents `Config.operators_token` as an API key.
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from math import ceil
+from operator import itemgetter
 from typing import Any
 
 from starlette.responses import Response
@@ -41,6 +42,9 @@ PATHS = (BREAKS, HEALTH, PURGE, USAGE)
 
 _METHODS = {BREAKS: "GET", HEALTH: "GET", PURGE: "POST", USAGE: "GET"}
 
+LISTED = 100
+"""How many breaks are listed."""
+
 _FOR_ALL = ("name", "up", "readable", "writable", "used_bytes", "capacity_bytes")
 """The fields of a tier's health that everyone may see."""
 
@@ -58,6 +62,8 @@ class Operations:
         clock: seconds, never running backwards.
         usage: answers the fields of a query of the ledger, for an organisation (None for the
             operator); None where no ledger is kept.
+        elsewhere: returns what is known of so many breaks of an organisation (None for everyone's)
+            on other replicas, the newest; None where no ledger is shared.
     """
 
     def __init__(
@@ -69,7 +75,9 @@ class Operations:
         forget: Callable[[str | None, str | None], int],
         clock: Callable[[], float],
         usage: Callable[[Mapping[str, str], str | None], Awaitable[Response]] | None = None,
+        elsewhere: Callable[[str | None, int], Awaitable[list[dict[str, Any]]]] | None = None,
     ) -> None:
+        self._elsewhere = elsewhere
         self._usage = usage
         self._operator_token = config.operators_token()
         self._directory = directory
@@ -114,9 +122,7 @@ class Operations:
                     401, "authentication_error", "this server does not know the API key presented"
                 )
             if operation == BREAKS:
-                breaks = self._diagnoser.breaks.recent(org)
-                listed = [seen.to_dict(is_operator) for seen in breaks]
-                return Answer({"breaks": listed} | self._diagnoser.peers.to_dict())
+                return Answer(await self._listed(org, is_operator))
             if operation == USAGE:
                 return await self._used(fields or {}, org)
             request = PurgeRequest.read(await read_body(), org, self._directory)
@@ -127,6 +133,14 @@ class Operations:
             return refused.answer()
         except TimeoutError:
             return Refused(503, "api_error", "the engine does not answer").answer()
+
+    async def _listed(self, org: str | None, is_operator: bool) -> dict[str, Any]:
+        breaks = self._diagnoser.breaks.recent(org, LISTED)
+        listed = [seen.to_dict(is_operator) for seen in breaks]
+        if self._elsewhere is not None:
+            others = await self._elsewhere(org, LISTED)
+            listed = sorted([*listed, *others], key=itemgetter("at"), reverse=True)[:LISTED]
+        return {"breaks": listed} | self._diagnoser.peers.to_dict()
 
     async def _used(self, fields: Mapping[str, str], org: str | None) -> Response:
         if self._usage is None:

@@ -219,6 +219,7 @@ class Services:
             forget,
             time.monotonic,
             None if ledger is None else ledger.answer,
+            None if ledger is None else ledger.breaks_elsewhere,
         )
         queued = gauge(QUEUED_DIAGNOSES, server.registry)
         return cls(

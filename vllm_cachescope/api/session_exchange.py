@@ -362,7 +362,10 @@ class SessionExchange:
             if not self._store.alive():
                 self._store.connect(min(deadline, self._clock() + TIMEOUT_S))
             answer = ask()
-        except StoreFailed as error:
+        except Exception as error:
+            if not isinstance(error, StoreFailed):
+                logger.exception("Notes on sessions cannot be exchanged")
+                self._store.close()
             if self._breaker.failed(str(error)):
                 logger.warning(
                     "What other replicas know of sessions is not asked for at %s for a while: %s",

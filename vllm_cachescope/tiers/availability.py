@@ -1,7 +1,7 @@
 """The availability of a store: whether its tier may use it now, and why not."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from vllm_cachescope.cache.miss_causes import MissCause
@@ -14,6 +14,10 @@ logger = logger_of(__name__)
 
 GREET_EVERY_S = 20.0
 """How often a tier makes sure that it may still run on its store, in seconds."""
+
+
+MAX_STRANGERS = 8
+"""How many kinds of engines that share nothing with this one the log tells of."""
 
 
 class Availability:
@@ -68,6 +72,7 @@ class Availability:
         self._greet_at = 0.0
         self._tried = threading.Event()
         self._foreign_secret = False
+        self._strangers: set[str] = set()
         self.known: dict[str, Any] = {}
 
     @property
@@ -119,7 +124,9 @@ class Availability:
             return True
         if self._answers.probe_in() > 0:
             return False
-        self.known = store.greet(self._clock() + self._timeout_s)
+        known = store.greet(self._clock() + self._timeout_s)
+        strangers = known.pop("strangers", ())
+        self.known = known
         self._greet_at = self._clock() + GREET_EVERY_S
         self._foreign_secret = False
         was_usable = self.usable
@@ -130,7 +137,20 @@ class Availability:
         if not was_usable:
             self._log_up()
             self._on_up()
+        self._log_strangers(strangers)
         return True
+
+    def _log_strangers(self, differences: Iterable[str]) -> None:
+        for difference in differences:
+            if difference not in self._strangers and len(self._strangers) < MAX_STRANGERS:
+                self._strangers.add(difference)
+                logger.warning(
+                    "Tier %s at %s: other engines use it that share nothing with this one. They "
+                    "differ in: %s",
+                    self._name,
+                    self._address,
+                    difference,
+                )
 
     def _log_up(self) -> None:
         used, capacity = self.known["used_bytes"], self.known["capacity_bytes"]

@@ -16,6 +16,10 @@ FORMAT = 3
 NOTE_FORMAT = 1
 """Grows with every change to the names of notes on sessions, or to the notes."""
 
+KINDS = f"cachescope:{FORMAT}:kinds".encode()
+"""The name of the hash of the kinds of engines that use a store, by their namespaces; see
+`engine_kind`."""
+
 MODELS = f"cachescope:{FORMAT}:models".encode()
 """The name of the set of the models that have entries, by their namespaces."""
 
@@ -29,6 +33,7 @@ class Keyspace:
     """
 
     def __init__(self, identity: Mapping[str, Any]) -> None:
+        self.identity = identity
         canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))
         self.namespace = hashlib.sha256(canonical.encode()).hexdigest()[:24]
         self._prefix = f"cachescope:{FORMAT}:{self.namespace}:".encode()

@@ -63,7 +63,8 @@ class PurgeNotices:
         """Return the notice; None if it was not sealed under this secret."""
         if (fields := self._open(b"notice", sealed)) is None:
             return None
-        purge_id, prefix, org, session = fields
+        # A later version may say more.
+        purge_id, prefix, org, session = fields[:4]
         return PurgeNotice(purge_id, unhexlify(prefix), org, session)
 
     def claim(self, follower_id: bytes, progress: Progress) -> bytes:
@@ -73,7 +74,7 @@ class PurgeNotices:
     def progress(self, follower_id: bytes, sealed: bytes) -> Progress | None:
         """Return the progress of a follower; None if it was not sealed under this secret."""
         fields = self._open(b"progress of " + follower_id, sealed)
-        return None if fields is None else Progress(*fields)
+        return None if fields is None else Progress(*fields[:2])
 
     def _seal(self, label: bytes, fields: list[Any]) -> bytes:
         plain = json.dumps(fields).encode()

@@ -95,7 +95,9 @@ class Store(ABC):
 
         Returns:
             What is known of the store: ``used_bytes``, ``capacity_bytes`` (0: no limit), and if it
-            counts them ``orgs``: bytes by organisations' tags in hex.
+            counts them ``orgs``: bytes by organisations' tags in hex; and where it can be told,
+            in words, in what engines that have used it lately and share nothing with this one
+            differ from it: ``strangers``.
 
         Raises:
             StoreFailed: if it does not answer.

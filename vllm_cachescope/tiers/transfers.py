@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 from vllm_cachescope.tiers.context import TierContext
 from vllm_cachescope.tiers.jobs import Finished, LoadJob, StoreJob
 from vllm_cachescope.tiers.joining import join
-from vllm_cachescope.tiers.store import Store, StoreFailed
+from vllm_cachescope.tiers.store import Store, StoreFailed, StoreUnfit
 
 Job = TypeVar("Job", LoadJob, StoreJob)
 
@@ -164,6 +164,8 @@ class Transfers(ABC, Generic[Job]):
                         store.connect(self._tier.timeout_at())
                     except StoreFailed as error:
                         availability.failed(str(error))
+                    except StoreUnfit as error:
+                        availability.unfit(error)
                 continue
             with self._lock:
                 self._work.wait_for(lambda: self._stopping or self._jobs)

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from hashlib import sha256
 
-from sqlalchemy import Engine, or_, select
+from sqlalchemy import ColumnElement, Engine, or_, select
 from sqlalchemy.exc import SQLAlchemyError
 
 from vllm_cachescope.usage.batch import record_of
@@ -47,7 +47,26 @@ class LedgerRequests:
             which.append(or_(c.id > after, c.at > self._wall_clock() - OVERLAP_S))
         if before is not None:
             which.append(c.id < before)
-        rows = select(REQUESTS).where(*which).order_by(c.id.desc()).limit(limit)
+        return self._newest(limit, *which)
+
+    def breaks_elsewhere(self, replica: str, org: str | None, limit: int) -> list[Numbered]:
+        """Return the newest breaks that other servers had.
+
+        Args:
+            replica: this server's name.
+            org: whose; None for everyone's.
+            limit: how many at most.
+
+        Raises:
+            UnavailableError: if the database does not answer.
+        """
+        c = REQUESTS.c
+        which = [] if org is None else [c.org == kept_name(org)]
+        is_break = or_(c.region.is_not(None), c.expected.is_(False))
+        return self._newest(limit, is_break, c.replica != kept_name(replica), *which)
+
+    def _newest(self, limit: int, *which: ColumnElement[bool]) -> list[Numbered]:
+        rows = select(REQUESTS).where(*which).order_by(REQUESTS.c.id.desc()).limit(limit)
         try:
             with self._engine.connect() as connection:
                 return [Numbered(row.id, record_of(row)) for row in connection.execute(rows)]

@@ -67,11 +67,12 @@ def connect(state: Any) -> Server:
     state.cachescope_listener = loop.create_task(engines.heed_every(HEED_S))
     parsed_body.install()
     tools_behind = loop.create_task(admission.renders_tools_behind_system())
-    if peers.count > 1 and peers.rank == 0:
+    notes = note_stores(config.tiers, secret_digest(config.secret_bytes()), time.monotonic)
+    if peers.count > 1 and peers.rank == 0 and notes is None:
         logger.warning(
             "This server has %d API processes. Each knows, compares and lists only the requests "
             "that it has served itself: a client that asks for diagnostics may be told "
-            '"unavailable". --api-server-count 1 knows all of them.',
+            '"unavailable". With a Redis tier, or --api-server-count 1, all of them are known.',
             peers.count,
         )
     return Server(
@@ -86,7 +87,7 @@ def connect(state: Any) -> Server:
         replica=replica,
         trace=None if tracer is None else tracer.send,
         takes_parsed=True,
-        note_stores=note_stores(config.tiers, secret_digest(config.secret_bytes()), time.monotonic),
+        note_stores=notes,
     )
 
 
