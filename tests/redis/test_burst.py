@@ -150,6 +150,15 @@ def waits(engine: Any) -> dict[str, float]:
     return {outcome: count for (outcome,), count in counted.items()}
 
 
+def waited_seconds(engine: Any) -> float:
+    """Return how long those waited that got room in time, as the histogram has it."""
+    from tests.engine.samples import samples
+
+    waited = samples(PROMOTION_WAIT_SECONDS, "_sum")["waited",]
+    assert samples(PROMOTION_WAIT_SECONDS, "_bucket")
+    return waited
+
+
 def grown(engine: Replica, before: dict[str, float]) -> dict[str, float]:
     now = engine.call(waits)
     return {key: now[key] - before.get(key, 0) for key in now if now[key] > before.get(key, 0)}
@@ -193,6 +202,7 @@ def test_all_of_a_burst_is_read(engine, behind, chance, orgs):
     assert [answer.outcome(f"read_{behind.name}") for answer in answers] == [BLOCKS * BLOCK] * USERS
     assert [answer.tokens for answer in answers] == cold
     assert grown(engine, before) == {"at_once": 1, "waited": USERS - 1}
+    assert engine.call(waited_seconds) > 0
     waited_s = [answer.report.memory_wait_s for answer in answers if answer.report]
     assert waited_s[0] is None and all(0 < seconds < 10 for seconds in waited_s[1:])
     assert engine.call(held) == 0
