@@ -227,6 +227,40 @@ def test_prompts_that_share_their_beginning_need_its_room_once(engine, behind, c
     assert all(answer.read == BLOCKS * BLOCK for answer in answers)
 
 
+def test_a_burst_delays_another_organisation_by_one_turn(engine, behind, chance):
+    prompts = draw(chance)
+    first, last = asks(prompts[:-1]), asks(prompts[-1:], "name:greedy")
+    cold = stored(engine, behind, prompts[:-1]) + stored(
+        engine, behind, prompts[-1:], "name:greedy"
+    )
+    answers, order = engine.call(order_of, [*first, *last])
+    assert [answer.tokens for answer in answers] == cold
+    assert [answer.read for answer in answers] == [BLOCKS * BLOCK] * USERS
+    assert order == [0, USERS - 1, *range(1, USERS - 1)]
+
+
+def order_of(engine: Any, burst: list[Ask]) -> tuple[list[Answer], list[int]]:
+    """Return the answers, and in which order their requests got room."""
+    promotions = engine.connector._promotions  # noqa: SLF001
+    order: list[str] = []
+    go = promotions._go  # noqa: SLF001
+
+    def go_and_note(request_id: str) -> None:
+        order.append(request_id)
+        go(request_id)
+
+    promotions._go = go_and_note  # noqa: SLF001
+    try:
+        ids = [engine.add(ask) for ask in burst]
+        while engine.step():
+            pass
+    finally:
+        del promotions._go  # noqa: SLF001
+    places = {request_id: place for place, request_id in enumerate(ids)}
+    # vLLM adds something of its own to the ids.
+    return [engine.answer(one) for one in ids], [places[one.partition("-")[0]] for one in order]
+
+
 def test_who_needs_no_promotion_does_not_wait(engine, behind, chance):
     prompts = draw(chance)
     stored(engine, behind, prompts)
