@@ -11,6 +11,7 @@ BENCHMARKS = (
     "agent_replay",
     "boundaries",
     "burst",
+    "burst_crowd",
     "cpu_tier",
     "diagnosis",
     "disk_tier",

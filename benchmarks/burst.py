@@ -1,6 +1,5 @@
 """How soon users who come back all at once are served from files, through a CPU tier that holds one
-of their prompts or a few, beside Lifeboat Cache on the same vLLM; and how much is served in a
-second by how many of them come.
+of their prompts or a few, beside Lifeboat Cache on the same vLLM.
 
 The peer takes part where ``PEERS=FOLDER`` in the environment names the folder of the programs of an
 environment with ``vllm`` and ``lifeboatcache`` 0.1.11.
@@ -34,20 +33,18 @@ LEAST_READ = 15_000
 SIZES_MIB = (30, 60, 160)
 """Sizes of the CPU tier; the last one holds all prompts."""
 
-CROWDS = (1, 2, 4, 8, 16, 32, 64)
-QUICK_CROWDS = (1, 4, 8)
-
 
 def returning(count: int) -> list[dict[str, Any]]:
     """Return the prompts of ``count`` users."""
     return [prompt(f"returning {number}", number, TOKENS) for number in range(count)]
 
 
-def ours(directory: Path, mib: int, **config: Any) -> Server:
-    """Return a server with the plugin and LMCache's files in ``directory`` behind it."""
+def ours(directory: Path, mib: int, *arguments: str, **config: Any) -> Server:
+    """Return a server with the plugin and LMCache's files in ``directory`` behind it, unless
+    ``config`` has other tiers; ``arguments`` are further ones for vLLM."""
     adapter = {"type": "fs_native", "base_path": str(directory)}
-    tiers = [{"type": "lmcache", "adapter": adapter}]
-    return server(True, cpu_bytes=f"{mib}MiB", secret=SECRET, tiers=tiers, **config)
+    files = {"tiers": [{"type": "lmcache", "adapter": adapter}]}
+    return server(True, *arguments, cpu_bytes=f"{mib}MiB", secret=SECRET, **(files | config))
 
 
 def lifeboat(python: Path, directory: Path, mib: int) -> Server:
@@ -193,23 +190,6 @@ def compare(result: Result, count: int, directory: Path, peers: Path, python: Pa
             )
 
 
-def crowd(result: Result, crowds: Sequence[int], directory: Path, mib: int = 60) -> None:
-    """Add how many prompt tokens are served in a second by how many users come back at once, with
-    waiting and without."""
-    bodies = returning(max(crowds))
-    console.print(f"burst: up to {len(bodies)} users and {mib} MiB")
-    with ours(directory, mib) as waits, ours(directory, mib, cpu_wait_share=0.0) as hurries:
-        cold = fill(waits, bodies, directory)
-        for users in crowds:
-            for name, running in (("waiting", waits), ("without waiting", hurries)):
-                each = burst(running, bodies[:users], cold)
-                result.add(
-                    f"{users} users at {mib} MiB, {name}", [each.tokens / each.seconds], "tokens/s"
-                )
-                share = each.read / (users * (TOKENS // BLOCK) * BLOCK)
-                result.add(f"{users} users at {mib} MiB, {name}: read", [100 * share], "%")
-
-
 def main() -> int:
     """Run the benchmark and return its exit status."""
     options = arguments(__doc__ or "", pairs=5)
@@ -219,7 +199,6 @@ def main() -> int:
         for made in (directory, peers):
             made.mkdir()
         compare(result, options.pairs, directory, peers, peer_python())
-        crowd(result, QUICK_CROWDS if options.quick else CROWDS, directory)
     return finish(result, options.results)
 
 

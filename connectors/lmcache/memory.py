@@ -19,8 +19,9 @@ from vllm_cachescope.tiers.store import StoreFailed
 ALIGNMENT = 4096
 """Bytes that devices write and read at once. The end of an object is padded to them."""
 
-BATCH_BYTES = 2 << 20
-"""Bytes that one thread has under way at once: enough to keep an adapter's own threads busy."""
+BATCH_BYTES = 4 << 20
+"""Bytes that one thread has under way at once: enough to keep an adapter's own threads busy, of
+which `fs_native` has four."""
 
 AT_ONCE = 64
 """Records that one thread has under way at once."""

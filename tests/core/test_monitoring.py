@@ -153,6 +153,11 @@ def test_each_alert_links_to_its_runbook(alert) -> None:
     assert anchor in {re.sub(r"[^\w -]", "", text).lower().replace(" ", "-") for text in headings}
 
 
+def test_who_is_called_for_want_of_room_is_told_what_to_enlarge() -> None:
+    (alert,) = [alert for alert in alerts(SHIPPED) if alert.name == "CacheScopeNoRoom"]
+    assert "Enlarge cpu_bytes" in alert.rule(DOCS)["annotations"]["description"]
+
+
 def test_the_links_lead_where_the_operator_says() -> None:
     made = documents("https://wiki.internal/cachescope")
     assert "https://wiki.internal/cachescope/observability.md" in board(

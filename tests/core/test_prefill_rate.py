@@ -48,3 +48,13 @@ def test_it_follows_an_engine_that_becomes_slower():
         rate.step_began(10.0 * start, 1000)
         rate.step_ended(10.0 * start + seconds)
     assert rate.seconds_for(1000) == pytest.approx(4.0, rel=0.01)
+
+
+def test_short_steps_are_averaged_apart():
+    rate = PrefillRate()
+    assert rate.short_step_s == 0.0
+    for number, tokens in enumerate((10, 0, 20, 5000, 1)):
+        rate.step_began(10.0 * number, tokens)
+        rate.step_ended(10.0 * number + (0.05 if 0 < tokens < MIN_TOKENS else 1.0))
+    assert rate.short_step_s == pytest.approx(0.05)
+    assert rate.tokens_per_s == pytest.approx(5000)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from demo.model import MODELS, TINY, build
+from tests.disk.side import files
 from tests.engine.engine import BLOCK, BLOCK_BYTES, Answer, Ask, draw_tokens, org_plan, sealed
 from tests.redis.replica import Replica
 from tests.redis.servers import RedisServer, entries, wait_until
@@ -64,11 +65,36 @@ class FilesBehind:
         pass
 
 
-Behind = RedisBehind | FilesBehind
+class DiskBehind:
+    """A directory behind the CPU tier."""
+
+    name = "disk"
+
+    def __init__(self, directory: Path) -> None:
+        self._place = directory / "disk"
+        self.tier: dict[str, Any] = {"type": "disk", "path": str(self._place), "capacity": "1GiB"}
+
+    def blocks(self) -> int:
+        return len(files(self._place))
+
+    def clear(self) -> None:
+        # No test has another's prompts.
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+Behind = RedisBehind | FilesBehind | DiskBehind
 
 
 @pytest.fixture(
-    scope="module", params=[RedisBehind, pytest.param(FilesBehind, marks=pytest.mark.slow)]
+    scope="module",
+    params=[
+        RedisBehind,
+        pytest.param(FilesBehind, marks=pytest.mark.slow),
+        pytest.param(DiskBehind, marks=pytest.mark.slow),
+    ],
 )
 def behind(request, tmp_path_factory) -> Iterator[Behind]:
     behind: Behind = request.param(tmp_path_factory.mktemp("behind"))
@@ -124,6 +150,15 @@ def waits(engine: Any) -> dict[str, float]:
     return {outcome: count for (outcome,), count in counted.items()}
 
 
+def waited_seconds(engine: Any) -> float:
+    """Return how long those waited that got room in time, as the histogram has it."""
+    from tests.engine.samples import samples
+
+    waited = samples(PROMOTION_WAIT_SECONDS, "_sum")["waited",]
+    assert samples(PROMOTION_WAIT_SECONDS, "_bucket")
+    return waited
+
+
 def grown(engine: Replica, before: dict[str, float]) -> dict[str, float]:
     now = engine.call(waits)
     return {key: now[key] - before.get(key, 0) for key in now if now[key] > before.get(key, 0)}
@@ -141,9 +176,10 @@ def stored(engine: Replica, behind: Behind, prompts: list[list[int]], *orgs: str
     """Have prompts computed, and everything forgotten but what is behind; return the answers."""
     answers = []
     whole: set[tuple[int, ...]] = set()
+    before = behind.blocks()
 
     def are_stored() -> bool:
-        return behind.blocks() >= len(whole)
+        return behind.blocks() - before >= len(whole)
 
     for ask in asks(prompts, *orgs):
         answers += [answer.tokens for answer in engine.run(ask)]
@@ -166,6 +202,7 @@ def test_all_of_a_burst_is_read(engine, behind, chance, orgs):
     assert [answer.outcome(f"read_{behind.name}") for answer in answers] == [BLOCKS * BLOCK] * USERS
     assert [answer.tokens for answer in answers] == cold
     assert grown(engine, before) == {"at_once": 1, "waited": USERS - 1}
+    assert engine.call(waited_seconds) > 0
     waited_s = [answer.report.memory_wait_s for answer in answers if answer.report]
     assert waited_s[0] is None and all(0 < seconds < 10 for seconds in waited_s[1:])
     assert engine.call(held) == 0
@@ -190,6 +227,40 @@ def test_prompts_that_share_their_beginning_need_its_room_once(engine, behind, c
     assert all(answer.read == BLOCKS * BLOCK for answer in answers)
 
 
+def test_a_burst_delays_another_organisation_by_one_turn(engine, behind, chance):
+    prompts = draw(chance)
+    first, last = asks(prompts[:-1]), asks(prompts[-1:], "name:greedy")
+    cold = stored(engine, behind, prompts[:-1]) + stored(
+        engine, behind, prompts[-1:], "name:greedy"
+    )
+    answers, order = engine.call(order_of, [*first, *last])
+    assert [answer.tokens for answer in answers] == cold
+    assert [answer.read for answer in answers] == [BLOCKS * BLOCK] * USERS
+    assert order == [0, USERS - 1, *range(1, USERS - 1)]
+
+
+def order_of(engine: Any, burst: list[Ask]) -> tuple[list[Answer], list[int]]:
+    """Return the answers, and in which order their requests got room."""
+    promotions = engine.connector._promotions  # noqa: SLF001
+    order: list[str] = []
+    go = promotions._go  # noqa: SLF001
+
+    def go_and_note(request_id: str) -> None:
+        order.append(request_id)
+        go(request_id)
+
+    promotions._go = go_and_note  # noqa: SLF001
+    try:
+        ids = [engine.add(ask) for ask in burst]
+        while engine.step():
+            pass
+    finally:
+        del promotions._go  # noqa: SLF001
+    places = {request_id: place for place, request_id in enumerate(ids)}
+    # vLLM adds something of its own to the ids.
+    return [engine.answer(one) for one in ids], [places[one.partition("-")[0]] for one in order]
+
+
 def test_who_needs_no_promotion_does_not_wait(engine, behind, chance):
     prompts = draw(chance)
     stored(engine, behind, prompts)
@@ -212,6 +283,39 @@ def steps_until_done(engine: Any, burst: list[Ask], last: Ask) -> int:
     for done in (*ids, request_id):
         engine.answer(done)
     return steps
+
+
+def test_prompts_that_load_together_are_computed_together(engine, behind, chance):
+    """The CPU tier has room for three of these."""
+    prompts = draw(chance, 3, 4)
+    cold = stored(engine, behind, prompts)
+    answers, computed = engine.call(computed_per_step, asks(prompts))
+    assert [answer.tokens for answer in answers] == cold
+    assert [answer.read for answer in answers] == [4 * BLOCK] * 3
+    assert next(requests for requests in computed if requests) == 3
+
+
+def computed_per_step(engine: Any, burst: list[Ask]) -> tuple[list[Answer], list[int]]:
+    """Return the answers, and how many requests were computed in each step, on an engine whose
+    steps take long."""
+    connector, rate = engine.connector, engine.connector.cachescope.prefill_rate
+    computed: list[int] = []
+    build, known = connector.build_connector_meta, rate.short_step_s
+
+    def build_and_count(output: Any) -> Any:
+        computed.append(len(output.num_scheduled_tokens))
+        return build(output)
+
+    connector.build_connector_meta = build_and_count
+    rate.short_step_s = 5.0
+    try:
+        ids = [engine.add(ask) for ask in burst]
+        while engine.step():
+            pass
+    finally:
+        del connector.build_connector_meta
+        rate.short_step_s = known
+    return [engine.answer(request_id) for request_id in ids], computed
 
 
 def test_what_is_cut_off_holds_up_nobody_and_leaves_nothing(engine, behind, chance):

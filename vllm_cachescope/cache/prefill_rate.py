@@ -14,10 +14,13 @@ class PrefillRate:
 
     Attributes:
         tokens_per_s: the average of the steps' tokens per second; None before the first step.
+        short_step_s: how long a step with fewer tokens than `MIN_TOKENS` takes, in seconds, on
+            average; 0 before the first one.
     """
 
     def __init__(self) -> None:
         self.tokens_per_s: float | None = None
+        self.short_step_s = 0.0
         self._under_way: deque[tuple[float, int]] = deque()
         self._last_end = float("-inf")
 
@@ -32,7 +35,11 @@ class PrefillRate:
         began, tokens = self._under_way.popleft()
         seconds = now - max(began, self._last_end)
         self._last_end = now
-        if tokens < MIN_TOKENS or seconds <= 0:
+        if tokens == 0 or seconds <= 0:
+            return
+        if tokens < MIN_TOKENS:
+            known = self.short_step_s or seconds
+            self.short_step_s = known + NEWEST_WEIGHT * (seconds - known)
             return
         newest = tokens / seconds
         average = self.tokens_per_s or newest

@@ -14,9 +14,11 @@ from vllm_cachescope.tiers.transfers import Transfers
 
 logger = logger_of(__name__)
 
-READ_BATCH_BYTES = 4 << 20
+READ_BATCH_BYTES = 8 << 20
 """Bytes that a thread loads at once: so few that a prompt's blocks arrive from the first to the
-last although several threads read them."""
+last although several threads read them, and so many that what each batch costs besides is little.
+From LMCache's files, 128 blocks of 1 MiB take 68 ms, and 76 in batches of half the size (fastest
+of 24 each, in turn, on two busy cores)."""
 
 _OUTCOMES = {
     BlockState.GONE: "gone",

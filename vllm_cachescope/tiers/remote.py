@@ -164,6 +164,11 @@ class RemoteTier:
         return self._load_jobs.room_bytes // self._tier.slot_bytes
 
     @property
+    def loads(self) -> bool:
+        """Whether blocks are being loaded."""
+        return self._load_jobs.nbytes > 0
+
+    @property
     def most_loads(self) -> int:
         """How many blocks may be loaded at the same time if no others are."""
         return self._tier.limits.inflight_bytes // self._tier.slot_bytes

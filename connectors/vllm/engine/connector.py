@@ -251,7 +251,9 @@ class CacheScopeConnector(OffloadingConnector):
         self._events.collect()
         meta = super().build_connector_meta(scheduler_output)
         self.cachescope.on_schedule_end(scheduler_output)
-        self._promotions.end_step(scheduler_output.preempted_req_ids or ())
+        self._promotions.end_step(
+            scheduler_output.total_num_scheduled_tokens, scheduler_output.preempted_req_ids or ()
+        )
         return meta
 
     def request_finished(

@@ -30,6 +30,7 @@ from vllm_cachescope.connectors.vllm.engine.tiers.remote import RemoteTierManage
 from vllm_cachescope.durations import format_wait
 from vllm_cachescope.observations import Observations
 from vllm_cachescope.tenancy.owner_tags import UNLISTED_TAG, is_unlisted, org_of
+from vllm_cachescope.tiers.company import Company
 from vllm_cachescope.tiers.inquiries import Lookup
 from vllm_cachescope.tiers.promotion_queue import PromotionQueue, Room, Verdict, WaitOutcome
 
@@ -82,6 +83,7 @@ class Promotions:
         self._remotes = remotes
         self._queue = queue
         self._streams = streams
+        self._company = Company()
         manager = scheduler.manager
         assert isinstance(manager, TieringOffloadingManager)
         self._primary = manager.primary_tier
@@ -107,6 +109,13 @@ class Promotions:
             local_tokens: tokens of the prompt that the prefix cache holds.
         """
         request_id = request.request_id
+        if self._open.get(request_id):
+            return self._company.may_go(
+                request_id,
+                time.monotonic(),
+                any(remote.tier.loads for remote in self._remotes),
+                self._parent.short_step_s,
+            )
         if not self._remotes or request_id in self._open or self._is_exempt(request):
             return True
         status = self._scheduler._req_status.get(request_id)
@@ -155,6 +164,7 @@ class Promotions:
     def on_scheduled(self, request_id: str) -> None:
         """A request reads what was found; vLLM protects it from here on."""
         self._queue.settle(request_id, time.monotonic())
+        self._company.end(request_id)
         self._release(request_id)
 
     def has_more(self, request: Request) -> bool:
@@ -177,6 +187,7 @@ class Promotions:
             How long it has waited for room, in seconds; None if it has not.
         """
         self._queue.leave(request_id)
+        self._company.end(request_id)
         self._release(request_id)
         self._open.pop(request_id, None)
         self._waiting.pop(request_id, None)
@@ -184,9 +195,11 @@ class Promotions:
         self._streams.end(request_id)
         return self._waited_s.pop(request_id, None)
 
-    def end_step(self, preempted: Iterable[str]) -> None:
-        """A step is scheduled; requests that were preempted in it start anew."""
+    def end_step(self, tokens: int, preempted: Iterable[str]) -> None:
+        """A step with so many tokens to compute is scheduled; requests that were preempted in it
+        start anew."""
         self._queue.end_step()
+        self._company.end_step(tokens)
         for request_id in preempted:
             self.end(request_id)
 

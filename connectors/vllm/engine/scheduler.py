@@ -398,6 +398,10 @@ class CacheScopeConnectorScheduler(TierParent):
     def prefill_seconds(self, keys: Collection[bytes]) -> float:
         return self.prefill_rate.seconds_for(self._layout.tokens_of(keys))
 
+    @property
+    def short_step_s(self) -> float:
+        return self.prefill_rate.short_step_s
+
     def on_prefix_lookup(self) -> None:
         self.local.drop_expired()
 

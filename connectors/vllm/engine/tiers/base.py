@@ -84,6 +84,12 @@ class TierParent(ABC):
         """Return how long the engine takes to compute what ``keys`` stand for, in seconds; 0
         while that is not known. A load may take that long and still be worth it."""
 
+    @property
+    @abstractmethod
+    def short_step_s(self) -> float:
+        """How long a step takes in which the engine computes few tokens, in seconds; 0 while that
+        is not known."""
+
     # Events.
 
     @abstractmethod

@@ -56,6 +56,12 @@ _RESULTS = {
 }
 
 
+UNKNOWN_WORTH_S = 4.0
+"""How many seconds of computing a load counts for while it is not known how fast the engine
+computes. After a start many come back at once: as long as blocks keep coming, a second of waiting
+(with the default `load_share`) loses less than a prompt cut short."""
+
+
 @dataclass(slots=True)
 class _Use:
     """A request's use of its prompt; kept while the request may store chunks, even after its end.
@@ -154,7 +160,7 @@ class RemoteTierManager(SecondaryTierManager):
         job = job_metadata
         keys = [self._qualified(key, job.req_context) for key in job.keys]
         slots = [self._slot(chunk) for chunk in job.chunk_ids]
-        worth_s = self._parent.prefill_seconds(job.keys)
+        worth_s = self._parent.prefill_seconds(job.keys) or UNKNOWN_WORTH_S
         self.tier.load(job.job_id, job.req_context.req_id, keys, slots, worth_s)
 
     def used(self, request_id: str, keys: Iterable[tuple[bytes, int, int]]) -> None:
