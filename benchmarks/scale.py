@@ -76,7 +76,7 @@ class CpuTier:
         self.manager = CPUOffloadingManager(chunks, cpu.ScopePolicy.__name__, cpu.__name__)
         quotas = Quotas(1, OrgQuota(quota=chunks, reserve=chunks // (2 * TENANTS)), {})
         self.order = make_order(EvictionSettings(), quotas, chunks)
-        self.manager._policy.bind(self, quotas, self.order)  # type: ignore[attr-defined]  # noqa: SLF001
+        self.manager._policy.bind(self, quotas, self.order)  # type: ignore[attr-defined]
         self.requests = 0
 
     def now(self) -> float:
@@ -85,8 +85,8 @@ class CpuTier:
     def ttl_and_owner(self, key: OffloadKey, context: ReqContext) -> tuple[int, bytes]:
         return 3600, self.owner
 
-    def finished(self, context: ReqContext) -> tuple[list[bytes], RequestSignals]:
-        return self.used, RequestSignals(len(self.used) * 16)
+    def finished(self, context: ReqContext) -> tuple[list[bytes], RequestSignals, str]:
+        return self.used, RequestSignals(len(self.used) * 16), context.req_id
 
     def on_evicted(
         self, key: bytes, entry: Entry, reason: EvictionReason, by: bytes | None
@@ -213,21 +213,24 @@ def sessions_of(size: int, steps: int) -> dict[Name, float]:
     sessions, found = size // BLOCKS, dict[Name, float]()
     now, secret = 0.0, b"secret of the benchmark"
     made = Fingerprinter(secret)
-    unbounded = LineageStore(lambda: now, org_bytes=2**50, max_bytes=2**50)
-    bounded = LineageStore(lambda: now)
+    stores = [
+        LineageStore(lambda: now, org_bytes=2**50, max_bytes=2**50),
+        LineageStore(lambda: now),
+    ]
 
-    def observe(store: LineageStore, session: int) -> None:
+    def observe(session: int) -> None:
         nonlocal now
         now += 0.001
         caller = Caller(f"org {session % TENANTS}", f"session {session}")
-        store.observe(caller, made(anthropic.read(_body(session), (300, 3600)), org=caller.org))
+        stores[0].observe(caller, made(anthropic.read(_body(session), (300, 3600)), org=caller.org))
 
-    nbytes, _ = taking(lambda: [observe(unbounded, n) for n in range(sessions)])
+    nbytes, _ = taking(lambda: [observe(n) for n in range(sessions)])
     found["lineages, a session of one request", "bytes"] = nbytes / sessions
-    for name, value in stepped(lambda n: observe(unbounded, n * 7919 % sessions), steps).items():
+    for name, value in stepped(lambda n: observe(n * 7919 % sessions), steps).items():
         found[f"lineages, a request: {name}", "µs"] = value
-    del unbounded
-    nbytes, _ = taking(lambda: [observe(bounded, n) for n in range(sessions)])
+    # From here on within the default bounds.
+    del stores[0]
+    nbytes, _ = taking(lambda: [observe(n) for n in range(sessions)])
     found["lineages, as bounded by default", "MB"] = nbytes / 1e6
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory)

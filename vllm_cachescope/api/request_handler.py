@@ -14,7 +14,7 @@ from vllm_cachescope.api.diagnoser import PendingDiagnosis
 from vllm_cachescope.api.http_request import joined_headers, read_body, with_body
 from vllm_cachescope.api.incoming_body import read_incoming
 from vllm_cachescope.api.mending import Mending, Trial, wants_repair
-from vllm_cachescope.api.operations import PATHS
+from vllm_cachescope.api.operations import operation_of
 from vllm_cachescope.api.page import Page, is_page_path
 from vllm_cachescope.api.parsed_body import hand_over
 from vllm_cachescope.api.replies import Reply
@@ -61,7 +61,7 @@ class RequestHandler:
         """Serve a POST request, or a request for an operation."""
         headers = joined_headers(scope)
         protocol = protocol_of(scope["path"])
-        if scope["path"].endswith(PATHS):
+        if operation_of(scope["path"]) is not None:
             await self._operate(headers, scope, receive, send)
         elif (page := self.services.page) is not None and is_page_path(scope["path"]):
             await self._show(page, headers, scope, receive, send)
@@ -226,6 +226,8 @@ class RequestHandler:
         """Diagnose and record a request whose prompts are over."""
         # A prompt that comes later yet, in the background, goes on from one that was diagnosed.
         context.on_over = partial(self._record, context)
+        if reply.ended is not None and self.services.endings is not None:
+            self.services.endings.note(context.plans, reply.ended)
         try:
             self._diagnose(context, reply, pending, mending, headers)
         except Exception:
