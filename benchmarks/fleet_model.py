@@ -148,28 +148,35 @@ class Cluster:
     node_commands: float = 200_000
 
 
-# By `redis_load`, for a block: found (EXISTS), loaded (PTTL, GET), renewed (one script), stored
-# (EXISTS, SET), and entered in the index of owners, which one node has for all of a model.
-_READ, _STORED, _ENTRY_BYTES = 4.0, 2.0, 420.0
+# By `redis_load`, for a block: found (EXISTS), loaded (PTTL, GET), stored (EXISTS, SET), renewed
+# (one script), and entered in the index of owners, which one node has for all of a model.
+_READ, _STORED, _ENTRY_BYTES = 3.0, 2.0, 400.0
 
 
 def loads(
-    fleet: Fleet, cluster: Cluster, local_bytes: float, block_bytes: float
+    fleet: Fleet, cluster: Cluster, local_bytes: float, block_bytes: float, home: float
 ) -> dict[str, float]:
-    """Return what a fleet asks of a Cluster, with so many bytes in the CPU tiers of all replicas
-    together, each session on one replica; loads are parts of what the Cluster can do."""
-    local = replace(fleet, room=local_bytes / block_bytes)
+    """Return what a fleet asks of a Cluster; loads are parts of what the Cluster can do.
+
+    Args:
+        fleet: the fleet.
+        cluster: the Cluster.
+        local_bytes: bytes in the CPU tiers of all replicas together.
+        block_bytes: bytes of a block.
+        home: how many requests come to the replica that had the session's last one, from 0 to 1.
+    """
+    local_hits = home * replace(fleet, room=local_bytes / block_bytes).hits
     both = replace(fleet, room=cluster.nodes * cluster.node_bytes / (block_bytes + _ENTRY_BYTES))
-    read = max(0.0, both.hits - local.hits) * fleet.requests * fleet.blocks
+    read = max(0.0, both.hits - local_hits) * fleet.requests * fleet.blocks
     new = fleet.requests * fleet.blocks * 2 / (fleet.turns + 1)
-    missed = (1 - max(local.hits, both.hits)) * fleet.requests * fleet.blocks
+    missed = (1 - max(local_hits, both.hits)) * fleet.requests * fleet.blocks
     stored = max(new, missed)
     # Whatever tier a block was read from, its life is renewed in all of them.
-    renewed = max(local.hits, both.hits) * fleet.requests * fleet.blocks
+    renewed = max(local_hits, both.hits) * fleet.requests * fleet.blocks
     commands = _READ * read + _STORED * stored + renewed
     return {
-        "hits of the CPU tiers": local.hits,
-        "hits with Redis": max(local.hits, both.hits),
+        "hits of the CPU tiers": local_hits,
+        "hits with Redis": max(local_hits, both.hits),
         "GB/s read": read * block_bytes / 1e9,
         "GB/s stored": stored * block_bytes / 1e9,
         "commands/s": commands,
@@ -182,16 +189,16 @@ def loads(
 def main() -> int:
     """Print what 100 replicas and 10,000,000 sessions a day ask of a Cluster."""
     day = Fleet(sessions=10_000_000 / 24)
-    head = [*loads(day, Cluster(), 1e14, 2**25)]
-    print("KiB a token", "tokens a block", "nodes", *head, sep=" | ")
+    head = [*loads(day, Cluster(), 1e14, 2**25, 1.0)]
+    print("KiB a token", "tokens a block", "at home", "nodes", *head, sep=" | ")
     for token_kib in (16, 64, 128):
         for tokens in (256, 16):
-            for nodes in (40, 400):
+            for home, nodes in ((1.0, 40), (0.01, 40), (0.01, 400)):
                 fleet = replace(day, blocks=10_240 / tokens)
                 block = token_kib * 1024 * tokens
-                found = loads(fleet, Cluster(nodes), 100 * 2**40, block)
+                found = loads(fleet, Cluster(nodes), 100 * 2**40, block, home)
                 shown = (f"{value:,.3g}" for value in found.values())
-                print(token_kib, tokens, nodes, *shown, sep=" | ")
+                print(token_kib, tokens, f"{home:.0%}", nodes, *shown, sep=" | ")
     return 0
 
 

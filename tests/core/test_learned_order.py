@@ -4,6 +4,7 @@ import json
 import random
 import tracemalloc
 from collections import Counter
+from threading import Thread
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -328,3 +329,20 @@ def test_what_is_over_goes_first_unless_it_is_used_again() -> None:
     assert order.victims(3, 90_011.0, none) == [b"0/1", b"0/2", b"0/0"]
     order.remove_all([b"0/1"])
     assert len(order) == 11 and order.held(b"0") == 2
+
+
+def test_no_rounding_of_ages_keeps_a_cell_due_for_ever() -> None:
+    rng, unlucky = random.Random(0), 0
+    for _ in range(200):
+        used_at, edge = rng.uniform(0, 1e3), rng.choice(EDGES[3:20])
+        now = used_at + edge
+        if now - edge >= used_at:
+            continue
+        unlucky += 1
+        order = LearnedOrder()
+        order.use_request([([b"a"], 300, b"")], used_at)
+        asked = Thread(target=order.victims, args=(1, now, none), daemon=True)
+        asked.start()
+        asked.join(10)
+        assert not asked.is_alive(), (used_at, edge)
+    assert unlucky > 10
