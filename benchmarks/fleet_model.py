@@ -11,6 +11,7 @@ times the mean of gap or patience, whichever is shorter, is what the tier holds.
 
 import math
 import random
+import sys
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -128,3 +129,78 @@ def checked(scale: float) -> Iterator[tuple[float, float, float]]:
     for part in (0.02, 0.05, 0.1, 0.2, 1.0):
         one = replace(fleet, room=part * hour)
         yield part, one.hits, simulated(one, 2 * 3600 + 8000, random.Random(1))
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """A Redis Cluster beside a fleet, and what one node of it can do.
+
+    Attributes:
+        nodes: primaries.
+        node_bytes: what one holds.
+        node_wire: bytes a second that one sends.
+        node_commands: commands a second that one carries out.
+    """
+
+    nodes: int = 40
+    node_bytes: float = 256 * 2**30
+    node_wire: float = 3e9
+    node_commands: float = 200_000
+
+
+# By `redis_load`, for a block: found (EXISTS), loaded (PTTL, GET), stored (EXISTS, SET), renewed
+# (one script), and entered in the index of owners, which one node has for all of a model.
+_READ, _STORED, _ENTRY_BYTES = 3.0, 2.0, 400.0
+
+
+def loads(
+    fleet: Fleet, cluster: Cluster, local_bytes: float, block_bytes: float, home: float
+) -> dict[str, float]:
+    """Return what a fleet asks of a Cluster; loads are parts of what the Cluster can do.
+
+    Args:
+        fleet: the fleet.
+        cluster: the Cluster.
+        local_bytes: bytes in the CPU tiers of all replicas together.
+        block_bytes: bytes of a block.
+        home: how many requests come to the replica that had the session's last one, from 0 to 1.
+    """
+    local_hits = home * replace(fleet, room=local_bytes / block_bytes).hits
+    both = replace(fleet, room=cluster.nodes * cluster.node_bytes / (block_bytes + _ENTRY_BYTES))
+    read = max(0.0, both.hits - local_hits) * fleet.requests * fleet.blocks
+    new = fleet.requests * fleet.blocks * 2 / (fleet.turns + 1)
+    missed = (1 - max(local_hits, both.hits)) * fleet.requests * fleet.blocks
+    stored = max(new, missed)
+    # Whatever tier a block was read from, its life is renewed in all of them.
+    renewed = max(local_hits, both.hits) * fleet.requests * fleet.blocks
+    commands = _READ * read + _STORED * stored + renewed
+    return {
+        "hits of the CPU tiers": local_hits,
+        "hits with Redis": max(local_hits, both.hits),
+        "GB/s read": read * block_bytes / 1e9,
+        "GB/s stored": stored * block_bytes / 1e9,
+        "commands/s": commands,
+        "wire": max(read, stored) * block_bytes / (cluster.nodes * cluster.node_wire),
+        "commands": commands / (cluster.nodes * cluster.node_commands),
+        "index node": (stored + renewed) / (5 * cluster.node_commands),
+    }
+
+
+def main() -> int:
+    """Print what 100 replicas and 10,000,000 sessions a day ask of a Cluster."""
+    day = Fleet(sessions=10_000_000 / 24)
+    head = [*loads(day, Cluster(), 1e14, 2**25, 1.0)]
+    print("KiB a token", "tokens a block", "at home", "nodes", *head, sep=" | ")
+    for token_kib in (16, 64, 128):
+        for tokens in (256, 16):
+            for home, nodes in ((1.0, 40), (0.01, 40), (0.01, 400)):
+                fleet = replace(day, blocks=10_240 / tokens)
+                block = token_kib * 1024 * tokens
+                found = loads(fleet, Cluster(nodes), 100 * 2**40, block, home)
+                shown = (f"{value:,.3g}" for value in found.values())
+                print(token_kib, tokens, f"{home:.0%}", nodes, *shown, sep=" | ")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -6,7 +6,7 @@ import random
 import select
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import redis
 
@@ -65,6 +65,7 @@ class Ours(Client):
         block_bytes: bytes per block.
         name: what the result calls it.
         envelopes: what seals the blocks; by default as a tier does that is not told to encrypt.
+        owner_of: returns whose a block is, by its number.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Ours(Client):
         block_bytes: int,
         name: str = "remote tier",
         envelopes: Envelopes | None = None,
+        owner_of: Callable[[int], bytes] = lambda number: NOBODY,
     ) -> None:
         self.name = name
         settings = RedisTier(
@@ -85,7 +87,7 @@ class Ours(Client):
         )
         keyspace = Keyspace({"benchmark": block_bytes, "name": name})
         chance = random.Random(0)
-        self._keys = [qualified(NOBODY, chance.randbytes(32) + bytes(4)) for _ in range(count)]
+        self._keys = [qualified(owner_of(n), chance.randbytes(32) + bytes(4)) for n in range(count)]
         self.names = [keyspace.name(key) for key in self._keys]
         self._tier = RemoteTier(
             "redis",

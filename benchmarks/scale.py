@@ -14,11 +14,13 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pydantic import ByteSize
 from sqlalchemy import URL
 from vllm.v1.kv_offload.base import OffloadKey, ReqContext, make_offload_key
 from vllm.v1.kv_offload.cpu.manager import CPUOffloadingManager
@@ -26,6 +28,7 @@ from vllm.v1.kv_offload.cpu.manager import CPUOffloadingManager
 from benchmarks import fleet_model
 from benchmarks.harness import Result, arguments, finish
 from benchmarks.ledger import REPORT
+from benchmarks.redis_load import redis_load
 from vllm_cachescope.cache.eviction_history import EvictionHistory, EvictionReason, EvictionRecord
 from vllm_cachescope.cache.learned_order import LearnedOrder
 from vllm_cachescope.cache.ledger import Entry, Ledger
@@ -74,9 +77,11 @@ class CpuTier:
         self.tags = OwnerTags(b"secret of the benchmark")
         self.owner, self.used = b"", list[bytes]()
         self.manager = CPUOffloadingManager(chunks, cpu.ScopePolicy.__name__, cpu.__name__)
-        quotas = Quotas(1, OrgQuota(quota=chunks, reserve=chunks // (2 * TENANTS)), {})
+        quotas = Quotas(
+            1, OrgQuota(quota=ByteSize(chunks), reserve=ByteSize(chunks // (2 * TENANTS))), {}
+        )
         self.order = make_order(EvictionSettings(), quotas, chunks)
-        self.manager._policy.bind(self, quotas, self.order)  # type: ignore[attr-defined]  # noqa: SLF001
+        self.manager._policy.bind(self, quotas, self.order)  # type: ignore[attr-defined]
         self.requests = 0
 
     def now(self) -> float:
@@ -85,8 +90,8 @@ class CpuTier:
     def ttl_and_owner(self, key: OffloadKey, context: ReqContext) -> tuple[int, bytes]:
         return 3600, self.owner
 
-    def finished(self, context: ReqContext) -> tuple[list[bytes], RequestSignals]:
-        return self.used, RequestSignals(len(self.used) * 16)
+    def finished(self, context: ReqContext) -> tuple[list[bytes], RequestSignals, str]:
+        return self.used, RequestSignals(len(self.used) * 16), context.req_id
 
     def on_evicted(
         self, key: bytes, entry: Entry, reason: EvictionReason, by: bytes | None
@@ -213,21 +218,24 @@ def sessions_of(size: int, steps: int) -> dict[Name, float]:
     sessions, found = size // BLOCKS, dict[Name, float]()
     now, secret = 0.0, b"secret of the benchmark"
     made = Fingerprinter(secret)
-    unbounded = LineageStore(lambda: now, org_bytes=2**50, max_bytes=2**50)
-    bounded = LineageStore(lambda: now)
+    stores = [
+        LineageStore(lambda: now, org_bytes=2**50, max_bytes=2**50),
+        LineageStore(lambda: now),
+    ]
 
-    def observe(store: LineageStore, session: int) -> None:
+    def observe(session: int) -> None:
         nonlocal now
         now += 0.001
         caller = Caller(f"org {session % TENANTS}", f"session {session}")
-        store.observe(caller, made(anthropic.read(_body(session), (300, 3600)), org=caller.org))
+        stores[0].observe(caller, made(anthropic.read(_body(session), (300, 3600)), org=caller.org))
 
-    nbytes, _ = taking(lambda: [observe(unbounded, n) for n in range(sessions)])
+    nbytes, _ = taking(partial(_each, observe, range(sessions)))
     found["lineages, a session of one request", "bytes"] = nbytes / sessions
-    for name, value in stepped(lambda n: observe(unbounded, n * 7919 % sessions), steps).items():
+    for name, value in stepped(lambda n: observe(n * 7919 % sessions), steps).items():
         found[f"lineages, a request: {name}", "µs"] = value
-    del unbounded
-    nbytes, _ = taking(lambda: [observe(bounded, n) for n in range(sessions)])
+    # From here on within the default bounds.
+    del stores[0]
+    nbytes, _ = taking(partial(_each, observe, range(sessions)))
     found["lineages, as bounded by default", "MB"] = nbytes / 1e6
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory)
@@ -240,7 +248,7 @@ def sessions_of(size: int, steps: int) -> dict[Name, float]:
             records = (_record(n % sessions) for n in range(first, first + 1000))
             store.write(Batch.of(records, limits))
 
-        nbytes, _ = taking(lambda: [write(n) for n in range(0, sessions, 1000)])
+        nbytes, _ = taking(partial(_each, write, range(0, sessions, 1000)))
         found["usage ledger on disk, a session", "bytes"] = (
             sum(file.stat().st_size for file in path.iterdir()) / sessions
         )
@@ -251,6 +259,11 @@ def sessions_of(size: int, steps: int) -> dict[Name, float]:
         found["usage ledger, upkeep", "s"] = time.thread_time() - start
         engine.dispose()
     return found
+
+
+def _each(work: Callable[[int], None], numbers: Iterable[int]) -> None:
+    for number in numbers:
+        work(number)
 
 
 def _body(session: int) -> dict[str, Any]:
@@ -299,6 +312,8 @@ def main() -> int:
                 f"at most {_LOG:.0f}",
                 lambda ratio: ratio <= _LOG,
             )
+    for (name, unit), value in redis_load(20 if options.quick else 500).items():
+        result.add(name, [value], unit)
     for capacity, model, simulated in fleet_model.checked(0.1 if options.quick else 1.0):
         result.add(
             f"fleet, room for {capacity:.0%} of an hour: hits, model less replay",

@@ -87,6 +87,12 @@ class EngineProcesses(Engines):
         """
         return await self._call("health")
 
+    async def end_session(self, owners: Sequence[bytes]) -> int:
+        return sum([sum(await self._call("end_session", owner)) for owner in owners])
+
+    async def tell_endings(self, endings: list[tuple[str, int]]) -> None:
+        await self._call("endings", endings)
+
     async def purge(
         self, prefix: bytes, org: str | None = None, session: str | None = None
     ) -> Purged:

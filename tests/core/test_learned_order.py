@@ -4,6 +4,7 @@ import json
 import random
 import tracemalloc
 from collections import Counter
+from threading import Thread
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,7 +21,7 @@ from vllm_cachescope.cache.return_counts import (
     bin_of,
 )
 from vllm_cachescope.cache.return_prices import fit_prices
-from vllm_cachescope.cache.runs import RequestSignals
+from vllm_cachescope.cache.runs import Ended, RequestSignals
 
 ORGS = (b"", b"acme", b"zeta")
 TTLS = (300, 3600)
@@ -71,7 +72,7 @@ def price(order: LearnedOrder, key: bytes) -> tuple[float, float]:
     st.tuples(*[st.integers(0, 8) for _ in ORGS]),
     st.integers(0, 10),
     st.lists(
-        st.tuples(st.integers(0, 6), st.integers(0, 29), st.integers(0, 2**20)),
+        st.tuples(st.integers(0, 7), st.integers(0, 29), st.integers(0, 2**20)),
         min_size=30,
         max_size=120,
     ),
@@ -97,6 +98,9 @@ def test_quotas_reserves_and_claims_hold_whatever_was_learned(
         elif kind == 3:
             order.use(keys[0], ttl_s, now, org)
             model.blocks[keys[0]] = org, ttl_s > 300
+        elif kind == 7:
+            order.retire(keys)
+            order.tell(keys[-1], Ended(drawn % 2))
         elif kind == 4:
             order.remove(keys[0])
             model.blocks.pop(keys[0], None)
@@ -281,3 +285,64 @@ def test_a_resident_block_costs_less_than_200_bytes() -> None:
     tracemalloc.stop()
     # The keys themselves are vLLM's.
     assert held / len(order) < 200
+
+
+def test_what_waits_for_a_tool_is_learned_apart_from_what_was_answered() -> None:
+    order, at = LearnedOrder(), 0.0
+    for number in range(400):
+        keys = [b"%d/%d" % (number, block) for block in range(4)]
+        order.use_request([(keys, 300, b"")], at, RequestSignals(100))
+        waits = number % 2 == 0
+        # It is told a moment later than the request was over.
+        order.tell(keys[-1], Ended.TOOLS if waits else Ended.ANSWER)
+        if waits:
+            keys = [*keys, b"%d/4" % number]
+            order.use_request([(keys, 300, b"")], at + 3.0, RequestSignals(100))
+            order.tell(keys[-1], Ended.ANSWER)
+        at += 5.0
+    for name in (b"waits", b"answered"):
+        keys = [name + b"%d" % block for block in range(4)]
+        order.use_request([(keys, 300, b"")], at, RequestSignals(100))
+    order.tell(b"waits3", Ended.TOOLS)
+    order.tell(b"answered3", Ended.ANSWER)
+    assert price(order, b"waits0")[0] > 3 * price(order, b"answered0")[0]
+    # News of what was used since, or is not there, changes nothing.
+    before = price(order, b"waits3")
+    order.tell(b"waits1", Ended.ANSWER)
+    order.tell(b"nobody", Ended.ANSWER)
+    assert price(order, b"waits3") == before
+
+
+def test_what_is_over_goes_first_unless_it_is_used_again() -> None:
+    order = LearnedOrder()
+    for number in range(4):
+        keys = [b"%d/%d" % (number, block) for block in range(3)]
+        order.use_request([(keys, 300, b"%d" % number)], number * 10.0)
+    assert order.retire([b"3/1", b"3/0", b"3/2", b"nobody"]) == 3
+    assert order.victims(4, 50.0, none) == [b"3/2", b"3/1", b"3/0", b"0/2"]
+    assert order.victims(4, 90_000.0, none) == [b"3/2", b"3/1", b"3/0", b"0/2"]
+    counted = order.counted().returns.sum()
+    order.use_request([([b"3/0", b"3/1", b"3/2"], 300, b"3")], 90_010.0)
+    assert order.counted().returns.sum() == counted
+    assert order.victims(1, 90_011.0, none) == [b"0/2"]
+    assert order.retire([b"0/1"]) == 1
+    assert order.victims(3, 90_011.0, none) == [b"0/1", b"0/2", b"0/0"]
+    order.remove_all([b"0/1"])
+    assert len(order) == 11 and order.held(b"0") == 2
+
+
+def test_no_rounding_of_ages_keeps_a_cell_due_for_ever() -> None:
+    rng, unlucky = random.Random(0), 0
+    for _ in range(200):
+        used_at, edge = rng.uniform(0, 1e3), rng.choice(EDGES[3:20])
+        now = used_at + edge
+        if now - edge >= used_at:
+            continue
+        unlucky += 1
+        order = LearnedOrder()
+        order.use_request([([b"a"], 300, b"")], used_at)
+        asked = Thread(target=order.victims, args=(1, now, none), daemon=True)
+        asked.start()
+        asked.join(10)
+        assert not asked.is_alive(), (used_at, edge)
+    assert unlucky > 10

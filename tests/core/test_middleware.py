@@ -18,6 +18,9 @@ class Nothing(Engines):
     async def health(self) -> list[list[dict[str, Any]]]:
         return []
 
+    async def end_session(self, owners) -> int:
+        return 0
+
     async def purge(
         self, prefix: bytes, org: str | None = None, session: str | None = None
     ) -> Purged:

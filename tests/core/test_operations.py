@@ -34,6 +34,7 @@ class Recorded(Engines):
 
     def __init__(self, *tiers: dict[str, Any], answers: bool = True) -> None:
         self.purged: list[bytes] = []
+        self.ended: list[bytes] = []
         self._tiers = list(tiers)
         self._answers = answers
 
@@ -41,6 +42,12 @@ class Recorded(Engines):
         if not self._answers:
             raise TimeoutError
         return [self._tiers]
+
+    async def end_session(self, owners) -> int:
+        if not self._answers:
+            raise TimeoutError
+        self.ended += owners
+        return 7
 
     async def purge(
         self, prefix: bytes, org: str | None = None, session: str | None = None
@@ -86,6 +93,7 @@ def ask(diagnoser, forget):
         engines: Engines | None = None,
         known: bool = True,
         headers: dict[str, str] | None = None,
+        fields: dict[str, str] | None = None,
         **config: object,
     ) -> tuple[int, Any]:
         settings = made(config)
@@ -103,7 +111,7 @@ def ask(diagnoser, forget):
         async def read_body() -> bytes:
             return body if isinstance(body, bytes) else json.dumps(body).encode()
 
-        response = await operations.answer(method, path, sent, known, read_body)
+        response = await operations.answer(method, path, sent, known, read_body, fields)
         return response.status_code, json.loads(bytes(response.body))
 
     return ask
@@ -366,3 +374,39 @@ async def test_an_engine_that_does_not_answer_shows(ask) -> None:
 async def test_another_method_is_told_which_one(ask, path) -> None:
     status, answer = await ask("PUT", path, key=TOKEN)
     assert (status, "use " in answer["error"]["message"]) == (405, True)
+
+
+async def test_a_session_that_is_over_is_its_organisations_to_say(ask) -> None:
+    path, over = "/cachescope/sessions/a/b c", [OWNERS.prefix("name:acme", "a/b c")]
+    engines = Recorded()
+    status, answer = await ask("DELETE", path, key="acme's key", engines=engines)
+    assert (status, engines.ended, engines.purged) == (200, over, [])
+    assert answer == {"orgs": ["name:acme"], "session": "a/b c", "blocks": 7}
+    engines = Recorded()
+    fields = {"org": "acme"}
+    status, _ = await ask("DELETE", path, key=TOKEN, engines=engines, fields=fields)
+    assert (status, engines.ended) == (200, over)
+
+
+@pytest.mark.parametrize(
+    ("method", "key", "fields", "known", "status"),
+    [
+        ("GET", "acme's key", {}, True, 405),
+        ("DELETE", "acme's key", {"org": "zeta"}, True, 403),
+        ("DELETE", "another key", {"org": "acme"}, True, 401),
+        ("DELETE", None, {}, True, 401),
+        ("DELETE", "acme's key", {}, False, 401),
+        ("DELETE", TOKEN, {"org": "nobody"}, True, 404),
+    ],
+)
+async def test_nobody_else_ends_a_session(ask, method, key, fields, known, status) -> None:
+    engines = Recorded()
+    path = "/cachescope/sessions/s"
+    found, _ = await ask(method, path, key=key, engines=engines, fields=fields, known=known)
+    assert (found, engines.ended) == (status, [])
+
+
+async def test_an_engine_that_does_not_answer_ends_no_session(ask) -> None:
+    engines = Recorded(answers=False)
+    status, _ = await ask("DELETE", "/cachescope/sessions/s", key="acme's key", engines=engines)
+    assert status == 503

@@ -51,6 +51,20 @@ def test_a_client_may_have_its_own_session_forgotten(api: Api) -> None:
         assert (usage["cache_creation_input_tokens"] == 0) == read
 
 
+def test_a_client_may_say_that_its_session_is_over(api: Api) -> None:
+    key, scoped = "key of the finished", agent_body("finished")
+    scoped["messages"][0]["content"][0]["cache_control"] = EPHEMERAL | {"scope": "session"}
+    api.post("/v1/messages", scoped, key, **session("its session")).raise_for_status()
+    url, headers = f"{api.url}/cachescope/sessions/its%20session", {"x-api-key": key}
+    answer = httpx.delete(url, headers=headers)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["blocks"] > 0
+    assert httpx.delete(url, headers={"x-api-key": "key of the curious"}).json()["blocks"] == 0
+    # Nothing was purged.
+    usage = api.post("/v1/messages", scoped, key, **session("its session")).json()["usage"]
+    assert usage["cache_creation_input_tokens"] == 0
+
+
 def test_nobody_else_may(api: Api) -> None:
     assert purge(api, {"all": True}, None).status_code == 401
     assert purge(api, {"all": True}, "key of the curious").status_code == 401

@@ -63,6 +63,21 @@ class Engines(ABC):
             TimeoutError: if an engine does not answer.
         """
 
+    @abstractmethod
+    async def end_session(self, owners: Sequence[bytes]) -> int:
+        """Have the CPU tiers evict the blocks of a session first; return how many they have.
+
+        Args:
+            owners: the owners of its blocks, as `OwnerTags.prefixes` has them.
+
+        Raises:
+            TimeoutError: if an engine does not answer.
+        """
+
+    async def tell_endings(self, endings: list[tuple[str, int]]) -> None:  # noqa: B027
+        """Tell how answers ended: ``(nonce, Ended)`` of each prompt. Where no policy wants to know
+        there is nothing to do."""
+
     def on_evictions(  # noqa: B027
         self, note: Callable[[Sequence[tuple[str, str, bytes, int]]], object]
     ) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vllm_cachescope.api.operations import PATHS
+from vllm_cachescope.api.operations import operation_of
 from vllm_cachescope.api.page import is_page_path
 from vllm_cachescope.api.request_handler import RequestHandler
 from vllm_cachescope.api.services import Server, Services
@@ -43,7 +43,7 @@ class CacheScopeMiddleware(ABC):
             await self._app(scope, self._connecting(scope, receive), send)
         elif scope["type"] == "http" and (
             scope["method"] == "POST"
-            or scope["path"].endswith(PATHS)
+            or operation_of(scope["path"]) is not None
             or is_page_path(scope["path"])
         ):
             await self.connected(scope).handle(scope, receive, send)

@@ -9,6 +9,10 @@
                                 operator; see `usage_endpoint`
 ``POST /cachescope/purge``      drop the entries of an organisation or a session on every tier:
                                 the caller's own, within `purge_budget`; anyone's for the operator
+``DELETE /cachescope/sessions/NAME``
+                                say that a session of the caller's organisation is over: its
+                                blocks in the CPU tier are evicted first, and can be read until
+                                then; the operator names the organisation, ``?org=NAME``
 ==============================  =================================================================
 
 The operator is whoever presents `Config.operators_token` as an API key.
@@ -19,6 +23,7 @@ from math import ceil
 from operator import itemgetter
 from typing import Any
 
+from pydantic_core import to_json
 from starlette.responses import Response
 
 from vllm_cachescope.api.answers import Answer, Refused
@@ -38,15 +43,28 @@ BREAKS = "/cachescope/breaks"
 HEALTH = "/cachescope/health"
 PURGE = "/cachescope/purge"
 USAGE = "/cachescope/usage"
+SESSIONS = "/cachescope/sessions/"
 PATHS = (BREAKS, HEALTH, PURGE, USAGE)
 
-_METHODS = {BREAKS: "GET", HEALTH: "GET", PURGE: "POST", USAGE: "GET"}
+_METHODS = {BREAKS: "GET", HEALTH: "GET", PURGE: "POST", USAGE: "GET", SESSIONS: "DELETE"}
 
 LISTED = 100
 """How many breaks are listed."""
 
 _FOR_ALL = ("name", "up", "readable", "writable", "used_bytes", "capacity_bytes")
 """The fields of a tier's health that everyone may see."""
+
+
+def operation_of(path: str) -> str | None:
+    """Return which operation a path stands for, one of `PATHS` or `SESSIONS`; None if for none."""
+    if session_in(path):
+        return SESSIONS
+    return next((known for known in PATHS if path.endswith(known)), None)
+
+
+def session_in(path: str) -> str:
+    """Return the session that a path below `SESSIONS` names; empty if it names none."""
+    return path.partition(SESSIONS)[2]
 
 
 class Operations:
@@ -100,13 +118,14 @@ class Operations:
 
         Args:
             method: its method.
-            path: its path, which ends with one of `PATHS`.
+            path: its path, which stands for an operation.
             headers: its headers, names in lower case, each character a byte.
             is_known: whether the server itself would let the caller in.
             read_body: reads its body.
             fields: the fields of its query.
         """
-        operation = next(known for known in PATHS if path.endswith(known))
+        operation = operation_of(path)
+        assert operation is not None
         is_operator = presents(self._operator_token, headers)
         org = None
         if not is_operator and is_known:
@@ -125,6 +144,8 @@ class Operations:
                 return Answer(await self._listed(org, is_operator))
             if operation == USAGE:
                 return await self._used(fields or {}, org)
+            if operation == SESSIONS:
+                return await self._end_session(session_in(path), fields or {}, org)
             request = PurgeRequest.read(await read_body(), org, self._directory)
             if org is not None:
                 self._charge(org)
@@ -150,6 +171,20 @@ class Operations:
                 "this server keeps no ledger; its operator can set ledger.directory or ledger.url",
             )
         return await self._usage(fields, org)
+
+    async def _end_session(
+        self, name: str, fields: Mapping[str, str], caller_org: str | None
+    ) -> Answer:
+        """Have the blocks of a session evicted first."""
+        body = {"session": name} | ({"org": fields["org"]} if "org" in fields else {})
+        request = PurgeRequest.read(to_json(body), caller_org, self._directory)
+        if caller_org is not None:
+            self._charge(caller_org)
+        owners = [
+            owner for org in request.orgs for owner in self._tags.prefixes(org, request.session)
+        ]
+        blocks = await self._engines.end_session(owners)
+        return Answer({"orgs": request.orgs, "session": request.session, "blocks": blocks})
 
     async def _health(self, is_operator: bool) -> Answer:
         """Answer 200 whatever state the tiers are in: without them requests run all the same."""

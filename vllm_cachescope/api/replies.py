@@ -9,10 +9,12 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import Message, Send
 
 from vllm_cachescope.api.diagnostics import early_answer
+from vllm_cachescope.api.endings import ending_of
 from vllm_cachescope.api.opening import Opening
 from vllm_cachescope.api.prewarming import drop_token, stream_of
 from vllm_cachescope.api.request_context import RequestContext
 from vllm_cachescope.api.usage import Usage, write_chat, write_messages, write_responses
+from vllm_cachescope.cache.runs import Ended
 from vllm_cachescope.prompt.request import Protocol
 from vllm_cachescope.repair.repair import Repair
 
@@ -39,6 +41,7 @@ class Reply:
 
     Attributes:
         id: the response's id; None before it was seen.
+        ended: how the answer ended; None before it has, or if the reply does not say.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class Reply:
         self._opening = opening
         self._repairs = repairs
         self.id: str | None = None
+        self.ended: Ended | None = None
         self._stream_prewarm = stream_prewarm
         self._start: Message | None = None
         self._streaming = False
@@ -88,6 +92,7 @@ class Reply:
         if message.get("more_body", False):
             return
         assert self._start is not None
+        self._note_ending(self._unsent)
         body = self._rewritten(self._unsent)
         headers = MutableHeaders(scope=self._start)
         if self._stream_prewarm:
@@ -108,6 +113,7 @@ class Reply:
             await self._send({**message, "body": out})
 
     def _rewritten_event(self, event: bytes) -> bytes:
+        self._note_ending(event)
         ends = self._request.diagnose and b'"finish_reason"' in event
         if b'"usage"' not in event and self.id is not None and not ends:
             return event
@@ -116,6 +122,14 @@ class Reply:
             if line.startswith(b"data: {"):
                 lines[i] = b"data: " + self._rewritten(line.removeprefix(b"data: "))
         return b"\n".join(lines)
+
+    def _note_ending(self, data: bytes) -> None:
+        """Note how the answer ended, if this part of the reply says so. Of several choices one that
+        waits for a tool counts."""
+        if self.ended is not Ended.TOOLS:
+            is_responses = self._request.protocol is Protocol.RESPONSES
+            ended = ending_of(data, is_responses)
+            self.ended = self.ended if ended is None else ended
 
     def _rewritten(self, raw: bytes) -> bytes:
         try:

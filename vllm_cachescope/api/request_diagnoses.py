@@ -51,6 +51,8 @@ class RequestDiagnoses:
         """Diagnose and record a request whose prompts are over."""
         # A prompt that comes later yet, in the background, goes on from one that was diagnosed.
         context.on_over = partial(self.record, context)
+        if reply.ended is not None and self._services.endings is not None:
+            self._services.endings.note(context.plans, reply.ended)
         try:
             self._diagnose(context, reply, opening, mending, headers)
         except Exception:

@@ -14,7 +14,7 @@ from vllm_cachescope.api.collection_pause import CollectionPause
 from vllm_cachescope.api.http_request import joined_headers, read_body, with_body
 from vllm_cachescope.api.incoming_body import LARGE_BYTES, read_incoming
 from vllm_cachescope.api.mending import Mending, Trial, wants_repair
-from vllm_cachescope.api.operations import PATHS
+from vllm_cachescope.api.operations import operation_of
 from vllm_cachescope.api.page import Page, is_page_path
 from vllm_cachescope.api.parsed_body import hand_over
 from vllm_cachescope.api.replies import Reply
@@ -58,7 +58,7 @@ class RequestHandler:
         """Serve a POST request, or a request for an operation."""
         headers = joined_headers(scope)
         protocol = protocol_of(scope["path"])
-        if scope["path"].endswith(PATHS):
+        if operation_of(scope["path"]) is not None:
             await self._operate(headers, scope, receive, send)
         elif (page := self.services.page) is not None and is_page_path(scope["path"]):
             await self._show(page, headers, scope, receive, send)

@@ -10,6 +10,7 @@ from prometheus_client import REGISTRY, CollectorRegistry
 
 from vllm_cachescope.api.diagnoser import Diagnoser
 from vllm_cachescope.api.diffs import Diffs
+from vllm_cachescope.api.endings import Endings
 from vllm_cachescope.api.engines import Engines
 from vllm_cachescope.api.ignored_markers import IgnoredMarkers
 from vllm_cachescope.api.mending import Mender
@@ -113,6 +114,7 @@ class Services:
         stage_times: counts what caching itself takes of requests.
         count_queued: notes that so many more requests wait to be diagnosed.
         recorder: makes the records of the requests that are over.
+        endings: tells the engines how answers ended; None where their policy does not ask.
         page: the page; None where it is off.
         operator_token: makes its holder the operator; None for nobody.
         takes_parsed: whether the server takes the object of a large body in place of JSON.
@@ -128,6 +130,7 @@ class Services:
     stage_times: StageTimes
     count_queued: Callable[[int], object]
     recorder: Recorder
+    endings: Endings | None
     page: Page | None
     operator_token: bytes | None
     takes_parsed: bool
@@ -233,6 +236,7 @@ class Services:
             StageTimes(server.registry, server.model_name),
             queued.labels(server.model_name, NO_ENGINE).inc,
             recorder,
+            Endings(server.engines.tell_endings) if config.eviction.policy == "learned" else None,
             page,
             config.operators_token(),
             server.takes_parsed,

@@ -6,7 +6,7 @@ from math import inf, nextafter
 from typing import Any
 
 from vllm_cachescope.cache.place_listing import PlaceListing
-from vllm_cachescope.cache.return_counts import BINS, Counted, ReturnCounts
+from vllm_cachescope.cache.return_counts import BINS, OVER, Counted, Kind, ReturnCounts
 from vllm_cachescope.cache.return_prices import RECENCY, Prices, fit_prices
 from vllm_cachescope.cache.run_ages import RunAges
 from vllm_cachescope.cache.run_place import Place
@@ -15,6 +15,8 @@ from vllm_cachescope.cache.runs import (
     NO_SIGNALS,
     OPEN_KIND,
     PARTIAL_KIND,
+    Ended,
+    Group,
     RequestSignals,
     Run,
     Stretch,
@@ -192,6 +194,40 @@ class LearnedOrder:
         for place, blocks in held.items():
             self._hold(place, -blocks)
 
+    def tell(self, key: bytes, ended: Ended) -> None:
+        """Note how the answer to a request ended that is over, and that this is known only now.
+
+        Args:
+            key: the last block of its prompt; ignored if it is not there, or was used since.
+            ended: how it ended.
+        """
+        run = self._run_of.get(key)
+        if run is None or run.is_open or run.cell == OVER or run.keys[-1] != key:
+            return
+        kind = self._counts.kind(run.cell)
+        if len(kind) == len(OPEN_KIND) and kind[0] == Group.CONVERSATION and not run.is_shared:
+            self._change(run, (*kind[:-1], int(ended)))
+
+    def retire(self, keys: Iterable[bytes]) -> int:
+        """Evict ``keys`` before all others of their class from here on, unless they are used again:
+        it is known that they are not needed. Return how many there are."""
+        wanted = set(keys)
+        runs = {run: None for key in wanted if (run := self._run_of.get(key)) is not None}
+        over: dict[Place, Run] = {}
+        for old in sorted(runs, key=lambda run: run.used_at):
+            place = old.place
+            assert isinstance(place, Place)
+            if (run := over.get(place)) is None:
+                run = over[place] = Run([], OVER, self._moment(self._used_at), old.turn, False)
+            of_old = [k for k in old.keys if k in wanted and self._run_of.get(k) is old]
+            for key in of_old:
+                run.keys.append(key)
+                self._move(key, run, place)
+        for place, run in over.items():
+            run.live = run.size = len(run.keys)
+            self._enter(run, place)
+        return sum(run.live for run in over.values())
+
     def clear(self) -> None:
         """Remove all keys. What was learned is kept."""
         self.remove_all(list(self._run_of))
@@ -282,7 +318,7 @@ class LearnedOrder:
             if run is None:
                 continue
             used = stretch.end - stretch.start
-            parted = run.is_shared or (used < run.size and stretch.end < full)
+            parted = run.is_shared or (used < run.size and stretch.end < full and run.cell != OVER)
             turn = 0 if run.is_shared else run.turn + (not parted)
             known = stretch.end
             self._count_return(run, stretch, now)
@@ -309,6 +345,13 @@ class LearnedOrder:
         else:
             # Whether what is left of it returns could no longer be told by its first block.
             run.first = None
+
+    def _change(self, run: Run, kind: Kind) -> None:
+        """Give a run another kind. Its age begins anew, by the little that the news took."""
+        place = run.place
+        assert isinstance(place, Place)
+        run.cell, run.used_at = self._counts.number(kind) * BINS, self._moment(self._used_at)
+        self._enter(run, place)
 
     def _gather(self, run: Run, place: Place) -> None:
         """Move the blocks of a run there from where they were."""

@@ -140,6 +140,10 @@ class Ledger:
                 expired.append((key, entry))
         return expired
 
+    def owned(self, owner: bytes) -> list[bytes]:
+        """Return the keys whose owner is ``owner`` as a whole."""
+        return list(self._by_org.get(org_of(owner), {}).get(owner, ()))
+
     def purge(self, prefix: bytes) -> list[tuple[bytes, Entry]]:
         """Remove and return every entry whose owner begins with ``prefix``: nothing, an
         organisation's tag, or a whole owner."""

@@ -28,6 +28,10 @@ WIDTHS: tuple[float, ...] = (
 )
 """How long a bin lasts, in seconds; the last one, which has no end, as long as all before it."""
 
+OVER = -1
+"""The cell of runs of which it is known that nobody will use them again: of no kind, and in the
+last bin, which no run leaves."""
+
 MAX_KINDS = 4096
 """What a hostile client can have counted: beyond so many kinds a run counts for its group."""
 
@@ -103,6 +107,8 @@ class ReturnCounts:
             age_s: its age, in that bin or a later one.
             part: how much of it, from 0 to 1.
         """
+        if cell == OVER:
+            return
         bin_, exposure = cell % BINS, self._exposure
         while bin_ < BINS - 1 and EDGES[bin_ + 1] <= age_s:
             exposure[cell] += part * WIDTHS[bin_]

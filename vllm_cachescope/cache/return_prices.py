@@ -38,7 +38,9 @@ class Prices:
     other: Sequence[float]
 
     def of(self, cell: int) -> float:
-        """Return the price of a cell."""
+        """Return the price of a cell; of `OVER` one that is lower than all others."""
+        if cell < 0:
+            return -1.0
         return self.cells[cell] if cell < len(self.cells) else self.other[cell % BINS]
 
 

@@ -57,7 +57,7 @@ class RunAges:
                 continue
             bin_ = cell % BINS
             later = cell - bin_ + _NEXT[bin_]
-            moved = _move(runs, place, cell, later, now - _LEAVES_AT[bin_])
+            moved = _move(runs, place, cell, later, now)
             if runs:
                 self.list(place, cell, runs[0].used_at)
             else:
@@ -73,16 +73,17 @@ class RunAges:
                 self._enter(moved[0], place)
 
 
-def _move(
-    runs: "deque[Run]", place: Place, cell: int, later: int, used_before: float
-) -> "deque[Run]":
-    """Take those runs out of a cell that were used at ``used_before`` (seconds) or earlier, and
-    those that have left it already; return the former, which are in the cell ``later`` then."""
+def _move(runs: "deque[Run]", place: Place, cell: int, later: int, now: float) -> "deque[Run]":
+    """Take those runs out of a cell whose time it is to leave it, and those that have left it
+    already; return the former, which are in the cell ``later`` then."""
+    leaves_at = _LEAVES_AT[cell % BINS]
     moved: deque[Run] = deque()
     while runs:
         run = runs[0]
         if run.cell == cell and run.place is place:
-            if run.used_at > used_before:
+            # The very sum by which the cell is listed. With a difference, which may be rounded the
+            # other way, a cell could be due for ever and no run of it move.
+            if run.used_at + leaves_at > now:
                 break
             run.cell = later
             moved.append(run)

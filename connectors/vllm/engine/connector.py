@@ -370,6 +370,14 @@ class CacheScopeConnector(OffloadingConnector):
         """Do `EnginePurges.heed`."""
         return self._purges.heed(name, heard)
 
+    def command_endings(self, endings: list[tuple[str, int]]) -> None:
+        """Note how answers ended: ``(nonce, Ended)`` of each."""
+        self.cachescope.note_endings(endings)
+
+    def command_end_session(self, owner: bytes) -> int:
+        """Evict the blocks of a session first; return how many the CPU tier has."""
+        return self.cachescope.local.end_session(owner)
+
     def command_sweep(self) -> int:
         """Drop everything that has expired, and what other engines have purged; return how many
         entries have expired."""

@@ -13,6 +13,7 @@ from vllm_cachescope.cache.eviction_history import (
 )
 from vllm_cachescope.cache.ledger import Entry, Ledger
 from vllm_cachescope.cache.quotas import Quotas
+from vllm_cachescope.cache.runs import Ended
 from vllm_cachescope.config.eviction import EvictionSettings
 from vllm_cachescope.connectors.vllm.engine.counts import Counts
 from vllm_cachescope.connectors.vllm.engine.tiers.base import TierParent
@@ -102,6 +103,19 @@ class LocalTiers:
         self._device.drop([key])
         purged = EvictionRecord(EvictionReason.PURGE, ttl_s, self._clock(), DEVICE)
         self._history.record(key, purged)
+
+    # What is known of their future.
+
+    def note_ending(self, nonce: str, ended: Ended) -> bool:
+        """Note how the answer to a request ended whose prompt has ``nonce``; return whether its
+        blocks are in the CPU tier's order already."""
+        return self._cpu.note_ending(nonce, ended)
+
+    def end_session(self, owner: bytes) -> int:
+        """Have the CPU tier evict the blocks of a session first, which says that it is over;
+        return how many there are. They can be read all the same, while they are there."""
+        self.drop_expired()
+        return self._cpu.retire(self._ledger.owned(owner))
 
     # What the tiers hold.
 

@@ -10,6 +10,7 @@ from vllm.v1.request import Request
 
 from vllm_cachescope.cache.miss_causes import CacheMiss
 from vllm_cachescope.cache.prefix_hashes import PrefixHashes
+from vllm_cachescope.cache.runs import Ended
 from vllm_cachescope.connectors.vllm.engine.block_layout import Group
 from vllm_cachescope.prompt.plan import Plan
 from vllm_cachescope.tenancy.scope import Scope
@@ -88,6 +89,7 @@ class Prompt:
             them behind.
         adapter: what its LoRA adapter is; None if it has none.
         output_tokens: how many tokens were generated; None before it has finished.
+        ended: how its answer ended, where the API side has told before its blocks were stored.
         used: the keys of its blocks, in order, from its end until vLLM has stored the last of them.
     """
 
@@ -108,6 +110,7 @@ class Prompt:
     purged: set[Scope] = field(default_factory=set)
     adapter: str | None = None
     output_tokens: int | None = None
+    ended: Ended | None = None
     used: list[bytes] = field(default_factory=list)
 
     def is_purged(self, block_end: int) -> bool:

@@ -3,7 +3,7 @@ reports on each prompt."""
 
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from vllm_cachescope.cache.ledger import Entry, Ledger
 from vllm_cachescope.cache.prefill_rate import PrefillRate
 from vllm_cachescope.cache.quotas import Quotas
 from vllm_cachescope.cache.report import Report
-from vllm_cachescope.cache.runs import NO_SIGNALS, RequestSignals
+from vllm_cachescope.cache.runs import NO_SIGNALS, Ended, RequestSignals
 from vllm_cachescope.config.eviction import EvictionSettings
 from vllm_cachescope.connectors.vllm.engine import hashing
 from vllm_cachescope.connectors.vllm.engine.block_layout import BlockLayout
@@ -263,6 +263,13 @@ class CacheScopeConnectorScheduler(TierParent):
         prompt = self._prompts.find(nonce)
         return None if prompt is None else self._reporter.report(prompt)
 
+    def note_endings(self, endings: Iterable[tuple[str, int]]) -> None:
+        """Note how the answers to requests ended, by the nonces of their prompts."""
+        for nonce, value in endings:
+            ended = Ended(value)
+            if not self.local.note_ending(nonce, ended) and (prompt := self._prompts.find(nonce)):
+                prompt.ended = ended
+
     def sweep(self) -> int:
         """Drop everything that has expired, and evict what exceeds quotas and is no longer in
         use; return how many entries have expired. To be called now and then by an idle engine,
@@ -378,11 +385,12 @@ class CacheScopeConnectorScheduler(TierParent):
         span = prompt.plan.span_of(end)
         return span.ttl_s, prompt.plan.owner_in(span)
 
-    def finished(self, context: ReqContext) -> tuple[list[bytes], RequestSignals]:
+    def finished(self, context: ReqContext) -> tuple[list[bytes], RequestSignals, str]:
         prompt = self._prompts.finished(context.req_id)
         if prompt is None:
-            return [], NO_SIGNALS
-        return prompt.used, RequestSignals(prompt.output_tokens)
+            return [], NO_SIGNALS, ""
+        signals = RequestSignals(prompt.output_tokens, ended=prompt.ended)
+        return prompt.used, signals, "" if prompt.ended is not None else prompt.plan.nonce
 
     def live_entry(self, key: bytes) -> Entry | None:
         entry = self._ledger.get(key)

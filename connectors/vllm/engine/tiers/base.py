@@ -59,9 +59,10 @@ class TierParent(ABC):
         request that is over, its last blocks stored, has no plan: its keys are nobody's."""
 
     @abstractmethod
-    def finished(self, context: ReqContext) -> tuple[list[bytes], RequestSignals]:
-        """Return the keys of all blocks that a request used which is over, in prompt order, and
-        what it tells of their future. No keys if the request is not known."""
+    def finished(self, context: ReqContext) -> tuple[list[bytes], RequestSignals, str]:
+        """Return the keys of all blocks that a request used which is over, in prompt order, what
+        it tells of their future, and the nonce under which the API side may yet tell how its answer
+        ended; empty for none. No keys if the request is not known."""
 
     # For remote tiers.
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
+from cachetools import FIFOCache
 from vllm.v1.kv_offload.base import (
     LookupResult,
     OffloadingEvent,
@@ -23,6 +24,7 @@ from vllm_cachescope.cache.eviction_history import EvictionReason
 from vllm_cachescope.cache.learned_order import LearnedOrder, Piece
 from vllm_cachescope.cache.ledger import Entry, Ledger
 from vllm_cachescope.cache.quotas import Quotas
+from vllm_cachescope.cache.runs import Ended
 from vllm_cachescope.config.eviction import EvictionSettings
 from vllm_cachescope.connectors.vllm.engine.pressure import writer_of
 from vllm_cachescope.connectors.vllm.engine.tiers.base import TierParent
@@ -30,6 +32,9 @@ from vllm_cachescope.connectors.vllm.engine.tiers.cpu_order import make_order
 from vllm_cachescope.tenancy.owner_tags import NOBODY
 
 CPU = "cpu"
+
+MAX_UNTOLD = 4096
+"""Of so many requests that are over it is still waited for how their answers ended."""
 
 
 class ScopePolicy(CachePolicy):
@@ -51,6 +56,8 @@ class ScopePolicy(CachePolicy):
         self._missed: dict[OffloadKey, tuple[int, bytes]] = {}
         # Accounts that may hold more than their quota.
         self._grown: set[bytes] = set()
+        # The last key of each prompt whose answer may yet be told of, by the prompt's nonce.
+        self._untold: FIFOCache[str, bytes] = FIFOCache(MAX_UNTOLD)
         # Keys that a promotion under way needs, and for how many prompts.
         self._held: Counter[bytes] = Counter()
 
@@ -108,8 +115,11 @@ class ScopePolicy(CachePolicy):
             self.touch(observed, req_context)
             return
         # vLLM has seen no use of those that the device held in front of what was loaded.
-        used, signals = self._parent.finished(req_context)
-        self._order.use_request(self._pieces(used or observed), self._parent.now(), signals)
+        used, signals, nonce = self._parent.finished(req_context)
+        pieces = self._pieces(used or observed)
+        self._order.use_request(pieces, self._parent.now(), signals)
+        if nonce and pieces:
+            self._untold[nonce] = pieces[-1][0][-1]
 
     def evict(
         self, n: int, protected: set[OffloadKey]
@@ -122,9 +132,26 @@ class ScopePolicy(CachePolicy):
         if keys is None:
             return None
         evicted = [(OffloadKey(key), self._chunks[OffloadKey(key)]) for key in (*own, *keys)]
+        if isinstance(self._order, LearnedOrder):
+            # Together, which is quicker; one by one they are then unknown to it.
+            self._order.remove_all(key for key, _ in evicted)
         for key, _ in evicted:
             self.drop(key, EvictionReason.QUOTA if key in own else EvictionReason.CAPACITY, by)
         return evicted
+
+    def note_ending(self, nonce: str, ended: Ended) -> bool:
+        """Note how the answer to a request that is over ended; return whether it is known here."""
+        key = self._untold.pop(nonce, None)
+        if key is not None and isinstance(self._order, LearnedOrder):
+            self._order.tell(key, ended)
+        return key is not None
+
+    def retire(self, keys: Iterable[bytes]) -> int:
+        """Evict ``keys`` first from here on; return how many of them are here."""
+        here = [key for key in keys if key in self._chunks]
+        if isinstance(self._order, LearnedOrder):
+            self._order.retire(here)
+        return len(here)
 
     def ready(self) -> list[OffloadKey]:
         """Return the keys that can be read now."""
@@ -322,6 +349,16 @@ class CpuTier:
     def fullest(self) -> float | None:
         """Return the largest share of its quota that an organisation holds; None without quotas."""
         return self._policy.fullest()
+
+    def note_ending(self, nonce: str, ended: Ended) -> bool:
+        """Note how the answer to a request ended; return whether the request is known here."""
+        with self._lock:
+            return self._policy.note_ending(nonce, ended)
+
+    def retire(self, keys: Iterable[bytes]) -> int:
+        """Evict ``keys`` before others; return how many of them are here."""
+        with self._lock:
+            return self._policy.retire(keys)
 
     def enforce_quotas(self) -> None:
         """Evict what organisations hold beyond their quotas."""

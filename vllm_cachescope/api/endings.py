@@ -1,0 +1,72 @@
+"""The endings of answers: told to the engines, whose policy keeps what waits for a tool."""
+
+import asyncio
+import re
+from collections.abc import Awaitable, Callable, Iterable
+
+from vllm_cachescope.cache.runs import Ended
+from vllm_cachescope.logs import logger_of
+
+TOLD_EVERY_S = 0.05
+"""How long endings are collected for, in seconds: one call of the engines tells of all of them."""
+
+MAX_WAITING = 4096
+"""How many endings wait at most; further ones are not told."""
+
+# Quotes inside of strings are escaped: no text of a model's can look like this.
+_REASON = re.compile(rb'"(?:finish|stop)_reason":\s*"(\w+)"')
+_CALL = re.compile(rb'"type":\s*"function_call"')
+_COMPLETED = re.compile(rb'"status":\s*"completed"')
+
+_TOOLS = frozenset({b"tool_calls", b"tool_use", b"function_call", b"pause_turn"})
+_ANSWER = frozenset({b"stop", b"end_turn", b"stop_sequence"})
+
+logger = logger_of(__name__)
+
+
+def ending_of(data: bytes, is_responses: bool = False) -> Ended | None:
+    """Return how an answer ended, from a reply's JSON or an event of it; None if it does not say,
+    or was cut off.
+
+    Args:
+        data: the JSON, as the server wrote it.
+        is_responses: whether it is of OpenAI's Responses, which name no reason.
+    """
+    if is_responses:
+        if not _COMPLETED.search(data) or b'"output"' not in data:
+            return None
+        return Ended.TOOLS if _CALL.search(data) else Ended.ANSWER
+    reasons = set(_REASON.findall(data))
+    if reasons & _TOOLS:
+        return Ended.TOOLS
+    return Ended.ANSWER if reasons & _ANSWER else None
+
+
+class Endings:
+    """Collects how answers ended, and tells the engines now and then. To be called on the event
+    loop's thread.
+
+    Args:
+        tell: tells the engines: ``(nonce, Ended)`` of each prompt.
+    """
+
+    def __init__(self, tell: Callable[[list[tuple[str, int]]], Awaitable[object]]) -> None:
+        self._tell = tell
+        self._waiting: list[tuple[str, int]] = []
+        self._telling: asyncio.Task[None] | None = None
+
+    def note(self, nonces: Iterable[str], ended: Ended) -> None:
+        """Note how the answer to the prompts with these nonces ended."""
+        room = MAX_WAITING - len(self._waiting)
+        self._waiting += [(nonce, int(ended)) for nonce in nonces][: max(0, room)]
+        if self._waiting and self._telling is None:
+            self._telling = asyncio.get_running_loop().create_task(self._tell_soon())
+
+    async def _tell_soon(self) -> None:
+        await asyncio.sleep(TOLD_EVERY_S)
+        told, self._waiting, self._telling = self._waiting, [], None
+        try:
+            await self._tell(told)
+        except Exception as error:
+            # The policy learns without it.
+            logger.debug("Engines were not told how answers ended: %s", error)
