@@ -24,7 +24,9 @@ from vllm_cachescope.connectors.vllm.gateway.engine_ports import EnginePorts
 from vllm_cachescope.connectors.vllm.gateway.planner import OpenPlanner
 from vllm_cachescope.connectors.vllm.gateway.proxy import Proxy
 from vllm_cachescope.connectors.vllm.gateway.upstream import Upstream
+from vllm_cachescope.connectors.vllm.store_factory import note_stores
 from vllm_cachescope.logs import logger_of
+from vllm_cachescope.tiers.keyspace import secret_digest
 
 WAIT_S = 0.5
 """How often a server that is not up yet is asked, in seconds."""
@@ -86,6 +88,7 @@ async def serve(
         purge_renderings=planner.purge,
         registry=registry,
         replica=replica,
+        note_stores=note_stores(config.tiers, secret_digest(secret), time.monotonic),
     )
     proxy = Proxy(upstream, planner, ports.call, secret, lambda: generate_latest(registry))
 
