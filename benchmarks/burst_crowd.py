@@ -209,7 +209,7 @@ def sides_of(scratch: Path, redis: RedisServer) -> dict[str, Side]:
     small = ("--max-model-len", "4096", "--num-gpu-blocks-override", str(DEVICE_BLOCKS))
     sides = {"vLLM fs": Side("vLLM fs", lambda mib: plain_files(fs, mib), fs)}
     for tier, (directory, config) in behind.items():
-        directory.mkdir()
+        directory.mkdir(mode=0o700)
         for suffix, more, options in (
             ("", {}, ()),
             (", without waiting", {"cpu_wait_share": 0.0}, ()),
@@ -258,7 +258,7 @@ def main() -> int:
                 compare(result, options.pairs, crowd, some, sides[one], sides[other], points)
             if (python := peer_python()) is not None:
                 directory = place / "lifeboat"
-                directory.mkdir()
+                directory.mkdir(mode=0o700)
                 peer = Side(
                     "Lifeboat Cache", lambda mib: lifeboat(python, directory, mib), directory
                 )

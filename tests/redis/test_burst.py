@@ -285,37 +285,46 @@ def steps_until_done(engine: Any, burst: list[Ask], last: Ask) -> int:
     return steps
 
 
-def test_prompts_that_load_together_are_computed_together(engine, behind, chance):
-    """The CPU tier has room for three of these."""
-    prompts = draw(chance, 3, 4)
-    cold = stored(engine, behind, prompts)
-    answers, computed = engine.call(computed_per_step, asks(prompts))
-    assert [answer.tokens for answer in answers] == cold
-    assert [answer.read for answer in answers] == [4 * BLOCK] * 3
-    assert next(requests for requests in computed if requests) == 3
+def test_who_has_loaded_waits_as_long_as_a_short_step_for_others_that_load(engine, behind, chance):
+    (prompt,) = draw(chance, 1)
+    (cold,) = stored(engine, behind, [prompt])
+    answer, asked = engine.call(with_company, asks([prompt])[0])
+    assert answer.tokens == cold and answer.read == BLOCKS * BLOCK
+    assert [may for _, may in asked] == [False] * (len(asked) - 1) + [True]
+    assert asked[-1][0] - asked[0][0] >= 0.2 > asked[-2][0] - asked[0][0]
+    # Alone it does not wait.
+    engine.call("empty")
+    answer, asked = engine.call(with_company, asks([prompt])[0], False)
+    assert answer.tokens == cold and [may for _, may in asked] == [True]
 
 
-def computed_per_step(engine: Any, burst: list[Ask]) -> tuple[list[Answer], list[int]]:
-    """Return the answers, and how many requests were computed in each step, on an engine whose
-    steps take long."""
+def with_company(
+    engine: Any, ask: Ask, others_load: bool = True
+) -> tuple[Answer, list[tuple[float, bool]]]:
+    """Return the answer, and when it was asked whether the request may go, and what was said, on an
+    engine whose short steps take 0.2 s, beside a load that does not end."""
     connector, rate = engine.connector, engine.connector.cachescope.prefill_rate
-    computed: list[int] = []
-    build, known = connector.build_connector_meta, rate.short_step_s
+    jobs = connector.cachescope.remotes[0].tier._load_jobs  # noqa: SLF001
+    company = connector._promotions._company  # noqa: SLF001
+    asked: list[tuple[float, bool]] = []
+    may_go, known = company.may_go, rate.short_step_s
 
-    def build_and_count(output: Any) -> Any:
-        computed.append(len(output.num_scheduled_tokens))
-        return build(output)
+    def may_go_and_note(request_id: str, now: float, *rest: Any) -> bool:
+        asked.append((now, may_go(request_id, now, *rest)))
+        return asked[-1][1]
 
-    connector.build_connector_meta = build_and_count
-    rate.short_step_s = 5.0
+    company.may_go = may_go_and_note
+    jobs._nbytes += others_load  # noqa: SLF001
+    rate.short_step_s = 0.2
     try:
-        ids = [engine.add(ask) for ask in burst]
+        request_id = engine.add(ask)
         while engine.step():
             pass
     finally:
-        del connector.build_connector_meta
+        del company.may_go
+        jobs._nbytes -= others_load  # noqa: SLF001
         rate.short_step_s = known
-    return [engine.answer(request_id) for request_id in ids], computed
+    return engine.answer(request_id), asked
 
 
 def test_what_is_cut_off_holds_up_nobody_and_leaves_nothing(engine, behind, chance):

@@ -145,7 +145,7 @@ class Promotions:
                 now,
                 resumes=self._parts.get(request_id, 0) > 0,
             )
-        elif not any(self._remotes[place].tier.usable for place in wanted.loads):
+        elif wanted.loads and not any(self._remotes[place].tier.usable for place in wanted.loads):
             self._queue.leave(request_id, WaitOutcome.TIER_LOST)
             self._compute(request_id)
             return True
