@@ -26,7 +26,7 @@ from vllm_cachescope.prompt.request import Protocol
 from vllm_cachescope.tenancy.scope import Caller, Scope
 from vllm_cachescope.tiers.keyspace import secret_digest
 from vllm_cachescope.tiers.note_seals import NoteSeals
-from vllm_cachescope.tiers.note_store import BOUNDS, NoteBounds
+from vllm_cachescope.tiers.note_store import BOUNDS, NoteBounds, NoteStore
 from vllm_cachescope.wire import READERS
 
 SECRET = b"a secret of the tests of sessions"
@@ -93,10 +93,12 @@ class Replica:
         block_tokens: int = BLOCK,
         account_of: Callable[[str], str] = lambda org: org,
         bounds: NoteBounds = BOUNDS,
+        stores: Callable[[], NoteStore] | None = None,
     ) -> None:
         self.registry = CollectorRegistry()
         digest = secret_digest(secret)
-        stores = redis.note_stores(url, 0.5, digest, time.monotonic, bounds=bounds)
+        if stores is None:
+            stores = redis.note_stores(url, 0.5, digest, time.monotonic, bounds=bounds)
         self.exchange = SessionExchange(
             stores, secret, model, name, account_of, registry=self.registry
         )
