@@ -302,6 +302,21 @@ async def test_a_store_in_trouble_costs_the_diagnosis_alone(server, start, fault
     proxy.close()
 
 
+async def test_a_session_that_cannot_be_written_is_in_nobodys_way(server, start):
+    a = start(server, "a")
+    said = Conversation().turn()
+    await a.ask(said)
+    a.wrote(1)
+    (name,) = keys(server)
+    server.client.delete(name)
+    server.client.set(name, "no hash")
+    await a.ask(said.turn())
+    for i in range(5):
+        await a.ask(Conversation(name=f"{i}").turn(), Caller("name:acme", f"{i}"))
+    a.wrote(6)
+    assert await start(server, "b").ask(Conversation(name="4").turn(), Caller("name:acme", "4"))
+
+
 async def test_a_note_lives_as_long_as_sessions_and_no_longer(server, start):
     a = start(server, "a")
     await a.ask(Conversation().turn())
