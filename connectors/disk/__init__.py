@@ -9,11 +9,12 @@ from vllm_cachescope.config import ConfigError
 from vllm_cachescope.connectors.disk.backend import Backend, Space
 from vllm_cachescope.connectors.disk.directory import trouble_with
 from vllm_cachescope.connectors.disk.mounts import REMOTE, type_of
+from vllm_cachescope.connectors.disk.note_store import DiskNoteStore
 from vllm_cachescope.connectors.disk.store import DiskStore
 from vllm_cachescope.tiers.keyspace import Keyspace
 from vllm_cachescope.tiers.leases import Leases
 
-__all__ = ["DiskStore", "Space", "parse", "stores"]
+__all__ = ["DiskNoteStore", "DiskStore", "Space", "parse", "stores"]
 
 
 def parse(path: Path) -> None:

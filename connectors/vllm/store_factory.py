@@ -4,12 +4,15 @@ redis-py and LMCache are imported only where a tier of their type is configured.
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 
 from vllm_cachescope.cache.quotas import Quotas
 from vllm_cachescope.config import ConfigError, DiskTier, LMCacheTier, RedisTier, Tier
+from vllm_cachescope.connectors.disk import DiskNoteStore
 from vllm_cachescope.tiers.keyspace import Keyspace
 from vllm_cachescope.tiers.leases import Leases
 from vllm_cachescope.tiers.limits import Limits
@@ -110,27 +113,33 @@ def stores(
 
 
 def note_stores(
-    tiers: Iterable[Tier], secret_digest: bytes, clock: Callable[[], float]
+    tiers: Sequence[Tier],
+    secret_digest: bytes,
+    clock: Callable[[], float],
+    local: Callable[[], Path] | None = None,
 ) -> Callable[[], NoteStore] | None:
-    """Return a function that makes the store of notes on sessions, beside the blocks of the first
-    tier that has one; None if none has.
+    """Return a function that makes the store of notes on sessions: in the first Redis, or in the
+    first directory of a disk tier; None if there is neither.
 
     Args:
         tiers: the tiers' settings; `check` has accepted them.
         secret_digest: tells our secret from others; see `keyspace.secret_digest`.
         clock: seconds, never running backwards.
+        local: returns a directory to use where there is neither; None for none.
     """
-    for settings in tiers:
-        if isinstance(settings, RedisTier):
-            made: Callable[[], NoteStore] = _connector(settings).note_stores(
-                settings.url.get_secret_value(),
-                settings.timeout,
-                secret_digest,
-                clock,
-                settings.password(),
-            )
-            return made
-    return None
+    redis = next((one for one in tiers if isinstance(one, RedisTier)), None)
+    if redis is not None:
+        url, password = redis.url.get_secret_value(), redis.password()
+        made: Callable[[], NoteStore] = _connector(redis).note_stores(
+            url, redis.timeout, secret_digest, clock, password
+        )
+        return made
+    disk = next((one.path for one in tiers if isinstance(one, DiskTier)), None)
+    if disk is None and local is not None:
+        disk = local()
+    if disk is None:
+        return None
+    return partial(DiskNoteStore, disk, secret_digest, clock)
 
 
 def counts_usage(settings: Tier) -> bool:

@@ -126,12 +126,18 @@ def test_metrics_add_up(api: Api, processes: dict[int, httpx.Client]) -> None:
     assert sorted(capacity) == ["0", "0", "1", "1"]
 
 
-def test_what_another_process_had_is_unavailable(processes: dict[int, httpx.Client]) -> None:
+def test_what_another_process_had_is_known(processes: dict[int, httpx.Client]) -> None:
     first = message(processes[0], agent_body("compared"), "compared")
-    again = agent_body("compared") | {"diagnostics": {"previous_message_id": first["id"]}}
-    reason = message(processes[1], again, "compared")["diagnostics"]["cache_miss_reason"]
+    time.sleep(0.5)
+    asked = {"diagnostics": {"previous_message_id": first["id"]}}
+    assert message(processes[1], agent_body("compared") | asked, "compared")["diagnostics"] is None
+    changed = agent_body("compared", "Weighs anything.") | asked
+    reason = message(processes[1], changed, "compared")["diagnostics"]["cache_miss_reason"]
+    assert reason["type"] == "tools_changed"
+    # What nobody has had may have been another server's.
+    unknown = agent_body("compared") | {"diagnostics": {"previous_message_id": "msg_unknown"}}
+    reason = message(processes[1], unknown, "compared")["diagnostics"]["cache_miss_reason"]
     assert reason == {"type": "unavailable"}
-    assert message(processes[0], again, "compared")["diagnostics"] is None
 
 
 def test_a_purge_reaches_all_processes(processes: dict[int, httpx.Client]) -> None:

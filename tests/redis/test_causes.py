@@ -110,7 +110,7 @@ def test_the_other_engine_has_it_and_the_tier_has_not(deployment: Deployment) ->
     deployment.server.client.flushall()
     seen = deployment.lost("unlucky", 2, engine=1)
     assert (seen["cause"], seen["uncached"]["other_replica"]) == ("other_replica", tokens)
-    assert seen["engine"][0]["detail"] == "it was on engine 0, and redis had no copy"
+    assert seen["engine"][0]["detail"] == "it was on engine 0, and redis had no copy of it"
 
 
 def test_the_tier_is_dead(deployment: Deployment) -> None:

@@ -26,7 +26,7 @@ from vllm_cachescope.prompt.request import Protocol
 from vllm_cachescope.tenancy.scope import Caller, Scope
 from vllm_cachescope.tiers.keyspace import secret_digest
 from vllm_cachescope.tiers.note_seals import NoteSeals
-from vllm_cachescope.tiers.note_store import BOUNDS, NoteBounds
+from vllm_cachescope.tiers.note_store import BOUNDS, NoteBounds, NoteStore
 from vllm_cachescope.wire import READERS
 
 SECRET = b"a secret of the tests of sessions"
@@ -93,10 +93,12 @@ class Replica:
         block_tokens: int = BLOCK,
         account_of: Callable[[str], str] = lambda org: org,
         bounds: NoteBounds = BOUNDS,
+        stores: Callable[[], NoteStore] | None = None,
     ) -> None:
         self.registry = CollectorRegistry()
         digest = secret_digest(secret)
-        stores = redis.note_stores(url, 0.5, digest, time.monotonic, bounds=bounds)
+        if stores is None:
+            stores = redis.note_stores(url, 0.5, digest, time.monotonic, bounds=bounds)
         self.exchange = SessionExchange(
             stores, secret, model, name, account_of, registry=self.registry
         )
@@ -298,6 +300,21 @@ async def test_a_store_in_trouble_costs_the_diagnosis_alone(server, start, fault
         await b.ask(Conversation(name="last").turn(), Caller("name:acme", "last"))
         assert time.monotonic() - began < READ_S
     proxy.close()
+
+
+async def test_a_session_that_cannot_be_written_is_in_nobodys_way(server, start):
+    a = start(server, "a")
+    said = Conversation().turn()
+    await a.ask(said)
+    a.wrote(1)
+    (name,) = keys(server)
+    server.client.delete(name)
+    server.client.set(name, "no hash")
+    await a.ask(said.turn())
+    for i in range(5):
+        await a.ask(Conversation(name=f"{i}").turn(), Caller("name:acme", f"{i}"))
+    a.wrote(6)
+    assert await start(server, "b").ask(Conversation(name="4").turn(), Caller("name:acme", "4"))
 
 
 async def test_a_note_lives_as_long_as_sessions_and_no_longer(server, start):

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from random import random as any_random
@@ -148,7 +149,8 @@ class SessionExchange:
                 answer.set_result(notes)
 
         def done(notes: Sequence[SessionNote]) -> None:
-            if not loop.is_closed():
+            # The loop may be closed: the server is going down.
+            with suppress(RuntimeError):
                 loop.call_soon_threadsafe(settle, notes)
 
         purges = self._purges
@@ -311,6 +313,9 @@ class SessionExchange:
                     self._take(key)
                     for note in waiting.notes[len(notes) :]:
                         self._add(key, note)
+                elif key in self._waiting:
+                    # It may be this session alone that the store does not take.
+                    self._waiting.move_to_end(key)
         return is_over
 
     def _write(self, key: NoteKey, notes: list[SessionNote]) -> bool:
@@ -344,9 +349,14 @@ class SessionExchange:
                 if self._stopping or not self._forgotten:
                     return
                 org, session = purge = next(iter(self._forgotten))
-            if self._asked(self._clock() + PURGE_S, partial(self._drop, org, session)):
-                with self._work:
+            done = self._asked(self._clock() + PURGE_S, partial(self._drop, org, session))
+            with self._work:
+                if done:
                     self._forgotten.pop(purge, None)
+                elif purge in self._forgotten:
+                    self._forgotten.move_to_end(purge)
+            if not done:
+                return
 
     def _drop(self, org: str | None, session: str | None) -> bool:
         if org is None:

@@ -42,14 +42,14 @@ class NoteSeals:
 
     def __init__(self, secret: bytes, model: str) -> None:
         self._key = hmac.digest(
-            secret, b"cachescope session notes " + model.encode(), hashlib.sha256
+            secret, b"cachescope session notes " + _bytes(model), hashlib.sha256
         )
 
     def name(self, account: str, org: str, session: bytes) -> NoteName:
         """Return where the notes on a session stand; empty for all sessions of ``org``."""
         key = self._key_of(org)
         return NoteName(
-            hmac.digest(self._key, b"account " + account.encode(), hashlib.sha256)[:_DIGEST_BYTES],
+            hmac.digest(self._key, b"account " + _bytes(account), hashlib.sha256)[:_DIGEST_BYTES],
             hmac.digest(key, b"org", hashlib.sha256)[:_DIGEST_BYTES],
             hmac.digest(key, b"session " + session, hashlib.sha256)[:_DIGEST_BYTES]
             if session
@@ -82,4 +82,9 @@ class NoteSeals:
         return AESGCM(hmac.digest(self._key_of(org), b"note " + salt + place, hashlib.sha256))
 
     def _key_of(self, org: str) -> bytes:
-        return hmac.digest(self._key, b"org " + org.encode(), hashlib.sha256)
+        return hmac.digest(self._key, b"org " + _bytes(org), hashlib.sha256)
+
+
+def _bytes(name: str) -> bytes:
+    # Whatever a client has sent, or made up.
+    return name.encode(errors="surrogatepass")

@@ -14,7 +14,7 @@ from vllm_cachescope.api.middleware import CacheScopeMiddleware
 from vllm_cachescope.api.peers import Peers
 from vllm_cachescope.api.services import Server, directory_of
 from vllm_cachescope.config import Config
-from vllm_cachescope.connectors.vllm import config_check, engine_rpc, shm_regions
+from vllm_cachescope.connectors.vllm import config_check, engine_rpc, local_notes, shm_regions
 from vllm_cachescope.connectors.vllm.api_server.admission import Admission
 from vllm_cachescope.connectors.vllm.api_server.tracing import Tracer
 from vllm_cachescope.connectors.vllm.engine_processes import HEED_S, EngineProcesses
@@ -67,12 +67,16 @@ def connect(state: Any) -> Server:
     state.cachescope_listener = loop.create_task(engines.heed_every(HEED_S))
     parsed_body.install()
     tools_behind = loop.create_task(admission.renders_tools_behind_system())
-    notes = note_stores(config.tiers, secret_digest(config.secret_bytes()), time.monotonic)
-    if peers.count > 1 and peers.rank == 0 and notes is None:
-        logger.warning(
-            "This server has %d API processes. Each knows, compares and lists only the requests "
-            "that it has served itself: a client that asks for diagnostics may be told "
-            '"unavailable". With a Redis tier, or --api-server-count 1, all of them are known.',
+    notes = note_stores(
+        config.tiers,
+        secret_digest(config.secret_bytes()),
+        time.monotonic,
+        local_notes.claim if peers.count > 1 else None,
+    )
+    if peers.count > 1 and peers.rank == 0:
+        logger.info(
+            "This server has %d API processes. Each lists only the breaks among the requests that "
+            "it has served itself; what these left in the cache all of them know.",
             peers.count,
         )
     return Server(
