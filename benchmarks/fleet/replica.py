@@ -39,7 +39,8 @@ class GrpcReplica(Server):
     """A replica that answers no HTTP: it is ready when it says so."""
 
     def _is_ready(self) -> bool:
-        return "Server is ready to accept requests" in self.log_tail(50)
+        # While another replica was waited for, this one may have said much else.
+        return "Server is ready to accept requests" in self.log_tail(10_000)
 
 
 class DynamoReplica(Server):

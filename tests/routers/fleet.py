@@ -37,7 +37,7 @@ class Worker:
     def settle(self) -> None:
         """Wait until the routers that know tiers agree with the engine on what it holds."""
         wait_until(self.agrees)
-        assert self.events.twice == []
+        assert self.events.twice == [], self.events.twice
 
     def empty(self) -> None:
         """Empty all tiers."""
