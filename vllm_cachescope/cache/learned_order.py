@@ -14,6 +14,7 @@ from vllm_cachescope.cache.run_ages import RunAges
 from vllm_cachescope.cache.run_place import Place
 from vllm_cachescope.cache.run_selection import RunSelection
 from vllm_cachescope.cache.runs import (
+    KIND_LENGTHS,
     NO_SIGNALS,
     OPEN_KIND,
     Ended,
@@ -270,7 +271,7 @@ class LearnedOrder:
         Returns:
             Whether it could be used; otherwise the order learns from the start.
         """
-        if not self._counts.restore(state):
+        if not self._counts.restore(state, KIND_LENGTHS):
             return False
         self._fits.fit()
         return True
