@@ -135,9 +135,11 @@ class LearnedOrder:
         if not keys:
             return
         found = list(stretches(keys, self._run_of, self._evicted))
-        parts = parts_of(
-            found, len(keys), now, signals, self._counts, lambda *was: self._count_return(*was, now)
-        )
+
+        def on_return(run: Run, stretch: Stretch) -> None:
+            self._count_return(run, stretch, now)
+
+        parts = parts_of(found, len(keys), now, signals, self._counts, on_return)
         # A run for each stretch of one kind and one place.
         start, used_at = 0, self._moment(now)
         ends = iter(parts)
