@@ -206,13 +206,13 @@ def test_what_is_marked_longer_stays_within_its_share_and_competes_beyond_it() -
 
 def test_what_was_learned_outlives_a_restart_and_a_damaged_file_does_not_matter() -> None:
     counts = ReturnCounts()
-    number = counts.number((0, 1, 2, 3))
+    number = counts.number((0, 1, 2, 3, -1))
     counts.add_return(number * BINS + 3, EDGES[3], 2.0)
     counts.add_stay(number * BINS + 3, number * BINS + 4, 10)
     state = json.loads(json.dumps(counts.counted().state()))
     order = LearnedOrder()
     assert order.restore(state)
-    assert order.counted().kinds == ((0, 1, 2, 3),)
+    assert order.counted().kinds == ((0, 1, 2, 3, -1),)
     assert order.counted().returns[0, 3] > 1.9
     for damaged in (
         None,
@@ -224,6 +224,9 @@ def test_what_was_learned_outlives_a_restart_and_a_damaged_file_does_not_matter(
         state | {"exposure": [-1.0] * BINS},
         state | {"kinds": [["x"]]},
         state | {"kinds": [[]]},
+        # Of a version that knew less of requests: kinds of several lengths could not be fitted.
+        state | {"kinds": [[0, 1, 2, 3]]},
+        state | {"kinds": [[7, 1]]},
     ):
         assert not LearnedOrder().restore(damaged)
 

@@ -1,20 +1,17 @@
 """The CPU tier's policy under vLLM's own manager of the tier, without an engine."""
 
 import json
-import random
 import time
 
 import pytest
 from vllm.v1.kv_offload.base import ReqContext, make_offload_key
 from vllm.v1.kv_offload.cpu.manager import CPUOffloadingManager
 
-from tests.engine.engine import BLOCK, OWNERS, draw_tokens, org_plan, plan
 from vllm_cachescope.cache.ledger import Ledger
-from vllm_cachescope.cache.runs import Ended, RequestSignals
+from vllm_cachescope.cache.runs import RequestSignals
 from vllm_cachescope.config.eviction import EvictionSettings
 from vllm_cachescope.connectors.vllm.engine.tiers import cpu
 from vllm_cachescope.connectors.vllm.engine.tiers.cpu_order import make_order
-from vllm_cachescope.tenancy.scope import Caller, Scope
 
 CHUNKS = 100
 
@@ -128,29 +125,3 @@ def test_the_former_order_can_be_chosen() -> None:
         tier.time += 1.0
     tier.ask("new", 5, 10)
     assert [key[:3] for key in tier.evicted] == [b"p0/"] * 5
-
-
-def test_how_an_answer_ended_is_known_to_the_order_once_it_is_told(engine) -> None:
-    prompt = draw_tokens(random.Random(1), 4 * BLOCK)
-    order = engine.connector.cachescope.local._cpu._policy._order  # noqa: SLF001
-    told = org_plan("acme", prompt)
-    engine.ask(prompt, told)
-    engine.connector.command_endings([(told.nonce, 1), ("unknown", 0)])
-    kinds = {order._counts.kind(run.cell) for run in order.runs.values()}  # noqa: SLF001
-    assert any(len(kind) == 5 and kind[-1] == Ended.TOOLS for kind in kinds), kinds
-
-
-def test_a_session_that_is_over_goes_first_and_can_be_read_until_then(engine) -> None:
-    over, other = (draw_tokens(random.Random(n), 4 * BLOCK) for n in (2, 3))
-    for caller, prompt in ((Caller("acme", "over"), over), (Caller("acme", "other"), other)):
-        engine.ask(prompt, plan(caller, (len(prompt), Scope.SESSION, 300)))
-    owner = OWNERS.prefix("acme", "over")
-    assert engine.connector.command_end_session(owner) == 4
-    assert engine.connector.command_end_session(OWNERS.prefix("acme", "nobody")) == 0
-    order = engine.connector.cachescope.local._cpu._policy._order  # noqa: SLF001
-    first = order.victims(4, engine.connector.cachescope.now(), lambda key: False)
-    owned = engine.connector.cachescope.ledger.owned(owner)
-    assert set(first) == set(owned)
-    engine.empty_device()
-    again = engine.ask(over, plan(Caller("acme", "over"), (len(over), Scope.SESSION, 300)))
-    assert again.read >= 3 * BLOCK

@@ -6,22 +6,22 @@ from math import inf, nextafter
 from typing import Any
 
 from vllm_cachescope.cache.place_listing import PlaceListing
+from vllm_cachescope.cache.price_fits import PriceFits
+from vllm_cachescope.cache.prompt_parts import parts_of
 from vllm_cachescope.cache.return_counts import BINS, OVER, Counted, Kind, ReturnCounts
-from vllm_cachescope.cache.return_prices import RECENCY, Prices, fit_prices
+from vllm_cachescope.cache.return_prices import Prices
 from vllm_cachescope.cache.run_ages import RunAges
 from vllm_cachescope.cache.run_place import Place
 from vllm_cachescope.cache.run_selection import RunSelection
 from vllm_cachescope.cache.runs import (
+    KIND_LENGTHS,
     NO_SIGNALS,
     OPEN_KIND,
-    PARTIAL_KIND,
     Ended,
     Group,
     RequestSignals,
     Run,
     Stretch,
-    conversation_kind,
-    shared_kind,
     stretches,
 )
 
@@ -34,10 +34,6 @@ LONG_TTL_S = 300
 MAX_EVICTED_RUNS = 65_536
 """So many runs are remembered after their last block is gone, so that their return is seen; some
 300 bytes each."""
-
-_FIRST_FIT, _FIT_EVERY = 32, 256
-_FADE = 0.98
-"""What is left of the counts after each fit: half of them after 9,000 requests."""
 
 _RELISTED = 8
 
@@ -70,13 +66,11 @@ class LearnedOrder:
         compute: Callable[[Callable[[], None]], object] = lambda fit: fit(),
         on_fit: Callable[[Counted], None] = lambda counted: None,
     ) -> None:
-        self.prices = Prices((), RECENCY)
         self.long_blocks = long_blocks
         self.long_held = 0
         self._reserve = reserve
-        self._compute = compute
-        self._on_fit = on_fit
         self._counts = ReturnCounts()
+        self._fits = PriceFits(self._counts, compute, on_fit)
         self._run_of: dict[bytes, Run] = {}
         self._evicted: OrderedDict[bytes, Run] = OrderedDict()
         self._held: Counter[bytes] = Counter()
@@ -85,9 +79,6 @@ class LearnedOrder:
         self._nowhere = Place(b"", False)
         self._ages = RunAges(self._counts, self._entered)
         self._used_at = -inf
-        self._requests = 0
-        self._next_fit = _FIRST_FIT
-        self._fitted: Prices | None = None
         self._stale: list[Place] = []
         self._open: Run | None = None
 
@@ -143,7 +134,12 @@ class LearnedOrder:
         keys = pieces[0][0] if len(pieces) == 1 else [key for piece in pieces for key in piece[0]]
         if not keys:
             return
-        parts = self._kinds(keys, now, signals)
+        found = list(stretches(keys, self._run_of, self._evicted))
+
+        def on_return(run: Run, stretch: Stretch) -> None:
+            self._count_return(run, stretch, now)
+
+        parts = parts_of(found, len(keys), now, signals, self._counts, on_return)
         # A run for each stretch of one kind and one place.
         start, used_at = 0, self._moment(now)
         ends = iter(parts)
@@ -161,11 +157,8 @@ class LearnedOrder:
                 start = end
                 if start == kind_end:
                     kind_end, cell, turn, is_shared = next(ends, (len(keys) + 1, 0, 0, False))
-        self._requests += 1
-        if self._requests >= self._next_fit:
-            self._fit()
-        if self._fitted is not None:
-            self._use_prices()
+        if self._fits.count_request():
+            self._stale = list(self._places.values())
         self._relist()
 
     def remove(self, key: bytes) -> None:
@@ -280,10 +273,9 @@ class LearnedOrder:
         Returns:
             Whether it could be used; otherwise the order learns from the start.
         """
-        if not self._counts.restore(state):
+        if not self._counts.restore(state, KIND_LENGTHS):
             return False
-        self._next_fit = 0
-        self._fit()
+        self._fits.fit()
         return True
 
     # What follows is for `RunSelection`.
@@ -291,6 +283,11 @@ class LearnedOrder:
     def place_of(self, org: bytes, is_long: bool) -> Place | None:
         """Return a place; None if it has no blocks."""
         return self._places.get((org, is_long))
+
+    @property
+    def prices(self) -> Prices:
+        """The prices that count."""
+        return self._fits.prices
 
     @property
     def runs(self) -> Mapping[bytes, Run]:
@@ -304,36 +301,6 @@ class LearnedOrder:
             self.listing.add(self.is_spared(place.org), place, rank)
 
     # Runs.
-
-    def _kinds(
-        self, keys: Sequence[bytes], now: float, signals: RequestSignals
-    ) -> list[tuple[int, int, int, bool]]:
-        """Count what returned, and return ``(end, cell, turn, is_shared)`` of the parts of a prompt
-        that are of one kind."""
-        parts: list[tuple[int, int, int, bool]] = []
-        length, known, turn = len(keys), 0, 0
-        full = length - signals.ends_partial
-        for stretch in list(stretches(keys, self._run_of, self._evicted)):
-            run = stretch.run
-            if run is None:
-                continue
-            used = stretch.end - stretch.start
-            parted = run.is_shared or (used < run.size and stretch.end < full and run.cell != OVER)
-            turn = 0 if run.is_shared else run.turn + (not parted)
-            known = stretch.end
-            self._count_return(run, stretch, now)
-            if parted:
-                if parts and parts[-1][0] < stretch.start:
-                    parts.clear()
-                cell = self._counts.number(shared_kind(now - run.used_at)) * BINS
-                parts.append((min(stretch.end, full), cell, run.turn, True))
-        shared_end = parts[-1][0] if parts else 0
-        if full > shared_end:
-            kind = conversation_kind(turn, length - known, signals)
-            parts.append((full, self._counts.number(kind) * BINS, turn, False))
-        if signals.ends_partial:
-            parts.append((length, self._counts.number(PARTIAL_KIND) * BINS, turn, False))
-        return parts
 
     def _count_return(self, run: Run, stretch: Stretch, now: float) -> None:
         used = stretch.end - stretch.start
@@ -429,22 +396,6 @@ class LearnedOrder:
         return self._used_at
 
     # Prices.
-
-    def _fit(self) -> None:
-        self._next_fit = self._requests + max(_FIRST_FIT, min(_FIT_EVERY, self._requests // 4))
-        counted = self._counts.counted()
-        self._counts.fade(_FADE)
-        self._compute(lambda: self._fit_to(counted))
-
-    def _fit_to(self, counted: Counted) -> None:
-        # May run on another thread: the scheduler's takes the result over with its next request.
-        self._fitted = fit_prices(counted)
-        self._on_fit(counted)
-
-    def _use_prices(self) -> None:
-        assert self._fitted is not None
-        self.prices, self._fitted = self._fitted, None
-        self._stale = list(self._places.values())
 
     def _relist(self) -> None:
         """List some places anew whose prices have changed: with ten thousand organisations all of

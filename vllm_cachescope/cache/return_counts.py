@@ -137,11 +137,16 @@ class ReturnCounts:
             np.array(self._exposure).reshape(shape),
         )
 
-    def restore(self, state: Any) -> bool:
+    def restore(self, state: Any, lengths: Mapping[int, int]) -> bool:
         """Go on from what `Counted.state` returned, in another process.
 
+        Args:
+            state: that, or anything.
+            lengths: how many numbers a kind of each group has.
+
         Returns:
-            Whether it could be used. If not, as after an update with other bins, nothing changes.
+            Whether it could be used. If not, as after an update with other bins or other features,
+            nothing changes.
         """
         if not isinstance(state, Mapping) or state.get("edges") != list(EDGES):
             return False
@@ -151,6 +156,7 @@ class ReturnCounts:
             and len(kinds) <= MAX_KINDS + 16
             and all(isinstance(kind, list) and kind for kind in kinds)
             and all(isinstance(level, int) for kind in kinds for level in kind)
+            and all(lengths.get(kind[0]) == len(kind) for kind in kinds)
             and _are_counts(returns, len(kinds))
             and _are_counts(exposure, len(kinds))
         ):

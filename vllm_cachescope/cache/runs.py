@@ -161,6 +161,14 @@ OPEN_KIND: Kind = (Group.CONVERSATION, *(UNKNOWN,) * 4)
 
 PARTIAL_KIND: Kind = (Group.PARTIAL,)
 
+KIND_LENGTHS: Mapping[int, int] = {
+    Group.CONVERSATION: len(OPEN_KIND),
+    Group.SHARED: 2,
+    Group.PARTIAL: len(PARTIAL_KIND),
+}
+"""How many numbers a kind of each group has. What was learned with other features says nothing of
+these."""
+
 
 def shared_kind(gap_s: float) -> Kind:
     """Return the kind of blocks that prompts part behind.
