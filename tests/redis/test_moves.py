@@ -13,7 +13,7 @@ from tests.engine.bodies import EPHEMERAL, agent_body, conversation, session
 from tests.engine.server import OPERATOR_TOKEN, SMALL, Api, breaks, serve_scoped
 from tests.redis.servers import RedisServer, entries, wait_until
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 
 @dataclass
