@@ -64,7 +64,9 @@ class Side:
         with self.http.stream("POST", CHAT, content=self.bodies[number]) as response:
             events = [line[6:] for line in response.iter_lines() if line.startswith("data: {")]
         told = [event["usage"] for event in map(json.loads, events) if event.get("usage")]
-        return told[-1]["prompt_tokens"], told[-1]["prompt_tokens_details"]["cached_tokens"]
+        # The Rust server says null where nothing was read.
+        details = told[-1]["prompt_tokens_details"] or {}
+        return told[-1]["prompt_tokens"], details.get("cached_tokens", 0)
 
     def cpu_s(self) -> float:
         """Return the CPU time that its processes have taken, in seconds."""
