@@ -17,6 +17,8 @@ def test_how_an_answer_ended_is_known_to_the_order_once_it_is_told(engine) -> No
     told = org_plan("acme", prompt)
     engine.ask(prompt, told)
     engine.connector.command_endings([(told.nonce, 1), ("unknown", 0)])
+    # vLLM tells the policy of a request that is over with the next step.
+    engine.ask(draw_tokens(random.Random(4), 2 * BLOCK), org_plan("acme", prompt[: 2 * BLOCK]))
     kinds = {order._counts.kind(run.cell) for run in order.runs.values()}  # noqa: SLF001
     assert any(len(kind) == 5 and kind[-1] == Ended.TOOLS for kind in kinds), kinds
 
