@@ -21,12 +21,12 @@ OTHER = Caller("name:other", "s")
 
 
 @pytest.fixture
-def start(place, wall) -> Iterator[Callable[..., Replica]]:
+def start(place) -> Iterator[Callable[..., Replica]]:
     replicas: list[Replica] = []
 
     def starting(name: str, bounds: NoteBounds = BOUNDS, **options: Any) -> Replica:
         digest = secret_digest(options.get("secret", SECRET))
-        stores = partial(DiskNoteStore, place, digest, time.monotonic, wall, bounds)
+        stores = partial(DiskNoteStore, place, digest, time.monotonic, time.time, bounds)
         replicas.append(Replica("", name, stores=stores, **options))
         return replicas[-1]
 
@@ -63,11 +63,13 @@ async def test_a_session_that_moves_goes_on(start):
     a.wrote(2)
     seen = await b.ask(said.turn())
     assert (seen.kind, seen.cause) == ("continuation", "other_replica")
+    b.wrote(1)
     a.diagnoser.purge("name:acme")
     assert await a.diagnoser.purged() is None
     c = start("c")
     assert (await c.ask(said)).kind == "first_request"
     assert (await c.ask(said, OTHER)).kind == "continuation"
+    c.wrote(2)
     a.diagnoser.purge(None)
     assert await a.diagnoser.purged() is None
     assert (await start("d").ask(said, OTHER)).kind == "first_request"

@@ -167,8 +167,9 @@ def test_a_miss_says_that_the_quota_was_full(engine, chance):
     flood = prompts(chance, 8)
     for tokens in flood:
         ask(engine, "flood", tokens)
-    (miss,) = ask(engine, "flood", flood[0]).report.misses
-    assert (miss.cause, miss.detail) == ("evicted", "the organisation's quota was full")
+    misses = ask(engine, "flood", flood[0]).report.misses
+    told = {(miss.cause, miss.detail) for miss in misses}
+    assert told == {("evicted", "the organisation's quota was full")}
     assert engine.call("counter", "cachescope_evictions", "quota") > 0
 
 

@@ -18,7 +18,7 @@ from tests.engine.bodies import EPHEMERAL, HOUR, block, text
 from tests.engine.engine import BLOCK
 from tests.engine.server import MODEL, NAMED_KEY, OTHER_NAMED_KEY
 from tests.redis.servers import wait_until
-from vllm_cachescope.metrics import LEDGER_RECORDS, METRICS, NO_ENGINE
+from vllm_cachescope.metrics import LEDGER_RECORDS, METRICS, NO_ENGINE, SESSION_NOTES
 
 pytestmark = pytest.mark.engine
 
@@ -770,8 +770,10 @@ def test_each_metric_says_whose_it_is_and_counts_what_it_says(api):
             assert sample.labels.pop("engine") in ("0", NO_ENGINE)
             sample.labels.pop("le", None)
             assert set(sample.labels) == set(metric.labels)
-    # This server keeps no ledger.
-    assert set(by_name) - {LEDGER_RECORDS.name} == {family.name for family in shown}
+    # This server keeps no ledger, and has no store in which sessions are noted.
+    assert set(by_name) - {LEDGER_RECORDS.name, SESSION_NOTES.name} == {
+        family.name for family in shown
+    }
 
 
 def test_idle_memory_is_given_back_and_the_gauges_say_so(api):

@@ -5,6 +5,7 @@ import asyncio
 import json
 import random
 import time
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -40,6 +41,9 @@ class Nothing(Engines):
         self, prefix: bytes, org: str | None = None, session: str | None = None
     ) -> Purged:
         return Purged()
+
+    async def end_session(self, owners: Sequence[bytes]) -> int:
+        return 0
 
 
 class Replica(CacheScopeMiddleware):

@@ -94,6 +94,8 @@ class EventStream:
             chain = [event["parent_block_hash"], *event["block_hashes"]]
             self.parents |= {block: before for before, block in pairwise(chain)}
         for block_hash in event["block_hashes"]:
+            if removed and block_hash not in self.parents:
+                continue  # It was stored before the first event that arrived.
             told = event["medium"], block_hash
             if self.told[told] == (not removed):
                 self.twice.append(told)
