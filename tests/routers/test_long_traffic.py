@@ -129,8 +129,8 @@ def wrong(held: dict[str, set[int]], worker) -> dict[str, tuple[int, int]]:
 
 
 @pytest.mark.xfail(
-    reason="after hundreds of steps llm-d's reader lacks blocks of the CPU tier that Dynamo's has, and "
-    "Dynamo's program keeps some for too long: not understood",
+    reason="after hundreds of steps llm-d's reader lacks blocks of the CPU tier that Dynamo's has, "
+    "and Dynamo's program keeps some for too long: not understood",
     strict=False,
 )
 def test_the_index_is_what_both_engines_hold(fleet, indexer) -> None:
