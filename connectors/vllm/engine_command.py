@@ -11,8 +11,11 @@ import msgspec
 from cachetools import TTLCache
 
 PATH, HEALTH_PATH = "/command", "/health"
-COMMANDS = frozenset({"evictions", "facts", "health", "heed", "purge", "purged", "report", "sweep"})
-"""The commands of the connector that may come this way."""
+COMMANDS = frozenset(
+    {"end_session", "endings", "evictions", "facts", "health", "heed", "purge", "purged", "report",
+     "sweep"}
+)  # fmt: skip
+"""The commands of the connector, all of which may come this way."""
 
 GOOD_FOR_S = 60.0
 """How far the clocks of two machines may be apart, in seconds: a command is refused later."""

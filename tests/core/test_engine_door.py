@@ -11,9 +11,11 @@ import msgspec
 import pytest
 
 from vllm_cachescope.connectors.vllm.engine import door as door_module
+from vllm_cachescope.connectors.vllm.engine.connector import CacheScopeConnector
 from vllm_cachescope.connectors.vllm.engine.desk import WAITING, Busy, Desk
 from vllm_cachescope.connectors.vllm.engine.door import EngineDoor
 from vllm_cachescope.connectors.vllm.engine_command import (
+    COMMANDS,
     GOOD_FOR_S,
     MAX_BYTES,
     CommandReader,
@@ -160,3 +162,9 @@ def test_a_desk_has_an_end():
     desk.answer()
     with pytest.raises(Busy):
         desk.ask(lambda: 1, 0)
+
+
+def test_whatever_the_connector_does_may_be_asked_for_this_way() -> None:
+    """What an API process can have done a gateway can as well."""
+    done = [name for name in vars(CacheScopeConnector) if name.startswith("command_")]
+    assert {name.removeprefix("command_") for name in done} == COMMANDS

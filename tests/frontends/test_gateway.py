@@ -328,6 +328,9 @@ def test_its_operations_are_those_of_the_engines(gateway, monkeypatch, capsys) -
     for _ in range(2):
         tokens = counts(told(gateway.api.post(CHAT, body, NAMED_KEY))["usage"])[1]
     assert tokens > 0
+    headers = {"authorization": f"Bearer {NAMED_KEY}"}
+    over = httpx.delete(f"{gateway.api.url}/cachescope/sessions/unheard-of", headers=headers)
+    assert (over.status_code, over.json()["blocks"]) == (200, 0)
     monkeypatch.setenv("CACHESCOPE_OPERATOR_TOKEN", OPERATOR_TOKEN)
     assert command.main(["purge", "--url", gateway.api.url, "--org", "named"]) == 0
     assert "entries forgotten: device" in capsys.readouterr().out
