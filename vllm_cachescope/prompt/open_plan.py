@@ -7,8 +7,6 @@ nothing that comes later, whoever rendered either.
 """
 
 import hashlib
-import hmac
-import json
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from typing import Any
 
 from vllm_cachescope.prompt.boundaries import common_prefix
 from vllm_cachescope.prompt.plan import Plan, Span
+from vllm_cachescope.prompt.plan_seal import opened, sealed
 from vllm_cachescope.tenancy.scope import Scope
 
 TAIL_TOKENS = 64
@@ -23,6 +22,8 @@ TAIL_TOKENS = 64
 
 CUT_KEY = "cut"
 """Key in a sealed open plan that other plans do not have."""
+
+_KIND = "open plan"
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,23 +112,14 @@ def seal_open(plan: OpenPlan, secret: bytes) -> dict[str, Any]:
         ]
         for span in plan.spans
     ]
-    owner = plan.owner.hex()
-    mac = _mac(cut, plan.nonce, owner, secret)
-    return {CUT_KEY: cut, "nonce": plan.nonce, "owner": owner, "mac": mac}
+    return sealed(_KIND, CUT_KEY, cut, plan.nonce, plan.owner, secret)
 
 
 def unseal_open(data: Mapping[str, Any], secret: bytes) -> OpenPlan | None:
     """Return the plan `seal_open` made, or None if ``data`` was not made with ``secret``."""
-    cut, nonce, owner, mac = (data.get(name) for name in (CUT_KEY, "nonce", "owner", "mac"))
-    if not (isinstance(nonce, str) and isinstance(owner, str) and isinstance(mac, str)):
+    if (found := opened(_KIND, CUT_KEY, data, secret)) is None:
         return None
-    try:
-        genuine = hmac.compare_digest(_mac(cut, nonce, owner, secret).encode(), mac.encode())
-    except (TypeError, ValueError, RecursionError):
-        # `seal_open` makes nothing that cannot be encoded.
-        return None
-    if not genuine or not isinstance(cut, list):
-        return None
+    cut, nonce, owner = found
     spans = tuple(
         OpenSpan(
             None if begun is None else Beginning(begun[0], begun[1], tuple(begun[2:])),
@@ -136,13 +128,8 @@ def unseal_open(data: Mapping[str, Any], secret: bytes) -> OpenPlan | None:
         )
         for begun, scope, *rest in cut
     )
-    return OpenPlan(spans, nonce, bytes.fromhex(owner))
+    return OpenPlan(spans, nonce, owner)
 
 
 def _digest(tokens: Sequence[int]) -> str:
     return hashlib.sha256(array("I", tokens).tobytes()).hexdigest()
-
-
-def _mac(cut: Any, nonce: str, owner: str, secret: bytes) -> str:
-    message = json.dumps(["open plan", cut, nonce, owner], separators=(",", ":")).encode()
-    return hmac.new(secret, message, hashlib.sha256).hexdigest()[:32]

@@ -1,17 +1,17 @@
 """The cache plan of one prompt: which tokens are shared how widely, and for how long."""
 
-import hashlib
-import hmac
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from vllm_cachescope.prompt.plan_seal import opened, sealed
 from vllm_cachescope.tenancy.owner_tags import NOBODY, owner_at
 from vllm_cachescope.tenancy.scope import Scope
 
 PLAN_KEY = "cachescope"
 """Key in ``kv_transfer_params`` of a request's sealed plan, and of the report on its prompt."""
+
+_KIND, _SPANS = "plan", "spans"
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,41 +112,16 @@ class Plan:
 
 
 def seal(plan: Plan, secret: bytes) -> dict[str, Any]:
-    """Return ``plan`` as JSON-able data with a MAC, for the way from the API to the engine.
-
-    Clients may send `kv_transfer_params` of their own; the MAC is what keeps them from sending
-    a plan.
-    """
+    """Return ``plan`` as JSON-able data with a MAC, for the way from the API to the engine."""
     spans = [[s.end, int(s.scope), s.key, s.ttl_s, s.covered] for s in plan.spans]
-    owner = plan.owner.hex()
-    mac = _mac(spans, plan.nonce, owner, secret)
-    return {"spans": spans, "nonce": plan.nonce, "owner": owner, "mac": mac}
+    return sealed(_KIND, _SPANS, spans, plan.nonce, plan.owner, secret)
 
 
 def unseal(data: Any, secret: bytes) -> Plan | None:
     """Return the plan `seal` made, or None if ``data`` was not made with ``secret``."""
     if not isinstance(data, Mapping):
         return None
-    spans = data.get("spans")
-    nonce, owner, mac = (data.get(name) for name in ("nonce", "owner", "mac"))
-    if not isinstance(spans, list):
+    if (found := opened(_KIND, _SPANS, data, secret)) is None:
         return None
-    if not (isinstance(nonce, str) and isinstance(owner, str) and isinstance(mac, str)):
-        return None
-    try:
-        genuine = hmac.compare_digest(_mac(spans, nonce, owner, secret).encode(), mac.encode())
-    except (TypeError, ValueError, RecursionError):
-        # `seal` makes nothing that cannot be encoded.
-        return None
-    if not genuine:
-        return None
-    return Plan(
-        tuple(Span(end, Scope(scope), *rest) for end, scope, *rest in spans),
-        nonce,
-        bytes.fromhex(owner),
-    )
-
-
-def _mac(spans: list[Any], nonce: str, owner: str, secret: bytes) -> str:
-    message = json.dumps(["plan", spans, nonce, owner], separators=(",", ":")).encode()
-    return hmac.new(secret, message, hashlib.sha256).hexdigest()[:32]
+    spans, nonce, owner = found
+    return Plan(tuple(Span(end, Scope(scope), *rest) for end, scope, *rest in spans), nonce, owner)
