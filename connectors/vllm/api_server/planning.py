@@ -2,17 +2,17 @@
 
 import asyncio
 from asyncio import Task
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from vllm_cachescope.api.request_context import RequestContext, current_request
 from vllm_cachescope.config import Config
 from vllm_cachescope.connectors.vllm.api_server.boundaries import Boundaries, RenderedPrefix
-from vllm_cachescope.prompt.global_scope import org_default
 from vllm_cachescope.prompt.plan import Plan
 from vllm_cachescope.prompt.plan_maker import PlanMaker
-from vllm_cachescope.prompt.request import PromptRequest, Region
-from vllm_cachescope.prompt.segments import RegionDefault, Segment, segments
+from vllm_cachescope.prompt.region_defaults import RegionDefaults
+from vllm_cachescope.prompt.request import PromptRequest
+from vllm_cachescope.prompt.segments import Segment, segments
 from vllm_cachescope.tenancy.caller import CallerDirectory
 from vllm_cachescope.tenancy.scope import Caller
 
@@ -35,8 +35,7 @@ class Planner:
         self._directory = directory
         self._plans = PlanMaker(secret)
         self._boundaries = Boundaries(state, self._on_tokenizing, directory.account)
-        self._defaults = {region: config.regions.of(region) for region in Region}
-        self._narrow_defaults = {r: org_default(default) for r, default in self._defaults.items()}
+        self._defaults = RegionDefaults(config.regions.of, directory.may_write_global)
 
     def purge_renderings(self, org: str | None, session: str | None) -> None:
         """Drop what is kept of rendered prompts of ``org``, or of one session of ``org``; with
@@ -68,9 +67,7 @@ class Planner:
     def plan_whole(self, caller: Caller, tokens: int) -> Plan:
         """Return the plan of a prompt of ``tokens`` tokens that is cached as a whole, with the
         operator's defaults."""
-        default = self._defaults_of(caller)[Region.MESSAGES]
-        whole = Segment(None, default.scope, default.ttl_s, True)
-        return self._plan((whole,), [tokens], caller)
+        return self._plan((self._defaults.whole(caller),), [tokens], caller)
 
     def _on_tokenizing(self) -> None:
         """The server tokenises a prompt on another thread; render its segments meanwhile."""
@@ -85,14 +82,10 @@ class Planner:
         return context.rendering
 
     async def _render(self, request: PromptRequest, context: RequestContext) -> _Rendered:
-        cut = segments(request, self._defaults_of(context.caller))
+        cut = segments(request, self._defaults.of(context.caller))
         with context.stage("boundaries"):
             found = await self._boundaries.prefixes(request, context.body, cut, context.caller)
         return cut, found
-
-    def _defaults_of(self, caller: Caller) -> Mapping[Region, RegionDefault]:
-        is_writer = self._directory.may_write_global(caller.org)
-        return self._defaults if is_writer else self._narrow_defaults
 
     def _plan(self, cut: Sequence[Segment], ends: Sequence[int], caller: Caller) -> Plan:
         return self._plans.plan(cut, ends, caller, self._directory.is_listed(caller.org))

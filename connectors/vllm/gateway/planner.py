@@ -7,14 +7,12 @@ from vllm_cachescope.api.request_context import RequestContext
 from vllm_cachescope.config import Config
 from vllm_cachescope.connectors.vllm.gateway.prefixes import Prefixes, Render
 from vllm_cachescope.connectors.vllm.plan_transport import without_plan_in
-from vllm_cachescope.prompt.global_scope import org_default
 from vllm_cachescope.prompt.open_plan import OpenPlan, seal_open
 from vllm_cachescope.prompt.plan import PLAN_KEY
 from vllm_cachescope.prompt.plan_maker import PlanMaker
-from vllm_cachescope.prompt.request import Region
-from vllm_cachescope.prompt.segments import RegionDefault, Segment, segments
+from vllm_cachescope.prompt.region_defaults import RegionDefaults
+from vllm_cachescope.prompt.segments import Segment, segments
 from vllm_cachescope.tenancy.caller import CallerDirectory
-from vllm_cachescope.tenancy.scope import Caller
 
 
 class OpenPlanner:
@@ -29,8 +27,7 @@ class OpenPlanner:
         self._directory = directory
         self._plans = PlanMaker(config.secret_bytes())
         self._prefixes = Prefixes(directory.account)
-        self._defaults = {region: config.regions.of(region) for region in Region}
-        self._narrow_defaults = {r: org_default(default) for r, default in self._defaults.items()}
+        self._defaults = RegionDefaults(config.regions.of, directory.may_write_global)
 
     def purge(self, org: str | None, session: str | None) -> None:
         """Do `Prefixes.purge`."""
@@ -43,21 +40,13 @@ class OpenPlanner:
             context: the request.
             render: has the server render it.
         """
-        defaults = self._defaults_of(context.caller)
-        cut: tuple[Segment, ...]
-        if context.request is None:
-            default = defaults[Region.MESSAGES]
-            cut = (Segment(None, default.scope, default.ttl_s, True),)
-        else:
-            cut = segments(context.request, defaults)
+        cut: tuple[Segment, ...] = (self._defaults.whole(context.caller),)
+        if context.request is not None:
+            cut = segments(context.request, self._defaults.of(context.caller))
         with context.stage("boundaries"):
             beginnings = await self._prefixes.of(context, cut, render) if cut[1:] else [None]
         is_listed = self._directory.is_listed(context.caller.org)
         return self._plans.open_plan(cut, beginnings, context.caller, is_listed)
-
-    def _defaults_of(self, caller: Caller) -> Mapping[Region, RegionDefault]:
-        is_writer = self._directory.may_write_global(caller.org)
-        return self._defaults if is_writer else self._narrow_defaults
 
 
 def has_one_prompt(body: Mapping[str, Any]) -> bool:
