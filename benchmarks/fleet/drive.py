@@ -4,14 +4,14 @@ import json
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 
 from benchmarks.fleet.engine import FrontEnd
 from benchmarks.fleet.load import Prompt
-from benchmarks.fleet.router import SESSION_HEADER, Choose, tenant_fields
+from benchmarks.fleet.router import ROUTED_HEADER, SESSION_HEADER, Choose, tenant_fields
 from demo.client import MODEL, Answer
 
 _TRIES = 3
@@ -32,11 +32,13 @@ class Asking:
         front_end: of the replicas. Only vLLM's server in Python is sent breakpoints.
         choose: where a call goes.
         client: the connections.
+        routed: what the router said of where the session's call of that number went.
     """
 
     front_end: FrontEnd
     choose: Choose
     client: httpx.Client
+    routed: dict[tuple[str, int], str] = field(default_factory=dict)
 
     def __call__(self, prompt: Prompt, number: int = 0) -> Answer:
         """Put the session's prompt of that number to the fleet.
@@ -52,8 +54,9 @@ class Asking:
             **{"model": MODEL, "max_tokens": 8, "temperature": 0.0, "stream": True},
             **{"stream_options": {"include_usage": True}, **chat, **fields},
         }
-        headers = headers | {SESSION_HEADER: prompt.session}
-        url = f"{self.choose(prompt.call, number)}/v1/chat/completions"
+        address, chosen = self.choose(prompt.call, number)
+        headers = headers | chosen | {SESSION_HEADER: prompt.session}
+        url = f"{address}/v1/chat/completions"
         for left in reversed(range(_TRIES)):
             start, ttft_s, usage = time.perf_counter(), None, None
             with self.client.stream("POST", url, json=body, headers=headers) as answer:
@@ -63,6 +66,8 @@ class Asking:
                     continue
                 if answer.status_code != 200:
                     raise RuntimeError(f"{url}: {answer.status_code} {answer.read()[:300]!r}")
+                if (routed := answer.headers.get(ROUTED_HEADER)) is not None:
+                    self.routed[prompt.call.session, number] = routed
                 for line in answer.iter_lines():
                     if not line.startswith("data: {"):
                         continue

@@ -7,17 +7,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.redis.earlier import ROOT, earlier_tree
 from tests.redis.engine_side import SECRET, keys
 from tests.redis.servers import RedisServer, entries, wait_until
 from vllm_cachescope.tiers.keyspace import KINDS
 from vllm_cachescope.tiers.purge_notices import Progress, PurgeNotice, PurgeNotices
 
-ROOT = Path(__file__).parents[2]
 KEYS = 6
 
 LANDED = "8e6960d"
@@ -26,6 +27,7 @@ LANDED = "8e6960d"
 _SIDE = """
 import json, logging, sys
 logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+from tests.redis.earlier import ROOT, earlier_tree
 from tests.redis.engine_side import EngineSide, keys
 side = EngineSide(sys.argv[1])
 print("ready", flush=True)
@@ -82,21 +84,7 @@ class Side:
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory) -> Callable[[str], Path]:
     """Returns a directory with the code of an earlier version."""
-
-    def checked_out(commit: str) -> Path:
-        packed = subprocess.run(
-            ["git", "archive", commit, "vllm_cachescope", "connectors", "tests"],
-            cwd=ROOT,
-            capture_output=True,
-            check=False,
-        )
-        if packed.returncode:
-            pytest.skip(f"this clone does not go back to {commit}")
-        path = tmp_path_factory.mktemp("earlier")
-        subprocess.run(["tar", "-x"], cwd=path, input=packed.stdout, check=True)
-        return path
-
-    return checked_out
+    return partial(earlier_tree, tmp_path_factory.mktemp)
 
 
 @pytest.fixture
