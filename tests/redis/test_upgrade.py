@@ -27,7 +27,6 @@ LANDED = "8e6960d"
 _SIDE = """
 import json, logging, sys
 logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
-from tests.redis.earlier import ROOT, earlier_tree
 from tests.redis.engine_side import EngineSide, keys
 side = EngineSide(sys.argv[1])
 print("ready", flush=True)
