@@ -14,8 +14,9 @@ from benchmarks.fleet.load import Prompt
 from benchmarks.fleet.router import ROUTED_HEADER, SESSION_HEADER, Choose, tenant_fields
 from demo.client import MODEL, Answer
 
-_TRIES = 3
-"""How often a call is made that a router refuses (5xx): a router may take a moment to know."""
+_TRIES, _PAUSE_S = 40, 0.5
+"""How often a call is made that a router refuses (5xx), and after which pause: a router may take a
+moment to know its replicas."""
 
 
 def asking(front_end: FrontEnd, choose: Choose) -> "Asking":
@@ -62,7 +63,7 @@ class Asking:
             with self.client.stream("POST", url, json=body, headers=headers) as answer:
                 if answer.status_code >= 500 and left:
                     answer.read()
-                    time.sleep(0.5)
+                    time.sleep(_PAUSE_S)
                     continue
                 if answer.status_code != 200:
                     raise RuntimeError(f"{url}: {answer.status_code} {answer.read()[:300]!r}")

@@ -21,8 +21,9 @@ from vllm_cachescope.tiers.purge_notices import Progress, PurgeNotice, PurgeNoti
 
 KEYS = 6
 
-LANDED = "8e6960d"
-"""The last version that did not note sessions; its entries are what this one's are."""
+LANDED = ("57c1f18", "8e6960d")
+"""The last version, and the last one that did not note sessions; their entries are what this one's
+are."""
 # Both versions run this, each with its own code.
 _SIDE = """
 import json, logging, sys
@@ -100,8 +101,9 @@ def start(server, tmp_path) -> Iterator[Callable[[Path], Side]]:
         assert "Traceback" not in said and "ERROR" not in said, said
 
 
-def test_versions_share_a_redis(start, tree):
-    ours, theirs = start(ROOT), start(tree(LANDED))
+@pytest.mark.parametrize("commit", LANDED)
+def test_versions_share_a_redis(start, tree, commit):
+    ours, theirs = start(ROOT), start(tree(commit))
     ours.ready(), theirs.ready()
     assert ours.do("put", "ours") == [KEYS, True]
     assert theirs.do("put", "theirs") == [KEYS, True]

@@ -17,7 +17,8 @@ from tests.engine.engine import BLOCK, draw_tokens
 from tests.redis.earlier import ROOT, earlier_tree
 from tests.redis.servers import RedisServer, entries
 
-pytestmark = pytest.mark.engine
+# `test_upgrade` has the short form: the tier's code of both versions, without engines.
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 BLOCKS = 3
 
@@ -60,6 +61,7 @@ class Engine:
     def __init__(self, tree: Path, scratch: Path, url: str, options: dict[str, Any]) -> None:
         scratch.mkdir()
         self._log = scratch / "log"
+        self._heard: list[str] = []
         model = build(MODELS / "tiny", TINY)
         with open(self._log, "w") as errors:
             self._process = subprocess.Popen(
@@ -99,12 +101,12 @@ class Engine:
         """End it; return what it has logged."""
         self._process.kill()
         said, _ = self._process.communicate()
-        return said + self._log.read_text()
+        return self.said + said
 
     @property
     def said(self) -> str:
         """What it has logged so far."""
-        return self._log.read_text()
+        return "".join(self._heard) + self._log.read_text()
 
     def _do(self, what: str, org: str, tokens: list[int]) -> dict[str, Any]:
         assert self._process.stdin is not None
@@ -119,6 +121,7 @@ class Engine:
         for line in self._process.stdout:
             if line.startswith(start):
                 return line
+            self._heard.append(line)
         raise AssertionError(self._log.read_text()[-3000:])
 
 
@@ -144,9 +147,9 @@ def start(server: RedisServer, tmp_path: Path) -> Iterator[Start]:
     [
         pytest.param("57c1f18", True, id="the last one"),
         # It notes no sessions.
-        pytest.param("8e6960d", True, id="an earlier one", marks=pytest.mark.slow),
+        pytest.param("8e6960d", True, id="an earlier one"),
         # Its engines' identity has less in it.
-        pytest.param("f5db786", False, id="another identity", marks=pytest.mark.slow),
+        pytest.param("f5db786", False, id="another identity"),
     ],
 )
 def test_engines_of_two_versions(server, start, tmp_path_factory, commit, reads):
@@ -184,7 +187,6 @@ DIFFERENT = [
 ]
 
 
-@pytest.mark.slow
 def test_engines_that_share_nothing_are_told_so(server, start):
     """By a real engine's own identity, where `test_upgrade` has made-up ones."""
     ours = start()
