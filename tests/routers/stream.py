@@ -106,6 +106,8 @@ class EventStream:
             return
         removed = event["type"] == "BlockRemoved"
         if not removed:
+            # Without its tokens no router can use it.
+            assert len(event["token_ids"]) == BLOCK * len(event["block_hashes"]), event
             chain = [event["parent_block_hash"], *event["block_hashes"]]
             self.parents |= {block: before for before, block in pairwise(chain)}
         for block_hash in event["block_hashes"]:
