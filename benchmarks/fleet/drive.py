@@ -4,18 +4,19 @@ import json
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 
 from benchmarks.fleet.engine import FrontEnd
 from benchmarks.fleet.load import Prompt
-from benchmarks.fleet.router import SESSION_HEADER, Choose, tenant_fields
+from benchmarks.fleet.router import ROUTED_HEADER, SESSION_HEADER, Choose, tenant_fields
 from demo.client import MODEL, Answer
 
-_TRIES = 3
-"""How often a call is made that a router refuses (5xx): a router may take a moment to know."""
+_TRIES, _PAUSE_S = 40, 0.5
+"""How often a call is made that a router refuses (5xx), and after which pause: a router may take a
+moment to know its replicas."""
 
 
 def asking(front_end: FrontEnd, choose: Choose) -> "Asking":
@@ -32,11 +33,13 @@ class Asking:
         front_end: of the replicas. Only vLLM's server in Python is sent breakpoints.
         choose: where a call goes.
         client: the connections.
+        routed: what the router said of where the session's call of that number went.
     """
 
     front_end: FrontEnd
     choose: Choose
     client: httpx.Client
+    routed: dict[tuple[str, int], str] = field(default_factory=dict)
 
     def __call__(self, prompt: Prompt, number: int = 0) -> Answer:
         """Put the session's prompt of that number to the fleet.
@@ -52,17 +55,20 @@ class Asking:
             **{"model": MODEL, "max_tokens": 8, "temperature": 0.0, "stream": True},
             **{"stream_options": {"include_usage": True}, **chat, **fields},
         }
-        headers = headers | {SESSION_HEADER: prompt.session}
-        url = f"{self.choose(prompt.call, number)}/v1/chat/completions"
+        address, chosen = self.choose(prompt.call, number)
+        headers = headers | chosen | {SESSION_HEADER: prompt.session}
+        url = f"{address}/v1/chat/completions"
         for left in reversed(range(_TRIES)):
             start, ttft_s, usage = time.perf_counter(), None, None
             with self.client.stream("POST", url, json=body, headers=headers) as answer:
                 if answer.status_code >= 500 and left:
                     answer.read()
-                    time.sleep(0.5)
+                    time.sleep(_PAUSE_S)
                     continue
                 if answer.status_code != 200:
                     raise RuntimeError(f"{url}: {answer.status_code} {answer.read()[:300]!r}")
+                if (routed := answer.headers.get(ROUTED_HEADER)) is not None:
+                    self.routed[prompt.call.session, number] = routed
                 for line in answer.iter_lines():
                     if not line.startswith("data: {"):
                         continue

@@ -16,10 +16,10 @@ from transformers import AutoTokenizer
 
 from benchmarks.agent_load import Call
 from benchmarks.fleet import load
-from benchmarks.fleet.drive import asking, drive
+from benchmarks.fleet.drive import Asking, asking, drive
 from benchmarks.fleet.engine import FrontEnd, Tiers
 from benchmarks.fleet.replica import replicas
-from benchmarks.fleet.router import Choose, dynamo_plane, routed, tenant_fields
+from benchmarks.fleet.router import Choices, Router, dynamo_plane, routed, tenant_fields
 from benchmarks.fleet.row import Measured, Row
 from benchmarks.fleet.size import Size
 from benchmarks.fleet.tenants import read_across
@@ -49,6 +49,7 @@ class Plan:
 def measure(rows: Sequence[Row], plan: Plan) -> Iterator[tuple[Row, Measured | str]]:
     """Yield each row with what was measured, or with why it was not."""
     tokenizer = AutoTokenizer.from_pretrained(str(plan.size.model))
+    recorded: dict[Router, Choices] = {}
     for _, numbered in groupby(enumerate(rows), _fleet):
         members = list(numbered)
         missing = members[0][1].missing
@@ -59,7 +60,7 @@ def measure(rows: Sequence[Row], plan: Plan) -> Iterator[tuple[Row, Measured | s
             continue
         done: set[int] = set()
         try:
-            for number, measured in _measured(members, plan, tokenizer):
+            for number, measured in _measured(members, plan, tokenizer, recorded):
                 done.add(number)
                 yield rows[number], measured
         except (ServerFailed, RuntimeError, httpx.HTTPError) as error:
@@ -100,7 +101,10 @@ class _Fleet:
 
 
 def _measured(
-    rows: Sequence[tuple[int, Row]], plan: Plan, tokenizer: Any
+    rows: Sequence[tuple[int, Row]],
+    plan: Plan,
+    tokenizer: Any,
+    recorded: dict[Router, Choices],
 ) -> Iterator[tuple[int, Measured | str]]:
     first = rows[0][1]
     size = plan.size if first.replicas > 1 else plan.size.times(2)
@@ -114,10 +118,20 @@ def _measured(
             if row.missing:
                 yield number, absent(row)
                 continue
+            replayed = recorded.get(row.router) if row.replays else None
+            if row.replays and replayed is None:
+                yield number, "not run: what the router chose for plain vLLM was not recorded"
+                continue
             if row.engine.front_end is FrontEnd.PYTHON:
                 _empty(fleet)
-            with routed(row.router, running, size, plane, SEED) as choose:
-                yield number, _row(f"{number:03d}", row, plan, fleet, choose, tokenizer)
+            with routed(row.router, running, size, plane, SEED, replayed) as choose:
+                ask = asking(row.engine.front_end, choose)
+                yield number, _row(f"{number:03d}", row, plan, fleet, ask, tokenizer)
+            chosen = _choices(ask, running)
+            if not row.engine.plugin and chosen:
+                recorded[row.router] = chosen
+            if replayed is not None and {call: chosen.get(call) for call in replayed} != replayed:
+                raise RuntimeError(f"{row.name}: calls went to other replicas than they were sent")
 
 
 def _empty(fleet: _Fleet) -> None:
@@ -126,12 +140,9 @@ def _empty(fleet: _Fleet) -> None:
     fleet.redis.client.flushall()
 
 
-def _row(
-    label: str, row: Row, plan: Plan, fleet: _Fleet, choose: Choose, tokenizer: Any
-) -> Measured:
+def _row(label: str, row: Row, plan: Plan, fleet: _Fleet, ask: Asking, tokenizer: Any) -> Measured:
     prompts = load.prompts(plan.calls, label, plan.pace, fleet.size.longest, tokenizer)
     front_end = row.engine.front_end
-    ask = asking(front_end, choose)
     counted = row.engine.plugin and front_end is FrontEnd.PYTHON
     before = _asked_of_redis(fleet) if counted else Counter()
     answered = _answered(fleet, front_end)
@@ -155,6 +166,16 @@ def _row(
         own=own,
         across=across,
     )
+
+
+def _choices(ask: Asking, running: Sequence[Server]) -> Choices:
+    """Return which replica answered each call, as far as the router has said so."""
+    places = {replica.url.partition("://")[2]: number for number, replica in enumerate(running)}
+    return {
+        call: places[worker.partition("://")[2]]
+        for call, worker in ask.routed.items()
+        if worker.partition("://")[2] in places
+    }
 
 
 def _redis_bytes(fleet: _Fleet) -> int:

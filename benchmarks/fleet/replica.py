@@ -122,6 +122,8 @@ def _replica(engine: Engine, size: Size, redis: RedisServer, shared: dict[str, s
 def _config(tiers: Tiers, size: Size, redis: RedisServer) -> dict[str, Any]:
     # The least there is: what one request has on its way.
     config: dict[str, Any] = {"cpu_bytes": 2 * size.block_bytes}
+    # What clients mark so, too; SMG takes their marks out of messages.
+    config["regions"] = {region: {"scope": "global"} for region in ("tools", "system")}
     if tiers is not Tiers.DEVICE:
         config["cpu_bytes"] = size.cpu_blocks * size.block_bytes
     if tiers is Tiers.REDIS:

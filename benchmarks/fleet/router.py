@@ -2,11 +2,11 @@
 
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, Protocol
 
 from benchmarks.agent_load import Call
 from benchmarks.fleet.engine import FrontEnd
@@ -46,6 +46,11 @@ class Router:
     program: Program | None = None
 
     @property
+    def tells(self) -> bool:
+        """Whether it says where a call went, and can be told."""
+        return self.program is SMG
+
+    @property
     def needs(self) -> list[Program]:
         """What has to be installed for it."""
         behind = {FrontEnd.GRPC: GRPC, FrontEnd.RUST: RUST, FrontEnd.DYNAMO: DYNAMO}
@@ -79,8 +84,21 @@ ROUTERS = (
 )
 """All routers that run here."""
 
-Choose = Callable[[Call, int], str]
-"""Returns the address to which the session's call of that number goes."""
+ROUTED_HEADER, TARGET_HEADER = "x-smg-routed-worker-id", "x-smg-target-worker"
+"""By which SMG says which worker answered, and takes the number of the one that shall."""
+
+REPLAYING = ("--policy", "consistent_hashing")
+"""The policy of SMG that heeds `TARGET_HEADER`."""
+
+
+class Choose(Protocol):
+    """Says where the session's call of that number goes: an address, and further headers."""
+
+    def __call__(self, call: Call, number: int) -> tuple[str, dict[str, str]]: ...
+
+
+Choices = dict[tuple[str, int], int]
+"""By session and number of the call the number of the replica that answered it."""
 
 
 class Smg(Server):
@@ -100,7 +118,12 @@ class DynamoFrontEnd(Server):
 
 @contextmanager
 def routed(
-    router: Router, replicas: Sequence[Server], size: Size, shared: dict[str, str], seed: int
+    router: Router,
+    replicas: Sequence[Server],
+    size: Size,
+    shared: dict[str, str],
+    seed: int,
+    replayed: Choices | None = None,
 ) -> Iterator[Choose]:
     """Put a router in front of running replicas.
 
@@ -110,10 +133,16 @@ def routed(
         size: of each.
         shared: variables that Dynamo's parts share.
         seed: of what the client draws.
+        replayed: what the router chose for other replicas, to be chosen once more; None to let it
+            choose anew.
     """
     urls = [replica.url for replica in replicas]
     if router.options is None:
-        yield lambda call, number: urls[drawn(router.policy, call, number, seed) % len(urls)]
+
+        def choose(call: Call, number: int) -> tuple[str, dict[str, str]]:
+            return urls[drawn(router.policy, call, number, seed) % len(urls)], {}
+
+        yield choose
         return
     assert router.program is not None
     if router.front_end is FrontEnd.DYNAMO:
@@ -123,12 +152,23 @@ def routed(
     else:
         if router.front_end is FrontEnd.GRPC:
             urls = [url.replace("http://", "grpc://") for url in urls]
-        command = [str(router.program.path), "launch", "--worker-urls", *urls, *router.options]
+        options = router.options if replayed is None else REPLAYING
+        command = [str(router.program.path), "launch", "--worker-urls", *urls, *options]
         command += ["--model-path", str(size.model), "--block-size", str(BLOCK)]
         command += ["--prometheus-port", str(free_port())]
+        # A replica that a burst keeps busy on few cores is not one that is down.
+        command += ["--disable-circuit-breaker", "--health-failure-threshold", "100"]
         server = Smg(command)
     with server:
-        yield lambda call, number: server.url
+
+        def through(call: Call, number: int) -> tuple[str, dict[str, str]]:
+            if replayed is None:
+                return server.url, {}
+            # What reads across tenants, behind the load, was not recorded.
+            target = replayed.get((call.session, number), number % len(replicas))
+            return server.url, {TARGET_HEADER: str(target)}
+
+        yield through
 
 
 def drawn(policy: Policy, call: Call, number: int, seed: int) -> int:

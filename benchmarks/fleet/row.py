@@ -19,10 +19,13 @@ class Row:
     Attributes:
         router: the router.
         engine: the kind of replica behind it.
+        replays: whether each call goes to the replica that the router chose for plain vLLM,
+            instead of one that it chooses anew.
     """
 
     router: Router
     engine: Engine
+    replays: bool = False
 
     @property
     def name(self) -> str:
@@ -30,7 +33,12 @@ class Row:
         router = self.router
         if router is ONE_REPLICA:
             return f"{router.name} / {self.engine.name}"
-        return f"{router.name}, {self.engine.front_end} / {router.policy} / {self.engine.name}"
+        return f"{router.name}, {self.engine.front_end} / {self.chooses} / {self.engine.name}"
+
+    @property
+    def chooses(self) -> str:
+        """How a replica is chosen, in words."""
+        return f"{self.router.policy}{', as for plain' if self.replays else ''}"
 
     @property
     def replicas(self) -> int:
@@ -113,18 +121,23 @@ def all_rows() -> list[Row]:
     for front_end in FrontEnd:
         for plugin, tiers in KINDS:
             engine = Engine(front_end, plugin, tiers)
-            rows += [Row(router, engine) for router in ROUTERS if router.front_end is front_end]
+            routers = [router for router in ROUTERS if router.front_end is front_end]
+            rows += [Row(router, engine) for router in routers]
+            if engine.plugin and tiers is Tiers.DEVICE:
+                rows += [Row(router, engine, replays=True) for router in routers if router.tells]
     return rows
+
+
+_QUICK = (
+    "one big replica / CacheScope, + Redis",
+    "the client, Python / random / plain vLLM",
+    "SMG, Python / by prefix / plain vLLM",
+    "SMG, Python / by prefix, as for plain / CacheScope, device only",
+    "the client, Python / random / CacheScope, + Redis",
+    "SMG, Python / by prefix / CacheScope, + Redis",
+)
 
 
 def quick_rows() -> list[Row]:
     """Return the rows that show most in least time."""
-    wanted = ((False, Tiers.DEVICE), (True, Tiers.REDIS))
-    engines = [Engine(FrontEnd.PYTHON, *kind) for kind in wanted]
-    return [
-        row
-        for row in all_rows()
-        if row.engine in engines
-        and not (row.router is ONE_REPLICA and not row.engine.plugin)
-        and not (row.router.name == "SMG" and row.router.policy is Policy.RANDOM)
-    ]
+    return [row for row in all_rows() if row.name in _QUICK]

@@ -18,7 +18,7 @@ _COLUMNS = (
 def line(row: Row, measured: Measured | str) -> list[str]:
     """Return the cells of a row; a text in place of what was measured says why it was not."""
     router = row.router
-    cells = [router.name, row.engine.front_end.value, router.policy.value, row.engine.name]
+    cells = [router.name, row.engine.front_end.value, row.chooses, row.engine.name]
     if router is ONE_REPLICA:
         cells[2] = "–"
     if isinstance(measured, str):

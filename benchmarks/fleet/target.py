@@ -36,10 +36,19 @@ def verdicts(rows: Sequence[Measured]) -> list[Verdict]:
 
 def _against_plain(rows: Sequence[Measured]) -> Iterator[Verdict]:
     plain = {one.row.router: one for one in rows if not one.row.engine.plugin}
+    replayed = {one.row.router for one in rows if one.row.replays}
     pairs = [
         (one, plain[one.row.router])
         for one in rows
-        if one.row.engine.plugin and one.row.router in plain
+        if one.row.engine.plugin
+        and one.row.router in plain
+        # A router that chooses anew has other calls on each replica: who has more evicts more.
+        # Where nothing else stands behind the device, that decides.
+        and (
+            one.row.replays
+            or one.row.engine.tiers is not Tiers.DEVICE
+            or one.row.router not in replayed
+        )
     ]
     if pairs:
         # Editions differ by a digit: shares are compared, not tokens.

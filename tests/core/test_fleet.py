@@ -4,6 +4,7 @@ import gzip
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,7 +14,7 @@ from benchmarks.fleet.drive import Outcome
 from benchmarks.fleet.engine import Engine, FrontEnd, Tiers
 from benchmarks.fleet.installed import Program
 from benchmarks.fleet.load import Prompt
-from benchmarks.fleet.measure import absent
+from benchmarks.fleet.measure import _choices, absent
 from benchmarks.fleet.router import ROUTERS, Policy
 from benchmarks.fleet.row import ONE_REPLICA, Measured, Row, all_rows
 from benchmarks.fleet.target import verdicts
@@ -108,6 +109,28 @@ def test_targets_name_the_row_that_misses_them() -> None:
     fewer, as_one, _ = verdicts([plain, one, bad])
     assert not fewer.holds and "random / CacheScope, + Redis" in fewer.found
     assert not as_one.holds
+
+
+def test_who_chooses_anew_is_compared_by_the_same_choices_where_they_decide() -> None:
+    prefix = next(r for r in ROUTERS if (r.name, r.policy) == ("SMG", Policy.PREFIX))
+    device = Engine(FrontEnd.PYTHON, True, Tiers.DEVICE)
+    plain, anew = measured(Row(prefix, PLAIN), 500), measured(Row(prefix, device), 400)
+    alike = measured(Row(prefix, device, replays=True), 501)
+    assert [verdict.holds for verdict in verdicts([plain, anew])] == [False]
+    assert [verdict.holds for verdict in verdicts([plain, anew, alike])] == [True]
+    fewer = replace(alike, outcome=replace(alike.outcome, read=499))
+    (verdict,) = verdicts([plain, anew, fewer])
+    assert not verdict.holds and "by prefix, as for plain" in verdict.found
+    # Behind the device a tier has to make up for any choice.
+    assert not verdicts([plain, alike, measured(Row(prefix, REDIS), 499)])[0].holds
+
+
+def test_a_call_that_was_recorded_goes_where_it_went() -> None:
+    running = [SimpleNamespace(url=f"http://127.0.0.1:{port}") for port in (1, 2)]
+    ask = SimpleNamespace(
+        routed={("s", 0): "http://127.0.0.1:2", ("s", 1): "grpc://127.0.0.1:1", ("t", 0): "gone"}
+    )
+    assert _choices(ask, running) == {("s", 0): 1, ("s", 1): 0}  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("own", "across"), [(10, 1), (0, 0)])

@@ -3,11 +3,17 @@
 from pathlib import Path
 
 import pytest
+from vllm.version import __version__
 
 from tests.engine.server import MODEL, ONE_PROCESS, ROOT, plugin
 
+ENGINE = __version__.partition("+")[0]
+PINNED = "0.32.0"
+"""The vLLM of `make test`. Each has a Rust server of its own, which starts with no other engine."""
+
 FRONT_ENDS = ROOT / ".cache" / "frontends"
-RUST, GRPC = FRONT_ENDS / "vllm-rs", FRONT_ENDS / "grpc" / "bin" / "python"
+GRPC = FRONT_ENDS / "grpc" / "bin" / "python"
+RUST = FRONT_ENDS / ("vllm-rs" if ENGINE == PINNED else f"vllm-rs-{ENGINE}")
 DYNAMO = FRONT_ENDS / "dynamo" / "bin" / "python"
 
 

@@ -23,6 +23,7 @@ from vllm_cachescope.diagnosis.outcome import Diagnosis
 from vllm_cachescope.diagnosis.session_note import FORMAT
 from vllm_cachescope.metrics import SESSION_NOTES
 from vllm_cachescope.prompt.request import Protocol
+from vllm_cachescope.repair.session_firsts import SessionFirsts
 from vllm_cachescope.tenancy.scope import Caller, Scope
 from vllm_cachescope.tiers.keyspace import secret_digest
 from vllm_cachescope.tiers.note_seals import NoteSeals
@@ -94,6 +95,7 @@ class Replica:
         account_of: Callable[[str], str] = lambda org: org,
         bounds: NoteBounds = BOUNDS,
         stores: Callable[[], NoteStore] | None = None,
+        firsts: Callable[[Caller], SessionFirsts | None] = lambda _: None,
     ) -> None:
         self.registry = CollectorRegistry()
         digest = secret_digest(secret)
@@ -109,6 +111,7 @@ class Replica:
             registry=self.registry,
             account_of=account_of,
             exchange=self.exchange,
+            firsts=firsts,
         )
         self.engine = EngineId(0, name, "h", ("redis",))
         self._ids = count()

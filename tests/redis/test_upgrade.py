@@ -7,21 +7,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.redis.earlier import ROOT, earlier_tree
 from tests.redis.engine_side import SECRET, keys
 from tests.redis.servers import RedisServer, entries, wait_until
 from vllm_cachescope.tiers.keyspace import KINDS
 from vllm_cachescope.tiers.purge_notices import Progress, PurgeNotice, PurgeNotices
 
-ROOT = Path(__file__).parents[2]
 KEYS = 6
 
-LANDED = "8e6960d"
-"""The last version that did not note sessions; its entries are what this one's are."""
+LANDED = ("57c1f18", "8e6960d")
+"""The last version, and the last one that did not note sessions; their entries are what this one's
+are."""
 # Both versions run this, each with its own code.
 _SIDE = """
 import json, logging, sys
@@ -82,21 +84,7 @@ class Side:
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory) -> Callable[[str], Path]:
     """Returns a directory with the code of an earlier version."""
-
-    def checked_out(commit: str) -> Path:
-        packed = subprocess.run(
-            ["git", "archive", commit, "vllm_cachescope", "connectors", "tests"],
-            cwd=ROOT,
-            capture_output=True,
-            check=False,
-        )
-        if packed.returncode:
-            pytest.skip(f"this clone does not go back to {commit}")
-        path = tmp_path_factory.mktemp("earlier")
-        subprocess.run(["tar", "-x"], cwd=path, input=packed.stdout, check=True)
-        return path
-
-    return checked_out
+    return partial(earlier_tree, tmp_path_factory.mktemp)
 
 
 @pytest.fixture
@@ -113,8 +101,9 @@ def start(server, tmp_path) -> Iterator[Callable[[Path], Side]]:
         assert "Traceback" not in said and "ERROR" not in said, said
 
 
-def test_versions_share_a_redis(start, tree):
-    ours, theirs = start(ROOT), start(tree(LANDED))
+@pytest.mark.parametrize("commit", LANDED)
+def test_versions_share_a_redis(start, tree, commit):
+    ours, theirs = start(ROOT), start(tree(commit))
     ours.ready(), theirs.ready()
     assert ours.do("put", "ours") == [KEYS, True]
     assert theirs.do("put", "theirs") == [KEYS, True]

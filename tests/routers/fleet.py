@@ -36,7 +36,7 @@ class Worker:
 
     def settle(self) -> None:
         """Wait until the routers that know tiers agree with the engine on what it holds."""
-        wait_until(self.agrees)
+        wait_until(self._swept_and_agrees)
         assert self.events.twice == [], self.events.twice
 
     def empty(self) -> None:
@@ -45,21 +45,32 @@ class Worker:
         wait_until(lambda: self.engine.call("command_purged", "all") is not None)
         wait_until(self._is_empty)
 
-    def _is_empty(self) -> bool:
+    def _swept_and_agrees(self) -> bool:
         # An idle engine tells what has happened since when it is swept, as a server does.
         self.engine.call("command_sweep")
-        is_empty = self.agrees() and not any(self.resident.values())
+        return self.agrees()
+
+    def _is_empty(self) -> bool:
+        is_empty = self._swept_and_agrees() and not any(self.resident.values())
         return is_empty and not self.events.llmd.held("STORAGE")
 
     def agrees(self) -> bool:
-        """Whether the routers that know tiers agree with the engine on what it holds."""
+        """Whether the routers that know tiers agree with the engine on what it holds. Of what
+        nothing stands in front of they may not have been told: it serves no prompt."""
         self.resident = self.engine.call("event_hashes")
         self.events.read()
+        usable = self.usable()
         return all(
-            reader.held(medium) == held
+            usable[medium] <= reader.held(medium) <= held
             for medium, held in self.resident.items()
             for reader in (self.events.llmd, self.events.dynamo)
         )
+
+    def usable(self) -> dict[str, set[int]]:
+        """Return what of `resident` has all that stands in front of it, on whichever medium."""
+        there = set().union(*self.resident.values()) | self.events.llmd.held("STORAGE")
+        reached = self.events.reached(there)
+        return {medium: held & reached for medium, held in self.resident.items()}
 
 
 @dataclass
@@ -103,6 +114,7 @@ def running_fleet(scratch: Path) -> Iterator[Fleet]:
         "quotas": dict.fromkeys(("device", "cpu", "redis"), quota),
     }
     workers = [_worker(model, scratch / name, config) for name in "ab"]
+    workers[1].events.parents = workers[0].events.parents
     try:
         for worker in workers:
             worker.events.await_first(

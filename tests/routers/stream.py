@@ -29,6 +29,7 @@ class EventStream:
             medium and the engine's hash.
         twice: what was said twice in a row, in the same form.
         parents: the block before each that was said to be stored; None before a prompt's first.
+            Engines that share a store may share it: what one has loaded, another has computed.
     """
 
     def __init__(self) -> None:
@@ -85,12 +86,28 @@ class EventStream:
                 reader.read(event)
         return events
 
+    def reached(self, there: set[int]) -> set[int]:
+        """Return which blocks of ``there`` have all blocks in front of them there, too."""
+        reached: set[int] = set()
+        for start in there:
+            path: list[int] = []
+            block: int | None = start
+            while block is not None and block in there and block not in reached:
+                path.append(block)
+                # What nobody ever said to be stored counts as a beginning, so that it is missed.
+                block = self.parents.get(block)
+            if block is None or block in reached:
+                reached.update(path)
+        return reached
+
     def _tell(self, event: Event) -> None:
         if event["type"] == "AllBlocksCleared":
             self.told.clear()
             return
         removed = event["type"] == "BlockRemoved"
         if not removed:
+            # Without its tokens no router can use it.
+            assert len(event["token_ids"]) == BLOCK * len(event["block_hashes"]), event
             chain = [event["parent_block_hash"], *event["block_hashes"]]
             self.parents |= {block: before for before, block in pairwise(chain)}
         for block_hash in event["block_hashes"]:

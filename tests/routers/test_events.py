@@ -61,6 +61,25 @@ def test_a_prompt_of_whatever_scope_is_found_whole(fleet, draw):
     assert [matches(fleet.a, tokens) for tokens in prompts] == [[BLOCKS, BLOCKS]] * 3
 
 
+def test_what_expires_while_it_is_being_stored_is_told_of_by_an_idle_engine(fleet, draw):
+    fleet.server.stop()
+    try:
+        fleet.a.run(ask(draw()))
+        fleet.a.engine.call("advance", 301)
+        # The chunks cannot go yet: the tier is reading them.
+        assert fleet.a.engine.call("command_sweep") > 0
+        assert len(fleet.a.engine.call("event_hashes")["CPU"]) == BLOCKS
+    finally:
+        fleet.server.resume()
+    wait_until(lambda: fleet.a.engine.call("command_sweep") is not None and not held(fleet.a))
+    fleet.a.settle()
+
+
+def held(worker) -> set[int]:
+    """Return what the CPU tier holds."""
+    return worker.engine.call("event_hashes")["CPU"]
+
+
 def test_a_salted_prompt_is_found_by_its_salt_on_each_tier(fleet, draw):
     salt, tokens = "dynamo-cache-salt:acme", draw()
     fleet.a.run(ask(tokens, salt=salt))

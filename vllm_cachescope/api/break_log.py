@@ -78,9 +78,15 @@ class Break:
             diff,
         )
 
-    def to_dict(self, for_operator: bool = False) -> dict[str, Any]:
-        """Return the break as plain data for JSON."""
-        diagnosis = self.diagnosis if for_operator else self.diagnosis.anonymous()
+    def to_dict(self, for_operator: bool = False, names_replicas: bool = False) -> dict[str, Any]:
+        """Return the break as plain data for JSON.
+
+        Args:
+            for_operator: whether it is for the operator.
+            names_replicas: whether it names other replicas to others, too.
+        """
+        named = for_operator or names_replicas
+        diagnosis = self.diagnosis if named else self.diagnosis.anonymous()
         data = diagnosis.to_dict()
         for change, (names, fields) in zip(data["changes"], self.more_names, strict=True):
             change |= {"more_names": names} if names else {}

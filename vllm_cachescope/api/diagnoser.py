@@ -30,6 +30,7 @@ from vllm_cachescope.metrics import REPAIRED_TOKENS, REPAIRS, UNEXPLAINED_TOKENS
 from vllm_cachescope.prompt.request import PromptRequest
 from vllm_cachescope.registration import counter
 from vllm_cachescope.repair.repair import Repair
+from vllm_cachescope.repair.session_firsts import SessionFirsts
 from vllm_cachescope.tenancy.org_labels import NO_ORG_LABELS, OrgLabels
 from vllm_cachescope.tenancy.scope import Caller
 from vllm_cachescope.tenancy.shares import AccountOf, own_account
@@ -55,6 +56,7 @@ class Diagnoser:
         details: where to keep the diagnosis of each request; None to keep none but breaks.
         tools_behind_system: whether the chat template renders tools behind the system prompt; None
             while that is not known.
+        firsts: returns what other replicas are to know of what came first in a caller's session.
 
     Attributes:
         breaks: the breaks among what was diagnosed.
@@ -76,7 +78,9 @@ class Diagnoser:
         details: RequestDetails | None = None,
         tools_behind_system: Callable[[], bool | None] = lambda: None,
         exchange: SessionExchange | None = None,
+        firsts: Callable[[Caller], SessionFirsts | None] = lambda _: None,
     ) -> None:
+        self._firsts = firsts
         self._exchange = exchange
         self._details = details
         self.peers = peers
@@ -236,7 +240,8 @@ class Diagnoser:
         if self._exchange is not None:
             noted = self._lineages.note(pending.caller, pending.placement)
             if noted is not None:
-                self._exchange.put(*noted)
+                key, note = noted
+                self._exchange.put(key, replace(note, firsts=self._firsts(pending.caller)))
 
     def _count_repairs(self, caller: Caller, engine: EngineId, repairs: Iterable[Repair]) -> None:
         org = self._org_labels.of(caller.org)

@@ -45,6 +45,7 @@ class LedgerService:
         replica: the server's name among others.
         secret: key of the owner tags.
         wall_clock: seconds since the epoch.
+        shows_replicas: whether organisations see replicas by their names.
 
     Attributes:
         requests: the recent requests in it.
@@ -64,6 +65,7 @@ class LedgerService:
         replica: str = "",
         secret: bytes = b"",
         wall_clock: Callable[[], float] = time.time,
+        shows_replicas: bool = False,
     ) -> None:
         records = counter(LEDGER_RECORDS, registry)
         ends = {
@@ -82,7 +84,7 @@ class LedgerService:
         # The organisations that engines may tell of, by their tags.
         self._orgs: LRUCache[bytes, str] = LRUCache(MAX_ORGS)
         self._seen: LRUCache[str, bool] = LRUCache(MAX_ORGS)
-        self._endpoint = UsageEndpoint(self._ledger, directory)
+        self._endpoint = UsageEndpoint(self._ledger, directory, shows_replicas=shows_replicas)
 
     def put(self, record: RequestRecord, _diagnosis: Diagnosis | None) -> None:
         """Leave a record to be written. Never blocks."""

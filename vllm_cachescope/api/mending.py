@@ -10,7 +10,9 @@ from starlette.types import Message, Send
 
 from vllm_cachescope.api.client_request import ClientRequest
 from vllm_cachescope.api.incoming_body import IncomingBody, incoming_of
+from vllm_cachescope.api.session_exchange import SessionExchange
 from vllm_cachescope.config import Config
+from vllm_cachescope.diagnosis.session_note import NoteKey
 from vllm_cachescope.errors import BadRequest
 from vllm_cachescope.logs import logger_of
 from vllm_cachescope.metrics import NO_ENGINE, REPAIR_FAILURES
@@ -32,6 +34,10 @@ _MANY_PARTS = 200
 
 _MANY_TEXTS = 50
 """First spellings from which on they are kept on a thread of their own: packing 360 takes 10 ms."""
+
+RECALL_S = 0.01
+"""How long the first request of a session waits for what came first in it on another replica, in
+seconds: later on, what is put right by that would be put wrong."""
 
 _REFUSALS = (400, 422, 500)
 """Statuses with which a server may answer what it would have taken unrepaired."""
@@ -65,11 +71,19 @@ class Mender:
         config: the configuration.
         registry: where failures are counted.
         model_name: the model's name in the server's own metrics.
+        exchange: exchanges notes on sessions with other replicas; None where there is no store
+            to do so.
     """
 
     def __init__(
-        self, repairer: Repairer, config: Config, registry: CollectorRegistry, model_name: str
+        self,
+        repairer: Repairer,
+        config: Config,
+        registry: CollectorRegistry,
+        model_name: str,
+        exchange: SessionExchange | None = None,
     ) -> None:
+        self._exchange = exchange
         self._repairer = repairer
         self._config = config
         failures = counter(REPAIR_FAILURES, registry)
@@ -93,6 +107,8 @@ class Mender:
         if not self._repairer.is_on(caller, protocol) or not wants_repair(headers):
             return Mending(body)
         try:
+            if self._exchange is not None and self._repairer.memory.lacks(caller):
+                await self._recall(self._exchange, caller)
             if body.is_large or len(body.request.parts) > _MANY_PARTS:
                 return await asyncio.to_thread(self._mend, caller, protocol, body, is_global)
             return self._mend(caller, protocol, body, is_global)
@@ -100,6 +116,14 @@ class Mender:
             logger.exception("The request could not be repaired")
             self._failures["error"].inc()
             return Mending(body)
+
+    async def _recall(self, exchange: SessionExchange, caller: Caller) -> None:
+        """Learn what came first in a session on other replicas."""
+        notes = await exchange.recall(NoteKey(caller.org, caller.session), RECALL_S)
+        # Names are in the order of their requests: the latest knows what all before it have said.
+        latest = max(notes, key=lambda note: note.node.name, default=None)
+        if latest is not None and latest.firsts is not None:
+            self._repairer.memory.adopt(caller, latest.firsts)
 
     def _mend(
         self, caller: Caller, protocol: Protocol, body: IncomingBody, is_global: bool

@@ -33,6 +33,7 @@ from vllm_cachescope.api.purge_budget import BURST, PER_SECOND, PurgeBudget
 from vllm_cachescope.api.purge_request import PurgeRequest
 from vllm_cachescope.api.viewer import presents
 from vllm_cachescope.config import Config
+from vllm_cachescope.diagnosis.outcome import ANOTHER_REPLICA
 from vllm_cachescope.logs import logger_of
 from vllm_cachescope.tenancy.caller import ANONYMOUS, UNLISTED, CallerDirectory
 from vllm_cachescope.tenancy.owner_tags import EVERYONE, UNLISTED_TAG, OwnerTags
@@ -98,6 +99,7 @@ class Operations:
         self._elsewhere = elsewhere
         self._usage = usage
         self._operator_token = config.operators_token()
+        self._shows_replicas = config.show_replicas
         self._directory = directory
         self._tags = OwnerTags(config.secret_bytes())
         self._diagnoser = diagnoser
@@ -157,9 +159,11 @@ class Operations:
 
     async def _listed(self, org: str | None, is_operator: bool) -> dict[str, Any]:
         breaks = self._diagnoser.breaks.recent(org, LISTED)
-        listed = [seen.to_dict(is_operator) for seen in breaks]
+        listed = [seen.to_dict(is_operator, self._shows_replicas) for seen in breaks]
         if self._elsewhere is not None:
             others = await self._elsewhere(org, LISTED)
+            if not (is_operator or self._shows_replicas):
+                others = [{**other, "replica": ANOTHER_REPLICA} for other in others]
             listed = sorted([*listed, *others], key=itemgetter("at"), reverse=True)[:LISTED]
         return {"breaks": listed} | self._diagnoser.peers.to_dict()
 
@@ -238,14 +242,14 @@ class Operations:
             "purged": purged.entries,
             "fingerprints": requests,
             "unreached": purged.unreached,
-            "replicas": _replicas(purged, is_operator=caller_org is None),
+            "replicas": _replicas(purged, caller_org is None or self._shows_replicas),
         }
         return Answer(answer, 200 if purged.is_whole else 502)
 
 
-def _replicas(purged: Purged, is_operator: bool) -> dict[str, Any]:
-    """Return which other replicas have purged as well, by name to the operator."""
-    if is_operator:
+def _replicas(purged: Purged, by_name: bool) -> dict[str, Any]:
+    """Return which other replicas have purged as well, or how many."""
+    if by_name:
         return {"confirmed": sorted(purged.confirmed), "missing": purged.missing}
     return {"confirmed": len(purged.confirmed), "missing": len(purged.missing)}
 

@@ -60,6 +60,7 @@ class Page:
         prices: what tokens cost, if that is known.
         peers: the API processes of the server, of which this is one.
         wall_clock: seconds since the epoch.
+        shows_replicas: whether organisations see replicas by their names.
 
     Attributes:
         details: what is known of requests besides their records.
@@ -74,7 +75,9 @@ class Page:
         prices: Prices | None = None,
         peers: Peers = ALONE,
         wall_clock: Callable[[], float] = time.time,
+        shows_replicas: bool = False,
     ) -> None:
+        self._shows_replicas = shows_replicas
         self._requests = requests
         self.details = details
         self._diffs = diffs
@@ -130,7 +133,8 @@ class Page:
         except UnavailableError as error:
             logger.debug("The requests cannot be had: %s", error)
             raise Refused(503, "api_error", "the ledger's database does not answer") from None
-        listed = [self._shown(one) for one in found[:limit]]
+        named = viewer.is_operator or self._shows_replicas
+        listed = [self._shown(one, named) for one in found[:limit]]
         return Answer(
             {
                 "viewer": {"org": viewer.org, "is_operator": viewer.is_operator},
@@ -147,7 +151,7 @@ class Page:
             | self._peers.to_dict()
         )
 
-    def _shown(self, one: Numbered) -> dict[str, Any]:
+    def _shown(self, one: Numbered, names_replica: bool) -> dict[str, Any]:
         """Return a request as data for JSON, without what is nothing. In one pass over its rows:
         an answer has hundreds of requests."""
         record, uncached = one.record, 0
@@ -168,7 +172,7 @@ class Page:
             "org": record.org,
             "session": record.session,
             "model": record.model,
-            "replica": record.replica or None,
+            "replica": (record.replica or None) if names_replica else None,
             "engine": record.engine,
             "request_id": record.request_id,
             "lineage": record.lineage,
@@ -194,7 +198,7 @@ class Page:
     def _detailed(self, viewer: Viewer, query: QueryParams) -> Answer:
         at_ms = _number(query.get("at"), "at", 0, 0, 2**53)
         found = self.details.find(viewer.org, query.get("id", ""), at_ms / 1000)
-        shown = None if found is None else found.to_dict(viewer.is_operator)
+        shown = None if found is None else found.to_dict(viewer.is_operator, self._shows_replicas)
         return Answer({"details": shown})
 
     def _diff(self, viewer: Viewer, query: QueryParams) -> Answer:

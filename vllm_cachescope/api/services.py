@@ -164,6 +164,8 @@ class Services:
                 directory.account,
                 server.registry,
             )
+        orgs = config.repair_of_orgs()
+        repairer = Repairer(config.repair, orgs, time.monotonic, directory.account)
         diagnoser = Diagnoser(
             secret,
             server.block_tokens,
@@ -176,16 +178,15 @@ class Services:
             details=details,
             tools_behind_system=server.tools_behind_system,
             exchange=exchange,
+            firsts=repairer.memory.told,
         )
-        orgs = config.repair_of_orgs()
-        repairer = Repairer(config.repair, orgs, time.monotonic, directory.account)
         if repairer.is_used and server.peers.count > 1 and server.peers.rank == 0:
             logger.warning(
-                "Each of the %d API processes remembers the first values of sessions for itself: "
-                "a session that changes from one to another is repaired by other values",
+                "Each of the %d API processes remembers first spellings and heads of sessions for "
+                "itself: a session that changes from one to another is repaired by other ones",
                 server.peers.count,
             )
-        mender = Mender(repairer, config, server.registry, server.model_name)
+        mender = Mender(repairer, config, server.registry, server.model_name, exchange)
         recorder = Recorder(server.model_name, server.replica)
         if server.trace is not None:
             recorder.trace_with(server.trace)
@@ -201,7 +202,9 @@ class Services:
                 requests, peers = ledger.requests, ALONE
             else:
                 recorder.add_sink(lambda record, _: memory.add(record))
-            page = Page(requests, details, diffs, server.model_name, prices, peers)
+            shown = config.show_replicas
+            name = server.model_name
+            page = Page(requests, details, diffs, name, prices, peers, shows_replicas=shown)
             leave_out(REQUESTS)
             logger.info("The page is at /cachescope")
 
@@ -279,6 +282,7 @@ def _ledger(server: Server, directory: CallerDirectory, prices: Prices) -> "Ledg
         server.model_name,
         server.replica,
         config.secret_bytes(),
+        shows_replicas=config.show_replicas,
     )
     server.engines.on_evictions(service.put_evictions)
     return service

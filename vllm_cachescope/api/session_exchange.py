@@ -136,8 +136,8 @@ class SessionExchange:
 
     # On the event loop.
 
-    async def recall(self, key: NoteKey) -> Sequence[SessionNote]:
-        """Return the notes that are known of a session; none after `READ_S`."""
+    async def recall(self, key: NoteKey, within_s: float = READ_S) -> Sequence[SessionNote]:
+        """Return the notes that are known of a session; none after ``within_s`` seconds."""
         if self._breaker.probe_in() > 0:
             self._count("unavailable")
             return ()
@@ -158,10 +158,10 @@ class SessionExchange:
             if len(self._reads) >= MAX_READS:
                 self._count("dropped")
                 return ()
-            self._reads.append(_Read(key, self._clock() + READ_S, done))
+            self._reads.append(_Read(key, self._clock() + within_s, done))
             self._work.notify()
         try:
-            notes = await asyncio.wait_for(answer, READ_S)
+            notes = await asyncio.wait_for(answer, within_s)
         except TimeoutError:
             self._count("late")
             return ()
@@ -212,7 +212,7 @@ class SessionExchange:
     # Under the lock.
 
     def _add(self, key: NoteKey, note: SessionNote) -> None:
-        waiting, nbytes = self._waiting.setdefault(key, _Waiting()), note.node.nbytes
+        waiting, nbytes = self._waiting.setdefault(key, _Waiting()), note.nbytes
         waiting.notes.append(note)
         waiting.nbytes += nbytes
         self._shares.add(self._account_of(key.org), nbytes)

@@ -39,6 +39,7 @@ class UsageEndpoint:
         ledger: the ledger.
         directory: the organisations.
         wall_clock: seconds since the epoch.
+        shows_replicas: whether organisations may split their usage by replica.
     """
 
     def __init__(
@@ -46,7 +47,9 @@ class UsageEndpoint:
         ledger: UsageLedger,
         directory: CallerDirectory,
         wall_clock: Callable[[], float] = time.time,
+        shows_replicas: bool = False,
     ) -> None:
+        self._shows_replicas = shows_replicas
         self._ledger = ledger
         self._directory = directory
         self._wall_clock = wall_clock
@@ -107,6 +110,8 @@ class UsageEndpoint:
             )
         except ValueError as error:
             raise _bad(str(error)) from None
+        if "replica" in query.by and not (caller_org is None or self._shows_replicas):
+            raise Refused(403, "permission_error", "by: only the operator may see replicas")
         return query, as_csv, as_phases
 
     def _org(self, name: str | None, caller_org: str | None) -> str | None:

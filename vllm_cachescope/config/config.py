@@ -62,6 +62,7 @@ class Config(Model):
             entries at the server's ``/cachescope`` paths; None for nobody.
         operator_token_file: file the token is read from, instead of `operator_token`.
         page: whether the server shows its page at ``/cachescope``.
+        show_replicas: whether organisations see replicas by their names, as the operator does.
         sweep_interval: how often an idle engine drops expired blocks.
         diffs: diffs of what broke a prefix, for the operator; None to keep no prompt text.
         ledger: the ledger of what was used; None to keep none.
@@ -93,6 +94,7 @@ class Config(Model):
     operator_token: Annotated[SecretStr, Field(min_length=MIN_SECRET)] | None = None
     operator_token_file: Path | None = None
     page: Annotated[bool, Field(strict=True)] = False
+    show_replicas: Annotated[bool, Field(strict=True)] = False
     sweep_interval: Duration = 5
     diffs: DiffSettings | None = None
     ledger: LedgerSettings | None = None

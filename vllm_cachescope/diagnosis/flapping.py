@@ -1,6 +1,7 @@
 """Fields that keep changing: a flag that goes back and forth, a value that is new every time."""
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 from cachetools import LRUCache
 
@@ -8,6 +9,12 @@ from vllm_cachescope.diagnosis.changes import Change, ChangeKind
 
 _MAX_FIELDS = 64
 _MAX_VALUES = 8
+
+TOLD_FIELDS = 16
+"""Fields of a lineage that replicas tell each other of, those that changed most."""
+
+_TOLD_NAME = 256
+"""Characters of a name that they tell: clients choose what fields are called."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +35,17 @@ class FlappingField:
     returns: bool
 
 
-@dataclass(slots=True)
-class _Field:
-    values: list[bytes] = field(default_factory=list)
+@dataclass(frozen=True, slots=True)
+class FieldChanges:
+    """The changes of a field in one lineage so far.
+
+    Attributes:
+        field, flips, tokens_lost, returns: as `FlappingField` has them.
+        values: hashes of its latest values, the latest last.
+    """
+
+    field: str
+    values: tuple[bytes, ...] = ()
     flips: int = 0
     tokens_lost: int = 0
     returns: bool = False
@@ -40,7 +55,7 @@ class FlappingFields:
     """Counts the changes of each field in a session's lineages, of the 64 that changed last."""
 
     def __init__(self) -> None:
-        self._fields: LRUCache[tuple[int, str], _Field] = LRUCache(_MAX_FIELDS)
+        self._fields: LRUCache[tuple[int, str], FieldChanges] = LRUCache(_MAX_FIELDS)
 
     def note(self, lineage: int, change: Change, tokens_lost: int) -> FlappingField | None:
         """Count a change.
@@ -54,16 +69,31 @@ class FlappingFields:
             The field that changed, from its second change on; None at its first.
         """
         name = _name(change)
-        found = self._fields.setdefault((lineage, name), _Field())
-        if not found.values:
-            found.values.append(change.old_value)
-        found.returns |= change.value in found.values
-        found.values = [*found.values, change.value][-_MAX_VALUES:]
-        found.flips += 1
-        found.tokens_lost += tokens_lost
+        before = self._fields.get((lineage, name), FieldChanges(name, (change.old_value,)))
+        found = self._fields[lineage, name] = replace(
+            before,
+            values=(*before.values, change.value)[-_MAX_VALUES:],
+            flips=before.flips + 1,
+            tokens_lost=before.tokens_lost + tokens_lost,
+            returns=before.returns or change.value in before.values,
+        )
         if found.flips < 2:
             return None
         return FlappingField(name, found.flips, found.tokens_lost, found.returns)
+
+    def of(self, lineage: int) -> tuple[FieldChanges, ...]:
+        """Return what other replicas are to know of a lineage."""
+        mine = [self._fields[key] for key in list(self._fields) if key[0] == lineage]
+        told = [one for one in mine if len(one.field) <= _TOLD_NAME]
+        return tuple(sorted(told, key=lambda one: -one.flips)[:TOLD_FIELDS])
+
+    def merge(self, lineage: int, told: Iterable[FieldChanges]) -> None:
+        """Take in what another replica knows of a lineage. Its counts go on from those here, or
+        the other way round: the higher one has both."""
+        for one in told:
+            here = self._fields.get((lineage, one.field))
+            if here is None or here.flips < one.flips:
+                self._fields[lineage, one.field] = one
 
 
 def _name(change: Change) -> str:

@@ -137,6 +137,7 @@ class LineageStore:
                     self._by_response[caller.org, note.node.response_id] = note.node
                 self._grow(caller.org, forest, note.node.nbytes)
         for note in notes:
+            forest.flapping.merge(note.node.lineage, note.flapping)
             if (ancestor := known.get(note.ancestor)) is not None:
                 ancestor.superseded |= note.supersedes
                 ancestor.continued |= note.continues
@@ -154,12 +155,13 @@ class LineageStore:
             # Names are in the order of their requests, on whatever replica.
             at_ms = int(self._wall_clock() * 1000)
             node.name = at_ms.to_bytes(8, "big") + token_bytes(8)
+        flapping = forest.flapping.of(node.lineage)
         if ancestor is None or not ancestor.name:
-            return key, SessionNote(node)
+            return key, SessionNote(node, flapping=flapping)
         node.parent = ancestor.name
         obsolete = ancestor.parent if ancestor.superseded else b""
         return key, SessionNote(
-            node, ancestor.name, ancestor.superseded, ancestor.continued, obsolete
+            node, ancestor.name, ancestor.superseded, ancestor.continued, obsolete, flapping
         )
 
     def answered(

@@ -12,6 +12,9 @@ from vllm_cachescope.repair.repair import Repair
 NEW_CONTENT = "new_content"
 """Cause of the tokens that no earlier request had: the turns that were added."""
 
+ANOTHER_REPLICA = "another replica"
+"""What a replica is called to those who are not to know its name."""
+
 UNAVOIDABLE = (
     MissCause.PARTIAL_BLOCK,
     MissCause.NO_CHECKPOINT,
@@ -168,5 +171,5 @@ class Diagnosis:
 def _anonymous(miss: CacheMiss) -> CacheMiss:
     if miss.replica is None:
         return miss
-    detail = (miss.detail or "").replace(f"replica {miss.replica}", "another replica")
+    detail = (miss.detail or "").replace(f"replica {miss.replica}", ANOTHER_REPLICA)
     return replace(miss, detail=detail, replica=None)

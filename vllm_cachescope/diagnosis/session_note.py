@@ -15,13 +15,16 @@ from vllm_cachescope.cache.prefix_hashes import PrefixHashes
 from vllm_cachescope.cache.report import EngineId
 from vllm_cachescope.diagnosis.computed_prompt import ComputedPrompt
 from vllm_cachescope.diagnosis.fingerprint import Fingerprint, MarkFingerprint, ToolFingerprint
+from vllm_cachescope.diagnosis.flapping import FieldChanges
 from vllm_cachescope.diagnosis.forest import LineageNode
 from vllm_cachescope.prompt.request import Protocol
+from vllm_cachescope.repair.session_firsts import SessionFirsts
 from vllm_cachescope.tenancy.scope import Scope
 
 FORMAT = 1
 """Grows with every change of what stands in a note, or of what its hashes are made from: replicas
-of different formats know nothing of each other's sessions."""
+of different formats know nothing of each other's sessions. What is added at the end of a note, and
+may be missing there, does not count: earlier versions pass over it."""
 
 MAX_NOTE = 256 * 2**10
 """Bytes of a note as it is sent. The request of a longer one is known where it ran, and not
@@ -60,6 +63,8 @@ class SessionNote:
         continues: whether ``ancestor`` is continued.
         obsolete: the name of a request that nothing goes on from any more; empty for none. Not
             part of what is packed.
+        flapping: how the fields of its lineage have changed so far.
+        firsts: what came first in its session; None where nothing is put right by that.
     """
 
     node: LineageNode
@@ -67,6 +72,14 @@ class SessionNote:
     supersedes: bool = False
     continues: bool = False
     obsolete: bytes = b""
+    flapping: tuple[FieldChanges, ...] = ()
+    firsts: SessionFirsts | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """About how much memory it takes, in bytes."""
+        firsts = 0 if self.firsts is None else self.firsts.nbytes
+        return self.node.nbytes + firsts + sum(300 + len(one.field) for one in self.flapping)
 
     @property
     def ttl_s(self) -> int:
@@ -126,6 +139,8 @@ class _Packed(msgspec.Struct, array_like=True, frozen=True):
     continues: bool
     computed: list[_Computed]
     fingerprint: _Fields
+    flapping: list[tuple[str, list[bytes], int, int, bool]] = []
+    firsts: tuple[list[str], dict[str, bytes]] | None = None
 
 
 def pack(note: SessionNote, replica: str, ahead_s: float) -> bytes:
@@ -149,6 +164,8 @@ def pack(note: SessionNote, replica: str, ahead_s: float) -> bytes:
         note.continues,
         [_packed_prompt(prompt, ahead_s) for prompt in node.computed],
         _packed_fingerprint(node.fingerprint),
+        [(f.field, list(f.values), f.flips, f.tokens_lost, f.returns) for f in note.flapping],
+        None if note.firsts is None else (list(note.firsts.tools), dict(note.firsts.values)),
     )
     return zlib.compress(msgspec.msgpack.encode(packed), _LEVEL)
 
@@ -177,7 +194,21 @@ def unpack(data: bytes, replica: str, ahead_s: float) -> SessionNote | None:
         )
     except (zlib.error, msgspec.MsgspecError, ValueError):
         return None
-    return SessionNote(node, packed.ancestor, packed.supersedes, packed.continues)
+    return SessionNote(
+        node,
+        packed.ancestor,
+        packed.supersedes,
+        packed.continues,
+        flapping=tuple(
+            FieldChanges(name, tuple(values), flips, lost, returns)
+            for name, values, flips, lost, returns in packed.flapping
+        ),
+        firsts=_firsts(packed.firsts),
+    )
+
+
+def _firsts(packed: tuple[list[str], dict[str, bytes]] | None) -> SessionFirsts | None:
+    return None if packed is None else SessionFirsts(tuple(packed[0]), packed[1])
 
 
 def _packed_prompt(prompt: ComputedPrompt, ahead_s: float) -> _Computed:

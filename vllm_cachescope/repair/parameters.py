@@ -4,10 +4,9 @@ from collections.abc import Sequence
 
 from vllm_cachescope.repair.editable_body import EditableBody
 from vllm_cachescope.repair.repair import Repair, RepairKind
-from vllm_cachescope.repair.session_memory import Lessons, SessionState
+from vllm_cachescope.repair.session_memory import PARAMETERS, Lessons, SessionState
 from vllm_cachescope.repair.spelling import packed, unpacked
 
-_OWNER = "chat_template_kwargs"
 _MAX_BYTES = 1024  # of a value
 _ABSENT = b""
 
@@ -24,12 +23,12 @@ def mend_parameters(
         lessons: takes what comes first now.
     """
     found: list[Repair] = []
-    given = body.body.get(_OWNER)
+    given = body.body.get(PARAMETERS)
     if given is not None and not isinstance(given, dict):
         return found  # The server will refuse it.
     values = dict(given or {})
     for path in paths:
-        name = path.removeprefix(f"{_OWNER}.")
+        name = path.removeprefix(f"{PARAMETERS}.")
         now = packed(values[name]) if name in values else _ABSENT
         first = state.values.get(path)
         if first is None:
@@ -42,7 +41,7 @@ def mend_parameters(
                 values[name] = unpacked(first)
             found.append(Repair(RepairKind.FIELD, path))
     if found and values:
-        body.body[_OWNER] = values
+        body.body[PARAMETERS] = values
     elif found:
-        body.body.pop(_OWNER, None)
+        body.body.pop(PARAMETERS, None)
     return found

@@ -12,6 +12,7 @@ from threading import Lock
 from typing import Any
 from weakref import WeakSet
 
+from vllm_cachescope.repair.session_firsts import SessionFirsts, told_firsts
 from vllm_cachescope.tenancy.scope import Caller
 from vllm_cachescope.tenancy.shared_memo import SharedMemo
 from vllm_cachescope.tenancy.shares import AccountOf, own_account
@@ -24,6 +25,9 @@ MAX_FORMS = 8192
 
 MAX_VALUES = 256
 """Other first values of a session."""
+
+PARAMETERS = "chat_template_kwargs"
+"""What the names of parameters' values begin with."""
 
 REFUSED = "refused"
 """The value of a session of which nothing is put right any more."""
@@ -134,6 +138,28 @@ class SessionMemory:
         if state is None or self._clock() - state.at > self._ttl_s:
             return SessionState()
         return state
+
+    def told(self, caller: Caller) -> SessionFirsts | None:
+        """Return what other replicas are to know of the caller's session; None for nothing."""
+        state = self.state(caller)
+        if not state.rank and not state.values:
+            return None
+        # Of a session that is not repaired any more that is all that counts. Heads are text.
+        values = {p: v for p, v in state.values.items() if p == REFUSED or p.startswith(PARAMETERS)}
+        return told_firsts(sorted(state.rank, key=state.rank.__getitem__), values)
+
+    def lacks(self, caller: Caller) -> bool:
+        """Whether nothing is known of the caller's session."""
+        return self.state(caller) == SessionState()
+
+    def adopt(self, caller: Caller, told: SessionFirsts) -> None:
+        """Take in what another replica has told of a session of which nothing is known here."""
+        with self._lock:
+            if self.lacks(caller):
+                rank = {name: place for place, name in enumerate(told.tools[:MAX_TOOLS])}
+                values = dict(list(told.values.items())[:MAX_VALUES])
+                state = SessionState(rank, values=values, at=self._clock())
+                self._states.put(caller.org, caller.session or "", state)
 
     def text(self, caller: Caller, digest: bytes) -> bytes | None:
         """Return a first spelling by its digest; None if it is not remembered any more."""

@@ -164,7 +164,7 @@ class CacheScopeConnector(OffloadingConnector):
     def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
         super().bind_kv_cache_manager(kv_cache_manager)
         assert self.connector_scheduler is not None
-        self._events = TierEvents(self.connector_scheduler)
+        self._events = TierEvents(self.connector_scheduler, kv_cache_manager.block_pool)
         self.cachescope = CacheScopeConnectorScheduler(
             self._settings, kv_cache_manager, self._offloading, self.clock, self._events
         )

@@ -435,14 +435,17 @@ class CacheScopeConnectorScheduler(TierParent):
     ) -> None:
         self.local.on_cpu_evicted(key, entry, reason, by)
 
+    def on_promoting(self, request_id: str, keys: Collection[bytes]) -> None:
+        prompt = self._prompts.get(request_id)
+        if prompt is not None and prompt.request is not None:
+            self._events.note_loading(prompt.request, set(keys))
+
     def on_promoted(
         self, tier: str, request_id: str, loaded: Collection[tuple[bytes, int]]
     ) -> None:
         prompt = self._prompts.get(request_id)
         now = self._clock()
         self.counts.promotions[tier, CPU] += len(loaded)
-        if prompt is not None and prompt.request is not None:
-            self._events.note_loaded(prompt.request, {key for key, _ in loaded})
         for key, ttl_s in loaded:
             if prompt is not None:
                 prompt.promoted[key] = tier

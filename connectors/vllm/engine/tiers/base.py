@@ -123,6 +123,10 @@ class TierParent(ABC):
         is known."""
 
     @abstractmethod
+    def on_promoting(self, request_id: str, keys: Collection[bytes]) -> None:
+        """A remote tier is about to load ``keys`` into the CPU tier for a request."""
+
+    @abstractmethod
     def on_promoted(
         self, tier: str, request_id: str, loaded: Collection[tuple[bytes, int]]
     ) -> None:

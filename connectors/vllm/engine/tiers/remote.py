@@ -160,6 +160,7 @@ class RemoteTierManager(SecondaryTierManager):
         job = job_metadata
         keys = [self._qualified(key, job.req_context) for key in job.keys]
         slots = [self._slot(chunk) for chunk in job.chunk_ids]
+        self._parent.on_promoting(job.req_context.req_id, job.keys)
         worth_s = self._parent.prefill_seconds(job.keys) or UNKNOWN_WORTH_S
         self.tier.load(job.job_id, job.req_context.req_id, keys, slots, worth_s)
 
