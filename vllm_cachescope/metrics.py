@@ -266,6 +266,13 @@ PROMOTIONS = Metric(
     "from the CPU tier to the device, by the tiers they came from and went to.",
     ("source", "target"),
 )
+ENDED_ENTRIES = Metric(
+    "cachescope_ended_entries",
+    "counter",
+    "Entries of sessions and conversations that are known to be over, and that a tier therefore "
+    "evicts before others.",
+    ("tier",),
+)
 PROMOTION_WAIT_SECONDS = Metric(
     "cachescope_promotion_wait_seconds",
     "histogram",
@@ -401,6 +408,7 @@ METRICS = (
     TIER_INFLIGHT_BYTES,
     TIER_QUEUE,
     PROMOTIONS,
+    ENDED_ENTRIES,
     PROMOTION_WAIT_SECONDS,
     BREAKS,
     LOST_TOKENS,

@@ -6,6 +6,7 @@ from grafana_foundation_sdk.models.common import StackingMode
 from monitoring.panels import GREEN, RED, Query, Words, graph, states
 from monitoring.queries import CHOSEN, of, quantile, rate, smallest, total
 from vllm_cachescope.metrics import (
+    ENDED_ENTRIES,
     PROMOTION_WAIT_SECONDS,
     PROMOTIONS,
     TIER_BYTES,
@@ -115,6 +116,16 @@ def panels() -> list[statetimeline.Panel | timeseries.Panel]:
                     "{{source}} to {{target}}",
                 )
             ],
+            "short",
+        ),
+        graph(
+            Words(
+                "Ended conversations",
+                "Entries in a second of sessions and conversations that are known to be over, and "
+                "that a tier evicts before others.",
+                "None although agents run: have them say that a session is over (`session_over`).",
+            ),
+            [Query(total(rate(of(ENDED_ENTRIES, CHOSEN)), "tier"), "{{tier}}")],
             "short",
         ),
         graph(

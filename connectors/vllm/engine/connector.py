@@ -375,8 +375,8 @@ class CacheScopeConnector(OffloadingConnector):
         self.cachescope.note_endings(endings)
 
     def command_end_session(self, owner: bytes) -> int:
-        """Evict the blocks of a session first; return how many the CPU tier has."""
-        return self.cachescope.local.end_session(owner)
+        """Evict the blocks of a session first; return how many there are, copies counted."""
+        return self.cachescope.end_session(owner)
 
     def command_sweep(self) -> int:
         """Drop everything that has expired, and what other engines have purged; return how many

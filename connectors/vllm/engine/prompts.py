@@ -147,6 +147,11 @@ class Prompts:
         """How many requests run or wait."""
         return len(self._running)
 
+    @property
+    def has_finished(self) -> bool:
+        """Whether requests are over whose last blocks vLLM has yet to store."""
+        return bool(self._finished)
+
     def get(self, request_id: str) -> Prompt | None:
         """Return the prompt of a request that runs."""
         return self._running.get(request_id)

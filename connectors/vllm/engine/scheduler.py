@@ -24,6 +24,7 @@ from vllm_cachescope.connectors.vllm.engine import hashing
 from vllm_cachescope.connectors.vllm.engine.block_layout import BlockLayout
 from vllm_cachescope.connectors.vllm.engine.checkpoints import move_checkpoint
 from vllm_cachescope.connectors.vllm.engine.counts import Counts, Read
+from vllm_cachescope.connectors.vllm.engine.ends import Ends
 from vllm_cachescope.connectors.vllm.engine.local_tiers import LocalTiers
 from vllm_cachescope.connectors.vllm.engine.miss_explainer import MissExplainer
 from vllm_cachescope.connectors.vllm.engine.pressure import Pressure
@@ -117,6 +118,8 @@ class CacheScopeConnectorScheduler(TierParent):
             clock,
             self.counts,
         )
+        capacity = kv_cache.block_pool.num_gpu_blocks + offloading.primary_tier._num_chunks
+        self._ends = Ends(self.local, self._ledger, self.counts, 2 * capacity)
         self.remotes = remote_tiers(offloading)
         for remote in self.remotes:
             remote.bind(self)
@@ -219,6 +222,7 @@ class CacheScopeConnectorScheduler(TierParent):
             for prompt in map(self._prompts.get, scheduler_output.num_scheduled_tokens):
                 move_checkpoint(prompt, self._layout)
         self._prompts.drop_finished()
+        self._ends.on_schedule_end()
         self.local.enforce_quotas()
 
     def on_step_end(self) -> None:
@@ -234,6 +238,7 @@ class CacheScopeConnectorScheduler(TierParent):
         # An aborted request may have had blocks loaded that no step has used.
         self._register(prompt, request, request.num_computed_tokens)
         self._refresh(prompt, request)
+        self._ends.on_finished(prompt, self._layout.whole_blocks(request.num_prompt_tokens))
         refresh(self.remotes, prompt.plan, request, prompt.registered, self._layout, self._ledger)
         prompt.output_tokens = request.num_output_tokens
         prompt.request = None
@@ -266,9 +271,14 @@ class CacheScopeConnectorScheduler(TierParent):
     def note_endings(self, endings: Iterable[tuple[str, int]]) -> None:
         """Note how the answers to requests ended, by the nonces of their prompts."""
         for nonce, value in endings:
-            ended = Ended(value)
-            if not self.local.note_ending(nonce, ended) and (prompt := self._prompts.find(nonce)):
+            if (ended := Ended(value)) is Ended.OVER:
+                self._ends.end_prompt(nonce, self._prompts.has_finished)
+            elif not self.local.note_ending(nonce, ended) and (prompt := self._prompts.find(nonce)):
                 prompt.ended = ended
+
+    def end_session(self, owner: bytes) -> int:
+        """A session is over; return how many of its blocks the local tiers evict first now."""
+        return self._ends.end_session(owner, self._prompts.has_finished)
 
     def sweep(self) -> int:
         """Drop everything that has expired, and evict what exceeds quotas and is no longer in
@@ -281,6 +291,7 @@ class CacheScopeConnectorScheduler(TierParent):
         """Drop all blocks from the device and the CPU tier whose owner begins with ``prefix``;
         return how many each held. Requests that run go on, and leave none of them behind."""
         self._prompts.purge(prefix)
+        self._ends.purge(prefix)
         return self.local.purge(prefix)
 
     def resident(self) -> list[tuple[str, int, int]]:
@@ -330,7 +341,7 @@ class CacheScopeConnectorScheduler(TierParent):
             if reads is not None and entry is not None:
                 reads[end <= prompt.local_tokens, entry.ttl_s, entry.expires_at] += 1
             owner = prompt.plan.owner_in(span)
-            is_new = self.local.use(key, span.ttl_s, now, owner, on_device)
+            is_new = self.local.use(key, span.ttl_s, now, owner, prompt.plan.owner, on_device)
             if end <= request.num_prompt_tokens:
                 prompt.created.note(group, end, is_new)
         self._note_change(prompt.plan)
