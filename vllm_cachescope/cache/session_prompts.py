@@ -1,7 +1,7 @@
 """The latest prompts of sessions: which blocks only one conversation of a session has used."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from vllm_cachescope.tenancy.owner_tags import TAG_BYTES
@@ -87,6 +87,30 @@ class SessionPrompts:
             self._drop(next(iter(prompts)))
         while self._keys > self._max_keys:
             self._drop(next(iter(self._sessions[next(iter(self._sessions))])))
+
+    def owner_of(self, nonce: str) -> bytes | None:
+        """Return the owner of the blocks of a prompt's session; None if the prompt is not kept."""
+        return self._owner_of.get(nonce)
+
+    def keys_of(self, nonce: str) -> Sequence[bytes] | None:
+        """Return the blocks of a prompt that are not generated; None if it is not kept."""
+        if (owner := self._owner_of.get(nonce)) is None:
+            return None
+        kept = self._sessions[owner][nonce]
+        return kept.keys[: kept.own]
+
+    def begun_by(self, owner: bytes, key_at: Callable[[int], bytes | None]) -> list[str]:
+        """Return the nonces of the prompts that a new one of their session goes on from.
+
+        Args:
+            owner: the owner of the session's blocks.
+            key_at: returns the new prompt's block at a place from 0; None behind its end.
+        """
+        return [
+            nonce
+            for nonce, kept in self._sessions.get(owner, {}).items()
+            if kept.own and key_at(kept.own - 1) == kept.keys[kept.own - 1]
+        ]
 
     def end(self, nonce: str) -> tuple[bytes, Sequence[bytes]]:
         """Drop a prompt that nothing goes on from; return the owner of its session's blocks, and

@@ -287,7 +287,9 @@ class CacheScopeConnector(OffloadingConnector):
             self.command_sweep()
         # One step more, so that the metrics show what an idle engine has dropped or noticed.
         has_news = self._has_news or self._purges.has_news
-        return has_news or super().has_pending_push_work()
+        prefetches = self.cachescope.prefetches
+        is_busy = has_news or (prefetches is not None and prefetches.is_active)
+        return is_busy or super().has_pending_push_work()
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
         stats = super().get_kv_connector_stats()

@@ -31,6 +31,11 @@ class Ends:
         # Told when the policy had not heard of the last requests yet, with when that was.
         self._early: list[tuple[list[bytes], float]] = []
 
+    @property
+    def prompts(self) -> SessionPrompts:
+        """The latest prompts of sessions."""
+        return self._prompts
+
     def on_finished(self, prompt: Prompt, own: int) -> None:
         """A request is over, and ``prompt.used`` are its blocks, of which so many are not
         generated."""

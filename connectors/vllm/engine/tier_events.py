@@ -41,6 +41,11 @@ class TierEvents:
         tracker._build_event_metadata = _with_extra_keys(tracker._build_event_metadata)  # type: ignore[method-assign]
 
     @property
+    def enabled(self) -> bool:
+        """Whether KV events are on."""
+        return bool(self._enabled)
+
+    @property
     def waiting(self) -> bool:
         """Whether a remote tier has something to announce that happened outside a step."""
         return any(remote.has_changes for remote in remote_tiers(self._manager))
