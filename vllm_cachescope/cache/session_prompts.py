@@ -9,6 +9,9 @@ from vllm_cachescope.tenancy.owner_tags import TAG_BYTES
 MAX_PROMPTS = 64
 """So many prompts of a session are kept that no other goes on from."""
 
+MAX_IN_ALL = 65_536
+"""So many prompts are kept of all sessions; some 500 bytes each beside the keys."""
+
 
 class _Kept(NamedTuple):
     """A prompt: its blocks, and how many of them were not generated."""
@@ -85,7 +88,7 @@ class SessionPrompts:
         self._keys += len(keys)
         if len(prompts) > MAX_PROMPTS:
             self._drop(next(iter(prompts)))
-        while self._keys > self._max_keys:
+        while self._keys > self._max_keys or len(self) > MAX_IN_ALL:
             self._drop(next(iter(self._sessions[next(iter(self._sessions))])))
 
     def owner_of(self, nonce: str) -> bytes | None:

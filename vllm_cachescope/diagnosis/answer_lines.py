@@ -1,7 +1,7 @@
 """The lines of answers, by which later requests are seen to carry them: keyed hashes, no text."""
 
-import hmac
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from hashlib import blake2b, sha256
 from typing import Any
 
 from vllm_cachescope.prompt.request import Part, Region
@@ -12,7 +12,7 @@ TAIL_CHARACTERS = 2048
 MAX_LINES = 3
 """How many lines of an answer must come again."""
 
-MAX_READ_CHARACTERS = 1 << 18
+MAX_READ_CHARACTERS = 1 << 16
 """How much of a request's new parts is looked at."""
 
 _MIN_CHARACTERS = 16
@@ -30,7 +30,7 @@ def answer_lines(tail: str, secret: bytes) -> tuple[bytes, ...]:
     lines = list(_lines(tail[-TAIL_CHARACTERS:]))
     if len(tail) > TAIL_CHARACTERS:
         lines = lines[1:]  # Its beginning is cut off.
-    return tuple(_hash(line, secret) for line in lines[-MAX_LINES:])
+    return tuple(_hashes(lines[-MAX_LINES:], secret))
 
 
 def carried_lines(parts: tuple[Part, ...], secret: bytes) -> frozenset[bytes]:
@@ -47,7 +47,7 @@ def carried_lines(parts: tuple[Part, ...], secret: bytes) -> frozenset[bytes]:
         if part.region is not Region.MESSAGES or _is_answer(part):
             break
         for text in _texts(part.content):
-            found.update(_hash(line, secret) for line in _lines(text[:left]))
+            found.update(_hashes(_lines(text[:left]), secret))
             left -= len(text)
             if left <= 0:
                 return frozenset(found)
@@ -78,5 +78,7 @@ def _lines(text: str) -> Iterator[str]:
             yield line
 
 
-def _hash(line: str, secret: bytes) -> bytes:
-    return hmac.digest(secret, b"answer" + line.encode("utf-8", "replace"), "sha256")[:_BYTES]
+def _hashes(lines: Iterable[str], secret: bytes) -> Iterator[bytes]:
+    key = sha256(b"answer" + secret).digest()
+    for line in lines:
+        yield blake2b(line.encode("utf-8", "replace"), digest_size=_BYTES, key=key).digest()
