@@ -266,6 +266,20 @@ PROMOTIONS = Metric(
     "from the CPU tier to the device, by the tiers they came from and went to.",
     ("source", "target"),
 )
+PREFETCHED_CHUNKS = Metric(
+    "cachescope_prefetched_chunks",
+    "counter",
+    "Chunks brought from a remote tier to the CPU tier before a session that waits for a tool "
+    "asked for them: loaded; and of these used, or wasted: evicted before.",
+    ("outcome",),
+)
+ENDED_ENTRIES = Metric(
+    "cachescope_ended_entries",
+    "counter",
+    "Entries of sessions and conversations that are known to be over, and that a tier therefore "
+    "evicts before others.",
+    ("tier",),
+)
 PROMOTION_WAIT_SECONDS = Metric(
     "cachescope_promotion_wait_seconds",
     "histogram",
@@ -401,6 +415,8 @@ METRICS = (
     TIER_INFLIGHT_BYTES,
     TIER_QUEUE,
     PROMOTIONS,
+    PREFETCHED_CHUNKS,
+    ENDED_ENTRIES,
     PROMOTION_WAIT_SECONDS,
     BREAKS,
     LOST_TOKENS,

@@ -6,6 +6,8 @@ from grafana_foundation_sdk.models.common import StackingMode
 from monitoring.panels import GREEN, RED, Query, Words, graph, states
 from monitoring.queries import CHOSEN, of, quantile, rate, smallest, total
 from vllm_cachescope.metrics import (
+    ENDED_ENTRIES,
+    PREFETCHED_CHUNKS,
     PROMOTION_WAIT_SECONDS,
     PROMOTIONS,
     TIER_BYTES,
@@ -116,6 +118,29 @@ def panels() -> list[statetimeline.Panel | timeseries.Panel]:
                 )
             ],
             "short",
+        ),
+        graph(
+            Words(
+                "Prefetched chunks",
+                "Chunks in a second that came into the CPU tier before a session that waits for a "
+                "tool asked for them, and what became of them.",
+                "wasted near loaded: lower `eviction.prefetch_share`, or enlarge `cpu_bytes`.",
+                "`eviction.prefetch_share` is 0",
+            ),
+            [Query(total(rate(of(PREFETCHED_CHUNKS, CHOSEN)), "outcome"), "{{outcome}}")],
+            "short",
+            span=12,
+        ),
+        graph(
+            Words(
+                "Ended conversations",
+                "Entries in a second of sessions and conversations that are known to be over, and "
+                "that a tier evicts before others.",
+                "None although agents run: have them say that a session is over (`session_over`).",
+            ),
+            [Query(total(rate(of(ENDED_ENTRIES, CHOSEN)), "tier"), "{{tier}}")],
+            "short",
+            span=12,
         ),
         graph(
             Words(

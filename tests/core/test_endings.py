@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ from vllm_cachescope.api.request_context import current_request
 from vllm_cachescope.api.services import Server
 from vllm_cachescope.cache.runs import Ended
 from vllm_cachescope.config import load
+from vllm_cachescope.tenancy.owner_tags import OwnerTags
+from vllm_cachescope.tenancy.scope import Caller
 
 
 def chat(*reasons: str | None, **message: Any) -> dict[str, Any]:
@@ -68,7 +71,13 @@ async def test_engines_hear_of_several_at_once_and_of_no_more_than_fit(monkeypat
         if len(told) == 1:
             raise TimeoutError
 
-    waiting = Endings(tell)
+    over: list[bytes] = []
+
+    async def tell_over(owners: Sequence[bytes]) -> None:
+        over.extend(owners)
+
+    tags = OwnerTags(b"a secret of the tests")
+    waiting = Endings(tell, tell_over, tags)
     waiting.note(["a"], Ended.ANSWER)
     waiting.note(["b", "c"], Ended.TOOLS)
     await asyncio.sleep(0.01)
@@ -78,6 +87,12 @@ async def test_engines_hear_of_several_at_once_and_of_no_more_than_fit(monkeypat
         waiting.note([str(number)], Ended.ANSWER)
     await asyncio.sleep(0.01)
     assert [len(notes) for notes in told] == [3, MAX_WAITING]
+    waiting.end_session(Caller("acme", None))
+    waiting.end_session(Caller("acme", "s"))
+    waiting.end_session(Caller("acme", "s"))
+    await asyncio.sleep(0.01)
+    assert over == [tags.of(Caller("acme", "s"))]
+    assert len(told) == 2
 
 
 class Hearing(Nothing):
@@ -127,3 +142,55 @@ async def test_engines_are_told_of_a_request_that_waits_for_a_tool(
     await Connected(server)(scope | {"method": "POST", "path": "/v1/messages"}, receive, send)
     await asyncio.sleep(0.01)
     assert engines.heard == ([("the nonce", Ended.TOOLS)] if policy == "learned" else [])
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "status", "ended"),
+    [
+        ({"session_id": "s", "session_over": True}, {}, 200, ["s"]),
+        ({"session_id": "s"}, {"x-cachescope-session-over": "true"}, 200, ["s"]),
+        ({"session_id": "s", "session_over": False}, {}, 200, []),
+        ({"session_over": True}, {}, 400, []),
+        ({}, {"x-cachescope-session-over": "true"}, 400, []),
+        ({"session_id": "s"}, {"x-cachescope-session-over": "yes"}, 400, []),
+    ],
+)
+async def test_engines_are_told_of_a_session_that_is_over_after_its_last_reply(
+    monkeypatch, body: dict[str, Any], headers: dict[str, str], status: int, ended: list[str]
+) -> None:
+    monkeypatch.setattr(endings, "TOLD_EVERY_S", 0.0)
+    over: list[bytes] = []
+    sent: list[Message] = []
+
+    class Told(Nothing):
+        async def end_session(self, owners: Sequence[bytes]) -> int:
+            assert sent, "the reply comes first"
+            over.extend(owners)
+            return 0
+
+    async def server(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+    class Connected(CacheScopeMiddleware):
+        def connect(self, state: Any) -> Server:
+            config = load({"secret": "a secret of the tests"})
+            return Server(config, "m", 16, (), Told(), lambda *_: None, CollectorRegistry())
+
+    asked = {"model": "m", "max_tokens": 1, "messages": [{"role": "user", "content": "Hello"}]}
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": json.dumps(asked | body).encode()}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+    scope = {"type": "http", "headers": raw, "app": Application(), "query_string": b""}
+    await Connected(server)(scope | {"method": "POST", "path": "/v1/messages"}, receive, send)
+    await asyncio.sleep(0.01)
+    assert sent[0]["status"] == status
+    if status == 400:
+        assert b"session" in sent[1]["body"]
+    tags = OwnerTags(b"a secret of the tests")
+    assert over == [tags.of(Caller("anonymous", session)) for session in ended]

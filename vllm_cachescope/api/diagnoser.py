@@ -1,7 +1,7 @@
 """Diagnoses each request: opened before the request runs, closed once the engine has reported."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from vllm_cachescope.api.request_context import PromptTiming
 from vllm_cachescope.api.request_details import RequestDetails
 from vllm_cachescope.api.session_exchange import SessionExchange
 from vllm_cachescope.cache.report import EngineId, Report
+from vllm_cachescope.diagnosis.answer_lines import answer_lines, carried_lines
 from vllm_cachescope.diagnosis.attribution import EngineReport
 from vllm_cachescope.diagnosis.change_places import MeasuredDivergence
 from vllm_cachescope.diagnosis.computed_prompt import ComputedPrompt, prefix_source
@@ -24,6 +25,7 @@ from vllm_cachescope.diagnosis.diagnosis import conclude, diagnose, diagnose_aga
 from vllm_cachescope.diagnosis.fingerprint import Fingerprint
 from vllm_cachescope.diagnosis.fingerprinter import Fingerprinter
 from vllm_cachescope.diagnosis.lineage_store import LineageStore
+from vllm_cachescope.diagnosis.placement import Relation
 from vllm_cachescope.diagnosis.repaired import UnrepairedRequests
 from vllm_cachescope.diagnosis.token_fingerprint import fingerprint_tokens
 from vllm_cachescope.metrics import REPAIRED_TOKENS, REPAIRS, UNEXPLAINED_TOKENS
@@ -57,6 +59,7 @@ class Diagnoser:
         tools_behind_system: whether the chat template renders tools behind the system prompt; None
             while that is not known.
         firsts: returns what other replicas are to know of what came first in a caller's session.
+        tell_over: gets the nonces of prompts that nothing will go on from.
 
     Attributes:
         breaks: the breaks among what was diagnosed.
@@ -79,9 +82,11 @@ class Diagnoser:
         tools_behind_system: Callable[[], bool | None] = lambda: None,
         exchange: SessionExchange | None = None,
         firsts: Callable[[Caller], SessionFirsts | None] = lambda _: None,
+        tell_over: Callable[[Sequence[str]], object] = lambda nonces: None,
     ) -> None:
         self._firsts = firsts
         self._exchange = exchange
+        self._tell_over = tell_over
         self._details = details
         self.peers = peers
         self.breaks = BreakLog(registry, model_name, account_of, org_labels)
@@ -184,6 +189,7 @@ class Diagnoser:
         reports: Iterable[Report],
         response_id: str | None,
         timings: Iterable[PromptTiming] = (),
+        answer: str = "",
     ) -> None:
         """Complete a diagnosis with what the engine found, once the request is over.
 
@@ -192,6 +198,7 @@ class Diagnoser:
             reports: what became of the request's prompts; none if it never ran.
             response_id: the id of its response, by which clients name it.
             timings: when its prompts were computed.
+            answer: the end of its answer's text, if its turn is over.
         """
         reports, timings = list(reports), list(timings)
         caller, node = pending.caller, pending.placement.node
@@ -205,6 +212,8 @@ class Diagnoser:
             self._unrepaired.answered(caller, pending.unrepaired, response_id)
         if self._diffs is not None:
             self._diffs.texts.keep(caller, pending.request, node.fingerprint)
+        node.nonces = tuple(pending.reports)
+        self._end_conversations(pending, answer)
         engine = reports[0].engine if reports else None
         if engine is None or not all(report.engine for report in reports):
             # Estimates only: they say nothing of what the cache lost.
@@ -234,6 +243,24 @@ class Diagnoser:
         unexplained = self._unexplained.labels(self._model_name, str(engine.rank))
         unexplained.inc(pending.diagnosis.unknown_tokens)
         self._record(pending, engine, response_id)
+
+    def _end_conversations(self, pending: PendingDiagnosis, answer: str) -> None:
+        """Tell which conversations the shape of a request shows to be over: one whose history it
+        replaced, and those whose answers it carries."""
+        caller, placement = pending.caller, pending.placement
+        node, ancestor = placement.node, placement.ancestor
+        over: list[str] = []
+        if placement.relation is Relation.COMPACTION and ancestor is not None:
+            over += ancestor.nonces
+        if self._lineages.awaits(caller, node):
+            lines = carried_lines(pending.request.parts, self._secret)
+            over += self._lineages.ended(caller, node, lines)
+        if ancestor is not None and node.lineage == ancestor.lineage:
+            ancestor.answer = ()  # It goes on, or did.
+        if caller.session is not None:
+            node.answer = answer_lines(answer, self._secret)
+        if over:
+            self._tell_over(over)
 
     def _note(self, pending: PendingDiagnosis) -> None:
         """Have other replicas know of a request that was answered."""

@@ -61,6 +61,8 @@ class RequestContext:
         untold: the engine's report on each of the request's prompts whose usage the client is not
             told, by nonce: those to pool, and those without token ids.
         timings: each of the request's prompts with its times, by the same nonce.
+        answers: the end of the text that each of the request's prompts was answered with, by the
+            same nonce.
         plans: the plan of each of the request's prompts, by the same nonce.
         fetching: the task that fetches the reports that no output brings, as those of a request
             whose client has disconnected; None if there is none.
@@ -68,6 +70,7 @@ class RequestContext:
         stages: seconds that caching itself has taken of the request, by stage; see `stage`.
         traces: the adapter's own notes for the traces of the request's prompts, by nonce.
         recorded: nonces of the prompts that a record has.
+        ends_session: whether the client says that its session is over with this request.
         under_way: how many of the request's prompts the engine has, or is about to be given. The
             server may be done with the request before: it does not wait for what it has cut off,
             and a response may be computed in the background.
@@ -83,12 +86,14 @@ class RequestContext:
     reports: dict[str, Report] = field(default_factory=dict)
     untold: dict[str, Report] = field(default_factory=dict)
     timings: dict[str, PromptTiming] = field(default_factory=dict)
+    answers: dict[str, str] = field(default_factory=dict)
     plans: dict[str, Plan] = field(default_factory=dict)
     fetching: Task[None] | None = None
     is_recorded: bool = False
     stages: dict[str, float] = field(default_factory=dict)
     traces: dict[str, Any] = field(default_factory=dict)
     recorded: set[str] = field(default_factory=set)
+    ends_session: bool = False
     under_way: int = 0
     on_over: Callable[[], None] | None = None
 

@@ -17,6 +17,7 @@ from vllm_cachescope.api.replies import Reply
 from vllm_cachescope.api.request_context import RequestContext
 from vllm_cachescope.api.services import Services
 from vllm_cachescope.api.session_queue import SessionQueue
+from vllm_cachescope.cache.runs import Ended
 from vllm_cachescope.diagnosis.fingerprint import Fingerprint
 from vllm_cachescope.diagnosis.outcome import Diagnosis
 from vllm_cachescope.logs import logger_of
@@ -53,6 +54,8 @@ class RequestDiagnoses:
         context.on_over = partial(self.record, context)
         if reply.ended is not None and self._services.endings is not None:
             self._services.endings.note(context.plans, reply.ended)
+        if context.ends_session and self._services.endings is not None:
+            self._services.endings.end_session(context.caller)
         try:
             self._diagnose(context, reply, opening, mending, headers)
         except Exception:
@@ -227,7 +230,10 @@ class RequestDiagnoses:
                 timings = [context.timings[nonce] for nonce in context.reports]
                 with context.stage("diagnosis"):
                     reports = context.reports.values()
-                    self._services.diagnoser.close(pending, reports, reply.id, timings)
+                    answer = ""
+                    if reply.ended is Ended.ANSWER:
+                        answer = next(iter(context.answers.values()), "")
+                    self._services.diagnoser.close(pending, reports, reply.id, timings, answer)
             except Exception:
                 logger.exception("The request could not be diagnosed")
         assert context.request is not None

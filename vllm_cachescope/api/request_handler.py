@@ -30,6 +30,13 @@ from vllm_cachescope.tenancy.scope import Caller
 from vllm_cachescope.wire import protocol_of
 from vllm_cachescope.wire.body import encode
 from vllm_cachescope.wire.errors import error_body
+from vllm_cachescope.wire.session_end import (
+    FIELD,
+    HEADER,
+    NEEDS_SESSION,
+    header_says_over,
+    without_end,
+)
 
 logger = logger_of(__name__)
 
@@ -120,6 +127,7 @@ class RequestHandler:
         try:
             wants_tiers = _wants_tiers(headers)
             wants_repair(headers)
+            says_over = header_says_over(headers)
             takes_parsed = self.services.takes_parsed
             body = await read_incoming(raw, protocol, self.services.config, takes_parsed)
         except BadRequest as error:
@@ -131,6 +139,13 @@ class RequestHandler:
             return
         directory = self.services.directory
         caller = directory.caller(headers, body.request.session)
+        if caller.session is None and (says_over or body.request.session_over):
+            if says_over or self.services.config.markers.is_strict(protocol):
+                mistake = BadRequest(HEADER if says_over else FIELD, True, NEEDS_SESSION)
+                await JSONResponse(error_body(protocol, mistake), 400)(scope, replayed, send)
+                return
+            body = replace(body, request=without_end(body.request))
+        wanted = wants_tiers, says_over or body.request.session_over
         is_global = directory.may_write_global(caller.org)
         if not is_global:
             body = replace(body, request=without_global(body.request))
@@ -140,15 +155,15 @@ class RequestHandler:
                 scope = hand_over(scope, body.parsed)
             elif body.raw is not None:
                 scope, replayed = with_body(scope, receive, body.raw)
-            await self._attempt(mending, caller, wants_tiers, headers, scope, replayed, send)
+            await self._attempt(mending, caller, *wanted, headers, scope, replayed, send)
             return
         del replayed
         assert mending.body.raw is not None
         mended = with_body(scope, receive, mending.body.raw)
-        if not await self._attempt(mending, caller, wants_tiers, headers, *mended, send):
+        if not await self._attempt(mending, caller, *wanted, headers, *mended, send):
             mending = self.services.mender.unmended(mending, body)
             sent = with_body(scope, receive, body.raw or encode(body.forwarded))
-            await self._attempt(mending, caller, wants_tiers, headers, *sent, send)
+            await self._attempt(mending, caller, *wanted, headers, *sent, send)
 
     def _pausing(self, held: ExitStack, send: Send) -> Send:
         """Pause collection until the server answers, or ``held`` is left."""
@@ -165,6 +180,7 @@ class RequestHandler:
         mending: Mending,
         caller: Caller,
         wants_tiers: bool,
+        ends_session: bool,
         headers: Mapping[str, str],
         scope: Scope,
         receive: Receive,
@@ -174,6 +190,7 @@ class RequestHandler:
         body, client = mending.body, mending.client
         context = RequestContext(caller, body.request, body.forwarded, wants_tiers)
         context.is_recorded = self.services.recorder.is_used
+        context.ends_session = ends_session
         # Opened now only for a client that wants to hear of it: fingerprints of a long prompt take
         # some milliseconds, which the first token of other requests need not wait for.
         opening = None

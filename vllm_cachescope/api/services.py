@@ -2,7 +2,7 @@
 
 import hmac
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,6 +23,7 @@ from vllm_cachescope.api.request_details import RequestDetails
 from vllm_cachescope.api.session_exchange import SessionExchange
 from vllm_cachescope.api.stage_times import StageTimes
 from vllm_cachescope.api.viewer import Viewer, viewer_of
+from vllm_cachescope.cache.runs import Ended
 from vllm_cachescope.config import Config
 from vllm_cachescope.logs import logger_of
 from vllm_cachescope.metrics import NO_ENGINE, QUEUED_DIAGNOSES
@@ -30,6 +31,7 @@ from vllm_cachescope.registration import gauge
 from vllm_cachescope.repair.repairer import Repairer
 from vllm_cachescope.tenancy.caller import CallerDirectory, api_key
 from vllm_cachescope.tenancy.org_labels import OrgLabels
+from vllm_cachescope.tenancy.owner_tags import OwnerTags
 from vllm_cachescope.tiers.note_store import NoteStore
 from vllm_cachescope.usage.prices import Prices, read_prices
 from vllm_cachescope.usage.recent_requests import RecentRequests
@@ -166,6 +168,10 @@ class Services:
             )
         orgs = config.repair_of_orgs()
         repairer = Repairer(config.repair, orgs, time.monotonic, directory.account)
+        endings = None
+        if config.eviction.policy == "learned":
+            engines = server.engines
+            endings = Endings(engines.tell_endings, engines.end_session, OwnerTags(secret))
         diagnoser = Diagnoser(
             secret,
             server.block_tokens,
@@ -179,6 +185,7 @@ class Services:
             tools_behind_system=server.tools_behind_system,
             exchange=exchange,
             firsts=repairer.memory.told,
+            tell_over=_tell_over(endings),
         )
         if repairer.is_used and server.peers.count > 1 and server.peers.rank == 0:
             logger.warning(
@@ -239,7 +246,7 @@ class Services:
             StageTimes(server.registry, server.model_name),
             queued.labels(server.model_name, NO_ENGINE).inc,
             recorder,
-            Endings(server.engines.tell_endings) if config.eviction.policy == "learned" else None,
+            endings,
             page,
             config.operators_token(),
             server.takes_parsed,
@@ -260,6 +267,16 @@ class Services:
         # All of them, and each to its end: how long it takes tells nothing of a key.
         matches = [hmac.compare_digest(key.encode(), presented.encode()) for key in self.api_keys]
         return not self.api_keys or any(matches)
+
+
+def _tell_over(endings: Endings | None) -> Callable[[Sequence[str]], None]:
+    """Return what tells engines of prompts that nothing goes on from."""
+
+    def tell(nonces: Sequence[str]) -> None:
+        if endings is not None:
+            endings.note(nonces, Ended.OVER)
+
+    return tell
 
 
 def _ledger(server: Server, directory: CallerDirectory, prices: Prices) -> "LedgerService | None":

@@ -261,6 +261,22 @@ class LearnedOrder:
         """Return how many blocks ``org`` holds beyond its reserve; 0 if it is spared."""
         return max(0, self._held[org] - self._reserve(org))
 
+    def price_of(self, key: bytes) -> float:
+        """Return what the place of a block earns that is there."""
+        return self.prices.of(self._run_of[key].cell)
+
+    def worth(self, key: bytes, before: bytes | None = None) -> float:
+        """Return what the places of evicted blocks would earn; 0 if they are not remembered.
+
+        Args:
+            key: the first of them.
+            before: the block in front of it, with which they may have been used; None for none.
+        """
+        run = self._evicted.get(key)
+        if run is None and before is not None:
+            run = self._run_of.get(before)
+        return 0.0 if run is None else max(0.0, self.prices.of(run.cell))
+
     # What was learned.
 
     def counted(self) -> Counted:

@@ -20,12 +20,20 @@ class Entry:
             clock.
         owner: the block's owner; see `owner_tags`.
         tiers: names of the tiers that hold the block.
+        user: the only session that has used the block, as the owner of such a session's own
+            blocks; `NOBODY` if there are several; None if none has yet.
     """
 
     ttl_s: int
     expires_at: float
     owner: bytes = NOBODY
     tiers: frozenset[str] = NOWHERE
+    user: bytes | None = None
+
+    @property
+    def used_at(self) -> float:
+        """When the block was used last, in seconds on the ledger's clock."""
+        return self.expires_at - self.ttl_s
 
 
 class Ledger:
@@ -76,22 +84,38 @@ class Ledger:
         entry = self._entries.get(key)
         return entry is not None and entry.expires_at <= now
 
-    def touch(self, key: bytes, ttl_s: int, now: float, owner: bytes = NOBODY) -> bool:
+    def touch(
+        self,
+        key: bytes,
+        ttl_s: int,
+        now: float,
+        owner: bytes = NOBODY,
+        user: bytes | None = None,
+    ) -> bool:
         """Start or refresh the lifetime of ``key``; the longer of its old and new TTL counts.
 
         Call `pop_expired` first: touching an expired entry would revive it. Touch the blocks of a
         prompt from the last to the first, so that the end of a prefix is evicted first.
+
+        Args:
+            key: the block.
+            ttl_s: its lifetime in seconds.
+            now: the time.
+            owner: whose it is, if it is new.
+            user: for whose session, see `Entry.user`; None if that is not known, or told already.
 
         Returns:
             True if the key was not known before.
         """
         entry = self._entries.get(key)
         if entry is None:
-            entry = Entry(ttl_s, now + ttl_s, owner)
+            entry = Entry(ttl_s, now + ttl_s, owner, user=user)
             self._entries[key] = entry
             self._by_org.setdefault(org_of(owner), {}).setdefault(owner, set()).add(key)
             self._class(ttl_s)[key] = entry
             return True
+        if user is not None and user is not entry.user and user != entry.user:
+            entry.user = user if entry.user is None else NOBODY
         if ttl_s > entry.ttl_s:
             del self._by_ttl[entry.ttl_s][key]
             for tier in entry.tiers:
@@ -115,8 +139,7 @@ class Ledger:
             self._count(tier, entry, 1)
             if tier in self._orders:
                 order, account_of = self._orders[tier]
-                used_at = entry.expires_at - entry.ttl_s
-                order.use(key, entry.ttl_s, used_at, account_of(entry.owner))
+                order.use(key, entry.ttl_s, entry.used_at, account_of(entry.owner))
 
     def displace(self, key: bytes, tier: str) -> None:
         """Note that ``tier`` no longer holds ``key``; drop the entry if no other tier does."""

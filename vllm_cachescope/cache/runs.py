@@ -23,6 +23,7 @@ class Ended(IntEnum):
 
     ANSWER = 0  # the turn is over: whoever asked may ask again, or never
     TOOLS = 1  # it waits for the results of tools, which come with the session's next request
+    OVER = 2  # nothing goes on from it: its history was replaced, or whoever asked has its answer
 
 
 @dataclass(frozen=True, slots=True)

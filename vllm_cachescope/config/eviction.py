@@ -17,11 +17,15 @@ class EvictionSettings(Model):
             spent the largest share of its lifetime since its last use.
         long_share: the share of the tier that is kept for what is marked to live longer than five
             minutes. Beyond it such chunks compete like all others. Of ``learned`` alone.
+        prefetch_share: the share of the CPU tier that may hold, or be filled with, what remote
+            tiers have of sessions that wait for a tool, before they ask; 0 for none. Of
+            ``learned`` alone.
         state_file: where what was learned is kept over restarts; None for nowhere.
     """
 
     policy: Literal["learned", "lifetime"] = "learned"
     long_share: Annotated[float, Field(ge=0, le=1)] = 0.2
+    prefetch_share: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     state_file: Path | None = None
 
     def check(self) -> None:

@@ -32,6 +32,9 @@ class LineageNode:
         computed: its prompts as the engine computed them, once the request is over.
         name: the name of the note on it that other replicas can read; empty if there is none.
         parent: the name of the request that it went on from.
+        nonces: those of its prompts, by which this server's engines know them.
+        answer: the last lines of its answer, see `answer_lines`, until a request of another
+            conversation carries them; empty where the turn is not over.
     """
 
     fingerprint: Fingerprint
@@ -44,6 +47,8 @@ class LineageNode:
     computed: tuple[ComputedPrompt, ...] = ()
     name: bytes = b""
     parent: bytes = b""
+    nonces: tuple[str, ...] = ()
+    answer: tuple[bytes, ...] = ()
 
     @property
     def nbytes(self) -> int:

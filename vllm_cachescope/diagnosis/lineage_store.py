@@ -197,6 +197,28 @@ class LineageStore:
             grown += id_bytes(response_id)
         self._grow(caller.org, forest, grown)
 
+    def ended(self, caller: Caller, node: LineageNode, lines: frozenset[bytes]) -> list[str]:
+        """Return the nonces of the prompts that nothing goes on from: of other conversations of the
+        session whose last answer a request carries. Each is told once.
+
+        Args:
+            caller: whose request it is.
+            node: the request.
+            lines: its `carried_lines`.
+        """
+        forest = self._find_forest(_forest_owner(caller, node.fingerprint))
+        nonces: list[str] = []
+        for other in forest or ():
+            if other.answer and other.lineage != node.lineage and lines.issuperset(other.answer):
+                other.answer = ()
+                nonces += other.nonces
+        return nonces
+
+    def awaits(self, caller: Caller, node: LineageNode) -> bool:
+        """Whether a request may carry the answer of another conversation of its session."""
+        forest = self._find_forest(_forest_owner(caller, node.fingerprint))
+        return any(other.answer and other.lineage != node.lineage for other in forest or ())
+
     def drop(self, caller: Caller, placement: LineagePlacement) -> None:
         """Drop a request that never ran, such as one the server refused: it left nothing to go on
         from."""

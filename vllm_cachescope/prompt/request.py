@@ -90,6 +90,7 @@ class PromptRequest:
             ``prompt_cache_key``); None for none.
         prewarm: whether to fill the cache and generate nothing (``max_tokens: 0``, or
             ``prompt_cache_options.prewarm`` on Responses).
+        session_over: whether the session is over with this request (``session_over: true``).
         params: other fields of the body that can change the rendered prompt (``tool_choice``,
             ``thinking``, ``output_config``, ``response_format``, ``reasoning``,
             ``chat_template_kwargs`` and the like), by field name.
@@ -105,6 +106,7 @@ class PromptRequest:
     ttl_s: int | None = None
     session: str | None = None
     prewarm: bool = False
+    session_over: bool = False
     params: Mapping[str, Any] = field(default_factory=dict)
     diagnose: bool = False
     previous_id: str | None = None

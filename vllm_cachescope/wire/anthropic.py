@@ -13,6 +13,7 @@ from vllm_cachescope.prompt.ignored_marker import IgnoredReason
 from vllm_cachescope.prompt.request import PromptRequest, Protocol, Region
 from vllm_cachescope.wire.fields import is_text, read_text
 from vllm_cachescope.wire.parts import DEFAULT_TTL_S, PartCollector
+from vllm_cachescope.wire.session_end import read_session_over
 
 _PARAMS = (
     "tool_choice",
@@ -86,6 +87,7 @@ def read(
         parts=marked.parts,
         automatic=not marked.controlled,
         session=_session(body),
+        session_over=read_session_over(body, parts.mistakes),
         prewarm=type(max_tokens) is int and max_tokens == 0,
         params={name: body[name] for name in _PARAMS if body.get(name) is not None},
         diagnose=diagnostics is not None,

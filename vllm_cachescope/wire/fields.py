@@ -53,6 +53,17 @@ def read_ttl(value: object, path: str, ttls: Collection[int]) -> int | None:
     return seconds
 
 
+def read_flag(value: object, path: str) -> bool:
+    """Return the truth ``value``; False for null.
+
+    Raises:
+        BadRequest: if it is neither true nor false.
+    """
+    if value is not None and not isinstance(value, bool):
+        raise BadRequest(path, value, ("true", "false"))
+    return bool(value)
+
+
 def read_scope(value: object, path: str) -> Scope | None:
     """Return the scope called ``value``; None for null.
 

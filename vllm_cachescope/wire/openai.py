@@ -4,13 +4,13 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_cachescope.errors import BadRequest
 from vllm_cachescope.prompt.ignored_marker import IgnoredReason
 from vllm_cachescope.prompt.request import PromptRequest, Protocol
 from vllm_cachescope.wire.breakpoints import MAX_BREAKPOINTS
-from vllm_cachescope.wire.fields import is_text, read_choice, read_text, read_ttl
+from vllm_cachescope.wire.fields import is_text, read_choice, read_flag, read_text, read_ttl
 from vllm_cachescope.wire.mistakes import Mistakes
 from vllm_cachescope.wire.parts import PartCollector
+from vllm_cachescope.wire.session_end import read_session_over
 
 _OPTION = IgnoredReason.OPTION
 _OPTIONS = ("mode", "ttl", "comparison_response_id")
@@ -45,6 +45,7 @@ def finish(
     retention = body.get("prompt_cache_retention")
     ttl_s = options.ttl_s or mistakes.read(_OPTION, _read_retention, retention, ttls)
     key = mistakes.read(_OPTION, read_text, body.get("prompt_cache_key"), "prompt_cache_key")
+    session_over = read_session_over(body, mistakes)
     session, model = body.get("session_id"), body.get("model")
     # The implicit breakpoint takes one of the four.
     explicit = options.mode == "explicit"
@@ -64,6 +65,7 @@ def finish(
         ttl_s=ttl_s,
         session=session if isinstance(session, str) and is_text(session) else key,
         prewarm=options.prewarm,
+        session_over=session_over,
         params={name: body[name] for name in params if body.get(name) is not None},
         diagnose=options.previous_id is not None,
         previous_id=options.previous_id,
@@ -94,7 +96,7 @@ def _read_options(
     return _Options(
         mistakes.read(_OPTION, _read_mode, fields.get("mode"), f"{path}.mode"),
         mistakes.read(IgnoredReason.UNKNOWN_TTL, read_ttl, fields.get("ttl"), f"{path}.ttl", ttls),
-        bool(mistakes.read(_OPTION, _read_flag, prewarm, f"{path}.prewarm")),
+        bool(mistakes.read(_OPTION, read_flag, prewarm, f"{path}.prewarm")),
         mistakes.read(
             _OPTION,
             read_text,
@@ -106,12 +108,6 @@ def _read_options(
 
 def _read_mode(value: object, path: str) -> str | None:
     return None if value is None else read_choice(value, path, ("implicit", "explicit"))
-
-
-def _read_flag(value: object, path: str) -> bool:
-    if value is not None and not isinstance(value, bool):
-        raise BadRequest(path, value, ("true", "false"))
-    return bool(value)
 
 
 def _read_retention(value: object, ttls: Collection[int]) -> int | None:

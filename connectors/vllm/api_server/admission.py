@@ -27,6 +27,7 @@ from vllm_cachescope.connectors.vllm.plan_transport import (
     without_plan,
     without_plan_in,
 )
+from vllm_cachescope.diagnosis.answer_lines import TAIL_CHARACTERS
 from vllm_cachescope.logs import logger_of
 from vllm_cachescope.prompt.plan import Plan, Span
 from vllm_cachescope.tenancy.caller import CallerDirectory
@@ -107,7 +108,7 @@ class Admission:
             if self._tells_session and context is not None:
                 # So that KV events, and routers by them, know sessions that vLLM does not.
                 options["session_id"] = options.get("session_id") or context.caller.session
-            counts = OutputCount(sampling_params)
+            counts, tail = OutputCount(sampling_params), AnswerTail(sampling_params)
             outputs = self._generate(prompt, sampling_params, request_id, **options)
             try:
                 async for output in outputs:
@@ -118,6 +119,8 @@ class Admission:
                     if context is not None and plan is not None:
                         timing = context.timings[plan.nonce]
                         timing.output_tokens += counts.new(output)
+                        if context.caller.session is not None:
+                            context.answers[plan.nonce] = tail.with_text_of(output)
                         timing.computed_at = timing.computed_at or time.monotonic()
                         if data is not None:
                             context.reports[plan.nonce] = Report.from_wire(data)
@@ -256,6 +259,28 @@ class OutputCount:
                 tokens -= before
             new += tokens
         return new
+
+
+class AnswerTail:
+    """The end of the text that one call of the engine client's `generate` returns, of its first
+    sample.
+
+    Args:
+        sampling_params: the call's parameters, which say whether outputs repeat earlier text.
+    """
+
+    def __init__(self, sampling_params: Any) -> None:
+        self._repeats = sampling_params.output_kind is RequestOutputKind.CUMULATIVE
+        self._text = ""
+
+    def with_text_of(self, output: Any) -> str:
+        """Return the end of the text, with that of ``output``."""
+        for sample in output.outputs:
+            if sample.index == 0:
+                text = sample.text if self._repeats else self._text + sample.text
+                # One more, so that it shows where the beginning is cut off.
+                self._text = text[-TAIL_CHARACTERS - 1 :]
+        return self._text
 
 
 def _begun(context: RequestContext, tokens: list[int]) -> Plan | None:

@@ -163,6 +163,11 @@ class BlockLayout:
                 found.append((chunk_end, block_hash + group.suffix))
         return found
 
+    def whole_blocks(self, tokens: int) -> int:
+        """Return how many blocks of all groups end within the first ``tokens`` tokens: so many
+        come first in `blocks_of_all`."""
+        return sum(tokens // group.tokens_per_block for group in self.groups)
+
     def newcomers(self, plan: Plan, tokens: int) -> Counter[bytes]:
         """Return how many blocks a prompt will add of which its first ``tokens`` tokens are cached,
         by owner."""

@@ -287,7 +287,9 @@ class CacheScopeConnector(OffloadingConnector):
             self.command_sweep()
         # One step more, so that the metrics show what an idle engine has dropped or noticed.
         has_news = self._has_news or self._purges.has_news
-        return has_news or super().has_pending_push_work()
+        prefetches = self.cachescope.prefetches
+        is_busy = has_news or (prefetches is not None and prefetches.is_active)
+        return is_busy or super().has_pending_push_work()
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
         if self.connector_scheduler is None:
@@ -379,8 +381,8 @@ class CacheScopeConnector(OffloadingConnector):
         self.cachescope.note_endings(endings)
 
     def command_end_session(self, owner: bytes) -> int:
-        """Evict the blocks of a session first; return how many the CPU tier has."""
-        return self.cachescope.local.end_session(owner)
+        """Evict the blocks of a session first; return how many there are, copies counted."""
+        return self.cachescope.end_session(owner)
 
     def command_sweep(self) -> int:
         """Drop everything that has expired, and what other engines have purged; return how many

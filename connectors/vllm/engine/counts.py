@@ -16,11 +16,13 @@ from vllm_cachescope.connectors.vllm.engine.tiers.device import DEVICE
 from vllm_cachescope.durations import format_duration
 from vllm_cachescope.metrics import (
     EARLY_EVICTIONS,
+    ENDED_ENTRIES,
     EVICTION_IDLE,
     EVICTIONS,
     HIT_AGE,
     HIT_TOKENS,
     INPUT_COST,
+    PREFETCHED_CHUNKS,
     PREFILL_SECONDS_SAVED,
     PROMOTIONS,
     PROMPT_TOKENS,
@@ -59,6 +61,9 @@ class Counts:
             was left.
         idle: shares of their lifetimes for which these had idled, by tier, reason and TTL.
         promotions: chunks that were brought nearer, by the tiers they came from and went to.
+        retired: entries of conversations that are over, by tier.
+        prefetched: chunks brought into the CPU tier before they were asked for, by what became of
+            them.
         pressure: evictions by the organisations that suffered and caused them.
         refused_plans: prompts that came with a plan that is not genuine.
         refused_hints: prompts whose hint of a plan did not count, by reason.
@@ -74,6 +79,8 @@ class Counts:
     early: Counter[tuple[str, EvictionReason, int, bool]] = field(default_factory=Counter)
     idle: Observations = field(default_factory=lambda: Observations(SHARE_BUCKETS))
     promotions: Counter[tuple[str, str]] = field(default_factory=Counter)
+    retired: Counter[str] = field(default_factory=Counter)
+    prefetched: Counter[str] = field(default_factory=Counter)
     refused_plans: int = 0
     refused_hints: Counter[str] = field(default_factory=Counter)
     _is_new: bool = True
@@ -145,6 +152,10 @@ class Counts:
             stats.increase_counter(EARLY_EVICTIONS.name, entries, labels)
         for tiers, chunks in self.promotions.items():
             stats.increase_counter(PROMOTIONS.name, chunks, tiers)
+        for tier, entries in self.retired.items():
+            stats.increase_counter(ENDED_ENTRIES.name, entries, (tier,))
+        for outcome, chunks in self.prefetched.items():
+            stats.increase_counter(PREFETCHED_CHUNKS.name, chunks, (outcome,))
         for refusal, prompts in self.refused_hints.items():
             stats.increase_counter(REFUSED_HINTS.name, prompts, (refusal,))
         if self.refused_plans or self._is_new:
@@ -159,6 +170,8 @@ class Counts:
         move_observations(self.idle, EVICTION_IDLE, stats)
         for counts in (self.requests, self.saved_s, self.evictions, self.early, self.promotions):
             counts.clear()
+        self.retired.clear()
+        self.prefetched.clear()
         self.refused_hints.clear()
         self.refused_plans = 0
 

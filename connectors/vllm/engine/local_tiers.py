@@ -19,6 +19,7 @@ from vllm_cachescope.connectors.vllm.engine.counts import Counts
 from vllm_cachescope.connectors.vllm.engine.tiers.base import TierParent
 from vllm_cachescope.connectors.vllm.engine.tiers.cpu import CPU, CpuTier
 from vllm_cachescope.connectors.vllm.engine.tiers.device import DEVICE, DeviceTier
+from vllm_cachescope.connectors.vllm.engine.tiers.device_order import DeviceOrder
 from vllm_cachescope.connectors.vllm.engine.tiers.device_quotas import DeviceQuotas
 
 
@@ -59,6 +60,8 @@ class LocalTiers:
         self._device_quotas: DeviceQuotas | None = None
         if (device_quotas := quotas.get(DEVICE)) is not None:
             self._device_quotas = DeviceQuotas(device_quotas, self._device, ledger, clock)
+        # Behind the quotas, whose reserves change what vLLM takes next as well.
+        self._device_order = DeviceOrder(kv_cache.block_pool, ledger)
         # Chunks that expired or were purged in the middle of a transfer. They are no longer in
         # the ledger, and dropped from the CPU tier when the transfer is over.
         self._overdue: set[bytes] = set()
@@ -73,7 +76,9 @@ class LocalTiers:
         """Whether no tier may serve ``key`` any more."""
         return key in self._overdue or self._ledger.is_expired(key, self._clock())
 
-    def use(self, key: bytes, ttl_s: int, now: float, owner: bytes, on_device: bool) -> bool:
+    def use(
+        self, key: bytes, ttl_s: int, now: float, owner: bytes, user: bytes, on_device: bool
+    ) -> bool:
         """Start or refresh the lifetime of a block that is used now.
 
         Args:
@@ -81,12 +86,13 @@ class LocalTiers:
             ttl_s: its TTL in seconds.
             now: the time in seconds.
             owner: whose it is.
+            user: whose request uses it, as the owner of its session's own blocks.
             on_device: whether the prefix cache holds it.
 
         Returns:
             Whether the block was not cached before.
         """
-        is_new = self._ledger.touch(key, ttl_s, now, owner)
+        is_new = self._ledger.touch(key, ttl_s, now, owner, user)
         if is_new:
             self._history.drop(key)
         if on_device:
@@ -111,11 +117,17 @@ class LocalTiers:
         blocks are in the CPU tier's order already."""
         return self._cpu.note_ending(nonce, ended)
 
-    def end_session(self, owner: bytes) -> int:
-        """Have the CPU tier evict the blocks of a session first, which says that it is over;
-        return how many there are. They can be read all the same, while they are there."""
-        self.drop_expired()
-        return self._cpu.retire(self._ledger.owned(owner))
+    def retire(self, keys: Sequence[bytes], at: float) -> dict[str, int]:
+        """Have both tiers evict ``keys``, of which it is known that they are not needed, before
+        others of their class, the last ones first; return how many each has of them. They can be
+        read all the same, while they are there, and a use after ``at`` (seconds on the ledger's
+        clock) keeps them."""
+        on_device = self._device_order.retire(reversed(keys), at)
+        return {DEVICE: on_device, CPU: self._cpu.retire(keys)}
+
+    def now(self) -> float:
+        """Return the time on the ledger's clock, in seconds."""
+        return self._clock()
 
     # What the tiers hold.
 

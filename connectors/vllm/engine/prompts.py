@@ -132,6 +132,7 @@ class Prompts:
         # Prompts that have finished since vLLM last stored, and whose last blocks it will store.
         self._finished: dict[str, Prompt] = {}
         self._by_nonce: FIFOCache[str, Prompt] = FIFOCache(MAX_PROMPTS)
+        self._ahead: dict[str, Prompt] = {}
 
     def add(self, request: Request, plan: Plan, adapter: str | None) -> None:
         """Note that a request runs, with the LoRA ``adapter`` that `hashing.adapter_of` returns."""
@@ -146,6 +147,11 @@ class Prompts:
     def running(self) -> int:
         """How many requests run or wait."""
         return len(self._running)
+
+    @property
+    def has_finished(self) -> bool:
+        """Whether requests are over whose last blocks vLLM has yet to store."""
+        return bool(self._finished)
 
     def get(self, request_id: str) -> Prompt | None:
         """Return the prompt of a request that runs."""
@@ -162,7 +168,12 @@ class Prompts:
     def locate(self, key: OffloadKey, context: ReqContext) -> tuple[Prompt | None, int]:
         """Return the prompt that ``key`` is looked up or stored for, and the position in tokens at
         which the key's chunk ends there; ``(None, 0)`` if either is not known."""
-        prompt = self._running.get(context.req_id) or self._finished.get(context.req_id)
+        request_id = context.req_id
+        prompt = (
+            self._running.get(request_id)
+            or self._finished.get(request_id)
+            or self._ahead.get(request_id)
+        )
         end = context.get_offload_key_position(key)
         return (None, 0) if prompt is None or end is None else (prompt, end)
 
@@ -172,6 +183,15 @@ class Prompts:
         if prompt is not None:
             self._finished[request_id] = prompt
         return prompt
+
+    def add_ahead(self, request_id: str, plan: Plan) -> None:
+        """Note that chunks are brought nearer under ``request_id``, before a request with this plan
+        comes. What is purged meanwhile is not for it either."""
+        self._ahead[request_id] = Prompt(plan, None)
+
+    def end_ahead(self, request_id: str) -> None:
+        """Note that no more are brought under ``request_id``."""
+        self._ahead.pop(request_id, None)
 
     def drop_finished(self) -> None:
         """Note that vLLM has stored the last blocks of the requests that are over."""
@@ -192,5 +212,6 @@ class Prompts:
 
     def purge(self, prefix: bytes) -> None:
         """Note that blocks whose owner begins with ``prefix`` were purged."""
-        for prompt in chain(self._running.values(), self._finished.values()):
+        prompts = chain(self._running.values(), self._finished.values(), self._ahead.values())
+        for prompt in prompts:
             prompt.purge(prefix)

@@ -24,8 +24,10 @@ from vllm_cachescope.connectors.vllm.engine import hashing
 from vllm_cachescope.connectors.vllm.engine.block_layout import BlockLayout
 from vllm_cachescope.connectors.vllm.engine.checkpoints import move_checkpoint
 from vllm_cachescope.connectors.vllm.engine.counts import Counts, Read
+from vllm_cachescope.connectors.vllm.engine.ends import Ends
 from vllm_cachescope.connectors.vllm.engine.local_tiers import LocalTiers
 from vllm_cachescope.connectors.vllm.engine.miss_explainer import MissExplainer
+from vllm_cachescope.connectors.vllm.engine.prefetches import Prefetches
 from vllm_cachescope.connectors.vllm.engine.pressure import Pressure
 from vllm_cachescope.connectors.vllm.engine.prompt_plans import (
     REFUSED_TTL_S,
@@ -39,10 +41,13 @@ from vllm_cachescope.connectors.vllm.engine.tiers.base import TierParent
 from vllm_cachescope.connectors.vllm.engine.tiers.cpu import CPU
 from vllm_cachescope.connectors.vllm.engine.tiers.device import DEVICE
 from vllm_cachescope.connectors.vllm.engine.tiers.remote import refresh, remote_tiers
+from vllm_cachescope.logs import logger_of
 from vllm_cachescope.prompt.plan import Plan
 from vllm_cachescope.tenancy.org_labels import OrgLabels
 from vllm_cachescope.tenancy.owner_tags import NOBODY
 from vllm_cachescope.usage.prices import Multipliers
+
+logger = logger_of(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,9 +122,24 @@ class CacheScopeConnectorScheduler(TierParent):
             clock,
             self.counts,
         )
+        capacity = kv_cache.block_pool.num_gpu_blocks + offloading.primary_tier._num_chunks
+        self._ends = Ends(self.local, self._ledger, self.counts, 2 * capacity)
         self.remotes = remote_tiers(offloading)
         for remote in self.remotes:
             remote.bind(self)
+        self.prefetches: Prefetches | None = None
+        if can_prefetch(settings, events) and self.remotes:
+            self.prefetches = Prefetches(
+                offloading,
+                self._prompts,
+                self._ends.prompts,
+                self.remotes,
+                self._layout,
+                self.local.on_device,
+                clock,
+                settings.eviction.prefetch_share,
+                self.counts,
+            )
         self._reporter = PromptReporter(
             self._layout,
             history,
@@ -144,6 +164,8 @@ class CacheScopeConnectorScheduler(TierParent):
         offload_covered(request, plan)
         self._prompts.add(request, plan, hashing.adapter_of(request))
         self._note_change(plan)
+        if self.prefetches is not None:
+            self.prefetches.on_new_request(request, plan)
 
     def set_local_tokens(self, request: Request, tokens: int) -> None:
         """The prefix cache holds the first ``tokens`` tokens of a prompt, in whole blocks."""
@@ -206,6 +228,8 @@ class CacheScopeConnectorScheduler(TierParent):
     def on_step_scheduled(self, scheduler_output: SchedulerOutput) -> None:
         """A step was scheduled: the blocks that it fills are in vLLM's prefix cache now. To be
         called before vLLM's offloading stores any of them, which asks for their lifetimes."""
+        if self.prefetches is not None:
+            self.prefetches.on_schedule()
         self.prefill_rate.step_began(time.monotonic(), scheduler_output.total_num_scheduled_tokens)
         for request_id, tokens in scheduler_output.num_scheduled_tokens.items():
             prompt = self._prompts.get(request_id)
@@ -219,6 +243,7 @@ class CacheScopeConnectorScheduler(TierParent):
             for prompt in map(self._prompts.get, scheduler_output.num_scheduled_tokens):
                 move_checkpoint(prompt, self._layout)
         self._prompts.drop_finished()
+        self._ends.on_schedule_end()
         self.local.enforce_quotas()
 
     def on_step_end(self) -> None:
@@ -234,7 +259,10 @@ class CacheScopeConnectorScheduler(TierParent):
         # An aborted request may have had blocks loaded that no step has used.
         self._register(prompt, request, request.num_computed_tokens)
         self._refresh(prompt, request)
+        self._ends.on_finished(prompt, self._layout.whole_blocks(request.num_prompt_tokens))
         refresh(self.remotes, prompt.plan, request, prompt.registered, self._layout, self._ledger)
+        if self.prefetches is not None:
+            self.prefetches.on_used(prompt.used)
         prompt.output_tokens = request.num_output_tokens
         prompt.request = None
         prompt.promoted.clear()
@@ -266,9 +294,16 @@ class CacheScopeConnectorScheduler(TierParent):
     def note_endings(self, endings: Iterable[tuple[str, int]]) -> None:
         """Note how the answers to requests ended, by the nonces of their prompts."""
         for nonce, value in endings:
-            ended = Ended(value)
-            if not self.local.note_ending(nonce, ended) and (prompt := self._prompts.find(nonce)):
+            if (ended := Ended(value)) is Ended.OVER:
+                self._ends.end_prompt(nonce, self._prompts.has_finished)
+            elif not self.local.note_ending(nonce, ended) and (prompt := self._prompts.find(nonce)):
                 prompt.ended = ended
+            if ended is Ended.TOOLS and self.prefetches is not None:
+                self.prefetches.on_called(nonce)
+
+    def end_session(self, owner: bytes) -> int:
+        """A session is over; return how many of its blocks the local tiers evict first now."""
+        return self._ends.end_session(owner, self._prompts.has_finished)
 
     def sweep(self) -> int:
         """Drop everything that has expired, and evict what exceeds quotas and is no longer in
@@ -281,6 +316,7 @@ class CacheScopeConnectorScheduler(TierParent):
         """Drop all blocks from the device and the CPU tier whose owner begins with ``prefix``;
         return how many each held. Requests that run go on, and leave none of them behind."""
         self._prompts.purge(prefix)
+        self._ends.purge(prefix)
         return self.local.purge(prefix)
 
     def resident(self) -> list[tuple[str, int, int]]:
@@ -330,7 +366,7 @@ class CacheScopeConnectorScheduler(TierParent):
             if reads is not None and entry is not None:
                 reads[end <= prompt.local_tokens, entry.ttl_s, entry.expires_at] += 1
             owner = prompt.plan.owner_in(span)
-            is_new = self.local.use(key, span.ttl_s, now, owner, on_device)
+            is_new = self.local.use(key, span.ttl_s, now, owner, prompt.plan.owner, on_device)
             if end <= request.num_prompt_tokens:
                 prompt.created.note(group, end, is_new)
         self._note_change(prompt.plan)
@@ -446,9 +482,24 @@ class CacheScopeConnectorScheduler(TierParent):
         prompt = self._prompts.get(request_id)
         now = self._clock()
         self.counts.promotions[tier, CPU] += len(loaded)
+        if self.prefetches is not None:
+            self.prefetches.on_loaded(request_id, [key for key, _ in loaded])
         for key, ttl_s in loaded:
             if prompt is not None:
                 prompt.promoted[key] = tier
             # It may have been stored with a longer lifetime than this prompt asks for.
             if key in self._ledger and not self._ledger.is_expired(key, now):
                 self._ledger.touch(key, ttl_s, now)
+
+
+def can_prefetch(settings: EngineSettings, events: TierEvents) -> bool:
+    """Whether the engine prefetches. Events of chunks that no request has asked for would tell
+    routers of blocks without tokens; and where a later block is of use without those before it, the
+    first ones that are missing are not those to bring."""
+    groups, wanted = settings.layout.groups, settings.eviction.prefetch_share > 0
+    if not wanted or settings.eviction.policy != "learned":
+        return False
+    if events.enabled or len(groups) > 1 or groups[0].window is not None:
+        logger.warning("eviction.prefetch_share: not with KV events, or several kinds of attention")
+        return False
+    return True

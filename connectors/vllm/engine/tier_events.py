@@ -56,6 +56,11 @@ class TierEvents:
         tracker._build_event_metadata = _with_extra_keys(tracker._build_event_metadata)  # type: ignore[method-assign]
 
     @property
+    def enabled(self) -> bool:
+        """Whether KV events are on."""
+        return bool(self._enabled)
+
+    @property
     def waiting(self) -> bool:
         """Whether there is something to announce that happened outside a step: what a remote tier
         says, or chunks that expired while they were being stored there and are dropped since."""

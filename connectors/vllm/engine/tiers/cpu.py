@@ -3,6 +3,8 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 from cachetools import FIFOCache
@@ -35,6 +37,12 @@ CPU = "cpu"
 
 MAX_UNTOLD = 4096
 """Of so many requests that are over it is still waited for how their answers ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ahead:
+    """Among a request's state in the tiers: it stands for one that is yet to come, and uses nothing
+    itself."""
 
 
 class ScopePolicy(CachePolicy):
@@ -110,6 +118,8 @@ class ScopePolicy(CachePolicy):
         reused_keys: set[OffloadKey],
         req_context: ReqContext,
     ) -> None:
+        if req_context.get_state(Ahead) is not None:
+            return
         observed = order_request_keys(key_groups, req_context)
         if isinstance(self._order, LifetimeShare):
             self.touch(observed, req_context)
@@ -152,6 +162,20 @@ class ScopePolicy(CachePolicy):
         if isinstance(self._order, LearnedOrder):
             self._order.retire(here)
         return len(here)
+
+    def worth(self, key: OffloadKey, before: bytes | None) -> float:
+        """Return the price of the blocks that begin with ``key``, which have left the tier, or
+        left those up to ``before`` behind; 0 if nothing is known of them."""
+        order = self._order
+        return order.worth(key, before) if isinstance(order, LearnedOrder) else 0.0
+
+    def next_victim_worth(self) -> float:
+        """Return the price of what would be evicted next; endless if nothing may be."""
+        if not isinstance(self._order, LearnedOrder):
+            return inf
+        now, order = self._parent.now(), self._order
+        victims = order.victims(1, now, lambda key: self._must_stay(key, set()))
+        return inf if victims is None else order.price_of(victims[0])
 
     def ready(self) -> list[OffloadKey]:
         """Return the keys that can be read now."""
