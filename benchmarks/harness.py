@@ -174,6 +174,24 @@ def pairs(count: int, one: Callable[[int], T], other: Callable[[int], T]) -> lis
     return measured
 
 
+def in_turn(count: int, sides: Sequence[Callable[[int], T]]) -> list[list[T]]:
+    """Measure several things in turn, another of them first in each round.
+
+    Args:
+        count: how many rounds.
+        sides: take the number of the round.
+
+    Returns:
+        What each side measured, round by round.
+    """
+    measured: list[list[T]] = [[] for _ in sides]
+    for number in range(count):
+        for turn in range(len(sides)):
+            at = (number + turn) % len(sides)
+            measured[at].append(sides[at](number))
+    return measured
+
+
 def arguments(description: str, pairs: int = 5) -> argparse.Namespace:
     """Parse the arguments that all benchmarks take."""
     parser = argparse.ArgumentParser(description=description)
