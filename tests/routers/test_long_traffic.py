@@ -101,9 +101,9 @@ class Traffic:
 
 
 MISSING = 2
-"""Blocks of one medium that Dynamo's program (1.6.1) may lack. Now and then one is missing from what
-it dumps though both readers, which keep to llm-d's and Dynamo's rules, have it from the same events;
-it comes back when it is stored again. Which of its rules does that is not known."""
+"""Blocks of one medium that Dynamo's program (1.6.1) may lack. Now and then one is missing from
+what it dumps though readers by llm-d's and Dynamo's rules have it from the same events; it comes
+back when it is stored again. Which rule of the program's does that is not known."""
 
 
 def wrong(held: dict[str, set[int]], worker: Worker) -> dict[str, tuple[int, int]]:
