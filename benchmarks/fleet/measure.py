@@ -125,13 +125,13 @@ def _measured(
             if row.engine.front_end is FrontEnd.PYTHON:
                 _empty(fleet)
             with routed(row.router, running, size, plane, SEED, replayed) as choose:
-                ask = asking(row.engine.front_end, choose)
+                # SMG takes marks out of messages; who goes its ways is to say the same.
+                has_marks = row.engine.front_end is FrontEnd.PYTHON and not row.replays
+                ask = asking(row.engine.front_end, has_marks, choose)
                 yield number, _row(f"{number:03d}", row, plan, fleet, ask, tokenizer)
             chosen = _choices(ask, running)
             if not row.engine.plugin and chosen:
                 recorded[row.router] = chosen
-            if replayed is not None and not _alike(replayed, chosen):
-                raise RuntimeError(f"{row.name}: calls went to other replicas than they were sent")
 
 
 def _empty(fleet: _Fleet) -> None:
@@ -176,13 +176,6 @@ def _choices(ask: Asking, running: Sequence[Server]) -> Choices:
         for call, worker in ask.routed.items()
         if worker.partition("://")[2] in places
     }
-
-
-def _alike(these: Choices, those: Choices) -> bool:
-    """Whether replicas had the same calls. Which of them is the first does not matter, and SMG
-    counts them in an order of its own."""
-    pairs = {(one, those.get(call)) for call, one in these.items()}
-    return len(pairs) == len({one for one, _ in pairs}) == len({other for _, other in pairs})
 
 
 def _redis_bytes(fleet: _Fleet) -> int:
