@@ -19,10 +19,10 @@ _TRIES, _PAUSE_S = 40, 0.5
 moment to know its replicas."""
 
 
-def asking(front_end: FrontEnd, choose: Choose) -> "Asking":
+def asking(front_end: FrontEnd, has_marks: bool, choose: Choose) -> "Asking":
     """Return what puts prompts to a fleet; see `Asking`."""
     limits = httpx.Limits(max_connections=None)
-    return Asking(front_end, choose, httpx.Client(timeout=600, limits=limits))
+    return Asking(front_end, has_marks, choose, httpx.Client(timeout=600, limits=limits))
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +30,15 @@ class Asking:
     """Puts prompts to a fleet, and streams the answers.
 
     Attributes:
-        front_end: of the replicas. Only vLLM's server in Python is sent breakpoints.
+        front_end: of the replicas.
+        has_marks: whether breakpoints are sent.
         choose: where a call goes.
         client: the connections.
         routed: what the router said of where the session's call of that number went.
     """
 
     front_end: FrontEnd
+    has_marks: bool
     choose: Choose
     client: httpx.Client
     routed: dict[tuple[str, int], str] = field(default_factory=dict)
@@ -48,16 +50,15 @@ class Asking:
             RuntimeError: if the answer is an error or empty.
         """
         chat = prompt.chat
-        if self.front_end is not FrontEnd.PYTHON:
+        if not self.has_marks:
             chat = json.loads(json.dumps(chat), object_hook=_unmarked)
         headers, fields = tenant_fields(self.front_end, prompt.call.tenant)
         body = {
             **{"model": MODEL, "max_tokens": 8, "temperature": 0.0, "stream": True},
             **{"stream_options": {"include_usage": True}, **chat, **fields},
         }
-        address, chosen = self.choose(prompt.call, number)
-        headers = headers | chosen | {SESSION_HEADER: prompt.session}
-        url = f"{address}/v1/chat/completions"
+        headers = headers | {SESSION_HEADER: prompt.session}
+        url = f"{self.choose(prompt.call, number)}/v1/chat/completions"
         for left in reversed(range(_TRIES)):
             start, ttft_s, usage = time.perf_counter(), None, None
             with self.client.stream("POST", url, json=body, headers=headers) as answer:

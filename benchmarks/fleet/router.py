@@ -2,11 +2,11 @@
 
 import tempfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any
 
 from benchmarks.agent_load import Call
 from benchmarks.fleet.engine import FrontEnd
@@ -47,8 +47,8 @@ class Router:
 
     @property
     def tells(self) -> bool:
-        """Whether it says where a call went, and can be told."""
-        return self.program is SMG
+        """Whether it says where a call went, and a client can go there by itself."""
+        return self.program is SMG and self.front_end is not FrontEnd.GRPC
 
     @property
     def needs(self) -> list[Program]:
@@ -84,18 +84,11 @@ ROUTERS = (
 )
 """All routers that run here."""
 
-ROUTED_HEADER, TARGET_HEADER = "x-smg-routed-worker-id", "x-smg-target-worker"
-"""By which SMG says which worker answered, and takes the number of the one that shall."""
+ROUTED_HEADER = "x-smg-routed-worker-id"
+"""By which SMG says which worker answered."""
 
-REPLAYING = ("--policy", "consistent_hashing")
-"""The policy of SMG that heeds `TARGET_HEADER`."""
-
-
-class Choose(Protocol):
-    """Says where the session's call of that number goes: an address, and further headers."""
-
-    def __call__(self, call: Call, number: int) -> tuple[str, dict[str, str]]: ...
-
+Choose = Callable[[Call, int], str]
+"""Returns the address to which the session's call of that number goes."""
 
 Choices = dict[tuple[str, int], int]
 """By session and number of the call the number of the replica that answered it."""
@@ -133,16 +126,17 @@ def routed(
         size: of each.
         shared: variables that Dynamo's parts share.
         seed: of what the client draws.
-        replayed: what the router chose for other replicas, to be chosen once more; None to let it
+        replayed: what the router chose for other replicas, to be chosen once more by the client:
+            SMG does not do as it is told where it takes a replica for busy. None to let the router
             choose anew.
     """
     urls = [replica.url for replica in replicas]
+    if replayed is not None:
+        # What is asked across tenants, behind the load, was not recorded.
+        yield lambda call, number: urls[replayed.get((call.session, number), number % len(urls))]
+        return
     if router.options is None:
-
-        def choose(call: Call, number: int) -> tuple[str, dict[str, str]]:
-            return urls[drawn(router.policy, call, number, seed) % len(urls)], {}
-
-        yield choose
+        yield lambda call, number: urls[drawn(router.policy, call, number, seed) % len(urls)]
         return
     assert router.program is not None
     if router.front_end is FrontEnd.DYNAMO:
@@ -152,23 +146,14 @@ def routed(
     else:
         if router.front_end is FrontEnd.GRPC:
             urls = [url.replace("http://", "grpc://") for url in urls]
-        options = router.options if replayed is None else REPLAYING
-        command = [str(router.program.path), "launch", "--worker-urls", *urls, *options]
+        command = [str(router.program.path), "launch", "--worker-urls", *urls, *router.options]
         command += ["--model-path", str(size.model), "--block-size", str(BLOCK)]
         command += ["--prometheus-port", str(free_port())]
         # A replica that a burst keeps busy on few cores is not one that is down.
         command += ["--disable-circuit-breaker", "--health-failure-threshold", "100"]
         server = Smg(command)
     with server:
-
-        def through(call: Call, number: int) -> tuple[str, dict[str, str]]:
-            if replayed is None:
-                return server.url, {}
-            # What reads across tenants, behind the load, was not recorded.
-            target = replayed.get((call.session, number), number % len(replicas))
-            return server.url, {TARGET_HEADER: str(target)}
-
-        yield through
+        yield lambda call, number: server.url
 
 
 def drawn(policy: Policy, call: Call, number: int, seed: int) -> int:
