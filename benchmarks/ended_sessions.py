@@ -106,7 +106,7 @@ def cost_us(blocks: int, wanted: int) -> tuple[float, float, float]:
     times = []
     pool, keys = filled()
     order = DeviceOrder(pool, Ledger())
-    order.retire(reversed(keys), 0.0)
+    order.retire(keys, 0.0)
     for _ in range(rounds):
         began = time.perf_counter()
         pool.get_new_blocks(wanted)

@@ -264,6 +264,8 @@ class CacheScopeConnectorScheduler(TierParent):
         if self.prefetches is not None:
             self.prefetches.on_used(prompt.used)
         prompt.output_tokens = request.num_output_tokens
+        signals = RequestSignals(prompt.output_tokens, ended=prompt.ended)
+        self.local.end_request(prompt.used, signals, prompt.plan.nonce)
         prompt.request = None
         prompt.promoted.clear()
         self._note_change(prompt.plan)
