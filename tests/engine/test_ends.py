@@ -1,11 +1,14 @@
 """What a running engine evicts first once it is told that a session or a conversation is over."""
 
 import random
+from collections.abc import Iterator
 
 import pytest
 
 from tests.engine.engine import BLOCK, OWNERS, Engine, draw_tokens, org_plan, plan
 from vllm_cachescope.cache.runs import Ended
+from vllm_cachescope.config.eviction import EvictionSettings
+from vllm_cachescope.connectors.vllm.engine.tiers.cpu_order import make_learned
 from vllm_cachescope.prompt.plan import Plan
 from vllm_cachescope.tenancy.scope import Caller, Scope
 
@@ -144,3 +147,44 @@ def test_what_goes_on_is_not_over_and_what_is_used_again_is_kept(engine, chance)
     free = engine.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
     fill(engine, chance, free - len(queue(engine)) + 2)
     assert not evicted_from_device(engine, keys)
+
+
+@pytest.fixture
+def learned_engine(engine) -> Iterator[Engine]:
+    """The engine, empty, as if it had been started with ``eviction.device: learned``."""
+    device = engine.connector.cachescope.local._device_order  # noqa: SLF001
+    device._order = make_learned(EvictionSettings(device="learned"), 64)  # noqa: SLF001
+    yield engine
+    device._order = None  # noqa: SLF001
+
+
+def test_the_device_evicts_what_the_learned_order_gives_first(learned_engine, chance) -> None:
+    engine = learned_engine
+    local = engine.connector.cachescope.local
+    order = local._device_order._order  # noqa: SLF001
+    pool = engine.scheduler.kv_cache_manager.block_pool
+    prompts = [draw_tokens(chance, 12 * BLOCK) for _ in range(3)]
+    for tokens in prompts:
+        engine.clock.advance(10)
+        told = org_wide(MAIN, tokens)
+        engine.ask(tokens, told, max_tokens=1)
+        engine.connector.command_endings([(told.nonce, int(Ended.ANSWER))])
+    held = set(queue(engine))
+    assert held == set(order.runs)
+    # What is least worth by the order is not what is unused for longest.
+    order.retire(keys_of(engine, prompts[2], told)[4:])
+    cheapest = order.victims(5, engine.clock(), lambda key: False)
+    assert not {*cheapest} & {*queue(engine)[:24]}
+    fill(engine, chance, pool.get_num_free_blocks() - len(queue(engine)) + 5)
+    local.drop_expired()
+    assert evicted_from_device(engine, list(held)) == evicted_from_device(engine, cheapest) == 5
+    # The order holds what the device does, whatever comes, goes and is dropped.
+    for number in range(12):
+        tokens = prompts[number % 3][: chance.randrange(1, 12) * BLOCK] + draw_tokens(chance, BLOCK)
+        engine.ask(tokens, org_wide(MAIN, tokens), max_tokens=1)
+        local.drop_expired()
+        assert set(order.runs) == set(queue(engine))
+    engine.connector.command_purge(OWNERS.prefix("acme"), "a purge")
+    assert set(order.runs) == set(queue(engine))
+    engine.empty_device()
+    assert not order.runs

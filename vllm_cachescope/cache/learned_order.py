@@ -241,9 +241,15 @@ class LearnedOrder:
         Returns:
             ``count`` keys; None if fewer may be evicted.
         """
-        self._ages.advance(now)
-        chosen = RunSelection(self, must_stay).take(count)
+        chosen = self.victims_up_to(count, now, must_stay)
         return chosen if len(chosen) == count else None
+
+    def victims_up_to(
+        self, count: int, now: float, must_stay: Callable[[bytes], bool]
+    ) -> list[bytes]:
+        """Return the ``count`` keys to evict first, or as many as may be evicted; see `victims`."""
+        self._ages.advance(now)
+        return RunSelection(self, must_stay).take(count)
 
     def victims_of(
         self, org: bytes, count: int, now: float, must_stay: Callable[[bytes], bool]

@@ -15,6 +15,8 @@ class EvictionSettings(Model):
     Attributes:
         policy: ``learned``: what is least likely to be used again soon; ``lifetime``: what has
             spent the largest share of its lifetime since its last use.
+        device: what the device evicts where nothing is known to be over. ``lru``: what is unused
+            for longest, as vLLM does; ``learned``: as ``policy``, at some microseconds a block.
         long_share: the share of the tier that is kept for what is marked to live longer than five
             minutes. Beyond it such chunks compete like all others. Of ``learned`` alone.
         prefetch_share: the share of the CPU tier that may hold, or be filled with, what remote
@@ -24,6 +26,7 @@ class EvictionSettings(Model):
     """
 
     policy: Literal["learned", "lifetime"] = "learned"
+    device: Literal["lru", "learned"] = "lru"
     long_share: Annotated[float, Field(ge=0, le=1)] = 0.2
     prefetch_share: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     state_file: Path | None = None

@@ -382,7 +382,9 @@ class CacheScopeConnector(OffloadingConnector):
 
     def command_end_session(self, owner: bytes) -> int:
         """Evict the blocks of a session first; return how many there are, copies counted."""
-        return self.cachescope.end_session(owner)
+        ended = self.cachescope.end_session(owner)
+        self._has_news |= ended > 0
+        return ended
 
     def command_sweep(self) -> int:
         """Drop everything that has expired, and what other engines have purged; return how many

@@ -13,11 +13,12 @@ from vllm_cachescope.cache.eviction_history import (
 )
 from vllm_cachescope.cache.ledger import Entry, Ledger
 from vllm_cachescope.cache.quotas import Quotas
-from vllm_cachescope.cache.runs import Ended
+from vllm_cachescope.cache.runs import Ended, RequestSignals
 from vllm_cachescope.config.eviction import EvictionSettings
 from vllm_cachescope.connectors.vllm.engine.counts import Counts
 from vllm_cachescope.connectors.vllm.engine.tiers.base import TierParent
 from vllm_cachescope.connectors.vllm.engine.tiers.cpu import CPU, CpuTier
+from vllm_cachescope.connectors.vllm.engine.tiers.cpu_order import make_learned
 from vllm_cachescope.connectors.vllm.engine.tiers.device import DEVICE, DeviceTier
 from vllm_cachescope.connectors.vllm.engine.tiers.device_order import DeviceOrder
 from vllm_cachescope.connectors.vllm.engine.tiers.device_quotas import DeviceQuotas
@@ -61,7 +62,10 @@ class LocalTiers:
         if (device_quotas := quotas.get(DEVICE)) is not None:
             self._device_quotas = DeviceQuotas(device_quotas, self._device, ledger, clock)
         # Behind the quotas, whose reserves change what vLLM takes next as well.
-        self._device_order = DeviceOrder(kv_cache.block_pool, ledger)
+        order = None
+        if eviction.device == "learned":
+            order = make_learned(eviction, kv_cache.block_pool.num_gpu_blocks)
+        self._device_order = DeviceOrder(kv_cache.block_pool, ledger, order)
         # Chunks that expired or were purged in the middle of a transfer. They are no longer in
         # the ledger, and dropped from the CPU tier when the transfer is over.
         self._overdue: set[bytes] = set()
@@ -97,6 +101,7 @@ class LocalTiers:
             self._history.drop(key)
         if on_device:
             self._ledger.place(key, DEVICE)
+            self._device_order.use(key, ttl_s, now)
         if key in self._overdue:
             # The copy in the CPU tier has the same content, and may stay.
             self._overdue.remove(key)
@@ -115,14 +120,19 @@ class LocalTiers:
     def note_ending(self, nonce: str, ended: Ended) -> bool:
         """Note how the answer to a request ended whose prompt has ``nonce``; return whether its
         blocks are in the CPU tier's order already."""
+        self._device_order.tell(nonce, ended)
         return self._cpu.note_ending(nonce, ended)
+
+    def end_request(self, keys: Sequence[bytes], signals: RequestSignals, nonce: str) -> None:
+        """Note that a request is over that has used ``keys``."""
+        self._device_order.use_request(keys, self._clock(), signals, nonce)
 
     def retire(self, keys: Sequence[bytes], at: float) -> dict[str, int]:
         """Have both tiers evict ``keys``, of which it is known that they are not needed, before
         others of their class, the last ones first; return how many each has of them. They can be
         read all the same, while they are there, and a use after ``at`` (seconds on the ledger's
         clock) keeps them."""
-        on_device = self._device_order.retire(reversed(keys), at)
+        on_device = self._device_order.retire(keys, at)
         return {DEVICE: on_device, CPU: self._cpu.retire(keys)}
 
     def now(self) -> float:
@@ -181,6 +191,7 @@ class LocalTiers:
         if entries:
             # All of them: a load may have just brought one to the device.
             self._device.drop(key for key, _ in entries)
+            self._device_order.remove(key for key, _ in entries)
         self._overdue.update(key for key, _ in in_memory)
         if self._overdue:
             self._overdue = self._cpu.drop(self._overdue)
@@ -249,6 +260,7 @@ class LocalTiers:
 
     def on_prefix_cache_reset(self) -> None:
         """Note that the prefix cache was emptied."""
+        self._device_order.clear()
         for key, entry in self._ledger.clear_tier(DEVICE):
             self._note_evicted(key, entry, EvictionReason.RESET, DEVICE)
 
@@ -259,11 +271,15 @@ class LocalTiers:
     def _displace(
         self, evicted: Iterable[tuple[bytes, bytes | None]], reason: EvictionReason
     ) -> None:
+        gone: list[bytes] = []
         for key, by in evicted:
+            gone.append(key)
             entry = self._ledger.get(key)
             if entry is not None and DEVICE in entry.tiers:
                 self._ledger.displace(key, DEVICE)
                 self._note_evicted(key, entry, reason, DEVICE, by)
+        if gone:
+            self._device_order.remove(gone)
 
     def _note_evicted(
         self,

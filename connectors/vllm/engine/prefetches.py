@@ -21,8 +21,11 @@ from vllm_cachescope.cache.tool_gaps import ToolGaps
 from vllm_cachescope.connectors.vllm.engine.block_layout import BlockLayout
 from vllm_cachescope.connectors.vllm.engine.counts import Counts
 from vllm_cachescope.connectors.vllm.engine.prompts import Prompts
-from vllm_cachescope.connectors.vllm.engine.tiers.cpu import Ahead, ScopePolicy
+from vllm_cachescope.connectors.vllm.engine.tier_events import TierEvents
+from vllm_cachescope.connectors.vllm.engine.tiers.base import Ahead
+from vllm_cachescope.connectors.vllm.engine.tiers.cpu import ScopePolicy
 from vllm_cachescope.connectors.vllm.engine.tiers.remote import RemoteTierManager
+from vllm_cachescope.logs import logger_of
 from vllm_cachescope.prompt.plan import Plan
 from vllm_cachescope.tiers.inquiries import Lookup
 
@@ -34,6 +37,9 @@ LONGEST_S = 5.0
 """How long one may take, in seconds; what has not come by then does not come."""
 
 MAX_WAITING = 256
+"""How many wait at most; the oldest of further ones is dropped."""
+
+logger = logger_of(__name__)
 
 
 @dataclass(slots=True)
@@ -66,8 +72,8 @@ class Prefetches:
         layout: how prompts are cut into blocks.
         on_device: whether the prefix cache holds a key.
         clock: the ledger's clock, in seconds.
-        share: the share of the CPU tier that may be under way, or have come and wait for its use.
         counts: counts what came of them.
+        chunks: how many chunks may be under way, or have come and wait for their use.
     """
 
     def __init__(
@@ -79,8 +85,8 @@ class Prefetches:
         layout: BlockLayout,
         on_device: Callable[[bytes], bool],
         clock: Callable[[], float],
-        share: float,
         counts: Counts,
+        chunks: int,
     ) -> None:
         self._manager = manager
         self._primary = manager.primary_tier
@@ -94,7 +100,7 @@ class Prefetches:
         self._on_device = on_device
         self._clock = clock
         self._counts = counts
-        self._chunks = int(share * self._primary._num_chunks)
+        self._chunks = chunks
         self._lock = getattr(manager, "lock", None) or nullcontext()
         self._gaps = ToolGaps()
         self._waiting: deque[str] = deque(maxlen=MAX_WAITING)
@@ -247,3 +253,35 @@ class Prefetches:
             if has_come and self._policy.get(OffloadKey(key)) is None:
                 del self._ahead[key]
                 self._counts.prefetched["wasted"] += 1
+
+
+def make_prefetches(
+    share: float,
+    manager: TieringOffloadingManager,
+    prompts: Prompts,
+    sessions: SessionPrompts,
+    remotes: Sequence[RemoteTierManager],
+    layout: BlockLayout,
+    on_device: Callable[[bytes], bool],
+    clock: Callable[[], float],
+    counts: Counts,
+    events: TierEvents,
+) -> Prefetches | None:
+    """Return the prefetches of an engine; None if it makes none.
+
+    Events of chunks that no request has asked for would tell routers of blocks without tokens; and
+    where a later block is of use without those before it, the first missing ones are not those to
+    bring.
+
+    Args:
+        share: the share of the CPU tier that they may fill.
+        events: the KV events of the tiers behind the device.
+        manager, prompts, sessions, remotes, layout, on_device, clock, counts: see `Prefetches`.
+    """
+    if share <= 0 or not remotes:
+        return None
+    if events.enabled or len(layout.groups) > 1 or layout.groups[0].window is not None:
+        logger.warning("eviction.prefetch_share: not with KV events, or several kinds of attention")
+        return None
+    chunks = int(share * manager.primary_tier._num_chunks)
+    return Prefetches(manager, prompts, sessions, remotes, layout, on_device, clock, counts, chunks)

@@ -27,7 +27,7 @@ from vllm_cachescope.connectors.vllm.engine.counts import Counts, Read
 from vllm_cachescope.connectors.vllm.engine.ends import Ends
 from vllm_cachescope.connectors.vllm.engine.local_tiers import LocalTiers
 from vllm_cachescope.connectors.vllm.engine.miss_explainer import MissExplainer
-from vllm_cachescope.connectors.vllm.engine.prefetches import Prefetches
+from vllm_cachescope.connectors.vllm.engine.prefetches import make_prefetches
 from vllm_cachescope.connectors.vllm.engine.pressure import Pressure
 from vllm_cachescope.connectors.vllm.engine.prompt_plans import (
     REFUSED_TTL_S,
@@ -41,13 +41,10 @@ from vllm_cachescope.connectors.vllm.engine.tiers.base import TierParent
 from vllm_cachescope.connectors.vllm.engine.tiers.cpu import CPU
 from vllm_cachescope.connectors.vllm.engine.tiers.device import DEVICE
 from vllm_cachescope.connectors.vllm.engine.tiers.remote import refresh, remote_tiers
-from vllm_cachescope.logs import logger_of
 from vllm_cachescope.prompt.plan import Plan
 from vllm_cachescope.tenancy.org_labels import OrgLabels
 from vllm_cachescope.tenancy.owner_tags import NOBODY
 from vllm_cachescope.usage.prices import Multipliers
-
-logger = logger_of(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,19 +124,18 @@ class CacheScopeConnectorScheduler(TierParent):
         self.remotes = remote_tiers(offloading)
         for remote in self.remotes:
             remote.bind(self)
-        self.prefetches: Prefetches | None = None
-        if can_prefetch(settings, events) and self.remotes:
-            self.prefetches = Prefetches(
-                offloading,
-                self._prompts,
-                self._ends.prompts,
-                self.remotes,
-                self._layout,
-                self.local.on_device,
-                clock,
-                settings.eviction.prefetch_share,
-                self.counts,
-            )
+        self.prefetches = make_prefetches(
+            settings.eviction.prefetch_share if settings.eviction.policy == "learned" else 0.0,
+            offloading,
+            self._prompts,
+            self._ends.prompts,
+            self.remotes,
+            self._layout,
+            self.local.on_device,
+            clock,
+            self.counts,
+            events,
+        )
         self._reporter = PromptReporter(
             self._layout,
             history,
@@ -264,6 +260,8 @@ class CacheScopeConnectorScheduler(TierParent):
         if self.prefetches is not None:
             self.prefetches.on_used(prompt.used)
         prompt.output_tokens = request.num_output_tokens
+        signals = RequestSignals(prompt.output_tokens, ended=prompt.ended)
+        self.local.end_request(prompt.used, signals, prompt.plan.nonce)
         prompt.request = None
         prompt.promoted.clear()
         self._note_change(prompt.plan)
@@ -490,16 +488,3 @@ class CacheScopeConnectorScheduler(TierParent):
             # It may have been stored with a longer lifetime than this prompt asks for.
             if key in self._ledger and not self._ledger.is_expired(key, now):
                 self._ledger.touch(key, ttl_s, now)
-
-
-def can_prefetch(settings: EngineSettings, events: TierEvents) -> bool:
-    """Whether the engine prefetches. Events of chunks that no request has asked for would tell
-    routers of blocks without tokens; and where a later block is of use without those before it, the
-    first ones that are missing are not those to bring."""
-    groups, wanted = settings.layout.groups, settings.eviction.prefetch_share > 0
-    if not wanted or settings.eviction.policy != "learned":
-        return False
-    if events.enabled or len(groups) > 1 or groups[0].window is not None:
-        logger.warning("eviction.prefetch_share: not with KV events, or several kinds of attention")
-        return False
-    return True

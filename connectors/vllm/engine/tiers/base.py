@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection
+from dataclasses import dataclass
 
 from vllm.v1.kv_offload.base import OffloadKey, ReqContext
 from vllm.v1.request import Request
@@ -10,6 +11,12 @@ from vllm_cachescope.cache.eviction_history import EvictionReason
 from vllm_cachescope.cache.ledger import Entry, Ledger
 from vllm_cachescope.cache.runs import RequestSignals
 from vllm_cachescope.prompt.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Ahead:
+    """Among a request's state in the tiers: it stands for one that is yet to come, and uses nothing
+    itself."""
 
 
 class TierParent(ABC):

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from math import inf
 from typing import Any
 
@@ -29,7 +28,7 @@ from vllm_cachescope.cache.quotas import Quotas
 from vllm_cachescope.cache.runs import Ended
 from vllm_cachescope.config.eviction import EvictionSettings
 from vllm_cachescope.connectors.vllm.engine.pressure import writer_of
-from vllm_cachescope.connectors.vllm.engine.tiers.base import TierParent
+from vllm_cachescope.connectors.vllm.engine.tiers.base import Ahead, TierParent
 from vllm_cachescope.connectors.vllm.engine.tiers.cpu_order import make_order
 from vllm_cachescope.tenancy.owner_tags import NOBODY
 
@@ -37,12 +36,6 @@ CPU = "cpu"
 
 MAX_UNTOLD = 4096
 """Of so many requests that are over it is still waited for how their answers ended."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ahead:
-    """Among a request's state in the tiers: it stands for one that is yet to come, and uses nothing
-    itself."""
 
 
 class ScopePolicy(CachePolicy):

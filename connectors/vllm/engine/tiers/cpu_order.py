@@ -14,6 +14,10 @@ from vllm_cachescope.logs import logger_of
 logger = logger_of(__name__)
 
 
+def _no_reserve(org: bytes) -> int:
+    return 0
+
+
 def make_order(
     settings: EvictionSettings, quotas: Quotas | None, chunks: int
 ) -> LifetimeShare | LearnedOrder:
@@ -27,16 +31,13 @@ def make_order(
     reserve: Callable[[bytes], int] = quotas.reserve if quotas is not None else _no_reserve
     if settings.policy == "lifetime":
         return LifetimeShare(reserve)
-    fits, path = ThreadPoolExecutor(1, "cachescope-eviction"), settings.state_file
-
-    def compute(fit: Callable[[], None]) -> None:
-        fits.submit(fit).add_done_callback(_tell)
+    path = settings.state_file
 
     def keep(counted: Counted) -> None:
         if path is not None:
             write_learned(path, counted)
 
-    order = LearnedOrder(reserve, int(chunks * settings.long_share), compute, keep)
+    order = make_learned(settings, chunks, reserve, keep)
     if path is not None and (state := read_learned(path)) is not None:
         if order.restore(state):
             logger.info("eviction.state_file: goes on from what %s holds", path)
@@ -45,11 +46,29 @@ def make_order(
     return order
 
 
+def make_learned(
+    settings: EvictionSettings,
+    blocks: int,
+    reserve: Callable[[bytes], int] = _no_reserve,
+    keep: Callable[[Counted], None] = lambda counted: None,
+) -> LearnedOrder:
+    """Return an empty order that learns, on a thread of its own.
+
+    Args:
+        settings: how.
+        blocks: how many blocks its tier has.
+        reserve: returns how many blocks of an organisation are spared.
+        keep: gets what was learned.
+    """
+    fits = ThreadPoolExecutor(1, "cachescope-eviction")
+
+    def compute(fit: Callable[[], None]) -> None:
+        fits.submit(fit).add_done_callback(_tell)
+
+    return LearnedOrder(reserve, int(blocks * settings.long_share), compute, keep)
+
+
 def _tell(fit: "Future[None]") -> None:
     # The order goes on with the prices that it has.
     if (error := fit.exception()) is not None:
         logger.error("The order of eviction could not be fitted", exc_info=error)
-
-
-def _no_reserve(org: bytes) -> int:
-    return 0
