@@ -36,6 +36,10 @@ class PriceFits:
         self._next_fit = _FIRST_FIT
         self._fitted: Prices | None = None
 
+    def is_due(self) -> bool:
+        """Whether the next request that is over begins a fit."""
+        return self._requests + 1 >= self._next_fit
+
     def count_request(self) -> bool:
         """Note that a request is over; return whether other prices count from now on."""
         self._requests += 1

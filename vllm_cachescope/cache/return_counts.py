@@ -120,8 +120,10 @@ class ReturnCounts:
     def add_stay(self, cell: int, later: int, runs: int) -> None:
         """So many runs have passed through ``cell``, and those behind it, up to ``later``."""
         exposure, bin_ = self._exposure, cell % BINS
-        for passed in range(later - cell):
-            exposure[cell + passed] += runs * WIDTHS[bin_ + passed]
+        while cell < later:
+            exposure[cell] += runs * WIDTHS[bin_]
+            cell += 1
+            bin_ += 1
 
     def fade(self, factor: float) -> None:
         """Forget a part of all that was counted: what no longer holds loses its weight."""
