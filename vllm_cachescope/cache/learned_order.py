@@ -172,7 +172,7 @@ class LearnedOrder:
                 gone[run] = gone.get(run, 0) + 1
         held: dict[Place, int] = {}
         for run, blocks in gone.items():
-            place = run.place
+            place = _place_of(run)
             held[place] = held.get(place, 0) + blocks
             run.live -= blocks
             if not run.live:
@@ -205,7 +205,7 @@ class LearnedOrder:
         runs = {run: None for key in wanted if (run := self._run_of.get(key)) is not None}
         over: dict[Place, Run] = {}
         for old in sorted(runs, key=lambda run: run.used_at):
-            place = old.place
+            place = _place_of(old)
             if (run := over.get(place)) is None:
                 run = over[place] = Run([], OVER, self._moment(self._used_at), old.turn, False)
             of_old = [k for k in old.keys if k in wanted and self._run_of.get(k) is old]
@@ -310,9 +310,8 @@ class LearnedOrder:
 
     def _change(self, run: Run, kind: Kind) -> None:
         """Give a run another kind. Its age begins anew, by the little that the news took."""
-        place = run.place
         run.cell, run.used_at = self._counts.number(kind) * BINS, self._moment(self._used_at)
-        self._begin(run, place)
+        self._begin(run, _place_of(run))
 
     def _gather(self, run: Run, place: Place) -> None:
         """Move the blocks of a run there from where they were."""
@@ -338,7 +337,7 @@ class LearnedOrder:
         if old is None:
             self._hold(place, 1)
             return
-        old_place = old.place
+        old_place = _place_of(old)
         if old_place is not place:
             self._hold(place, 1)
             self._hold(old_place, -1)
@@ -413,3 +412,9 @@ class LearnedOrder:
         place = self._places.pop((org, is_long), None)
         if place is not None:
             place.listed = [None, None]
+
+
+def _place_of(run: Run) -> Place:
+    """Return the place of a run that has blocks."""
+    assert run.place is not None
+    return run.place

@@ -12,14 +12,22 @@ _YOUNG = 3
 """Runs leave the first bin for this one, of 2.25 s: what is younger goes by the price of what has
 just been used, and need not be moved twice meanwhile."""
 
-NEXT_BIN = tuple(max(bin_ + 1, _YOUNG) for bin_ in range(BINS))
+_NEXT = tuple(max(bin_ + 1, _YOUNG) for bin_ in range(BINS))
 """The bin behind each; the last has none."""
 
-LEAVES_AT = tuple(EDGES[NEXT_BIN[bin_]] if bin_ < BINS - 1 else inf for bin_ in range(BINS))
+LEAVES_AT = tuple(EDGES[_NEXT[bin_]] if bin_ < BINS - 1 else inf for bin_ in range(BINS))
 """The age in seconds at which a run leaves a bin."""
 
 _LEFT = (0, *range(_YOUNG, BINS - 1))
 """The bins that runs leave, from the youngest on."""
+
+
+def bin_behind(bin_: int, used_at: float, now: float) -> int:
+    """Return the bin that a run has reached at ``now`` which was used at ``used_at`` (seconds), if
+    it was in ``bin_`` before."""
+    while used_at + LEAVES_AT[bin_] <= now:
+        bin_ = _NEXT[bin_]
+    return bin_
 
 
 class RunAges:
@@ -55,7 +63,7 @@ class RunAges:
             queue = self._queues[bin_]
             if not queue:
                 continue
-            leaves_at, later = LEAVES_AT[bin_], NEXT_BIN[bin_]
+            leaves_at, later = LEAVES_AT[bin_], _NEXT[bin_]
             append, step = self._queues[later].append, later - bin_
             while queue:
                 run = queue[0]
