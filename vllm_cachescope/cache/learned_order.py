@@ -53,7 +53,7 @@ class LearnedOrder:
         reserve: returns how many blocks of an organisation are spared, by its tag.
         long_blocks: how many blocks that are marked to live longer are kept first.
         compute: runs a fit, given as a function without arguments, now or on another thread.
-        on_fit: gets the counts that a fit was made from, where the fit runs.
+        on_fit: gets the counts that a fit was made from, now and then, where the fit runs.
     """
 
     def __init__(

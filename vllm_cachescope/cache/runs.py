@@ -153,7 +153,7 @@ def conversation_kind(turn: int, new_blocks: int, signals: RequestSignals) -> Ki
     return (
         Group.CONVERSATION,
         min(octave(turn), 3),
-        min(octave(new_blocks), 6),
+        min(octave(new_blocks), 7),
         output,
         UNKNOWN if signals.ended is None else int(signals.ended),
     )
