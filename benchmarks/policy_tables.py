@@ -131,24 +131,24 @@ def agents(recorded: Sequence[Requests]) -> None:
             live = live_blocks(clones, load.agents)
             told = [replace(request, org="") for request in clones]
             untold = [replace(one, signals=replace(one.signals, ended=None)) for one in told]
+            best = [_ratio("belady", told, live, part) for part in PARTS]
             rows = [("learned", told), ("learned, not told", untold)]
             for row, of in [*rows, *((policy, told) for policy in POLICIES)]:
-                policy = row.partition(",")[0]
+                found = [_ratio(row.partition(",")[0], of, live, part) for part in PARTS]
                 shares.setdefault(row, []).append(
-                    [_share(policy, of, live, part) for part in PARTS]
+                    [ratio / most for ratio, most in zip(found, best, strict=True)]
                 )
         for row, of_seed in shares.items():
-            cells = (" ".join(f"{one:.2f}".removeprefix("0") for one in of) for of in zip(*of_seed))
+            cells = (
+                " ".join(f"{one:.2f}".removeprefix("0") for one in of)
+                for of in zip(*of_seed, strict=True)
+            )
             _row(name, row, *cells)
 
 
-def _share(policy: str, requests: Requests, live: int, part: float) -> float:
+def _ratio(policy: str, requests: Requests, live: int, part: float) -> float:
     capacity = max(1, int(live * part))
-    ratios = [
-        replay(requests, make_cache(name, capacity, requests, _SHARE), _BLOCK).total.ratio
-        for name in (policy, "belady")
-    ]
-    return ratios[0] / ratios[1]
+    return replay(requests, make_cache(policy, capacity, requests, _SHARE), _BLOCK).total.ratio
 
 
 CHAT_TABLES = {"results": results, "features": features, "marks": marks}
@@ -160,7 +160,7 @@ def main() -> int:
     parser.add_argument("--trace", type=Path, action="append", required=True)
     parser.add_argument("--table", action="append", choices=[*CHAT_TABLES, "agents"])
     options = parser.parse_args()
-    calls = [list(read_traffic(path)) for path in options.trace]
+    calls = [read_traffic(path) for path in options.trace]
     blocks = [call for one in calls for call in one if isinstance(call, BlockCall)]
     texts = [
         traced(one, _BLOCK, None) for one in calls if one and not isinstance(one[0], BlockCall)
