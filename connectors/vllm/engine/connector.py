@@ -290,11 +290,15 @@ class CacheScopeConnector(OffloadingConnector):
         return has_news or super().has_pending_push_work()
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
-        stats = super().get_kv_connector_stats()
         if self.connector_scheduler is None:
-            return stats
+            return super().get_kv_connector_stats()
         # The scheduler asks for them once at the end of each step.
         self.cachescope.on_step_end()
+        copies = self.connector_scheduler._connector_stats
+        if copies.is_empty() and not self._stats.are_due(self.cachescope.is_idle):
+            # What else there is adds up by itself.
+            return None
+        stats = super().get_kv_connector_stats()
         self._has_news = self._purges.has_news = False
         if stats is not None:
             assert isinstance(stats, OffloadingConnectorStats)

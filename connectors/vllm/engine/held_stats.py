@@ -25,6 +25,14 @@ class HeldStats:
         """Add what a step has brought."""
         self._held.aggregate(stats)
 
+    def are_due(self, is_idle: bool) -> bool:
+        """Whether the statistics are to be taken.
+
+        Args:
+            is_idle: whether no request runs, and there may be no further step.
+        """
+        return is_idle or self._clock() >= self._due_at
+
     def take(self, is_idle: bool) -> OffloadingConnectorStats | None:
         """Return the statistics that are held, and hold none of them any more; None if they are not
         due.
@@ -32,9 +40,8 @@ class HeldStats:
         Args:
             is_idle: whether no request runs, and there may be no further step.
         """
-        now = self._clock()
-        if now < self._due_at and not is_idle:
+        if not self.are_due(is_idle):
             return None
-        self._due_at = now + HELD_S
+        self._due_at = self._clock() + HELD_S
         taken, self._held = self._held, OffloadingConnectorStats()
         return taken

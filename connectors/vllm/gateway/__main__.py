@@ -15,7 +15,6 @@ from vllm_cachescope.connectors.vllm.gateway.app import known_api_keys, serve
 def main(settings: str, host: str, port: str, upstream: str, *engines: str) -> int:
     """Serve until the process is told to end; return 2 on a mistake in the configuration."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(asctime)s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         config = config_check.load_checked(json.loads(settings))
         uvloop.run(serve(config, upstream, engines, host, int(port), known_api_keys()))

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-import httpx
+import aiohttp
 import uvicorn
 from prometheus_client import CollectorRegistry, generate_latest
 from starlette.applications import Starlette
@@ -128,7 +128,7 @@ async def _up(
         try:
             facts, *_ = await ports.call("facts")
             return await upstream.model_name(headers), facts
-        except (httpx.HTTPError, TimeoutError) as error:
+        except (aiohttp.ClientError, TimeoutError) as error:
             if said_at is None or clock() - said_at > 30:
                 said_at = clock()
                 logger.info("Waiting for the server: %s", error)

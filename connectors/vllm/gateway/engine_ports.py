@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-import httpx
+import aiohttp
 import msgspec
 
 from vllm_cachescope.connectors.vllm.engine_command import PATH, sealed
@@ -12,7 +12,7 @@ from vllm_cachescope.connectors.vllm.engine_processes import ANSWER_S
 
 
 class EnginePorts:
-    """The engines behind one server, each at a port of its own.
+    """The engines behind one server, each at a port of its own. To be made on the event loop.
 
     Args:
         urls: the ports' addresses, by rank.
@@ -22,7 +22,7 @@ class EnginePorts:
     def __init__(self, urls: Sequence[str], secret: bytes) -> None:
         self._urls = [f"{url.rstrip('/')}{PATH}" for url in urls]
         self._secret = secret
-        self._client = httpx.AsyncClient(timeout=ANSWER_S, trust_env=False)
+        self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(ANSWER_S))
 
     async def call(self, command: str, *args: Any) -> list[Any]:
         """Do a command in every engine; see `engine_rpc.call`.
@@ -35,11 +35,11 @@ class EnginePorts:
     async def _call(self, url: str, command: str, args: Sequence[Any]) -> Any:
         try:
             body = sealed(command, list(args), self._secret)
-            answer = (await self._client.post(url, content=body)).raise_for_status()
-        except httpx.HTTPError as error:
+            async with self._session.post(url, data=body, raise_for_status=True) as answer:
+                return msgspec.msgpack.decode(await answer.read())
+        except (aiohttp.ClientError, TimeoutError) as error:
             raise TimeoutError(f"{url}: {error}") from error
-        return msgspec.msgpack.decode(answer.content)
 
     async def close(self) -> None:
         """Close all connections."""
-        await self._client.aclose()
+        await self._session.close()

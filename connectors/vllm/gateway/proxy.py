@@ -5,9 +5,10 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
+from http import HTTPStatus
 from typing import Any
 
-import httpx
+import aiohttp
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
@@ -17,7 +18,11 @@ from vllm_cachescope.api.request_context import PromptTiming, RequestContext, cu
 from vllm_cachescope.cache.report import Report
 from vllm_cachescope.connectors.vllm.gateway.answer import Answer, ends, tells_usage
 from vllm_cachescope.connectors.vllm.gateway.planner import OpenPlanner, has_one_prompt, with_plan
-from vllm_cachescope.connectors.vllm.gateway.upstream import Upstream, replied_headers
+from vllm_cachescope.connectors.vllm.gateway.upstream import (
+    Response,
+    Upstream,
+    replied_headers,
+)
 from vllm_cachescope.logs import logger_of
 from vllm_cachescope.prompt.open_plan import OpenPlan
 from vllm_cachescope.prompt.request import Protocol
@@ -67,7 +72,7 @@ class Proxy:
         exchange = Exchange(scope, send)
         try:
             await self._answer(scope, receive, exchange)
-        except httpx.TransportError as error:
+        except aiohttp.ClientConnectionError as error:
             if exchange.has_begun:
                 raise
             message = f"the server behind this gateway does not answer: {error}"
@@ -94,13 +99,13 @@ class Proxy:
             scope["method"], exchange.target, scope["headers"], raw
         )
         try:
-            if scope["path"] == "/metrics" and response.status_code == httpx.codes.OK:
+            if scope["path"] == "/metrics" and response.status == HTTPStatus.OK:
                 await exchange.begin(response)
-                await exchange.body(await response.aread() + self._metrics(), more=False)
+                await exchange.body(await response.read() + self._metrics(), more=False)
             else:
                 await exchange.copy(response)
         finally:
-            await response.aclose()
+            response.close()
 
     async def _run(
         self,
@@ -132,24 +137,24 @@ class Proxy:
             try:
                 keeps_tokens = body.get("return_token_ids") is True
                 answer = Answer(keeps_tokens, prompt.came, prompt.reported, prompt.put_out)
-                if not is_told or response.status_code != httpx.codes.OK:
+                if not is_told or response.status != HTTPStatus.OK:
                     await exchange.copy(response)
                 elif response.headers.get("content-type", "").startswith("text/event-stream"):
                     await self._stream(response, answer, prompt, exchange)
                 else:
-                    whole = answer.whole(await response.aread())
+                    whole = answer.whole(await response.read())
                     await exchange.begin(response)
                     await exchange.body(whole, more=False)
             finally:
-                prompt.over(was_run=response.status_code == httpx.codes.OK)
-                await response.aclose()
+                prompt.over(was_run=response.status == HTTPStatus.OK)
+                response.close()
 
     async def _stream(
-        self, response: httpx.Response, answer: Answer, prompt: "ServedPrompt", exchange: "Exchange"
+        self, response: Response, answer: Answer, prompt: "ServedPrompt", exchange: "Exchange"
     ) -> None:
         await exchange.begin(response)
         is_over = False
-        async for chunk in response.aiter_raw():
+        async for chunk in response.content.iter_any():
             out: list[bytes] = []
             for event in answer.events(chunk):
                 is_over |= ends(event)
@@ -183,13 +188,13 @@ class Exchange:
         self.has_begun = False
         self._send = send
 
-    async def begin(self, response: httpx.Response) -> None:
+    async def begin(self, response: Response) -> None:
         """Send the head of an answer."""
         self.has_begun = True
         await self._send(
             {
                 "type": "http.response.start",
-                "status": response.status_code,
+                "status": response.status,
                 "headers": replied_headers(response),
             }
         )
@@ -198,10 +203,10 @@ class Exchange:
         """Send a part of an answer's body."""
         await self._send({"type": "http.response.body", "body": body, "more_body": more})
 
-    async def copy(self, response: httpx.Response) -> None:
+    async def copy(self, response: Response) -> None:
         """Send an answer as it is."""
         await self.begin(response)
-        async for chunk in response.aiter_raw():
+        async for chunk in response.content.iter_any():
             await self.body(chunk)
         await self.body(b"", more=False)
 
