@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.examples import examples
-from vllm_cachescope.cache import learned_order
+from vllm_cachescope.cache import gone_runs
 from vllm_cachescope.cache.learned_order import LearnedOrder
 from vllm_cachescope.cache.return_counts import (
     BINS,
@@ -258,7 +258,7 @@ def test_it_forgets_what_no_longer_holds() -> None:
 
 
 def test_memory_is_bounded_whatever_clients_send(monkeypatch) -> None:
-    monkeypatch.setattr(learned_order, "MAX_EVICTED_RUNS", 100)
+    monkeypatch.setattr(gone_runs, "MAX_GONE_RUNS", 100)
     order, held = LearnedOrder(), []
     tracemalloc.start()
     for number in range(2000):

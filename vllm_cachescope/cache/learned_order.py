@@ -1,10 +1,11 @@
 """The learned order of eviction: what is least likely to be used again soon goes first."""
 
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import inf, nextafter
 from typing import Any
 
+from vllm_cachescope.cache.gone_runs import GoneRuns
 from vllm_cachescope.cache.place_listing import PlaceListing
 from vllm_cachescope.cache.price_fits import PriceFits
 from vllm_cachescope.cache.prompt_parts import parts_of
@@ -31,10 +32,6 @@ Piece = tuple[Sequence[bytes], int, bytes]
 LONG_TTL_S = 300
 """A longer lifetime than this, the shortest that clients can ask for, is a claim to be kept."""
 
-MAX_EVICTED_RUNS = 65_536
-"""So many runs are remembered after their last block is gone, so that their return is seen; some
-300 bytes each."""
-
 _RELISTED = 8
 
 _TOGETHER_S = 0.1
@@ -56,7 +53,7 @@ class LearnedOrder:
         reserve: returns how many blocks of an organisation are spared, by its tag.
         long_blocks: how many blocks that are marked to live longer are kept first.
         compute: runs a fit, given as a function without arguments, now or on another thread.
-        on_fit: gets the counts that a fit was made from, where the fit runs.
+        on_fit: gets the counts that a fit was made from, now and then, where the fit runs.
     """
 
     def __init__(
@@ -72,12 +69,11 @@ class LearnedOrder:
         self._counts = ReturnCounts()
         self._fits = PriceFits(self._counts, compute, on_fit)
         self._run_of: dict[bytes, Run] = {}
-        self._evicted: OrderedDict[bytes, Run] = OrderedDict()
+        self._gone = GoneRuns(self._counts)
         self._held: Counter[bytes] = Counter()
         self._places: dict[tuple[bytes, bool], Place] = {}
         self.listing = PlaceListing(self._places)
-        self._nowhere = Place(b"", False)
-        self._ages = RunAges(self._counts, self._entered)
+        self._ages = RunAges(self._counts, self._enter)
         self._used_at = -inf
         self._stale: list[Place] = []
         self._open: Run | None = None
@@ -116,7 +112,7 @@ class LearnedOrder:
         self._move(key, run, place)
         run.live += 1
         if is_empty:
-            self._enter(run, place)
+            self._begin(run, place)
 
     def use_request(
         self, pieces: Iterable[Piece], now: float, signals: RequestSignals = NO_SIGNALS
@@ -134,7 +130,7 @@ class LearnedOrder:
         keys = pieces[0][0] if len(pieces) == 1 else [key for piece in pieces for key in piece[0]]
         if not keys:
             return
-        found = list(stretches(keys, self._run_of, self._evicted))
+        found = list(stretches(keys, self._run_of, self._gone.runs))
 
         def on_return(run: Run, stretch: Stretch) -> None:
             self._count_return(run, stretch, now)
@@ -153,10 +149,12 @@ class LearnedOrder:
                 end = min(kind_end, piece_end)
                 run = Run(list(keys[start:end]), cell, used_at, turn, is_shared)
                 self._gather(run, place)
-                self._enter(run, place)
+                self._begin(run, place)
                 start = end
                 if start == kind_end:
                     kind_end, cell, turn, is_shared = next(ends, (len(keys) + 1, 0, 0, False))
+        if self._fits.is_due():
+            self._gone.advance(now)
         if self._fits.count_request():
             self._stale = list(self._places.values())
         self._relist()
@@ -174,8 +172,7 @@ class LearnedOrder:
                 gone[run] = gone.get(run, 0) + 1
         held: dict[Place, int] = {}
         for run, blocks in gone.items():
-            place = run.place
-            assert isinstance(place, Place)
+            place = _place_of(run)
             held[place] = held.get(place, 0) + blocks
             run.live -= blocks
             if not run.live:
@@ -208,8 +205,7 @@ class LearnedOrder:
         runs = {run: None for key in wanted if (run := self._run_of.get(key)) is not None}
         over: dict[Place, Run] = {}
         for old in sorted(runs, key=lambda run: run.used_at):
-            place = old.place
-            assert isinstance(place, Place)
+            place = _place_of(old)
             if (run := over.get(place)) is None:
                 run = over[place] = Run([], OVER, self._moment(self._used_at), old.turn, False)
             of_old = [k for k in old.keys if k in wanted and self._run_of.get(k) is old]
@@ -218,7 +214,7 @@ class LearnedOrder:
                 self._move(key, run, place)
         for place, run in over.items():
             run.live = run.size = len(run.keys)
-            self._enter(run, place)
+            self._begin(run, place)
         return sum(run.live for run in over.values())
 
     def clear(self) -> None:
@@ -327,20 +323,17 @@ class LearnedOrder:
     def _count_return(self, run: Run, stretch: Stretch, now: float) -> None:
         used = stretch.end - stretch.start
         part = used / max(used, run.size)
+        if run.place is None:
+            self._gone.take(run, now)
         self._counts.add_return(run.cell, now - run.used_at, part)
         run.size = max(0, run.size - used)
-        if run.place is self._nowhere:
-            self._forget(run)
-        else:
-            # Whether what is left of it returns could no longer be told by its first block.
-            run.first = None
+        # Whether what is left of it returns could no longer be told by its first block.
+        run.first = None
 
     def _change(self, run: Run, kind: Kind) -> None:
         """Give a run another kind. Its age begins anew, by the little that the news took."""
-        place = run.place
-        assert isinstance(place, Place)
         run.cell, run.used_at = self._counts.number(kind) * BINS, self._moment(self._used_at)
-        self._enter(run, place)
+        self._begin(run, _place_of(run))
 
     def _gather(self, run: Run, place: Place) -> None:
         """Move the blocks of a run there from where they were."""
@@ -366,23 +359,22 @@ class LearnedOrder:
         if old is None:
             self._hold(place, 1)
             return
-        old_place = old.place
+        old_place = _place_of(old)
         if old_place is not place:
-            assert isinstance(old_place, Place)
             self._hold(place, 1)
             self._hold(old_place, -1)
         old.live -= 1
         if not old.live:
             self._end(old)
 
-    def _enter(self, run: Run, place: Place) -> None:
-        if place.add(run):
-            self._entered(run, place)
+    def _begin(self, run: Run, place: Place) -> None:
+        """Note that a run has just been used."""
+        self._ages.begin(run)
+        self._enter(run, place)
 
-    def _entered(self, run: Run, place: Place) -> None:
-        """Note that a place has got a cell, with a run."""
-        self._ages.list(place, run.cell, run.used_at)
-        if place is self._nowhere:
+    def _enter(self, run: Run, place: Place) -> None:
+        """Put a run into its cell."""
+        if not place.add(run):
             return
         rank = self.prices.of(run.cell), run.used_at
         place.price(run.cell, rank, self.prices)
@@ -393,21 +385,9 @@ class LearnedOrder:
 
     def _end(self, run: Run) -> None:
         """Note that a run has no blocks left: from now on it is only remembered."""
-        run.keys = []
-        if run.first is None or run.size <= 0 or run.is_open:
-            run.place = None
-            return
-        if (before := self._evicted.pop(run.first, None)) is not None:
-            before.place = None
-        self._evicted[run.first] = run
-        self._enter(run, self._nowhere)
-        if len(self._evicted) > MAX_EVICTED_RUNS:
-            self._evicted.popitem(last=False)[1].place = None
-
-    def _forget(self, run: Run) -> None:
-        run.place = None
-        if run.first is not None and self._evicted.get(run.first) is run:
-            del self._evicted[run.first]
+        run.keys, run.place = [], None
+        if run.first is not None and run.size > 0 and not run.is_open:
+            self._gone.add(run)
 
     # Ages.
 
@@ -454,3 +434,9 @@ class LearnedOrder:
         place = self._places.pop((org, is_long), None)
         if place is not None:
             place.listed = [None, None]
+
+
+def _place_of(run: Run) -> Place:
+    """Return the place of a run that has blocks."""
+    assert run.place is not None
+    return run.place

@@ -5,9 +5,15 @@ from collections.abc import Callable
 from vllm_cachescope.cache.return_counts import Counted, ReturnCounts
 from vllm_cachescope.cache.return_prices import RECENCY, Prices, fit_prices
 
-_FIRST_FIT, _FIT_EVERY = 32, 256
-_FADE = 0.98
-"""What is left of the counts after each fit: half of them after 9,000 requests."""
+_FIRST_FIT, _FIT_EVERY = 16, 32
+_KINDS_A_REQUEST = 5
+"""A fit takes some 17 µs a kind: with many kinds it is made less often."""
+
+_TOLD_EVERY = 256
+"""Counts are told after so many requests: they may be written to a file."""
+
+_HALF_LIFE = 9_000
+"""After so many requests half of what was counted before is left."""
 
 
 class PriceFits:
@@ -16,7 +22,7 @@ class PriceFits:
     Args:
         counts: what is counted.
         compute: runs a fit, given as a function without arguments, now or on another thread.
-        on_fit: gets the counts that a fit was made from, where the fit runs.
+        on_fit: gets the counts that a fit was made from, now and then, where the fit runs.
 
     Attributes:
         prices: the prices that count.
@@ -32,14 +38,21 @@ class PriceFits:
         self._counts = counts
         self._compute = compute
         self._on_fit = on_fit
-        self._requests = 0
+        self._requests = self._fitted_at = 0
+        self._told_at: int | None = None
+        self._is_fitting = False
         self._next_fit = _FIRST_FIT
         self._fitted: Prices | None = None
 
+    def is_due(self) -> bool:
+        """Whether the next request that is over begins a fit."""
+        return self._requests + 1 >= self._next_fit and not self._is_fitting
+
     def count_request(self) -> bool:
         """Note that a request is over; return whether other prices count from now on."""
+        is_due = self.is_due()
         self._requests += 1
-        if self._requests >= self._next_fit:
+        if is_due:
             self.fit()
         if self._fitted is None:
             return False
@@ -48,12 +61,21 @@ class PriceFits:
 
     def fit(self) -> None:
         """Begin a fit."""
-        self._next_fit = self._requests + max(_FIRST_FIT, min(_FIT_EVERY, self._requests // 4))
-        counted = self._counts.counted()
-        self._counts.fade(_FADE)
-        self._compute(lambda: self._fit_to(counted))
+        counted, requests = self._counts.counted(), self._requests
+        most = max(_FIT_EVERY, len(counted.kinds) // _KINDS_A_REQUEST)
+        self._next_fit = requests + max(_FIRST_FIT, min(most, requests // 4))
+        self._counts.fade(0.5 ** ((requests - self._fitted_at) / _HALF_LIFE))
+        self._fitted_at, self._is_fitting = requests, True
+        tells = self._told_at is None or requests >= self._told_at + _TOLD_EVERY
+        if tells:
+            self._told_at = requests
+        self._compute(lambda: self._fit_to(counted, tells))
 
-    def _fit_to(self, counted: Counted) -> None:
+    def _fit_to(self, counted: Counted, tells: bool) -> None:
         # May run on another thread: the scheduler's takes the result over with its next request.
-        self._fitted = fit_prices(counted)
-        self._on_fit(counted)
+        try:
+            self._fitted = fit_prices(counted)
+        finally:
+            self._is_fitting = False
+        if tells:
+            self._on_fit(counted)

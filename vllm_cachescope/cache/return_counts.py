@@ -28,6 +28,8 @@ WIDTHS: tuple[float, ...] = (
 )
 """How long a bin lasts, in seconds; the last one, which has no end, as long as all before it."""
 
+_WIDTHS = np.array(WIDTHS)
+
 OVER = -1
 """The cell of runs of which it is known that nobody will use them again: of no kind, and in the
 last bin, which no run leaves."""
@@ -120,8 +122,17 @@ class ReturnCounts:
     def add_stay(self, cell: int, later: int, runs: int) -> None:
         """So many runs have passed through ``cell``, and those behind it, up to ``later``."""
         exposure, bin_ = self._exposure, cell % BINS
-        for passed in range(later - cell):
-            exposure[cell + passed] += runs * WIDTHS[bin_ + passed]
+        while cell < later:
+            exposure[cell] += runs * WIDTHS[bin_]
+            cell += 1
+            bin_ += 1
+
+    def add_stays(self, cells: NDArray[np.int64], steps: NDArray[np.int64]) -> None:
+        """A run has passed through each of ``cells``, and so many cells with it."""
+        exposure = np.frombuffer(self._exposure)
+        for passed in range(steps.max(initial=0)):
+            through = cells[steps > passed] + passed
+            np.add.at(exposure, through, _WIDTHS[through % BINS])
 
     def fade(self, factor: float) -> None:
         """Forget a part of all that was counted: what no longer holds loses its weight."""

@@ -2,11 +2,11 @@
 
 from collections import deque
 from collections.abc import Callable
-from heapq import heappop, heappush
+from math import inf
 
 from vllm_cachescope.cache.return_counts import BINS, EDGES, ReturnCounts
 from vllm_cachescope.cache.run_place import Place
-from vllm_cachescope.cache.runs import OPEN_KIND, Run
+from vllm_cachescope.cache.runs import Run
 
 _YOUNG = 3
 """Runs leave the first bin for this one, of 2.25 s: what is younger goes by the price of what has
@@ -15,77 +15,68 @@ just been used, and need not be moved twice meanwhile."""
 _NEXT = tuple(max(bin_ + 1, _YOUNG) for bin_ in range(BINS))
 """The bin behind each; the last has none."""
 
-_LEAVES_AT = tuple(EDGES[_NEXT[bin_]] if bin_ < BINS - 1 else 0.0 for bin_ in range(BINS))
+LEAVES_AT = tuple(EDGES[_NEXT[bin_]] if bin_ < BINS - 1 else inf for bin_ in range(BINS))
+"""The age in seconds at which a run leaves a bin."""
+
+_LEFT = (0, *range(_YOUNG, BINS - 1))
+"""The bins that runs leave, from the youngest on."""
+
+
+def bin_behind(bin_: int, used_at: float, now: float) -> int:
+    """Return the bin that a run has reached at ``now`` which was used at ``used_at`` (seconds), if
+    it was in ``bin_`` before."""
+    while used_at + LEAVES_AT[bin_] <= now:
+        bin_ = _NEXT[bin_]
+    return bin_
 
 
 class RunAges:
-    """Moves runs to the bins of their ages.
+    """Moves resident runs to the bins of their ages.
+
+    Whatever their kinds, the runs of a bin leave it in the order in which they were used: a step
+    costs O(1) for each run that it moves, and O(`BINS`) beyond that.
 
     Args:
         counts: counts the time that runs spend in bins.
-        enter: is told of a cell that a place has got, and its first run.
+        enter: puts a run into the cell that it has now.
     """
 
     def __init__(self, counts: ReturnCounts, enter: Callable[[Run, Place], None]) -> None:
         self._counts = counts
         self._enter = enter
-        # A heap of (time, number, place, cell): no run of the cell need be moved before.
-        self._due: list[tuple[float, int, Place, int]] = []
-        self._number = 0
+        # By bin, the run used first in front. Some have left the bin, or have no blocks any more.
+        self._queues: tuple[deque[Run], ...] = tuple(deque() for _ in range(BINS))
+        self._next = inf
 
-    def list(self, place: Place, cell: int, used_at: float) -> None:
-        """List a cell for when its oldest run, used at ``used_at`` (seconds), leaves it."""
-        bin_ = cell % BINS
-        if bin_ == BINS - 1:
-            return
-        at = used_at + _LEAVES_AT[bin_]
-        if place.due.get(cell, at) < at:
-            return
-        self._number += 1
-        place.due[cell] = at
-        heappush(self._due, (at, self._number, place, cell))
+    def begin(self, run: Run) -> None:
+        """Begin with a run that has just been used."""
+        self._queues[0].append(run)
+        if (at := run.used_at + LEAVES_AT[0]) < self._next:
+            self._next = at
 
     def advance(self, now: float) -> None:
         """Move the runs whose time it is. Each run moves at most `BINS` times between two uses."""
-        due = self._due
-        while due and due[0][0] <= now:
-            at, _, place, cell = heappop(due)
-            if place.due.get(cell) != at:
+        if now < self._next:
+            return
+        count, enter, following = self._counts.add_stay, self._enter, inf
+        for bin_ in _LEFT:
+            queue = self._queues[bin_]
+            if not queue:
                 continue
-            del place.due[cell]
-            if (runs := place.cells.get(cell)) is None:
-                continue
-            bin_ = cell % BINS
-            later = cell - bin_ + _NEXT[bin_]
-            moved = _move(runs, place, cell, later, now)
-            if runs:
-                self.list(place, cell, runs[0].used_at)
-            else:
-                del place.cells[cell]
-            if not moved:
-                continue
-            if self._counts.kind(cell) != OPEN_KIND:
-                self._counts.add_stay(cell, later, len(moved))
-            if (there := place.cells.get(later)) is not None:
-                there.extend(moved)
-            else:
-                place.cells[later] = moved
-                self._enter(moved[0], place)
-
-
-def _move(runs: "deque[Run]", place: Place, cell: int, later: int, now: float) -> "deque[Run]":
-    """Take those runs out of a cell whose time it is to leave it, and those that have left it
-    already; return the former, which are in the cell ``later`` then."""
-    leaves_at = _LEAVES_AT[cell % BINS]
-    moved: deque[Run] = deque()
-    while runs:
-        run = runs[0]
-        if run.cell == cell and run.place is place:
-            # The very sum by which the cell is listed. With a difference, which may be rounded the
-            # other way, a cell could be due for ever and no run of it move.
-            if run.used_at + leaves_at > now:
-                break
-            run.cell = later
-            moved.append(run)
-        runs.popleft()
-    return moved
+            leaves_at, later = LEAVES_AT[bin_], _NEXT[bin_]
+            append, step = self._queues[later].append, later - bin_
+            while queue:
+                run = queue[0]
+                cell, place = run.cell, run.place
+                if place is not None and cell % BINS == bin_:
+                    if (at := run.used_at + leaves_at) > now:
+                        following = min(following, at)
+                        break
+                    run.cell = cell + step
+                    if not run.is_open:
+                        count(cell, cell + step, 1)
+                    append(run)
+                    place.leave(cell)
+                    enter(run, place)
+                queue.popleft()
+        self._next = following

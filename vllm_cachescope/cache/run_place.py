@@ -24,19 +24,17 @@ class Place:
     Attributes:
         org: the tag of the organisation.
         is_long: whether its blocks were marked to live longer.
-        cells: the runs of each cell, oldest first. Some may have left it.
-        due: when the oldest run of a cell reaches the next bin, in seconds, or earlier.
+        cells: the runs of each cell that has a rank, oldest first. Some may have left it.
         listed: by whether the organisation is spared, what the order has for the place: its lowest
             rank, or a lower one.
     """
 
-    __slots__ = ("_heap", "_prices", "cells", "due", "is_long", "listed", "org")
+    __slots__ = ("_heap", "_prices", "cells", "is_long", "listed", "org")
 
     def __init__(self, org: bytes, is_long: bool) -> None:
         self.org = org
         self.is_long = is_long
         self.cells: dict[int, deque[Run]] = {}
-        self.due: dict[int, float] = {}
         self.listed: list[Rank | None] = [None, None]
         self._heap: list[tuple[float, float, int]] = []
         self._prices: Prices | None = None
@@ -46,18 +44,22 @@ class Place:
         run.place = self
         runs = self.cells.get(run.cell)
         if runs is not None:
+            # A cell that was empty meanwhile keeps its rank: a lower one than it has now.
             runs.append(run)
             return False
         self.cells[run.cell] = deque((run,))
         return True
 
+    def leave(self, cell: int) -> None:
+        """Note that a run has left a cell."""
+        runs = self.cells.get(cell)
+        while runs and (runs[0].cell != cell or runs[0].place is not self):
+            runs.popleft()
+
     def price(self, cell: int, rank: Rank, prices: Prices) -> None:
         """Note the rank of a cell that is new, by these prices."""
         if self._prices is prices:
-            if len(self._heap) > 2 * len(self.cells) + 16:
-                self._prices = None
-            else:
-                heappush(self._heap, (*rank, cell))
+            heappush(self._heap, (*rank, cell))
 
     def oldest(self, cell: int) -> Run | None:
         """Return the oldest run of a cell that is still there; None if there is none, and the cell
@@ -137,9 +139,8 @@ class Place:
     def _price(self, prices: Prices) -> None:
         if self._prices is not prices:
             self._prices = prices
+            self.cells = {cell: runs for cell, runs in self.cells.items() if runs}
             self._heap = [
-                (prices.of(cell), runs[0].used_at, cell)
-                for cell, runs in self.cells.items()
-                if runs
+                (prices.of(cell), runs[0].used_at, cell) for cell, runs in self.cells.items()
             ]
             heapify(self._heap)

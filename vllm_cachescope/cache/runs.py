@@ -3,9 +3,12 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from vllm_cachescope.cache.return_counts import Kind
+
+if TYPE_CHECKING:
+    from vllm_cachescope.cache.run_place import Place
 
 UNKNOWN = -1
 
@@ -57,7 +60,7 @@ class Run:
         turn: how many requests of the same conversation came before the one that used it.
         is_shared: whether prompts part behind it.
         is_open: whether the request that stores it is not over: what uses it then is that request.
-        place: the place it is in; None once it is forgotten.
+        place: the place it is in; None once no block of it is left.
     """
 
     __slots__ = (
@@ -85,7 +88,7 @@ class Run:
         self.turn = turn
         self.is_shared = is_shared
         self.is_open = False
-        self.place: object | None = None
+        self.place: Place | None = None
 
 
 class Stretch(NamedTuple):
@@ -151,7 +154,7 @@ def conversation_kind(turn: int, new_blocks: int, signals: RequestSignals) -> Ki
     return (
         Group.CONVERSATION,
         min(octave(turn), 3),
-        min(octave(new_blocks), 6),
+        min(octave(new_blocks), 7),
         output,
         UNKNOWN if signals.ended is None else int(signals.ended),
     )
