@@ -274,7 +274,7 @@ class LearnedOrder:
             key: the first of them.
             before: the block in front of it, with which they may have been used; None for none.
         """
-        run = self._evicted.get(key)
+        run = self._gone.runs.get(key)
         if run is None and before is not None:
             run = self._run_of.get(before)
         return 0.0 if run is None else max(0.0, self.prices.of(run.cell))
