@@ -36,6 +36,12 @@ class GoneRuns:
         """The runs, by their first block."""
         return self._runs
 
+    def cell_of(self, key: bytes) -> int | None:
+        """Return the cell of the run that begins with ``key``, as of the last `advance`; None if it
+        is not remembered."""
+        row = self._rows.get(key)
+        return None if row is None else self._cells[row]
+
     def add(self, run: Run) -> None:
         """Remember a run whose last block went; another one of the same first block is
         forgotten."""

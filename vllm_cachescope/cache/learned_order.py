@@ -274,10 +274,10 @@ class LearnedOrder:
             key: the first of them.
             before: the block in front of it, with which they may have been used; None for none.
         """
-        run = self._gone.runs.get(key)
-        if run is None and before is not None:
-            run = self._run_of.get(before)
-        return 0.0 if run is None else max(0.0, self.prices.of(run.cell))
+        cell = self._gone.cell_of(key)
+        if cell is None and before is not None and (run := self._run_of.get(before)) is not None:
+            cell = run.cell
+        return 0.0 if cell is None else max(0.0, self.prices.of(cell))
 
     # What was learned.
 
