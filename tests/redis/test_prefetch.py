@@ -160,7 +160,8 @@ def exchanged(engine: Any) -> list[tuple[float, float]]:
 def forget(engine: Any) -> None:
     """Let the policy remember nothing of what it has evicted."""
     policy = engine.connector.connector_scheduler.manager.primary_tier._policy  # noqa: SLF001
-    policy._order._evicted.clear()  # noqa: SLF001
+    for first in list(policy._order._gone.runs):  # noqa: SLF001
+        policy._order._gone._forget(first)  # noqa: SLF001
 
 
 def test_no_more_than_the_share_and_nothing_that_is_worth_more_is_pushed_out(
