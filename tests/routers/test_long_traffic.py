@@ -101,9 +101,8 @@ class Traffic:
 
 
 MISSING = 2
-"""Blocks of one medium that Dynamo's program (1.6.1) may lack. Now and then one is missing from
-what it dumps though readers by llm-d's and Dynamo's rules have it from the same events; it comes
-back when it is stored again. Which rule of the program's does that is not known."""
+"""Blocks of one medium that Dynamo's program (1.6.1) may lack, of tenants with
+salts; see docs/fleet.md."""
 
 
 def wrong(held: dict[str, set[int]], worker: Worker) -> dict[str, tuple[int, int]]:
