@@ -379,6 +379,7 @@ class CacheScopeConnector(OffloadingConnector):
     def command_endings(self, endings: list[tuple[str, int]]) -> None:
         """Note how answers ended: ``(nonce, Ended)`` of each."""
         self.cachescope.note_endings(endings)
+        self._has_news |= bool(self.cachescope.counts.retired)
 
     def command_end_session(self, owner: bytes) -> int:
         """Evict the blocks of a session first; return how many there are, copies counted."""
