@@ -79,3 +79,11 @@ def test_a_block_knows_the_only_session_that_has_used_it() -> None:
     assert user() == NOBODY
     ledger.touch(b"key", 300, 5.0, user=A)
     assert user() == NOBODY
+
+
+def test_a_prompt_that_was_cut_off_counts_with_what_was_computed_of_it() -> None:
+    prompts = SessionPrompts(1000)
+    prompts.add(A, "cut off", chain(*"ss"), 4)
+    prompts.add(A, "in full", chain(*"ssmm"), 4)
+    assert prompts.owner_of("cut off") is None
+    assert prompts.end("in full") == (A, chain(*"ssmm"))

@@ -34,6 +34,8 @@ def traffic(station: Station) -> None:
     # More than the tiers hold, and more than the organisation's quota.
     for _ in range(6):
         station.new(NAMED_KEY, 500)
+    # A session that is over.
+    station.go_on(name, key=NAMED_KEY, session_over=True)
     # A lifetime that is over.
     station.api.clock.advance(301)
     station.new()

@@ -72,12 +72,13 @@ class SessionPrompts:
             owner: the owner of blocks of its session; see `owner_tags`.
             nonce: the prompt's nonce.
             keys: its blocks, from the first one on. Not copied.
-            own: how many of them are not generated.
+            own: how many blocks the prompt had without what was generated. A request that was cut
+                off has computed fewer.
         """
         if not nonce or not keys or len(keys) > self._max_keys or not any(owner[TAG_BYTES:]):
             return
         self._drop(nonce)
-        new = _Kept(keys, own)
+        new = _Kept(keys, min(own, len(keys)))
         prompts = self._sessions.get(owner, {})
         for name in [name for name, kept in prompts.items() if kept.is_begun_by(new)]:
             self._drop(name)

@@ -164,6 +164,10 @@ class Counts:
         if self._is_new:
             for each in Refusal:
                 stats.increase_counter(REFUSED_HINTS.name, 0, (each.value,))
+            for tier in (DEVICE, CPU):
+                stats.increase_counter(ENDED_ENTRIES.name, 0, (tier,))
+            for outcome in ("loaded", "used", "wasted"):
+                stats.increase_counter(PREFETCHED_CHUNKS.name, 0, (outcome,))
             self._is_new = False
         self.pressure.move_to(stats)
         move_observations(self.hit_ages, HIT_AGE, stats)
