@@ -7,26 +7,24 @@ written. That is told when a request is over: an engine would have to tell earli
 Without arguments it replays a generated load; with ``--trace FILE`` as `benchmarks.policy`.
 """
 
-import argparse
 import random
 import sys
 from bisect import insort
 from collections import OrderedDict, deque
 from collections.abc import Sequence
-from pathlib import Path
 
 from benchmarks.cloned_sessions import AgentLoad, agent_load, live_blocks
-from benchmarks.harness import Figure, Result, Spread, arguments, finish
+from benchmarks.harness import Figure, Result, Spread, finish
 from benchmarks.policy import chats, sessions
+from benchmarks.recorded_traces import trace_arguments
 from vllm_cachescope.cache.learned_order import LearnedOrder
 from vllm_cachescope.cli.simulate.traced_calls import traced
-from vllm_cachescope.cli.traffic import BLOCK_TOKENS, BlockCall, read_traffic
+from vllm_cachescope.cli.traffic import BLOCK_TOKENS
 from vllm_cachescope.simulation.traced_request import TracedRequest
 
 _REFUSED = (0.0, 0.1, 0.25, 0.5)
 _LIFETIMES_S = (300, 3600)
 _RECENT = 512
-_BLOCK = 128
 
 
 class _Recent:
@@ -100,16 +98,8 @@ def _figures(name: str, requests: Sequence[TracedRequest], memory: int) -> list[
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure; there is no target."""
-    own = argparse.ArgumentParser(add_help=False)
-    own.add_argument("--trace", type=Path, action="append", default=[])
-    traces, rest = own.parse_known_args(argv)
-    sys.argv[1:] = rest
-    args = arguments(__doc__ or "")
-    calls = [read_traffic(path) for path in traces.trace]
-    blocks = [call for one in calls for call in one if isinstance(call, BlockCall)]
-    texts = [
-        traced(one, _BLOCK, None) for one in calls if one and not isinstance(one[0], BlockCall)
-    ]
+    args, recorded = trace_arguments(__doc__ or "", argv)
+    blocks, texts = recorded.blocks, recorded.texts
     figures: list[Figure] = []
     if blocks or not texts:
         chat = traced(blocks, BLOCK_TOKENS, None) if blocks else chats(0, 600)

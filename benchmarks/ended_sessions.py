@@ -5,27 +5,23 @@ vLLM's own order of eviction (least recently used) is replayed with agents' sess
 say that they are over. What that takes is measured on vLLM's own pool of blocks.
 """
 
-import argparse
 import random
 import statistics
 import sys
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
-from pathlib import Path
 
 from benchmarks.cloned_sessions import AgentLoad, agent_load, live_blocks
-from benchmarks.harness import Figure, Result, Spread, arguments, finish
+from benchmarks.harness import Figure, Result, Spread, finish
 from benchmarks.policy import sessions
-from vllm_cachescope.cli.simulate.traced_calls import traced
-from vllm_cachescope.cli.traffic import BlockCall, read_traffic
+from benchmarks.recorded_traces import TEXT_BLOCK, trace_arguments
 from vllm_cachescope.simulation.policies import make_cache
 from vllm_cachescope.simulation.replay import replay
 from vllm_cachescope.simulation.traced_request import TracedRequest
 
 _PARTS = (1 / 8, 1 / 4, 1 / 3, 1 / 2)
 _TOLD = (0.0, 0.5, 1.0)
-_BLOCK = 128
 _SEEDS = (1, 2)
 
 
@@ -109,22 +105,14 @@ def cost_us(blocks: int, wanted: int) -> tuple[float, float, float]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure; there is no target."""
-    own = argparse.ArgumentParser(add_help=False)
-    own.add_argument("--trace", type=Path, action="append", default=[])
-    traces, rest = own.parse_known_args(argv)
-    sys.argv[1:] = rest
-    args = arguments(__doc__ or "")
-    calls = [read_traffic(path) for path in traces.trace]
-    texts = [
-        traced(one, _BLOCK, None) for one in calls if one and not isinstance(one[0], BlockCall)
-    ]
+    args, recorded = trace_arguments(__doc__ or "", argv)
     load = AgentLoad(48, 60 if args.quick else 400)
     shares: dict[str, list[float]] = {}
     for seed in _SEEDS[:1] if args.quick else _SEEDS:
-        clones = agent_load(texts or sessions(0, 12), load, random.Random(seed))
+        clones = agent_load(recorded.texts or sessions(0, 12), load, random.Random(seed))
         for part in _PARTS:
             capacity = max(1, int(live_blocks(clones, load.agents) * part))
-            best = replay(clones, make_cache("belady", capacity, clones, 0), _BLOCK).total.ratio
+            best = replay(clones, make_cache("belady", capacity, clones, 0), TEXT_BLOCK).total.ratio
             for told in _TOLD:
                 found = read_with_ends(clones, capacity, told, random.Random(seed))
                 name = f"1/{1 / part:.0f} of the live set, {told:.0%} of the sessions say so"

@@ -4,7 +4,6 @@ Without arguments it replays a generated load of chats and agents. With ``--trac
 times: a block trace, or files of one session each, as text) it replays those.
 """
 
-import argparse
 import gc
 import random
 import statistics
@@ -13,14 +12,14 @@ import time
 import tracemalloc
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from benchmarks.cloned_sessions import AgentLoad, agent_load, live_blocks
-from benchmarks.harness import Figure, Result, Spread, arguments, finish
+from benchmarks.harness import Figure, Result, Spread, finish
+from benchmarks.recorded_traces import TEXT_BLOCK, trace_arguments
 from vllm_cachescope.cache.learned_order import LearnedOrder
 from vllm_cachescope.cache.runs import RequestSignals
 from vllm_cachescope.cli.simulate.traced_calls import traced
-from vllm_cachescope.cli.traffic import BLOCK_TOKENS, BlockCall, read_traffic
+from vllm_cachescope.cli.traffic import BLOCK_TOKENS
 from vllm_cachescope.config.eviction import EvictionSettings
 from vllm_cachescope.simulation.marked_conversations import LONG_TTL_S, mark_conversations
 from vllm_cachescope.simulation.policies import PEERS, make_cache
@@ -33,7 +32,6 @@ _LOADS = {
     "24 agents with pauses": AgentLoad(24, 300, pause_chance=0.08, pause_s=120.0),
     "48 agents without": AgentLoad(48, 400),
 }
-_BLOCK = 128
 _LONG_SHARE = EvictionSettings().long_share
 _RATE = 300_000
 _BYTES = 200
@@ -72,7 +70,7 @@ def sessions(seed: int, count: int) -> list[list[TracedRequest]]:
             keys = tuple(b"s%d" % block for block in range(10))
             keys += tuple(b"%d/%d/" % (number, block) for block in range(size))
             signals = RequestSignals(int(rng.lognormvariate(4.5, 0.7)))
-            session.append(TracedRequest(at, keys, len(keys) * _BLOCK, signals))
+            session.append(TracedRequest(at, keys, len(keys) * TEXT_BLOCK, signals))
             at += rng.lognormvariate(1.5, 0.8)
             size += rng.randrange(5)
         found.append(session)
@@ -173,7 +171,7 @@ def _agent_figures(recorded: list[list[TracedRequest]], seeds: Sequence[int]) ->
             live = live_blocks(clones, load.agents)
             requests = [replace(request, org="") for request in clones]
             for part in _PARTS:
-                found = ratios(requests, max(1, int(live * part)), _BLOCK)
+                found = ratios(requests, max(1, int(live * part)), TEXT_BLOCK)
                 best = found.pop("belady").total.ratio
                 for policy, outcome in found.items():
                     shares.setdefault((part, policy), []).append(outcome.total.ratio / best)
@@ -188,21 +186,13 @@ def _agent_figures(recorded: list[list[TracedRequest]], seeds: Sequence[int]) ->
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, and return 1 if a target was missed."""
-    own = argparse.ArgumentParser(add_help=False)
-    own.add_argument("--trace", type=Path, action="append", default=[])
-    traces, rest = own.parse_known_args(argv)
-    sys.argv[1:] = rest
-    args = arguments(__doc__ or "")
-    calls = [read_traffic(path) for path in traces.trace]
-    blocks = [call for one in calls for call in one if isinstance(call, BlockCall)]
-    texts = [
-        traced(one, _BLOCK, None) for one in calls if one and not isinstance(one[0], BlockCall)
-    ]
-    chat = traced(blocks, _BLOCK, None) if blocks else chats(0, 600 if args.quick else 6000)
-    recorded = texts or sessions(0, 12)
+    args, recorded = trace_arguments(__doc__ or "", argv)
+    blocks, texts = recorded.blocks, recorded.texts
+    chat = traced(blocks, TEXT_BLOCK, None) if blocks else chats(0, 600 if args.quick else 6000)
+    agents = texts or sessions(0, 12)
     figures = [] if texts and not blocks else _chat_figures(chat, BLOCK_TOKENS)
     if texts or not blocks:
-        figures += _agent_figures(recorded, _SEEDS[:1] if args.quick else _SEEDS)
+        figures += _agent_figures(agents, _SEEDS[:1] if args.quick else _SEEDS)
     rates = [speed(chat, 10_000) for _ in range(1 if args.quick else 3)]
     rate = statistics.median(rates)
     figures.append(

@@ -14,11 +14,12 @@ from pathlib import Path
 from unittest.mock import patch
 
 from benchmarks.cloned_sessions import AgentLoad, agent_load, live_blocks
+from benchmarks.recorded_traces import TEXT_BLOCK, RecordedTraces
 from vllm_cachescope.cache import prompt_parts
 from vllm_cachescope.cache.return_counts import Kind
 from vllm_cachescope.cache.runs import RequestSignals, conversation_kind, octave
 from vllm_cachescope.cli.simulate.traced_calls import traced, whole_blocks
-from vllm_cachescope.cli.traffic import BLOCK_TOKENS, BlockCall, read_traffic
+from vllm_cachescope.cli.traffic import BLOCK_TOKENS
 from vllm_cachescope.simulation.marked_conversations import LONG_TTL_S, mark_conversations
 from vllm_cachescope.simulation.policies import make_cache
 from vllm_cachescope.simulation.replay import Outcome, replay
@@ -36,7 +37,6 @@ POLICIES = ("lru", "arc", "s3-fifo")
 Requests = Sequence[TracedRequest]
 KindOf = Callable[[int, int, RequestSignals], Kind]
 
-_BLOCK = 128
 _SHARE = 0.2
 
 
@@ -148,7 +148,7 @@ def agents(recorded: Sequence[Requests]) -> None:
 
 def _ratio(policy: str, requests: Requests, live: int, part: float) -> float:
     capacity = max(1, int(live * part))
-    return replay(requests, make_cache(policy, capacity, requests, _SHARE), _BLOCK).total.ratio
+    return replay(requests, make_cache(policy, capacity, requests, _SHARE), TEXT_BLOCK).total.ratio
 
 
 CHAT_TABLES = {"results": results, "features": features, "marks": marks}
@@ -160,16 +160,12 @@ def main() -> int:
     parser.add_argument("--trace", type=Path, action="append", required=True)
     parser.add_argument("--table", action="append", choices=[*CHAT_TABLES, "agents"])
     options = parser.parse_args()
-    calls = [read_traffic(path) for path in options.trace]
-    blocks = [call for one in calls for call in one if isinstance(call, BlockCall)]
-    texts = [
-        traced(one, _BLOCK, None) for one in calls if one and not isinstance(one[0], BlockCall)
-    ]
+    recorded = RecordedTraces.read(options.trace)
     for name, table in CHAT_TABLES.items():
-        if blocks and name in (options.table or CHAT_TABLES):
-            table(traced(blocks, _BLOCK, None))
-    if texts and "agents" in (options.table or ("agents",)):
-        agents(texts)
+        if recorded.blocks and name in (options.table or CHAT_TABLES):
+            table(traced(recorded.blocks, TEXT_BLOCK, None))
+    if recorded.texts and "agents" in (options.table or ("agents",)):
+        agents(recorded.texts)
     return 0
 
 
