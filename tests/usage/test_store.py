@@ -6,11 +6,12 @@ import pytest
 from sqlalchemy import select
 
 from tests.usage.ledgers import KEEP, MONDAY, Books, record, some_records, tokens_of
+from vllm_cachescope.usage.database import connect
 from vllm_cachescope.usage.ledger_requests import OVERLAP_S, LedgerRequests
 from vllm_cachescope.usage.query import TooManyRowsError
 from vllm_cachescope.usage.recent_requests import UnavailableError
 from vllm_cachescope.usage.store import DAY_S, Store, week_of
-from vllm_cachescope.usage.tables import METADATA, REQUESTS, SESSIONS, TOKENS, USAGE
+from vllm_cachescope.usage.tables import JOBS, METADATA, REQUESTS, SESSIONS, TOKENS, USAGE
 
 
 def test_records_come_back_as_they_were(books: Books) -> None:
@@ -44,6 +45,33 @@ def test_breaks_of_other_servers_are_listed(books: Books) -> None:
     assert [one.record for one in requests.breaks_elsewhere("a", None, 100)] == there
     acme = [one for one in there if one.org == "name:acme"]
     assert [one.record for one in requests.breaks_elsewhere("a", "name:acme", 2)] == acme[:2]
+
+
+def test_replicas_that_start_together_all_have_their_tables(books: Books) -> None:
+    engines = [connect(books.engine.url) for _ in range(6)]
+    failed: list[Exception] = []
+
+    def create(store: Store, start: threading.Barrier) -> None:
+        start.wait()
+        try:
+            store.create()
+        except Exception as error:
+            failed.append(error)
+
+    for _ in range(5):
+        METADATA.drop_all(books.engine)
+        start = threading.Barrier(len(engines))
+        threads = [
+            threading.Thread(target=create, args=(Store(engine, KEEP), start)) for engine in engines
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert failed == []
+        assert books.rows(JOBS) == 1
+    for engine in engines:
+        engine.dispose()
 
 
 def test_a_database_that_is_away_is_told_of(books: Books) -> None:

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -78,10 +78,12 @@ class Store:
 
     def create(self) -> None:
         """Make the tables that are not there."""
-        try:
-            METADATA.create_all(self._engine)
-        except (OperationalError, ProgrammingError, IntegrityError):
-            # Another process has made one of them in between; if not, this fails again.
+        for _ in METADATA.tables:
+            # Another process may make each of them in between.
+            with suppress(OperationalError, ProgrammingError, IntegrityError):
+                METADATA.create_all(self._engine)
+                break
+        else:
             METADATA.create_all(self._engine)
         try:
             with self._engine.begin() as connection:
