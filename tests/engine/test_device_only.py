@@ -1,5 +1,5 @@
-"""A device that holds a quarter of what is asked for, and two blocks of memory behind it: the plugin
-reads what plain vLLM reads, call by call."""
+"""A device that holds a quarter of what is asked for, and two blocks of memory behind it: the
+plugin reads what plain vLLM reads, call by call."""
 
 import json
 import random
