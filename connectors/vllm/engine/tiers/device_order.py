@@ -139,7 +139,8 @@ class DeviceOrder:
             chosen += self._choose(readable - len(chosen), {block.block_id for block in chosen})
         if not chosen:
             return
-        first = [*empty, *chosen]
+        # What is over may have been put in front already.
+        first = list({block.block_id: block for block in (*empty, *chosen)}.values())
         for block in first:
             queue.remove(block)
         queue.prepend_n(first)
