@@ -6,6 +6,9 @@ from collections.abc import Iterator
 import pytest
 
 from tests.engine.engine import BLOCK, OWNERS, Engine, draw_tokens, org_plan, plan
+from vllm_cachescope.cache.learned_order import LearnedOrder
+from vllm_cachescope.cache.return_counts import OVER
+from vllm_cachescope.cache.return_prices import Prices
 from vllm_cachescope.cache.runs import Ended
 from vllm_cachescope.config.eviction import EvictionSettings
 from vllm_cachescope.connectors.vllm.engine.tiers.cpu_order import make_learned
@@ -15,6 +18,9 @@ from vllm_cachescope.tenancy.scope import Caller, Scope
 pytestmark = pytest.mark.engine
 
 MAIN = Caller("acme", "main")
+
+OVER_PRICE = Prices((), ()).of(OVER)
+"""Of what is known not to return; all else has a higher one."""
 
 
 def org_wide(caller: Caller, tokens: list[int]) -> Plan:
@@ -34,10 +40,19 @@ def keys_of(engine: Engine, tokens: list[int], told: Plan) -> list[bytes]:
     return list(prompts[told.nonce].keys[: len(tokens) // BLOCK])
 
 
+def cpu_order(engine: Engine) -> LearnedOrder:
+    return engine.connector.cachescope.local._cpu._policy._order  # noqa: SLF001
+
+
 def first_victims(engine: Engine, count: int) -> set[bytes]:
     """Return what the CPU tier would evict next."""
-    order = engine.connector.cachescope.local._cpu._policy._order  # noqa: SLF001
-    return set(order.victims(count, engine.connector.cachescope.now(), lambda key: False))
+    now = engine.connector.cachescope.now()
+    return set(cpu_order(engine).victims(count, now, lambda key: False))
+
+
+def price_in_memory(engine: Engine, key: bytes) -> float:
+    """Return the price of a block's place in the CPU tier."""
+    return cpu_order(engine).price_of(key)
 
 
 def step_on(engine: Engine) -> None:
@@ -111,6 +126,7 @@ def test_a_session_without_session_scope_can_be_over_as_well(engine, chance) -> 
     assert engine.connector.command_end_session(OWNERS.prefix("acme", "main")) == 8
     step_on(engine)
     assert first_victims(engine, 4) == set(keys)
+    assert all(price_in_memory(engine, key) == OVER_PRICE for key in keys)
     assert engine.connector.command_end_session(OWNERS.prefix("acme", "main")) == 0
 
 
@@ -139,10 +155,13 @@ def test_what_goes_on_is_not_over_and_what_is_used_again_is_kept(engine, chance)
     engine.connector.command_endings([(first.nonce, int(Ended.OVER))])
     assert len(order) == known
     assert engine.connector.command_end_session(OWNERS.prefix("acme", "main")) == 8
+    assert all(price_in_memory(engine, key) == OVER_PRICE for key in keys)
     engine.clock.advance(1)
     # Used once more before there was need of room, and before the next step told the policy.
     engine.ask(longer, org_wide(MAIN, longer), max_tokens=1)
     step_on(engine)
+    # Whether they are the cheapest depends on what was learned before; over they are not.
+    assert len(keys) == 4 and all(price_in_memory(engine, key) > OVER_PRICE for key in keys)
     free = engine.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
     fill(engine, chance, free - len(queue(engine)) + 2)
     assert not evicted_from_device(engine, keys)

@@ -104,14 +104,14 @@ def test_random_requests(api: Any, plain_url: str, examples: int) -> None:
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
-    @given(well_formed | broken_bodies())
+    # Twice: of what is refused nothing is read, and half of all were too few by chance at times.
+    @given(st.one_of(well_formed, well_formed, broken_bodies()))
     def run(case: tuple[Protocol, dict[str, Any]]) -> None:
         fuzzing.check(*case)
 
     before = metrics(api)
     run()
     assert fuzzing.statuses[200] > examples // 2 and fuzzing.statuses[400] > 0
-    # What is drawn decides how many are long enough.
-    assert fuzzing.read_again > examples // 8
+    assert fuzzing.read_again > examples // 4
     own, vllms = (after - was for after, was in zip(metrics(api), before, strict=True))
     assert own == vllms > 0
