@@ -68,22 +68,10 @@ def cost_us(blocks: int, wanted: int) -> tuple[float, float, float]:
     """Return in how many microseconds vLLM gives ``wanted`` of its ``blocks``, all of which hold
     something: alone, with our hook and nothing over, and where ended ones are given instead."""
     from vllm.v1.core.block_pool import BlockPool
-    from vllm.v1.core.kv_cache_utils import BlockHash, make_block_hash_with_group_id
 
+    from tests.engine.device_pool import pool_of
     from vllm_cachescope.cache.ledger import Ledger
     from vllm_cachescope.connectors.vllm.engine.tiers.device_order import DeviceOrder
-
-    def filled() -> tuple[BlockPool, list[bytes]]:
-        pool = BlockPool(blocks + 1, True, 16)
-        taken = pool.get_new_blocks(blocks)
-        keys: list[bytes] = []
-        for number, block in enumerate(taken):
-            key = make_block_hash_with_group_id(BlockHash(b"%032d" % number), 0)
-            block.set_block_hash(key, 16)
-            pool.cached_block_hash_to_block.insert(key, block)
-            keys.append(key)
-        pool.free_blocks(taken)
-        return pool, keys
 
     def took(pool: BlockPool, rounds: int) -> float:
         times = []
@@ -94,11 +82,11 @@ def cost_us(blocks: int, wanted: int) -> tuple[float, float, float]:
         return statistics.median(times) * 1e6
 
     rounds = blocks // wanted // 2
-    alone = took(filled()[0], rounds)
-    pool, _ = filled()
+    alone = took(pool_of(blocks)[0], rounds)
+    pool, _ = pool_of(blocks)
     DeviceOrder(pool, Ledger())
     idle = took(pool, rounds)
-    pool, keys = filled()
+    pool, keys = pool_of(blocks)
     DeviceOrder(pool, Ledger()).retire(keys, 0.0)
     return alone, idle, took(pool, rounds)
 

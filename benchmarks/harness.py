@@ -163,15 +163,8 @@ def pairs(count: int, one: Callable[[int], T], other: Callable[[int], T]) -> lis
         count: how many pairs.
         one, other: take the number of the pair.
     """
-    measured = []
-    for number in range(count):
-        if number % 2 == 0:
-            first = one(number)
-            measured.append((first, other(number)))
-        else:
-            second = other(number)
-            measured.append((one(number), second))
-    return measured
+    first, second = in_turn(count, (one, other))
+    return list(zip(first, second, strict=True))
 
 
 def in_turn(count: int, sides: Sequence[Callable[[int], T]]) -> list[list[T]]:

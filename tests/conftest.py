@@ -1,4 +1,5 @@
 import logging
+import random
 
 import pytest
 from hypothesis import settings
@@ -17,6 +18,12 @@ def caplog(
     listens."""
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     return caplog
+
+
+@pytest.fixture
+def chance(request: pytest.FixtureRequest) -> random.Random:
+    """What a test draws: the same each time that it runs."""
+    return random.Random(request.node.name)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -1,4 +1,3 @@
-import random
 from collections.abc import Iterator
 
 import pytest
@@ -25,12 +24,6 @@ def engine(shared_engine) -> Engine:
     """The one engine in this process, with empty caches."""
     shared_engine.empty()
     return shared_engine
-
-
-@pytest.fixture
-def chance(request: pytest.FixtureRequest) -> random.Random:
-    """What a test draws: the same each time that it runs."""
-    return random.Random(request.node.name)
 
 
 @pytest.fixture(scope="session")

@@ -122,11 +122,6 @@ def replica(tmp_path_factory, behind) -> Iterator[Replica]:
 
 
 @pytest.fixture
-def chance(request: pytest.FixtureRequest) -> random.Random:
-    return random.Random(request.node.name)
-
-
-@pytest.fixture
 def engine(replica: Replica, behind: Behind) -> Replica:
     behind.clear()
     replica.call("empty")

@@ -59,7 +59,8 @@ class Diagnoser:
         tools_behind_system: whether the chat template renders tools behind the system prompt; None
             while that is not known.
         firsts: returns what other replicas are to know of what came first in a caller's session.
-        tell_over: gets the nonces of prompts that nothing will go on from.
+        tell_over: gets the nonces of prompts that nothing will go on from; None if nobody wants to
+            know.
 
     Attributes:
         breaks: the breaks among what was diagnosed.
@@ -82,7 +83,7 @@ class Diagnoser:
         tools_behind_system: Callable[[], bool | None] = lambda: None,
         exchange: SessionExchange | None = None,
         firsts: Callable[[Caller], SessionFirsts | None] = lambda _: None,
-        tell_over: Callable[[Sequence[str]], object] = lambda nonces: None,
+        tell_over: Callable[[Sequence[str]], object] | None = None,
     ) -> None:
         self._firsts = firsts
         self._exchange = exchange
@@ -213,7 +214,8 @@ class Diagnoser:
         if self._diffs is not None:
             self._diffs.texts.keep(caller, pending.request, node.fingerprint)
         node.nonces = tuple(pending.reports)
-        self._end_conversations(pending, answer)
+        if self._tell_over is not None:
+            self._end_conversations(pending, answer, self._tell_over)
         engine = reports[0].engine if reports else None
         if engine is None or not all(report.engine for report in reports):
             # Estimates only: they say nothing of what the cache lost.
@@ -244,7 +246,9 @@ class Diagnoser:
         unexplained.inc(pending.diagnosis.unknown_tokens)
         self._record(pending, engine, response_id)
 
-    def _end_conversations(self, pending: PendingDiagnosis, answer: str) -> None:
+    def _end_conversations(
+        self, pending: PendingDiagnosis, answer: str, tell_over: Callable[[Sequence[str]], object]
+    ) -> None:
         """Tell which conversations the shape of a request shows to be over: one whose history it
         replaced, and those whose answers it carries."""
         caller, placement = pending.caller, pending.placement
@@ -260,7 +264,7 @@ class Diagnoser:
         if caller.session is not None:
             node.answer = answer_lines(answer, self._secret)
         if over:
-            self._tell_over(over)
+            tell_over(over)
 
     def _note(self, pending: PendingDiagnosis) -> None:
         """Have other replicas know of a request that was answered."""

@@ -2,8 +2,9 @@
 
 import hmac
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from prometheus_client import REGISTRY, CollectorRegistry
@@ -185,7 +186,7 @@ class Services:
             tools_behind_system=server.tools_behind_system,
             exchange=exchange,
             firsts=repairer.memory.told,
-            tell_over=_tell_over(endings),
+            tell_over=None if endings is None else partial(endings.note, ended=Ended.OVER),
         )
         if repairer.is_used and server.peers.count > 1 and server.peers.rank == 0:
             logger.warning(
@@ -267,16 +268,6 @@ class Services:
         # All of them, and each to its end: how long it takes tells nothing of a key.
         matches = [hmac.compare_digest(key.encode(), presented.encode()) for key in self.api_keys]
         return not self.api_keys or any(matches)
-
-
-def _tell_over(endings: Endings | None) -> Callable[[Sequence[str]], None]:
-    """Return what tells engines of prompts that nothing goes on from."""
-
-    def tell(nonces: Sequence[str]) -> None:
-        if endings is not None:
-            endings.note(nonces, Ended.OVER)
-
-    return tell
 
 
 def _ledger(server: Server, directory: CallerDirectory, prices: Prices) -> "LedgerService | None":

@@ -1,5 +1,6 @@
 """The latest prompts of sessions: which blocks only one conversation of a session has used."""
 
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -19,22 +20,11 @@ class _Kept(NamedTuple):
     keys: Sequence[bytes]
     own: int
 
-    def is_begun_by(self, other: "_Kept") -> bool:
-        """Whether ``other`` goes on from this prompt. What was generated may differ: templates
-        render some answers otherwise in the next prompt."""
-        own = self.own
-        return 0 < own <= len(other.keys) and self.keys[own - 1] == other.keys[own - 1]
-
     def shared(self, other: "_Kept") -> int:
         """Return how many leading blocks both have."""
-        low, high = 0, min(len(self.keys), len(other.keys))
-        while low < high:
-            middle = (low + high + 1) // 2
-            if self.keys[middle - 1] == other.keys[middle - 1]:
-                low = middle
-            else:
-                high = middle - 1
-        return low
+        mine, others = self.keys, other.keys
+        places = range(min(len(mine), len(others)))
+        return bisect_left(places, True, key=lambda at: mine[at] != others[at])
 
 
 class SessionPrompts:
@@ -78,13 +68,11 @@ class SessionPrompts:
         if not nonce or not keys or len(keys) > self._max_keys or not any(owner[TAG_BYTES:]):
             return
         self._drop(nonce)
-        new = _Kept(keys, min(own, len(keys)))
-        prompts = self._sessions.get(owner, {})
-        for name in [name for name, kept in prompts.items() if kept.is_begun_by(new)]:
-            self._drop(name)
+        for begun in self.begun_by(owner, lambda at: keys[at] if at < len(keys) else None):
+            self._drop(begun)
         prompts = self._sessions.setdefault(owner, {})
         self._sessions.move_to_end(owner)
-        prompts[nonce] = new
+        prompts[nonce] = _Kept(keys, min(own, len(keys)))
         self._owner_of[nonce] = owner
         self._keys += len(keys)
         if len(prompts) > MAX_PROMPTS:
@@ -104,7 +92,8 @@ class SessionPrompts:
         return kept.keys[: kept.own]
 
     def begun_by(self, owner: bytes, key_at: Callable[[int], bytes | None]) -> list[str]:
-        """Return the nonces of the prompts that a new one of their session goes on from.
+        """Return the nonces of the prompts that a new one of their session goes on from. What they
+        generated may differ: templates render some answers otherwise in the next prompt.
 
         Args:
             owner: the owner of the session's blocks.

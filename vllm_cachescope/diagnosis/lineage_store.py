@@ -206,18 +206,16 @@ class LineageStore:
             node: the request.
             lines: its `carried_lines`.
         """
-        forest = self._find_forest(_forest_owner(caller, node.fingerprint))
         nonces: list[str] = []
-        for other in forest or ():
-            if other.answer and other.lineage != node.lineage and lines.issuperset(other.answer):
+        for other in self._answered(caller, node):
+            if lines.issuperset(other.answer):
                 other.answer = ()
                 nonces += other.nonces
         return nonces
 
     def awaits(self, caller: Caller, node: LineageNode) -> bool:
         """Whether a request may carry the answer of another conversation of its session."""
-        forest = self._find_forest(_forest_owner(caller, node.fingerprint))
-        return any(other.answer and other.lineage != node.lineage for other in forest or ())
+        return any(True for _ in self._answered(caller, node))
 
     def drop(self, caller: Caller, placement: LineagePlacement) -> None:
         """Drop a request that never ran, such as one the server refused: it left nothing to go on
@@ -276,6 +274,13 @@ class LineageStore:
             return fingerprint
         found = self._by_response.get((org, fingerprint.previous_id))
         return fingerprint.after(found.fingerprint) if found else fingerprint
+
+    def _answered(self, caller: Caller, node: LineageNode) -> Iterator[LineageNode]:
+        """Yield the requests of other conversations of a session whose answers nothing is known to
+        have carried yet."""
+        for other in self._find_forest(_forest_owner(caller, node.fingerprint)) or ():
+            if other.answer and other.lineage != node.lineage:
+                yield other
 
     def _find_forest(self, caller: Caller) -> Forest | None:
         org = self._orgs.get(caller.org)

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import OffloadingConnectorStats
 
@@ -46,6 +47,15 @@ Read = tuple[bool, int, float]
 when it would have expired, in seconds on the ledger's clock."""
 
 
+class Prefetched(StrEnum):
+    """What became of a chunk that was brought into the CPU tier before it was asked for: it has
+    come, and then was used, or was evicted unused."""
+
+    LOADED = "loaded"
+    USED = "used"
+    WASTED = "wasted"
+
+
 @dataclass(slots=True)
 class Counts:
     """What happened since the last report, by the labels of the metrics. TTLs are in seconds.
@@ -80,7 +90,7 @@ class Counts:
     idle: Observations = field(default_factory=lambda: Observations(SHARE_BUCKETS))
     promotions: Counter[tuple[str, str]] = field(default_factory=Counter)
     retired: Counter[str] = field(default_factory=Counter)
-    prefetched: Counter[str] = field(default_factory=Counter)
+    prefetched: Counter[Prefetched] = field(default_factory=Counter)
     refused_plans: int = 0
     refused_hints: Counter[str] = field(default_factory=Counter)
     _is_new: bool = True
@@ -155,7 +165,7 @@ class Counts:
         for tier, entries in self.retired.items():
             stats.increase_counter(ENDED_ENTRIES.name, entries, (tier,))
         for outcome, chunks in self.prefetched.items():
-            stats.increase_counter(PREFETCHED_CHUNKS.name, chunks, (outcome,))
+            stats.increase_counter(PREFETCHED_CHUNKS.name, chunks, (outcome.value,))
         for refusal, prompts in self.refused_hints.items():
             stats.increase_counter(REFUSED_HINTS.name, prompts, (refusal,))
         if self.refused_plans or self._is_new:
@@ -166,8 +176,8 @@ class Counts:
                 stats.increase_counter(REFUSED_HINTS.name, 0, (each.value,))
             for tier in (DEVICE, CPU):
                 stats.increase_counter(ENDED_ENTRIES.name, 0, (tier,))
-            for outcome in ("loaded", "used", "wasted"):
-                stats.increase_counter(PREFETCHED_CHUNKS.name, 0, (outcome,))
+            for outcome in Prefetched:
+                stats.increase_counter(PREFETCHED_CHUNKS.name, 0, (outcome.value,))
             self._is_new = False
         self.pressure.move_to(stats)
         move_observations(self.hit_ages, HIT_AGE, stats)

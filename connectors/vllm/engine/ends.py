@@ -42,15 +42,14 @@ class Ends:
         plan = prompt.plan
         self._prompts.add(plan.owner, plan.nonce, prompt.used, own)
 
-    def end_prompt(self, nonce: str, is_early: bool) -> int:
-        """Nothing goes on from a prompt; return how many of its blocks go first now.
+    def end_prompt(self, nonce: str, is_early: bool) -> None:
+        """Nothing goes on from a prompt.
 
         Args:
             nonce: the prompt's nonce.
             is_early: whether the CPU tier's policy has not heard yet of all requests that are over.
         """
-        owner, keys = self._prompts.end(nonce)
-        return self._retire(owner, keys, is_early)
+        self._retire(*self._prompts.end(nonce), is_early)
 
     def end_session(self, owner: bytes, is_early: bool) -> int:
         """A session is over; return how many of its blocks go first now, on both tiers together."""

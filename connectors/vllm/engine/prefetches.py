@@ -18,8 +18,9 @@ from vllm.v1.request import Request
 
 from vllm_cachescope.cache.session_prompts import SessionPrompts
 from vllm_cachescope.cache.tool_gaps import ToolGaps
+from vllm_cachescope.config.eviction import EvictionSettings
 from vllm_cachescope.connectors.vllm.engine.block_layout import BlockLayout
-from vllm_cachescope.connectors.vllm.engine.counts import Counts
+from vllm_cachescope.connectors.vllm.engine.counts import Counts, Prefetched
 from vllm_cachescope.connectors.vllm.engine.prompts import Prompts
 from vllm_cachescope.connectors.vllm.engine.tier_events import TierEvents
 from vllm_cachescope.connectors.vllm.engine.tiers.base import Ahead
@@ -73,7 +74,7 @@ class Prefetches:
         on_device: whether the prefix cache holds a key.
         clock: the ledger's clock, in seconds.
         counts: counts what came of them.
-        chunks: how many chunks may be under way, or have come and wait for their use.
+        share: the share of the CPU tier that may be under way, or have come and wait for its use.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class Prefetches:
         on_device: Callable[[bytes], bool],
         clock: Callable[[], float],
         counts: Counts,
-        chunks: int,
+        share: float,
     ) -> None:
         self._manager = manager
         self._primary = manager.primary_tier
@@ -100,7 +101,7 @@ class Prefetches:
         self._on_device = on_device
         self._clock = clock
         self._counts = counts
-        self._chunks = chunks
+        self._chunks = int(share * self._primary._num_chunks)
         self._lock = getattr(manager, "lock", None) or nullcontext()
         self._gaps = ToolGaps()
         self._waiting: deque[str] = deque(maxlen=MAX_WAITING)
@@ -143,17 +144,16 @@ class Prefetches:
         if self._ahead:
             for key in keys:
                 if self._ahead.pop(key, False):
-                    self._counts.prefetched["used"] += 1
+                    self._counts.prefetched[Prefetched.USED] += 1
 
-    def on_loaded(self, request_id: str, keys: Sequence[bytes]) -> bool:
-        """Remote tiers have loaded ``keys`` for a request; return whether it is one of ours."""
+    def on_loaded(self, request_id: str, keys: Sequence[bytes]) -> None:
+        """Remote tiers have loaded ``keys`` for a request, which may be one of ours."""
         if request_id not in self._active:
-            return False
+            return
         for key in keys:
             if key in self._ahead:
                 self._ahead[key] = True
-        self._counts.prefetched["loaded"] += len(keys)
-        return True
+        self._counts.prefetched[Prefetched.LOADED] += len(keys)
 
     def on_schedule(self) -> None:
         """A step is being scheduled: begin what is due, and go on with what is under way."""
@@ -252,36 +252,30 @@ class Prefetches:
         for key, has_come in list(self._ahead.items()):
             if has_come and self._policy.get(OffloadKey(key)) is None:
                 del self._ahead[key]
-                self._counts.prefetched["wasted"] += 1
+                self._counts.prefetched[Prefetched.WASTED] += 1
 
 
-def make_prefetches(
-    share: float,
-    manager: TieringOffloadingManager,
-    prompts: Prompts,
-    sessions: SessionPrompts,
+def can_prefetch(
+    settings: EvictionSettings,
     remotes: Sequence[RemoteTierManager],
     layout: BlockLayout,
-    on_device: Callable[[bytes], bool],
-    clock: Callable[[], float],
-    counts: Counts,
     events: TierEvents,
-) -> Prefetches | None:
-    """Return the prefetches of an engine; None if it makes none.
+) -> bool:
+    """Whether an engine makes prefetches.
 
     Events of chunks that no request has asked for would tell routers of blocks without tokens; and
     where a later block is of use without those before it, the first missing ones are not those to
     bring.
 
     Args:
-        share: the share of the CPU tier that they may fill.
+        settings: what the operator has set.
+        remotes: the remote tiers.
+        layout: how prompts are cut into blocks.
         events: the KV events of the tiers behind the device.
-        manager, prompts, sessions, remotes, layout, on_device, clock, counts: see `Prefetches`.
     """
-    if share <= 0 or not remotes:
-        return None
+    if settings.policy != "learned" or not settings.prefetch_share or not remotes:
+        return False
     if events.enabled or len(layout.groups) > 1 or layout.groups[0].window is not None:
         logger.warning("eviction.prefetch_share: not with KV events, or several kinds of attention")
-        return None
-    chunks = int(share * manager.primary_tier._num_chunks)
-    return Prefetches(manager, prompts, sessions, remotes, layout, on_device, clock, counts, chunks)
+        return False
+    return True

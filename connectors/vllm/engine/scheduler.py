@@ -27,7 +27,7 @@ from vllm_cachescope.connectors.vllm.engine.counts import Counts, Read
 from vllm_cachescope.connectors.vllm.engine.ends import Ends
 from vllm_cachescope.connectors.vllm.engine.local_tiers import LocalTiers
 from vllm_cachescope.connectors.vllm.engine.miss_explainer import MissExplainer
-from vllm_cachescope.connectors.vllm.engine.prefetches import make_prefetches
+from vllm_cachescope.connectors.vllm.engine.prefetches import Prefetches, can_prefetch
 from vllm_cachescope.connectors.vllm.engine.pressure import Pressure
 from vllm_cachescope.connectors.vllm.engine.prompt_plans import (
     REFUSED_TTL_S,
@@ -124,18 +124,19 @@ class CacheScopeConnectorScheduler(TierParent):
         self.remotes = remote_tiers(offloading)
         for remote in self.remotes:
             remote.bind(self)
-        self.prefetches = make_prefetches(
-            settings.eviction.prefetch_share if settings.eviction.policy == "learned" else 0.0,
-            offloading,
-            self._prompts,
-            self._ends.prompts,
-            self.remotes,
-            self._layout,
-            self.local.on_device,
-            clock,
-            self.counts,
-            events,
-        )
+        self.prefetches: Prefetches | None = None
+        if can_prefetch(settings.eviction, self.remotes, self._layout, events):
+            self.prefetches = Prefetches(
+                offloading,
+                self._prompts,
+                self._ends.prompts,
+                self.remotes,
+                self._layout,
+                self.local.on_device,
+                clock,
+                self.counts,
+                settings.eviction.prefetch_share,
+            )
         self._reporter = PromptReporter(
             self._layout,
             history,

@@ -112,6 +112,10 @@ async def _rendered(body: dict[str, Any], render: Render) -> list[int]:
     return await render({**body, "messages": [*messages, {"role": "user", "content": ""}]})
 
 
+def rendered_fields(body: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a body that the server renders without running it."""
+    return {name: body[name] for name in _RENDERED if name in body}
+
+
 def _content_key(body: Mapping[str, Any]) -> bytes:
-    rendered = {name: body[name] for name in _RENDERED if name in body}
-    return hashlib.sha256(encode(rendered)).digest()
+    return hashlib.sha256(encode(rendered_fields(body))).digest()

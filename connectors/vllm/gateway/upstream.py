@@ -6,7 +6,7 @@ from typing import Any
 import aiohttp
 from yarl import URL
 
-from vllm_cachescope.connectors.vllm.gateway.prefixes import CannotRender
+from vllm_cachescope.connectors.vllm.gateway.prefixes import CannotRender, rendered_fields
 from vllm_cachescope.wire.body import decode, encode
 
 _OF_CONNECTIONS = (b"connection", b"content-length", b"keep-alive", b"transfer-encoding")
@@ -18,9 +18,6 @@ _NOT_ADDED = ("accept", "accept-encoding", "content-type", "user-agent")
 
 _CONNECT_S = 5.0
 """How long connecting to it may take, in seconds. An answer may take as long as it likes."""
-
-_RENDERED = ("model", "messages", "tools", "chat_template_kwargs")
-"""The fields of a body that it renders without running it."""
 
 Response = aiohttp.ClientResponse
 
@@ -83,8 +80,7 @@ class Upstream:
         Raises:
             CannotRender: if it does not take the body.
         """
-        rendered = {name: body[name] for name in _RENDERED if name in body}
-        rendered["add_generation_prompt"] = False
+        rendered = {**rendered_fields(body), "add_generation_prompt": False}
         sent = {"content-type": "application/json", **headers}
         url = f"{self._url}/tokenize"
         try:
