@@ -15,6 +15,7 @@ from vllm_cachescope.connectors.vllm.findings import Finding, Status
 _CONNECTOR = "distributed/kv_transfer/kv_connector/v1"
 _METRICS = f"{_CONNECTOR}/offloading/metrics.py"
 _SCHEDULER = f"{_CONNECTOR}/offloading/scheduler.py"
+_EVENTS = f"{_CONNECTOR}/offloading/events.py"
 _COPIES = [f"{way}_{what}" for way in ("load", "store") for what in ("bytes", "time", "size")]
 _OFFLOADING = f"{_CONNECTOR}/offloading_connector.py"
 
@@ -121,6 +122,7 @@ HOOKS = (
         },
         {
             _METRICS: tuple(f'"vllm:kv_offload_{name}"' for name in _COPIES),
+            _SCHEDULER: ("self._connector_stats = OffloadingConnectorStats()",),
             # What prompts of other front ends carry.
             "v1/request.py": ("self.cache_salt", "self.session_id", "self.kv_hints"),
         },
@@ -162,6 +164,24 @@ HOOKS = (
                 "self._num_evictable_cache_chunks",
                 "self._num_chunks",
                 "self._policy",
+            ),
+        },
+    ),
+    Hook(
+        "KV events",
+        _STOPS,
+        {
+            (_EVENTS, "OffloadingEventsTracker.take_events"): "self events",
+            (_EVENTS, "OffloadingEventsTracker._build_event_metadata"): (
+                "self req group_config chunk_idx"
+            ),
+        },
+        {
+            _SCHEDULER: ("self._events_tracker",),
+            _EVENTS: (
+                "self.self_describing_enabled",
+                "self._pending_event_metadata",
+                "meta.active_residencies",
             ),
         },
     ),
