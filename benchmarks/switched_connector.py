@@ -23,7 +23,7 @@ from vllm_cachescope.connectors.vllm.engine.connector import CacheScopeConnector
 from vllm_cachescope.connectors.vllm.engine.counts import Counts
 from vllm_cachescope.connectors.vllm.engine.gauges import Gauges
 from vllm_cachescope.connectors.vllm.engine.held_stats import HeldStats
-from vllm_cachescope.connectors.vllm.engine.scheduler import CacheScopeConnectorScheduler
+from vllm_cachescope.connectors.vllm.engine.prompt_lifetimes import PromptLifetimes
 from vllm_cachescope.usage.writer import Writer
 
 VARIABLE = "CACHESCOPE_BENCHMARK_SWITCH"
@@ -112,12 +112,12 @@ def install(switch: Switch) -> None:
         return timed(context, name) if switch.is_on else nullcontext()
 
     RequestContext.stage = stage  # type: ignore[method-assign, assignment]
-    register = CacheScopeConnectorScheduler._register
+    register = PromptLifetimes.register
 
     def register_uncounted(self: Any, *args: Any, reads: Any = None, **options: Any) -> bool:
         return register(self, *args, reads=reads if switch.is_on else None, **options)
 
-    CacheScopeConnectorScheduler._register = register_uncounted  # type: ignore[method-assign]
+    PromptLifetimes.register = register_uncounted  # type: ignore[method-assign]
 
 
 def _switched(function: Callable[..., Any], switch: Switch) -> Callable[..., Any]:

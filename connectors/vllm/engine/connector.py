@@ -34,6 +34,7 @@ from vllm_cachescope.connectors.vllm.engine.adapters import Adapters
 from vllm_cachescope.connectors.vllm.engine.block_layout import read_layout
 from vllm_cachescope.connectors.vllm.engine.desk import Desk
 from vllm_cachescope.connectors.vllm.engine.door import EngineDoor
+from vllm_cachescope.connectors.vllm.engine.engine_settings import EngineSettings
 from vllm_cachescope.connectors.vllm.engine.gauges import Gauges
 from vllm_cachescope.connectors.vllm.engine.health import TierInfo
 from vllm_cachescope.connectors.vllm.engine.held_stats import HeldStats
@@ -46,10 +47,7 @@ from vllm_cachescope.connectors.vllm.engine.offloading import (
 from vllm_cachescope.connectors.vllm.engine.promotions import Promotions
 from vllm_cachescope.connectors.vllm.engine.prompt_plans import PlanRules
 from vllm_cachescope.connectors.vllm.engine.purges import EnginePurges, News
-from vllm_cachescope.connectors.vllm.engine.scheduler import (
-    CacheScopeConnectorScheduler,
-    EngineSettings,
-)
+from vllm_cachescope.connectors.vllm.engine.scheduler import CacheScopeConnectorScheduler
 from vllm_cachescope.connectors.vllm.engine.stats import (
     ScopePromMetrics,
     TransferStats,

@@ -3,9 +3,7 @@ reports on each prompt."""
 
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Collection, Iterable
 
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -16,58 +14,32 @@ from vllm.v1.request import Request
 from vllm_cachescope.cache.eviction_history import EvictionHistory, EvictionReason
 from vllm_cachescope.cache.ledger import Entry, Ledger
 from vllm_cachescope.cache.prefill_rate import PrefillRate
-from vllm_cachescope.cache.quotas import Quotas
 from vllm_cachescope.cache.report import Report
 from vllm_cachescope.cache.runs import NO_SIGNALS, Ended, RequestSignals
-from vllm_cachescope.config.eviction import EvictionSettings
 from vllm_cachescope.connectors.vllm.engine import hashing
-from vllm_cachescope.connectors.vllm.engine.block_layout import BlockLayout
 from vllm_cachescope.connectors.vllm.engine.checkpoints import move_checkpoint
 from vllm_cachescope.connectors.vllm.engine.counts import Counts, Read
 from vllm_cachescope.connectors.vllm.engine.ends import Ends
+from vllm_cachescope.connectors.vllm.engine.engine_settings import EngineSettings
 from vllm_cachescope.connectors.vllm.engine.local_tiers import LocalTiers
 from vllm_cachescope.connectors.vllm.engine.miss_explainer import MissExplainer
 from vllm_cachescope.connectors.vllm.engine.prefetches import Prefetches, can_prefetch
 from vllm_cachescope.connectors.vllm.engine.pressure import Pressure
+from vllm_cachescope.connectors.vllm.engine.prompt_lifetimes import PromptLifetimes
 from vllm_cachescope.connectors.vllm.engine.prompt_plans import (
     REFUSED_TTL_S,
     carries_plan,
     offload_covered,
 )
 from vllm_cachescope.connectors.vllm.engine.prompt_reporter import PromptReporter
-from vllm_cachescope.connectors.vllm.engine.prompts import Prompt, Prompts
+from vllm_cachescope.connectors.vllm.engine.prompts import Prompts
 from vllm_cachescope.connectors.vllm.engine.tier_events import TierEvents
 from vllm_cachescope.connectors.vllm.engine.tiers.base import TierParent
 from vllm_cachescope.connectors.vllm.engine.tiers.cpu import CPU
 from vllm_cachescope.connectors.vllm.engine.tiers.device import DEVICE
 from vllm_cachescope.connectors.vllm.engine.tiers.remote import refresh, remote_tiers
 from vllm_cachescope.prompt.plan import Plan
-from vllm_cachescope.tenancy.org_labels import OrgLabels
 from vllm_cachescope.tenancy.owner_tags import NOBODY
-from vllm_cachescope.usage.prices import Multipliers
-
-
-@dataclass(frozen=True, slots=True)
-class EngineSettings:
-    """The settings of the engine that the scheduler side needs.
-
-    Attributes:
-        rank: the engine's number among those behind one API server, from 0.
-        layout: how prompts are cut into blocks.
-        hash_settings: the settings that block hashes depend on; see `hashing.digest`.
-        quotas: what organisations may have of the device and the CPU tier, by the tier's name.
-        eviction: which chunks leave the CPU tier first.
-        org_labels: the labels of organisations in metrics.
-        multipliers: what a token costs that is read or created.
-    """
-
-    rank: int
-    layout: BlockLayout
-    hash_settings: Mapping[str, Any]
-    quotas: Mapping[str, Quotas]
-    eviction: EvictionSettings
-    org_labels: OrgLabels
-    multipliers: Multipliers
 
 
 class CacheScopeConnectorScheduler(TierParent):
@@ -119,6 +91,7 @@ class CacheScopeConnectorScheduler(TierParent):
             clock,
             self.counts,
         )
+        self._lifetimes = PromptLifetimes(self._layout, self._ledger, self.local, clock)
         capacity = kv_cache.block_pool.num_gpu_blocks + offloading.primary_tier._num_chunks
         self._ends = Ends(self.local, self._ledger, self.counts, 2 * capacity)
         self.remotes = remote_tiers(offloading)
@@ -160,7 +133,7 @@ class CacheScopeConnectorScheduler(TierParent):
             self.counts.refused_hints[refusal.value] += 1
         offload_covered(request, plan)
         self._prompts.add(request, plan, hashing.adapter_of(request))
-        self._note_change(plan)
+        self._lifetimes.note_change(plan)
         if self.prefetches is not None:
             self.prefetches.on_new_request(request, plan)
 
@@ -198,7 +171,7 @@ class CacheScopeConnectorScheduler(TierParent):
             chunks = self._layout.chunks_between(request, prompt.local_tokens, found)
             self.counts.promotions[CPU, DEVICE] += chunks
         # Now and not when a load is done: what is in use must not expire meanwhile.
-        all_known = self._register(prompt, request, found, known_only=True, reads=reads)
+        all_known = self._lifetimes.register(prompt, request, found, known_only=True, reads=reads)
         if reads:
             self.counts.add_reads(reads, self._clock(), are_promoted=bool(prompt.promoted))
         refresh(self.remotes, prompt.plan, request, found, self._layout, self._ledger)
@@ -219,7 +192,7 @@ class CacheScopeConnectorScheduler(TierParent):
         more, and reads more."""
         prompt = self._prompts.get(request.request_id)
         if prompt is not None:
-            self._register(prompt, request, request.num_computed_tokens, known_only=True)
+            self._lifetimes.register(prompt, request, request.num_computed_tokens, known_only=True)
             prompt.is_resumed = True
 
     def on_step_scheduled(self, scheduler_output: SchedulerOutput) -> None:
@@ -232,7 +205,7 @@ class CacheScopeConnectorScheduler(TierParent):
             prompt = self._prompts.get(request_id)
             if prompt is not None and prompt.request is not None:
                 computed = prompt.request.num_computed_tokens + tokens
-                self._register(prompt, prompt.request, computed)
+                self._lifetimes.register(prompt, prompt.request, computed)
 
     def on_schedule_end(self, scheduler_output: SchedulerOutput) -> None:
         """vLLM has offloaded the blocks of the step and of requests that were over before it."""
@@ -254,8 +227,8 @@ class CacheScopeConnectorScheduler(TierParent):
         if prompt is None:
             return None
         # An aborted request may have had blocks loaded that no step has used.
-        self._register(prompt, request, request.num_computed_tokens)
-        self._refresh(prompt, request)
+        self._lifetimes.register(prompt, request, request.num_computed_tokens)
+        self._lifetimes.refresh(prompt, request)
         self._ends.on_finished(prompt, self._layout.whole_blocks(request.num_prompt_tokens))
         refresh(self.remotes, prompt.plan, request, prompt.registered, self._layout, self._ledger)
         if self.prefetches is not None:
@@ -265,7 +238,7 @@ class CacheScopeConnectorScheduler(TierParent):
         self.local.end_request(prompt.used, signals, prompt.plan.nonce)
         prompt.request = None
         prompt.promoted.clear()
-        self._note_change(prompt.plan)
+        self._lifetimes.note_change(prompt.plan)
         first = self._prompts.find(prompt.plan.nonce) or prompt
         report = self._reporter.report(first)
         if report is not None and not first.is_counted:
@@ -321,71 +294,6 @@ class CacheScopeConnectorScheduler(TierParent):
     def resident(self) -> list[tuple[str, int, int]]:
         """Return ``(tier, ttl_s, entries)`` for the device and the CPU tier and each TTL class."""
         return self.local.resident()
-
-    # Lifetimes.
-
-    def _register(
-        self,
-        prompt: Prompt,
-        request: Request,
-        tokens: int,
-        known_only: bool = False,
-        reads: Counter[Read] | None = None,
-    ) -> bool:
-        """Start or refresh the lifetimes of the blocks in a prompt's first ``tokens`` tokens, from
-        ``prompt.registered`` on.
-
-        Args:
-            prompt: the prompt.
-            request: its request.
-            tokens: how many tokens of the prompt, from its start.
-            known_only: whether to refresh lifetimes only, and to start none.
-            reads: counts the blocks, as they were before; None for nothing to count.
-
-        Returns:
-            Whether the ledger knows all of these blocks now.
-        """
-        per_hash = self._layout.tokens_per_hash
-        prompt.computed_tokens = max(tokens, prompt.computed_tokens)
-        if tokens - prompt.registered < per_hash:
-            return True
-        now, all_known = self._clock(), True
-        blocks = self._layout.blocks_of_all(request, prompt.registered, tokens)
-        # From the last to the first, so that the end of a prefix is evicted first.
-        for end, key, group in reversed(blocks):
-            on_device, span = self.local.on_device(key), prompt.plan.span_of(end)
-            if prompt.is_purged(end):
-                if on_device and key not in self._ledger:
-                    self.local.drop_purged(key, span.ttl_s)
-                continue
-            entry = self._ledger.get(key)
-            if entry is None and (known_only or not on_device):
-                all_known = False
-                continue
-            if reads is not None and entry is not None:
-                reads[end <= prompt.local_tokens, entry.ttl_s, entry.expires_at] += 1
-            owner = prompt.plan.owner_in(span)
-            is_new = self.local.use(key, span.ttl_s, now, owner, prompt.plan.owner, on_device)
-            if end <= request.num_prompt_tokens:
-                prompt.created.note(group, end, is_new)
-        self._note_change(prompt.plan)
-        prompt.registered = tokens // per_hash * per_hash
-        return all_known
-
-    def _refresh(self, prompt: Prompt, request: Request) -> None:
-        """The request has used its blocks until now."""
-        self.local.drop_expired()
-        now = self._clock()
-        prompt.used = [
-            key for _, key, _ in self._layout.blocks_of_all(request, 0, prompt.registered)
-        ]
-        for key in reversed(prompt.used):
-            if (entry := self._ledger.get(key)) is not None:
-                self._ledger.touch(key, entry.ttl_s, now)
-
-    def _note_change(self, plan: Plan) -> None:
-        """Note that a prompt's blocks came into the cache, into use, or out of it."""
-        self.local.note_change({plan.owner_in(span) for span in plan.spans})
 
     # What the tiers ask and tell; see `TierParent`.
 
