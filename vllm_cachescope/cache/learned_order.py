@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import repeat
 from math import inf, nextafter
 from typing import Any
 
@@ -127,7 +128,7 @@ class LearnedOrder:
         self._ages.advance(now)
         self._open = None
         pieces = list(pieces)
-        keys = pieces[0][0] if len(pieces) == 1 else [key for piece in pieces for key in piece[0]]
+        keys = [key for piece in pieces for key in piece[0]]
         if not keys:
             return
         found = list(stretches(keys, self._run_of, self._gone.runs))
@@ -147,7 +148,7 @@ class LearnedOrder:
             piece_end = start + len(piece)
             while start < piece_end:
                 end = min(kind_end, piece_end)
-                run = Run(list(keys[start:end]), cell, used_at, turn, is_shared)
+                run = Run(keys[start:end], cell, used_at, turn, is_shared)
                 self._gather(run, place)
                 self._begin(run, place)
                 start = end
@@ -165,12 +166,18 @@ class LearnedOrder:
 
     def remove_all(self, keys: Iterable[bytes]) -> None:
         """Remove ``keys``; those that are not known are ignored."""
-        run_of, gone = self._run_of, dict[Run, int]()
-        for key in keys:
-            run = run_of.pop(key, None)
-            if run is not None:
-                gone[run] = gone.get(run, 0) + 1
-        held: dict[Place, int] = {}
+        run_of, held = self._run_of, dict[Place, int]()
+        gone: dict[Run, int] = {}
+        last, blocks = None, 0
+        for run in map(run_of.pop, keys, repeat(None)):
+            if run is last:
+                blocks += 1
+                continue
+            if last is not None:
+                gone[last] = gone.get(last, 0) + blocks
+            last, blocks = run, 1
+        if last is not None:
+            gone[last] = gone.get(last, 0) + blocks
         for run, blocks in gone.items():
             place = _place_of(run)
             held[place] = held.get(place, 0) + blocks
@@ -337,8 +344,9 @@ class LearnedOrder:
 
     def _gather(self, run: Run, place: Place) -> None:
         """Move the blocks of a run there from where they were."""
-        run_of, new = self._run_of, 0
-        for key in run.keys:
+        run_of, keys = self._run_of, run.keys
+        new = 0
+        for key in keys:
             old = run_of.get(key)
             if old is None:
                 run_of[key] = run
@@ -350,7 +358,7 @@ class LearnedOrder:
                     self._end(old)
             else:
                 self._move(key, run, place)
-        run.live = len(run.keys)
+        run.live = len(keys)
         self._hold(place, new)
 
     def _move(self, key: bytes, run: Run, place: Place) -> None:
@@ -374,10 +382,9 @@ class LearnedOrder:
 
     def _enter(self, run: Run, place: Place) -> None:
         """Put a run into its cell."""
-        if not place.add(run):
+        rank = place.add(run, self._fits.prices)
+        if rank is None:
             return
-        rank = self.prices.of(run.cell), run.used_at
-        place.price(run.cell, rank, self.prices)
         spared = self.is_spared(place.org)
         listed = place.listed[spared]
         if listed is None or rank < listed:

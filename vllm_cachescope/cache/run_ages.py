@@ -46,37 +46,50 @@ class RunAges:
         self._enter = enter
         # By bin, the run used first in front. Some have left the bin, or have no blocks any more.
         self._queues: tuple[deque[Run], ...] = tuple(deque() for _ in range(BINS))
+        # By bin, when the first of its runs leaves it, or some time before.
+        self._due = [inf] * BINS
         self._next = inf
 
     def begin(self, run: Run) -> None:
         """Begin with a run that has just been used."""
         self._queues[0].append(run)
-        if (at := run.used_at + LEAVES_AT[0]) < self._next:
-            self._next = at
+        at = run.used_at + LEAVES_AT[0]
+        if at < self._due[0]:
+            self._due[0] = at
+            if at < self._next:
+                self._next = at
 
     def advance(self, now: float) -> None:
         """Move the runs whose time it is. Each run moves at most `BINS` times between two uses."""
         if now < self._next:
             return
-        count, enter, following = self._counts.add_stay, self._enter, inf
+        due = self._due
         for bin_ in _LEFT:
-            queue = self._queues[bin_]
-            if not queue:
-                continue
-            leaves_at, later = LEAVES_AT[bin_], _NEXT[bin_]
-            append, step = self._queues[later].append, later - bin_
-            while queue:
-                run = queue[0]
-                cell, place = run.cell, run.place
-                if place is not None and cell % BINS == bin_:
-                    if (at := run.used_at + leaves_at) > now:
-                        following = min(following, at)
-                        break
-                    run.cell = cell + step
-                    if not run.is_open:
-                        count(cell, cell + step, 1)
-                    append(run)
-                    place.leave(cell)
-                    enter(run, place)
-                queue.popleft()
-        self._next = following
+            if due[bin_] <= now:
+                self._leave(bin_, now)
+        self._next = min(due)
+
+    def _leave(self, bin_: int, now: float) -> None:
+        """Move the runs whose time it is to leave a bin."""
+        enter, stay, queue, following = self._enter, self._counts.add_stay, self._queues[bin_], inf
+        leaves_at, later = LEAVES_AT[bin_], _NEXT[bin_]
+        # No run leaves the last bin.
+        step, moved = later - bin_, self._queues[later] if later < BINS - 1 else None
+        while queue:
+            run = queue[0]
+            cell, place = run.cell, run.place
+            if place is not None and cell % BINS == bin_:
+                if (at := run.used_at + leaves_at) > now:
+                    following = at
+                    break
+                run.cell = cell + step
+                if not run.is_open:
+                    stay(cell, cell + step, 1)
+                if moved is not None:
+                    moved.append(run)
+                place.leave(cell)
+                enter(run, place)
+            queue.popleft()
+        self._due[bin_] = following
+        if moved and self._due[later] > now:
+            self._due[later] = min(self._due[later], moved[0].used_at + LEAVES_AT[later])

@@ -39,27 +39,25 @@ class Place:
         self._heap: list[tuple[float, float, int]] = []
         self._prices: Prices | None = None
 
-    def add(self, run: Run) -> bool:
-        """Add a run to its cell; return whether the cell is new."""
-        run.place = self
-        runs = self.cells.get(run.cell)
+    def add(self, run: Run, prices: Prices) -> Rank | None:
+        """Add a run to its cell; return the rank of the cell by these prices if it is new."""
+        run.place, cell = self, run.cell
+        runs = self.cells.get(cell)
         if runs is not None:
             # A cell that was empty meanwhile keeps its rank: a lower one than it has now.
             runs.append(run)
-            return False
-        self.cells[run.cell] = deque((run,))
-        return True
+            return None
+        self.cells[cell] = deque((run,))
+        price, used_at = prices.of(cell), run.used_at
+        if self._prices is prices:
+            heappush(self._heap, (price, used_at, cell))
+        return price, used_at
 
     def leave(self, cell: int) -> None:
         """Note that a run has left a cell."""
         runs = self.cells.get(cell)
         while runs and (runs[0].cell != cell or runs[0].place is not self):
             runs.popleft()
-
-    def price(self, cell: int, rank: Rank, prices: Prices) -> None:
-        """Note the rank of a cell that is new, by these prices."""
-        if self._prices is prices:
-            heappush(self._heap, (*rank, cell))
 
     def oldest(self, cell: int) -> Run | None:
         """Return the oldest run of a cell that is still there; None if there is none, and the cell
@@ -106,6 +104,7 @@ class Place:
         self._price(prices)
         heap, passed = self._heap, list[tuple[float, float, int]]()
         rest: dict[int, Iterator[Run]] = {}
+        looked_at: set[Run] = set()  # One that left a cell and came back stands there twice.
         ahead: list[tuple[float, float, int, Run]] = []
         try:
             while heap or ahead:
@@ -122,14 +121,15 @@ class Place:
                     next(rest[cell])
                 else:
                     price, used_at, cell, run = heappop(ahead)
+                looked_at.add(run)
                 end = len(run.keys)
                 while end > 0:
-                    start = max(0, end - _LOOK)
+                    start = end - _LOOK if end > _LOOK else 0
                     if found := free(run, start, end):
                         yield (price, used_at), found
                     end = start
                 for run in rest[cell]:
-                    if run.cell == cell and run.place is self:
+                    if run.cell == cell and run.place is self and run not in looked_at:
                         heappush(ahead, (price, run.used_at, cell, run))
                         break
         finally:
@@ -138,9 +138,7 @@ class Place:
 
     def _price(self, prices: Prices) -> None:
         if self._prices is not prices:
-            self._prices = prices
-            self.cells = {cell: runs for cell, runs in self.cells.items() if runs}
-            self._heap = [
-                (prices.of(cell), runs[0].used_at, cell) for cell, runs in self.cells.items()
-            ]
+            self._prices, price_of = prices, prices.of
+            self.cells = cells = {cell: runs for cell, runs in self.cells.items() if runs}
+            self._heap = [(price_of(cell), runs[0].used_at, cell) for cell, runs in cells.items()]
             heapify(self._heap)

@@ -29,7 +29,7 @@ class RunSelection:
         self._order = order
         self._runs = order.runs
         self._must_stay = must_stay
-        self._chosen: dict[bytes, None] = {}
+        self._chosen: list[bytes] = []
         self._evicted: Counter[bytes] = Counter()
         self._long_left = order.long_held
         self._candidates: dict[Place, Generator[Head, None, None]] = {}
@@ -46,19 +46,19 @@ class RunSelection:
             candidates.close()
         for place in self._heads:
             self._order.enlist(place)
-        return list(self._chosen)
+        return self._chosen
 
     def take_of(self, org: bytes, count: int) -> list[bytes]:
         """Choose up to ``count`` blocks of one organisation."""
         places = [self._order.place_of(org, is_long) for is_long in (False, True)]
         found = [place.candidates(self._order.prices, self._free) for place in places if place]
         for _, keys in merge(*found):
-            self._chosen.update(dict.fromkeys(keys[: max(0, count - len(self._chosen))]))
+            self._chosen += keys[: max(0, count - len(self._chosen))]
             if len(self._chosen) >= count:
                 break
         for candidates in found:
             candidates.close()
-        return list(self._chosen)
+        return self._chosen
 
     def _choose(self, place: Place, most: int, spared: bool) -> None:
         """Choose blocks of a place until another's may go before the next of them: what ranks as
@@ -77,10 +77,11 @@ class RunSelection:
             rank, keys = head
             if rank != first and bound is not None and rank >= bound:
                 break
-            chosen.update(dict.fromkeys(keys[:left]))
             if len(keys) > left:
+                chosen += keys[:left]
                 head, left = (rank, keys[left:]), 0
             else:
+                chosen += keys
                 left -= len(keys)
                 head = next(candidates, None)
         self._heads[place] = head
@@ -134,9 +135,9 @@ class RunSelection:
         return self._heads[place]
 
     def _free(self, run: Run, start: int, end: int) -> list[bytes]:
-        run_of, chosen, must_stay = self._runs.get, self._chosen, self._must_stay
-        return [
-            key
-            for key in reversed(run.keys[start:end])
-            if run_of(key) is run and key not in chosen and not must_stay(key)
-        ]
+        keys, must_stay = run.keys[start:end], self._must_stay
+        if run.live < len(run.keys):
+            run_of = self._runs.get
+            keys = [key for key in keys if run_of(key) is run]
+        keys.reverse()
+        return [key for key in keys if not must_stay(key)]

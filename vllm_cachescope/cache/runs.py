@@ -1,6 +1,6 @@
 """Runs: blocks of one prompt that were last used together, and what is known of them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, NamedTuple
@@ -106,7 +106,7 @@ class Stretch(NamedTuple):
 
 
 def stretches(
-    keys: Sequence[bytes], resident: Mapping[bytes, Run], evicted: Mapping[bytes, Run]
+    keys: list[bytes], resident: Mapping[bytes, Run], evicted: Mapping[bytes, Run]
 ) -> Iterator[Stretch]:
     """Yield where the blocks of a prompt were before, in prompt order.
 
@@ -116,23 +116,39 @@ def stretches(
         evicted: the runs of which nothing is there, by their first block.
     """
     current: Run | None = None
-    start = covered = 0
-    for i, key in enumerate(keys):
+    start = covered = i = 0
+    length, looked_ahead = len(keys), False
+    while i < length:
+        key = keys[i]
         run = resident.get(key)
         if run is current and run is not None:
+            i += 1
             continue
         if run is None or run.is_open:
             if current is not None and i < covered:
-                continue  # Of a run that is known, a block that was evicted, or stored once more.
+                i += 1  # Of a run that is known, a block that was evicted, or stored once more.
+                continue
             run = evicted.get(key)
         if run is current:
+            if not looked_ahead and i + 1 < length:
+                # Mostly all that follows what is new is new, which is seen at once.
+                rest, looked_ahead = keys[i:], True
+                if resident.keys().isdisjoint(rest) and evicted.keys().isdisjoint(rest):
+                    break
+            i += 1
             continue
         if i > start:
             yield Stretch(current, start, i)
         current, start = run, i
         covered = i + run.size if run is not None else i
-    if len(keys) > start:
-        yield Stretch(current, start, len(keys))
+        # Mostly a run is used again as a whole.
+        blocks = 1 if run is None else len(run.keys)
+        if run is not None and run.live == blocks > 1 and run.keys == keys[i : i + blocks]:
+            i += blocks
+        else:
+            i += 1
+    if length > start:
+        yield Stretch(current, start, length)
 
 
 def octave(number: float) -> int:
