@@ -1,27 +1,19 @@
 """The endings of answers: told to the engines, whose policy keeps what waits for a tool."""
 
 import asyncio
-import re
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from vllm_cachescope.cache.runs import Ended
 from vllm_cachescope.logs import logger_of
 from vllm_cachescope.tenancy.owner_tags import OwnerTags
 from vllm_cachescope.tenancy.scope import Caller
+from vllm_cachescope.wire.answer_end import waits_for_tools
 
 TOLD_EVERY_S = 0.05
 """How long endings are collected for, in seconds: one call of the engines tells of all of them."""
 
 MAX_WAITING = 4096
 """How many endings wait at most; further ones are not told."""
-
-# Quotes inside of strings are escaped: no text of a model's can look like this.
-_REASON = re.compile(rb'"(?:finish|stop)_reason":\s*"(\w+)"')
-_CALL = re.compile(rb'"type":\s*"function_call"')
-_COMPLETED = re.compile(rb'"status":\s*"completed"')
-
-_TOOLS = frozenset({b"tool_calls", b"tool_use", b"function_call", b"pause_turn"})
-_ANSWER = frozenset({b"stop", b"end_turn", b"stop_sequence"})
 
 logger = logger_of(__name__)
 
@@ -34,14 +26,10 @@ def ending_of(data: bytes, is_responses: bool = False) -> Ended | None:
         data: the JSON, as the server wrote it.
         is_responses: whether it is of OpenAI's Responses, which name no reason.
     """
-    if is_responses:
-        if not _COMPLETED.search(data) or b'"output"' not in data:
-            return None
-        return Ended.TOOLS if _CALL.search(data) else Ended.ANSWER
-    reasons = set(_REASON.findall(data))
-    if reasons & _TOOLS:
-        return Ended.TOOLS
-    return Ended.ANSWER if reasons & _ANSWER else None
+    waits = waits_for_tools(data, is_responses)
+    if waits is None:
+        return None
+    return Ended.TOOLS if waits else Ended.ANSWER
 
 
 class Endings:

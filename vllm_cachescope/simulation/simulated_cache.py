@@ -7,6 +7,7 @@ from collections.abc import Callable
 from vllm_cachescope.cache.eviction import LifetimeShare
 from vllm_cachescope.cache.learned_order import LONG_TTL_S, LearnedOrder, Piece
 from vllm_cachescope.simulation.peers.base import Peer
+from vllm_cachescope.simulation.session_blocks import SessionBlocks
 from vllm_cachescope.simulation.traced_request import TracedRequest
 
 
@@ -130,6 +131,7 @@ class LearnedCache(_Expiring):
     ) -> None:
         super().__init__(capacity)
         self.order = make_order(long_blocks=int(capacity * long_share))
+        self._sessions = SessionBlocks()
 
     def __contains__(self, key: bytes) -> bool:
         return key in self.order.runs
@@ -139,6 +141,10 @@ class LearnedCache(_Expiring):
 
     def store(self, request: TracedRequest) -> None:
         self.order.use_request(self._pieces(request), request.at, request.signals)
+        if request.session is not None:
+            self._sessions.use(request.org, request.session, request.keys)
+            if request.session_over:
+                self.order.retire(self._sessions.end(request.org, request.session))
         over = len(self.order) - self.capacity
         if over > 0:
             self._evict(self.order.victims(over, request.at, _none_must_stay) or [])
@@ -160,6 +166,7 @@ class LearnedCache(_Expiring):
 
     def _forget(self, key: bytes) -> None:
         self.order.remove(key)
+        self._sessions.forget(key)
 
 
 class LifetimeCache(_Expiring):

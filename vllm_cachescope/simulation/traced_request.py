@@ -16,6 +16,8 @@ class TracedRequest:
         signals: what it tells of its blocks' future.
         ttl_s: the TTL that it asks for, in seconds; None for blocks that do not expire.
         org: whose request it is; empty for nobody's.
+        session: the session it belongs to; None if it names none.
+        session_over: whether the session is over with it.
     """
 
     at: float
@@ -24,3 +26,5 @@ class TracedRequest:
     signals: RequestSignals = NO_SIGNALS
     ttl_s: int | None = None
     org: str = ""
+    session: str | None = None
+    session_over: bool = False

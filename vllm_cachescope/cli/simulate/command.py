@@ -10,6 +10,7 @@ from typing import Any
 from vllm_cachescope.cli import traffic_files
 from vllm_cachescope.cli.console import show
 from vllm_cachescope.cli.simulate import plot, tables
+from vllm_cachescope.cli.simulate.answer_endings import EndingsFrom
 from vllm_cachescope.cli.simulate.traced_calls import traced, whole_blocks
 from vllm_cachescope.cli.traffic import BLOCK_TOKENS, BlockCall, Call, TrafficError
 from vllm_cachescope.cli.traffic_files import TrafficFiles
@@ -88,6 +89,15 @@ def add_command(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
         metavar="SHARE",
         help="mark so many of the conversations 1h, drawn at random, and the others 5m",
     )
+    parser.add_argument(
+        "--endings",
+        type=EndingsFrom,
+        choices=list(EndingsFrom),
+        default=EndingsFrom.ALL,
+        help="what tells the policy how answers ended, as a server does: the recorded answers, or, "
+        "where none is recorded, also the requests that follow (all, the default); the recorded "
+        "answers alone (recorded); nothing (none)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
     parser.add_argument(
         "--long-share",
@@ -110,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         for _, traffic in files.read():
             calls += traffic
-        requests = traced(calls, args.block_tokens, args.ttl)
+        requests = traced(calls, args.block_tokens, args.ttl, args.endings)
         if args.plot is not None:
             plot.check()
     except (OSError, TrafficError, plot.NoPlotError) as error:

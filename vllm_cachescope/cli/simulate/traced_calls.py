@@ -5,7 +5,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 
-from vllm_cachescope.cache.runs import RequestSignals
+from vllm_cachescope.cache.runs import Ended, RequestSignals
+from vllm_cachescope.cli.simulate.answer_endings import EndingsFrom, answer_endings
 from vllm_cachescope.cli.token_counter import SCALE, shipped_tokenizer
 from vllm_cachescope.cli.traffic import BLOCK_TOKENS, BlockCall, Call, TrafficError
 from vllm_cachescope.simulation.traced_request import TracedRequest
@@ -15,7 +16,10 @@ _STEP_S = 1.0
 
 
 def traced(
-    calls: Iterable[Call | BlockCall], block_tokens: int, ttl_s: int | None
+    calls: Iterable[Call | BlockCall],
+    block_tokens: int,
+    ttl_s: int | None,
+    endings: EndingsFrom = EndingsFrom.ALL,
 ) -> list[TracedRequest]:
     """Return calls as blocks, in order of time.
 
@@ -25,10 +29,13 @@ def traced(
         calls: the calls of all files.
         block_tokens: tokens of a block, for those that have text. A block trace has its own.
         ttl_s: the TTL in seconds where a request names none; None for no expiry.
+        endings: what may tell how answers ended.
 
     Raises:
         TrafficError: if there are none, or calls of both kinds.
     """
+    calls = list(calls)
+    ended = answer_endings([call for call in calls if isinstance(call, Call)], endings)
     requests: list[TracedRequest] = []
     cutter = _Cutter(block_tokens)
     kinds: set[bool] = set()
@@ -42,7 +49,7 @@ def traced(
             keys = tuple(b"%d" % block for block in call.blocks)
             requests.append(TracedRequest(at, keys, call.tokens, signals, ttl_s))
         else:
-            requests.append(cutter.request(call, at, ttl_s))
+            requests.append(cutter.request(call, at, ttl_s, ended.get(call.source)))
     if not requests:
         raise TrafficError("there is no request to replay")
     if len(kinds) > 1:
@@ -68,7 +75,9 @@ class _Cutter:
         # In its own tokens, of which a prompt has more than by a large model's tokenizer.
         self._step = max(1, round(block_tokens / SCALE))
 
-    def request(self, call: Call, at: float, ttl_s: int | None) -> TracedRequest:
+    def request(
+        self, call: Call, at: float, ttl_s: int | None, ended: Ended | None
+    ) -> TracedRequest:
         text = call.text if call.text is not None else _text(call)
         tokens = self._tokens(text)
         keys: list[bytes] = []
@@ -83,8 +92,10 @@ class _Cutter:
             at,
             tuple(keys),
             round(len(tokens) * SCALE),
-            RequestSignals(output),
+            RequestSignals(output, ended=ended),
             max(asked, default=ttl_s),
+            session=call.session,
+            session_over=call.session_over,
         )
 
     def _tokens(self, text: str) -> Sequence[int]:

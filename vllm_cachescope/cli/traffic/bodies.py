@@ -1,5 +1,7 @@
 """Request bodies, in an envelope or by themselves, as calls."""
 
+from collections.abc import Mapping
+
 from vllm_cachescope import wire
 from vllm_cachescope.cli.traffic import converse
 from vllm_cachescope.cli.traffic.call import Call, TrafficError
@@ -10,6 +12,7 @@ from vllm_cachescope.errors import BadRequest
 from vllm_cachescope.prompt.request import PromptRequest
 from vllm_cachescope.tenancy.caller import SESSION_HEADERS
 from vllm_cachescope.wire.extras import extra_fields
+from vllm_cachescope.wire.session_end import header_says_over
 
 _TTLS = Config().allowed_ttls  # those that a server accepts by default
 
@@ -51,5 +54,14 @@ def body_call(source: str, envelope: Envelope) -> Call | None:
         extra_fields(body, headers),
         response_id=envelope.response_id,
         usage=envelope.usage,
+        ended=envelope.ended,
+        session_over=request.session_over or _says_over(headers),
         body=None if converse.is_body(body) else body,
     )
+
+
+def _says_over(headers: Mapping[str, str]) -> bool:
+    try:
+        return header_says_over(headers)
+    except BadRequest:
+        return False  # It says nothing of the prompt, which is all that is asked for here.

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from vllm_cachescope.cache.runs import Ended
 from vllm_cachescope.prompt.request import PromptRequest
 
 BLOCK_TOKENS = 512
@@ -46,6 +47,8 @@ class Call:
         response_id: the id of its response; None if not recorded.
         usage: what its response said of the cache; None if not recorded.
         body: its body as it was sent; None if that was not recorded.
+        ended: how its answer ended; None if not recorded, or cut off.
+        session_over: whether it says that its session is over.
     """
 
     source: str
@@ -58,6 +61,8 @@ class Call:
     response_id: str | None = None
     usage: Usage | None = None
     body: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
+    ended: Ended | None = None
+    session_over: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from vllm_cachescope.cache.runs import Ended
 from vllm_cachescope.cli.traffic.call import Usage
+from vllm_cachescope.cli.traffic.endings import ending_in, reasons_of
 from vllm_cachescope.cli.traffic.times import seconds_of
 from vllm_cachescope.cli.traffic.usage import response_id_in, usage_in
 
@@ -26,6 +28,7 @@ class Envelope:
         path: the path or URL that it was sent to; None if not recorded.
         response_id: the id of its response; None if not recorded.
         usage: what its response said of the cache; None if not recorded.
+        ended: how its answer ended; None if not recorded.
         bare: whether there is nothing but a body.
     """
 
@@ -36,6 +39,7 @@ class Envelope:
     path: str | None = None
     response_id: str | None = None
     usage: Usage | None = None
+    ended: Ended | None = None
     bare: bool = False
 
 
@@ -58,7 +62,8 @@ def envelope_of(record: Mapping[str, Any]) -> Envelope:
     if body is record:
         response, session = record.get("response"), text_of(record.get("session_id"))
         usage = usage_in(record) or usage_in(response)
-        return Envelope(body, at, session, usage=usage, bare=True)
+        ended = ending_in(response)
+        return Envelope(body, at, session, usage=usage, ended=ended, bare=True)
     response = outer.get("response")
     return Envelope(
         body,
@@ -68,6 +73,7 @@ def envelope_of(record: Mapping[str, Any]) -> Envelope:
         next((path for key in _PATHS if (path := text_of(record.get(key)))), None),
         text_of(outer.get("response_id")) or response_id_in(response),
         usage_in({"usage": outer.get("usage"), "response": response}),
+        ending_in(response, reasons_of(outer)),
     )
 
 

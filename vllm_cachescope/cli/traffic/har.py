@@ -4,6 +4,7 @@ import base64
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from vllm_cachescope.cli.traffic.endings import ending_in
 from vllm_cachescope.cli.traffic.envelope import Envelope, as_body, headers_of, text_of
 from vllm_cachescope.cli.traffic.times import seconds_of
 from vllm_cachescope.cli.traffic.usage import usage_in
@@ -27,7 +28,8 @@ def envelopes(record: Mapping[str, Any]) -> Iterator[Envelope]:
                 None,
                 headers_of(request.get("headers")),
                 text_of(request.get("url")),
-                usage=usage_in(_decoded(content)),
+                usage=usage_in(text := _decoded(content)),
+                ended=ending_in(text),
             )
 
 

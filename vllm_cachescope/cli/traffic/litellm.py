@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm_cachescope.cli.traffic.call import Usage
+from vllm_cachescope.cli.traffic.endings import ending_in, reasons_of
 from vllm_cachescope.cli.traffic.envelope import Envelope, as_body, text_of
 from vllm_cachescope.cli.traffic.times import seconds_of
 from vllm_cachescope.cli.traffic.usage import response_id_in, usage_in
@@ -35,6 +36,7 @@ def envelope(record: Mapping[str, Any]) -> Envelope | None:
         or text_of(record.get("trace_id")),
         response_id=response_id_in(record.get("response")) or text_of(record.get("id")),
         usage=_usage(record, metadata),
+        ended=ending_in(record.get("response"), reasons_of(record)),
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from vllm_cachescope.cli.traffic.call import TrafficError
+from vllm_cachescope.cli.traffic.endings import ending_in
 from vllm_cachescope.cli.traffic.envelope import Envelope, as_body
 from vllm_cachescope.cli.traffic.times import seconds_of
 from vllm_cachescope.cli.traffic.usage import usage_in
@@ -40,6 +41,7 @@ def envelopes(data: bytes) -> Iterator[Envelope]:
                 _headers(request),
                 _text(request.get(b"path")),
                 usage=usage_in(answer),
+                ended=ending_in(answer),
             )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from vllm_cachescope.cli.traffic.call import Usage
+from vllm_cachescope.cli.traffic.endings import ending_in
 from vllm_cachescope.cli.traffic.envelope import Envelope, text_of
 from vllm_cachescope.cli.traffic.times import seconds_of
 
@@ -50,7 +51,21 @@ def envelopes(record: Mapping[str, Any]) -> Iterator[Envelope]:
                 next((one for value in (*named, *trace) if (one := text_of(value))), None),
                 response_id=text_of(attributes.get("gen_ai.response.id")),
                 usage=_usage(attributes),
+                ended=ending_in({"choices": _reasons(attributes)}),
             )
+
+
+def _reasons(attributes: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return why the model stopped, as choices of a reply."""
+    found = attributes.get("gen_ai.response.finish_reasons")
+    if isinstance(found, str):  # Some write a list, and some one as JSON in a string.
+        try:
+            found = json.loads(found)
+        except (ValueError, RecursionError):
+            found = [found]
+    names = {"tool_call": "tool_calls"}
+    reasons = found if isinstance(found, list) else [found]
+    return [{"finish_reason": names.get(one, one)} for one in reasons[:64] if isinstance(one, str)]
 
 
 def _spans(record: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
