@@ -24,6 +24,7 @@ from vllm_cachescope.config.eviction import EvictionSettings
 from vllm_cachescope.simulation.marked_conversations import LONG_TTL_S, mark_conversations
 from vllm_cachescope.simulation.policies import PEERS, make_cache
 from vllm_cachescope.simulation.replay import Outcome, replay
+from vllm_cachescope.simulation.simulated_cache import ExpiringLru
 from vllm_cachescope.simulation.traced_request import TracedRequest
 
 _CAPACITIES = (1000, 5000, 10_000, 20_000)
@@ -150,7 +151,8 @@ def _chat_figures(requests: list[TracedRequest], block: int) -> list[Figure]:
         )
     marked = mark_conversations(requests, 0.2, random.Random(0))
     for capacity in _CAPACITIES:
-        lru = replay(marked, make_cache("lru", capacity, marked, 0), block)
+        # No policy may serve what has expired, so neither may the LRU that it is compared with.
+        lru = replay(marked, ExpiringLru(capacity), block)
         ours = replay(marked, make_cache("learned", capacity, marked, _LONG_SHARE), block)
         gain = ours.total.ratio - lru.total.ratio
         of_long = ours.by_ttl[LONG_TTL_S].ratio - lru.by_ttl[LONG_TTL_S].ratio

@@ -23,6 +23,7 @@ from vllm_cachescope.cli.traffic import BLOCK_TOKENS
 from vllm_cachescope.simulation.marked_conversations import LONG_TTL_S, mark_conversations
 from vllm_cachescope.simulation.policies import make_cache
 from vllm_cachescope.simulation.replay import Outcome, replay
+from vllm_cachescope.simulation.simulated_cache import ExpiringLru, SimulatedCache
 from vllm_cachescope.simulation.traced_request import TracedRequest
 
 CAPACITIES = (1000, 5000, 10_000, 20_000)
@@ -74,9 +75,15 @@ def _kinds(kind_of: KindOf) -> Iterator[None]:
         yield
 
 
+def _cache(policy: str, capacity: int, requests: Requests, share: float) -> SimulatedCache:
+    if policy == "lru, blocks expire, too":
+        return ExpiringLru(capacity)
+    return make_cache(policy, capacity, requests, share)
+
+
 def _outcomes(policy: str, requests: Requests, share: float = _SHARE) -> list[Outcome]:
     return [
-        replay(requests, make_cache(policy, capacity, requests, share), BLOCK_TOKENS)
+        replay(requests, _cache(policy, capacity, requests, share), BLOCK_TOKENS)
         for capacity in CAPACITIES
     ]
 
@@ -114,11 +121,19 @@ def marks(requests: Requests) -> None:
     """Print what a fifth of conversations marked ``1h`` gains, by `long_share`."""
     marked = mark_conversations(list(requests), 0.2, random.Random(0))
     _head("random fifth of conversations `1h`", "total", "`1h`", "`5m`")
-    for share in (0.0, 0.1, 0.2, 0.3):
-        found = _outcomes("learned", marked, share)
+    for policy, share in (
+        ("lru", 0.0),
+        ("lru, blocks expire, too", 0.0),
+        ("lifetime", 0.0),
+        *(("learned", n / 10) for n in range(4)),
+    ):
+        found = _outcomes(policy, marked, share)
         of_ttl = ([one.by_ttl[ttl].ratio for one in found] for ttl in (LONG_TTL_S, 300))
         columns = ([one.total.ratio for one in found], *of_ttl)
-        _row(f"share {share}", *(" / ".join(map(_plain, column)) for column in columns))
+        _row(
+            f"{policy}, share {share}" if policy == "learned" else policy,
+            *(" / ".join(map(_plain, column)) for column in columns),
+        )
 
 
 def agents(recorded: Sequence[Requests]) -> None:

@@ -15,6 +15,7 @@ from vllm_cachescope.cli.main import main
 from vllm_cachescope.simulation.marked_conversations import mark_conversations
 from vllm_cachescope.simulation.policies import POLICIES, make_cache
 from vllm_cachescope.simulation.replay import replay
+from vllm_cachescope.simulation.simulated_cache import ExpiringLru
 from vllm_cachescope.simulation.traced_request import TracedRequest
 
 
@@ -76,6 +77,16 @@ def test_a_prefix_counts_up_to_its_first_hole() -> None:
     requests = [first, TracedRequest(1.0, (b"x",), 16), replace(first, at=2.0)]
     outcome = replay(requests, make_cache("lru", 3, requests, 0), 16)
     assert outcome.total.hit_blocks == 2
+
+
+def test_an_lru_with_lifetimes_is_lru_until_blocks_expire() -> None:
+    requests = trace(7, 400)
+    plain = replay(requests, make_cache("lru", 25, requests, 0), 16)
+    long = [replace(request, ttl_s=3600) for request in requests]
+    assert replay(long, ExpiringLru(25), 16).total.hit_blocks == plain.total.hit_blocks
+    short = [replace(request, ttl_s=1) for request in requests]
+    outcome = replay(short, ExpiringLru(25), 16)
+    assert outcome.total.hit_blocks == 0 < plain.total.hit_blocks
 
 
 @pytest.mark.parametrize("policy", ["learned", "lifetime"])

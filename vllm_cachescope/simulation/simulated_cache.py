@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable
+from itertools import islice
 
 from vllm_cachescope.cache.eviction import LifetimeShare
 from vllm_cachescope.cache.learned_order import LONG_TTL_S, LearnedOrder, Piece
@@ -193,6 +194,32 @@ class LifetimeCache(_Expiring):
 
     def _forget(self, key: bytes) -> None:
         self._order.remove(key)
+
+
+class ExpiringLru(_Expiring):
+    """LRU whose blocks live as their requests ask, as those of the CPU tier's own policies do."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__(capacity)
+        self._order: OrderedDict[bytes, None] = OrderedDict()
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._order
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def store(self, request: TracedRequest) -> None:
+        for key in reversed(request.keys):
+            self._live(key, request.ttl_s, request.at)
+            self._order[key] = None
+            self._order.move_to_end(key)
+        over = len(self._order) - self.capacity
+        if over > 0:
+            self._evict(list(islice(self._order, over)))
+
+    def _forget(self, key: bytes) -> None:
+        del self._order[key]
 
 
 def _none_must_stay(key: bytes) -> bool:
