@@ -1,13 +1,12 @@
 """The learned order of eviction: what is least likely to be used again soon goes first."""
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import repeat
 from math import inf, nextafter
 from typing import Any
 
 from vllm_cachescope.cache.gone_runs import GoneRuns
-from vllm_cachescope.cache.place_listing import PlaceListing
+from vllm_cachescope.cache.places import Places
 from vllm_cachescope.cache.price_fits import PriceFits
 from vllm_cachescope.cache.prompt_parts import parts_of
 from vllm_cachescope.cache.return_counts import BINS, OVER, Counted, Kind, ReturnCounts
@@ -32,8 +31,6 @@ Piece = tuple[Sequence[bytes], int, bytes]
 
 LONG_TTL_S = 300
 """A longer lifetime than this, the shortest that clients can ask for, is a claim to be kept."""
-
-_RELISTED = 8
 
 _TOGETHER_S = 0.1
 """Blocks that are stored so close to one another are used together until their request is over."""
@@ -65,18 +62,13 @@ class LearnedOrder:
         on_fit: Callable[[Counted], None] = lambda counted: None,
     ) -> None:
         self.long_blocks = long_blocks
-        self.long_held = 0
-        self._reserve = reserve
+        self.places = Places(reserve)
         self._counts = ReturnCounts()
         self._fits = PriceFits(self._counts, compute, on_fit)
         self._run_of: dict[bytes, Run] = {}
         self._gone = GoneRuns(self._counts)
-        self._held: Counter[bytes] = Counter()
-        self._places: dict[tuple[bytes, bool], Place] = {}
-        self.listing = PlaceListing(self._places)
         self._ages = RunAges(self._counts, self._enter)
         self._used_at = -inf
-        self._stale: list[Place] = []
         self._open: Run | None = None
 
     def __len__(self) -> int:
@@ -84,12 +76,17 @@ class LearnedOrder:
 
     def held(self, org: bytes) -> int:
         """Return how many blocks of ``org`` there are."""
-        return self._held[org]
+        return self.places.accounts.get(org, 0)
 
     @property
     def accounts(self) -> Mapping[bytes, int]:
         """How many blocks each organisation has."""
-        return self._held
+        return self.places.accounts
+
+    @property
+    def long_held(self) -> int:
+        """How many blocks there are that were marked to live longer."""
+        return self.places.long_held
 
     # Uses.
 
@@ -99,7 +96,7 @@ class LearnedOrder:
         To be called for blocks of requests that are not over; `use_request` tells what they were.
         """
         self._ages.advance(now)
-        place = self._place(org, ttl_s > LONG_TTL_S)
+        place = self.places.make(org, ttl_s > LONG_TTL_S)
         run = self._open
         if run is None or run.place is not place or now - run.used_at > _TOGETHER_S:
             cell = self._counts.number(OPEN_KIND) * BINS
@@ -144,7 +141,7 @@ class LearnedOrder:
         for piece, ttl_s, org in pieces:
             if not piece:
                 continue
-            place = self._place(org, ttl_s > LONG_TTL_S)
+            place = self.places.make(org, ttl_s > LONG_TTL_S)
             piece_end = start + len(piece)
             while start < piece_end:
                 end = min(kind_end, piece_end)
@@ -157,8 +154,8 @@ class LearnedOrder:
         if self._fits.is_due():
             self._gone.advance(now)
         if self._fits.count_request():
-            self._stale = list(self._places.values())
-        self._relist()
+            self.places.note_new_prices()
+        self.places.relist(self.prices)
 
     def remove(self, key: bytes) -> None:
         """Remove ``key``; one that is not known is ignored."""
@@ -189,7 +186,7 @@ class LearnedOrder:
             while keys_of and run_of.get(keys_of[-1]) is not run:
                 keys_of.pop()
         for place, blocks in held.items():
-            self._hold(place, -blocks)
+            self._count(place, -blocks)
 
     def tell(self, key: bytes, ended: Ended) -> None:
         """Note how the answer to a request ended that is over, and that this is known only now.
@@ -261,15 +258,6 @@ class LearnedOrder:
         self._ages.advance(now)
         return RunSelection(self, must_stay).take_of(org, count)
 
-    def is_spared(self, org: bytes, evicted: int = 0) -> bool:
-        """Whether ``org`` holds no more than its reserve once ``evicted`` of its blocks are
-        evicted."""
-        return self._held[org] - evicted <= self._reserve(org)
-
-    def exposed(self, org: bytes) -> int:
-        """Return how many blocks ``org`` holds beyond its reserve; 0 if it is spared."""
-        return max(0, self._held[org] - self._reserve(org))
-
     def price_of(self, key: bytes) -> float:
         """Return what the place of a block earns that is there."""
         return self.prices.of(self._run_of[key].cell)
@@ -305,10 +293,6 @@ class LearnedOrder:
 
     # What follows is for `RunSelection`.
 
-    def place_of(self, org: bytes, is_long: bool) -> Place | None:
-        """Return a place; None if it has no blocks."""
-        return self._places.get((org, is_long))
-
     @property
     def prices(self) -> Prices:
         """The prices that count."""
@@ -318,12 +302,6 @@ class LearnedOrder:
     def runs(self) -> Mapping[bytes, Run]:
         """The run that each block is in."""
         return self._run_of
-
-    def enlist(self, place: Place) -> None:
-        """List a place where it belongs, at its lowest rank, if it has any blocks."""
-        rank = place.lowest(self.prices)
-        if rank is not None:
-            self.listing.add(self.is_spared(place.org), place, rank)
 
     # Runs.
 
@@ -359,18 +337,18 @@ class LearnedOrder:
             else:
                 self._move(key, run, place)
         run.live = len(keys)
-        self._hold(place, new)
+        self._count(place, new)
 
     def _move(self, key: bytes, run: Run, place: Place) -> None:
         old = self._run_of.get(key)
         self._run_of[key] = run
         if old is None:
-            self._hold(place, 1)
+            self._count(place, 1)
             return
         old_place = _place_of(old)
         if old_place is not place:
-            self._hold(place, 1)
-            self._hold(old_place, -1)
+            self._count(place, 1)
+            self._count(old_place, -1)
         old.live -= 1
         if not old.live:
             self._end(old)
@@ -383,12 +361,8 @@ class LearnedOrder:
     def _enter(self, run: Run, place: Place) -> None:
         """Put a run into its cell."""
         rank = place.add(run, self._fits.prices)
-        if rank is None:
-            return
-        spared = self.is_spared(place.org)
-        listed = place.listed[spared]
-        if listed is None or rank < listed:
-            self.listing.add(spared, place, rank)
+        if rank is not None:
+            self.places.lower(place, rank)
 
     def _end(self, run: Run) -> None:
         """Note that a run has no blocks left: from now on it is only remembered."""
@@ -404,43 +378,9 @@ class LearnedOrder:
         self._used_at = max(now, nextafter(self._used_at, inf))
         return self._used_at
 
-    # Prices.
-
-    def _relist(self) -> None:
-        """List some places anew whose prices have changed: with ten thousand organisations all of
-        them would keep the scheduler waiting."""
-        for _ in range(min(_RELISTED, len(self._stale))):
-            self.enlist(self._stale.pop())
-
-    # Organisations.
-
-    def _place(self, org: bytes, is_long: bool) -> Place:
-        place = self._places.get((org, is_long))
-        if place is None:
-            place = self._places[org, is_long] = Place(org, is_long)
-        return place
-
-    def _hold(self, place: Place, blocks: int) -> None:
-        org = place.org
-        before = self._held[org]
-        held = self._held[org] = before + blocks
-        if place.is_long:
-            self.long_held += blocks
-        if not held:
-            del self._held[org]
-            for is_long in (False, True):
-                self._drop_place(org, is_long)
-            return
-        reserve = self._reserve(org)
-        if (before <= reserve) != (held <= reserve):
-            for is_long in (False, True):
-                if (one := self._places.get((org, is_long))) is not None:
-                    self.enlist(one)
-
-    def _drop_place(self, org: bytes, is_long: bool) -> None:
-        place = self._places.pop((org, is_long), None)
-        if place is not None:
-            place.listed = [None, None]
+    def _count(self, place: Place, blocks: int) -> None:
+        """Note that a place has so many more blocks, or less of them."""
+        self.places.hold(place, blocks, self._fits.prices)
 
 
 def _place_of(run: Run) -> Place:

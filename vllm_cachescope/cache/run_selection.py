@@ -26,12 +26,14 @@ class RunSelection:
     """
 
     def __init__(self, order: LearnedOrder, must_stay: Callable[[bytes], bool]) -> None:
-        self._order = order
+        self._places = order.places
+        self._prices = order.prices
+        self._long_blocks = order.long_blocks
         self._runs = order.runs
         self._must_stay = must_stay
         self._chosen: list[bytes] = []
         self._evicted: Counter[bytes] = Counter()
-        self._long_left = order.long_held
+        self._long_left = order.places.long_held
         self._candidates: dict[Place, Generator[Head, None, None]] = {}
         self._heads: dict[Place, Head | None] = {}
 
@@ -45,13 +47,13 @@ class RunSelection:
         for candidates in self._candidates.values():
             candidates.close()
         for place in self._heads:
-            self._order.enlist(place)
+            self._places.enlist(place, self._prices)
         return self._chosen
 
     def take_of(self, org: bytes, count: int) -> list[bytes]:
         """Choose up to ``count`` blocks of one organisation."""
-        places = [self._order.place_of(org, is_long) for is_long in (False, True)]
-        found = [place.candidates(self._order.prices, self._free) for place in places if place]
+        places = [self._places.get(org, is_long) for is_long in (False, True)]
+        found = [place.candidates(self._prices, self._free) for place in places if place]
         for _, keys in merge(*found):
             self._chosen += keys[: max(0, count - len(self._chosen))]
             if len(self._chosen) >= count:
@@ -64,11 +66,11 @@ class RunSelection:
         """Choose blocks of a place until another's may go before the next of them: what ranks as
         the lowest does goes with it, until its organisation is spared, or what is marked to live
         longer is back within its share."""
-        order, org, chosen = self._order, place.org, self._chosen
+        places, org, chosen = self._places, place.org, self._chosen
         if not spared:
-            most = min(most, order.exposed(org) - self._evicted[org])
-        if place.is_long and self._long_left > order.long_blocks:
-            most = min(most, self._long_left - order.long_blocks)
+            most = min(most, places.exposed(org) - self._evicted[org])
+        if place.is_long and self._long_left > self._long_blocks:
+            most = min(most, self._long_left - self._long_blocks)
         head = self._heads[place]
         assert head is not None
         first, bound = head[0], self._bound(place, spared)
@@ -91,11 +93,11 @@ class RunSelection:
     def _bound(self, place: Place, spared: bool) -> Rank | None:
         """Return a rank that no block of another place is below which competes with this one; None
         if there is no other."""
-        order, is_long = self._order, place.is_long
-        bound = order.listing.second(spared, is_long)
+        listing, is_long = self._places.listing, place.is_long
+        bound = listing.second(spared, is_long)
         # Those marked to live longer compete with the others only beyond their share, or alone.
-        if is_long or self._long_left > order.long_blocks:
-            other = order.listing.top(spared, not is_long)
+        if is_long or self._long_left > self._long_blocks:
+            other = listing.top(spared, not is_long)
             if other is not None and (bound is None or other[0] < bound):
                 bound = other[0]
         return bound
@@ -103,7 +105,7 @@ class RunSelection:
     def _next(self, spared: bool) -> Place | None:
         """Return the place whose lowest block goes next."""
         short = self._first(spared, False)
-        if short is not None and self._long_left <= self._order.long_blocks:
+        if short is not None and self._long_left <= self._long_blocks:
             return short
         long = self._first(spared, True)
         if short is None or long is None:
@@ -111,17 +113,17 @@ class RunSelection:
         return min(short, long, key=lambda place: self._heads[place][0])  # type: ignore[index]
 
     def _first(self, spared: bool, is_long: bool) -> Place | None:
-        order = self._order
-        while (listed := order.listing.top(spared, is_long)) is not None:
+        places, listing = self._places, self._places.listing
+        while (listed := listing.top(spared, is_long)) is not None:
             rank, place = listed
             head = self._head(place)
             if head is None:
-                order.listing.remove(spared, place)
-            elif order.is_spared(place.org, self._evicted[place.org]) != spared:
-                order.listing.remove(spared, place)
-                order.listing.add(not spared, place, head[0])
+                listing.remove(spared, place)
+            elif places.is_spared(place.org, self._evicted[place.org]) != spared:
+                listing.remove(spared, place)
+                listing.add(not spared, place, head[0])
             elif head[0] != rank:
-                order.listing.add(spared, place, head[0])
+                listing.add(spared, place, head[0])
                 if head[0] <= rank:
                     return place
             else:
@@ -130,7 +132,7 @@ class RunSelection:
 
     def _head(self, place: Place) -> Head | None:
         if place not in self._heads:
-            self._candidates[place] = place.candidates(self._order.prices, self._free)
+            self._candidates[place] = place.candidates(self._prices, self._free)
             self._heads[place] = next(self._candidates[place], None)
         return self._heads[place]
 
