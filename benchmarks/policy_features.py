@@ -21,9 +21,17 @@ from benchmarks.cloned_sessions import agent_load, live_blocks
 from benchmarks.policy_tables import CAPACITIES, LOADS, SEEDS
 from benchmarks.recorded_traces import TEXT_BLOCK, RecordedTraces
 from vllm_cachescope.cache import learned_order, price_fits, prompt_parts
+from vllm_cachescope.cache.prompt_parts import parts_of
 from vllm_cachescope.cache.return_counts import BINS, Counted, Kind
 from vllm_cachescope.cache.return_prices import Prices, fit_prices
-from vllm_cachescope.cache.runs import RequestSignals, Stretch, conversation_kind, octave
+from vllm_cachescope.cache.runs import (
+    RequestSignals,
+    Stretch,
+    conversation_kind,
+    octave,
+    shared_kind,
+    stretches,
+)
 from vllm_cachescope.cli.simulate.traced_calls import traced
 from vllm_cachescope.cli.traffic import BLOCK_TOKENS
 from vllm_cachescope.simulation.marked_conversations import mark_conversations
@@ -101,8 +109,6 @@ FEATURES: dict[str, tuple[Level | None, Level | None]] = {
 def looking_at(conversation: Level | None, shared: Level | None) -> Iterator[None]:
     """Have the order look at more: one level for a conversation's blocks, one for shared ones."""
     seen = Seen()
-    stretches, parts_of = learned_order.stretches, learned_order.parts_of
-    shared_kind = prompt_parts.shared_kind
 
     def seen_stretches(keys: list[bytes], *maps: Any) -> Iterator[Stretch]:
         seen.keys = keys
