@@ -67,7 +67,7 @@ class LearnedOrder:
         self._fits = PriceFits(self._counts, compute, on_fit)
         self._run_of: dict[bytes, Run] = {}
         self._gone = GoneRuns(self._counts)
-        self._ages = RunAges(self._counts, self._enter)
+        self._ages = RunAges(self._counts, self.places.lower)
         self._used_at = -inf
         self._open: Run | None = None
 
@@ -95,7 +95,7 @@ class LearnedOrder:
 
         To be called for blocks of requests that are not over; `use_request` tells what they were.
         """
-        self._ages.advance(now)
+        self._ages.advance(now, self._fits.prices)
         place = self.places.make(org, ttl_s > LONG_TTL_S)
         run = self._open
         if run is None or run.place is not place or now - run.used_at > _TOGETHER_S:
@@ -122,7 +122,7 @@ class LearnedOrder:
             now: the time in seconds.
             signals: what else is known of the request.
         """
-        self._ages.advance(now)
+        self._ages.advance(now, self._fits.prices)
         self._open = None
         pieces = list(pieces)
         keys = [key for piece in pieces for key in piece[0]]
@@ -248,14 +248,14 @@ class LearnedOrder:
         self, count: int, now: float, must_stay: Callable[[bytes], bool]
     ) -> list[bytes]:
         """Return the ``count`` keys to evict first, or as many as may be evicted; see `victims`."""
-        self._ages.advance(now)
+        self._ages.advance(now, self._fits.prices)
         return RunSelection(self, must_stay).take(count)
 
     def victims_of(
         self, org: bytes, count: int, now: float, must_stay: Callable[[bytes], bool]
     ) -> list[bytes]:
         """Return up to ``count`` keys of ``org`` to evict first; see `victims`."""
-        self._ages.advance(now)
+        self._ages.advance(now, self._fits.prices)
         return RunSelection(self, must_stay).take_of(org, count)
 
     def price_of(self, key: bytes) -> float:
@@ -356,12 +356,7 @@ class LearnedOrder:
     def _begin(self, run: Run, place: Place) -> None:
         """Note that a run has just been used."""
         self._ages.begin(run)
-        self._enter(run, place)
-
-    def _enter(self, run: Run, place: Place) -> None:
-        """Put a run into its cell."""
-        rank = place.add(run, self._fits.prices)
-        if rank is not None:
+        if (rank := place.add(run, self._fits.prices)) is not None:
             self.places.lower(place, rank)
 
     def _end(self, run: Run) -> None:

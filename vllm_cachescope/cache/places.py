@@ -81,7 +81,7 @@ class Places:
 
     def lower(self, place: Place, rank: Rank) -> None:
         """Note that a block of this rank came to a place."""
-        spared = self.is_spared(place.org)
+        spared = self._held[place.org] <= self._reserve(place.org)
         listed = place.listed[spared]
         if listed is None or rank < listed:
             self.listing.add(spared, place, rank)

@@ -1,5 +1,6 @@
 """Return prices: what it is worth to keep a block, by the kind and age of its run."""
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -68,7 +69,8 @@ def fit_prices(counted: Counted) -> Prices:
     unknown = [number for number, kind in enumerate(counted.kinds) if set(kind[1:]) == {-1}]
     rates[unknown] = rates.max(0)
     pooled = _pooled(counted.returns, counted.exposure)[None]
-    return Prices(rates.ravel().tolist(), _best_rates(pooled)[0].tolist())
+    # An array: thousands of numbers more in a list would have to be freed one by one.
+    return Prices(array("d", rates.tobytes()), _best_rates(pooled)[0].tolist())
 
 
 def _pooled(returns: Floats, exposure: Floats) -> Floats:

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from math import inf
 
 from vllm_cachescope.cache.return_counts import BINS, EDGES, ReturnCounts
-from vllm_cachescope.cache.run_place import Place
+from vllm_cachescope.cache.return_prices import Prices
+from vllm_cachescope.cache.run_place import Place, Rank
 from vllm_cachescope.cache.runs import Run
 
 _YOUNG = 3
@@ -38,12 +39,12 @@ class RunAges:
 
     Args:
         counts: counts the time that runs spend in bins.
-        enter: puts a run into the cell that it has now.
+        lower: is told where a cell is new, and its rank.
     """
 
-    def __init__(self, counts: ReturnCounts, enter: Callable[[Run, Place], None]) -> None:
+    def __init__(self, counts: ReturnCounts, lower: Callable[[Place, Rank], None]) -> None:
         self._counts = counts
-        self._enter = enter
+        self._lower = lower
         # By bin, the run used first in front. Some have left the bin, or have no blocks any more.
         self._queues: tuple[deque[Run], ...] = tuple(deque() for _ in range(BINS))
         # By bin, when the first of its runs leaves it, or some time before.
@@ -59,19 +60,20 @@ class RunAges:
             if at < self._next:
                 self._next = at
 
-    def advance(self, now: float) -> None:
-        """Move the runs whose time it is. Each run moves at most `BINS` times between two uses."""
+    def advance(self, now: float, prices: Prices) -> None:
+        """Move the runs whose time it is, by these prices. Each run moves at most `BINS` times
+        between two uses."""
         if now < self._next:
             return
         due = self._due
         for bin_ in _LEFT:
             if due[bin_] <= now:
-                self._leave(bin_, now)
+                self._leave(bin_, now, prices)
         self._next = min(due)
 
-    def _leave(self, bin_: int, now: float) -> None:
+    def _leave(self, bin_: int, now: float, prices: Prices) -> None:
         """Move the runs whose time it is to leave a bin."""
-        enter, stay, queue, following = self._enter, self._counts.add_stay, self._queues[bin_], inf
+        lower, stay, queue, following = self._lower, self._counts.add_stay, self._queues[bin_], inf
         leaves_at, later = LEAVES_AT[bin_], _NEXT[bin_]
         # No run leaves the last bin.
         step, moved = later - bin_, self._queues[later] if later < BINS - 1 else None
@@ -87,8 +89,8 @@ class RunAges:
                     stay(cell, cell + step, 1)
                 if moved is not None:
                     moved.append(run)
-                place.leave(cell)
-                enter(run, place)
+                if (rank := place.move(run, cell, prices)) is not None:
+                    lower(place, rank)
             queue.popleft()
         self._due[bin_] = following
         if moved and self._due[later] > now:

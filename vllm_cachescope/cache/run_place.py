@@ -53,11 +53,18 @@ class Place:
             heappush(self._heap, (price, used_at, cell))
         return price, used_at
 
-    def leave(self, cell: int) -> None:
-        """Note that a run has left a cell."""
-        runs = self.cells.get(cell)
-        while runs and (runs[0].cell != cell or runs[0].place is not self):
-            runs.popleft()
+    def move(self, run: Run, before: int, prices: Prices) -> Rank | None:
+        """Put a run that was in the cell ``before`` into the one that it has now; return the rank
+        of that by these prices if it is new."""
+        cells, cell = self.cells, run.cell
+        left = cells.get(before)
+        while left and (left[0].cell != before or left[0].place is not self):
+            left.popleft()
+        runs = cells.get(cell)
+        if runs is not None:
+            runs.append(run)
+            return None
+        return self.add(run, prices)
 
     def oldest(self, cell: int) -> Run | None:
         """Return the oldest run of a cell that is still there; None if there is none, and the cell
@@ -140,5 +147,9 @@ class Place:
         if self._prices is not prices:
             self._prices, price_of = prices, prices.of
             self.cells = cells = {cell: runs for cell, runs in self.cells.items() if runs}
-            self._heap = [(price_of(cell), runs[0].used_at, cell) for cell, runs in cells.items()]
+            known, of_cell = len(prices.cells), prices.cells
+            self._heap = [
+                (of_cell[cell] if 0 <= cell < known else price_of(cell), runs[0].used_at, cell)
+                for cell, runs in cells.items()
+            ]
             heapify(self._heap)
