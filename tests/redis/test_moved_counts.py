@@ -1,5 +1,6 @@
 """A session that moves takes along how often its fields have changed, and what came first in it."""
 
+import json
 import random
 import zlib
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from vllm_cachescope.wire import READERS
 __all__ = ["start"]
 
 TOOLS = ["weigh", "measure", "count", "sort"]
+SCHEMA = {"type": "object", "properties": {}}
 
 
 async def test_what_keeps_changing_is_counted_across_replicas(server, start):
@@ -93,11 +95,15 @@ class Mending:
         self._mender = Mender(repairer, self._config, CollectorRegistry(), "m", exchange)
 
     async def serve(
-        self, said: Conversation, tools: list[str], caller: Caller = ACME, **params: Any
+        self,
+        said: Conversation,
+        tools: list[str],
+        caller: Caller = ACME,
+        schema: dict[str, Any] = SCHEMA,
+        **params: Any,
     ) -> dict[str, Any]:
         """Return the body that is served."""
         body = said.body | {"chat_template_kwargs": params}
-        schema = {"type": "object", "properties": {}}
         body["tools"] = [
             {"type": "function", "function": {"name": name, "parameters": schema}} for name in tools
         ]
@@ -127,6 +133,16 @@ async def test_tools_and_parameters_keep_their_first_places_and_values(server, s
     assert _names(await b.serve(said, TOOLS[::-1], other)) == TOOLS[::-1]
     assert _names(await b.serve(said, TOOLS[::-1], replace(ACME, session="t"))) == TOOLS[::-1]
     assert a.replica.counted("damaged") == b.replica.counted("damaged") == 0
+
+
+async def test_spellings_are_those_of_the_replica_before(server, start):
+    a, b = Mending(server, start, "a"), Mending(server, start, "b")
+    said = Conversation(Protocol.CHAT).turn()
+    first = await a.serve(said, TOOLS)
+    a.replica.wrote(1)
+    schema = {"properties": {}, "type": "object"}  # The other way round.
+    served = await b.serve(said.turn(), TOOLS, schema=schema)
+    assert json.dumps(served["tools"]) == json.dumps(first["tools"])
 
 
 async def test_that_a_repair_was_refused_is_known_elsewhere(server, start):
@@ -200,15 +216,17 @@ def test_versions_read_each_others_notes():
     fingerprint = Fingerprinter(b"x" * 16)(request, {}, "acme")
     node = LineageNode(fingerprint, 1, 0.0, name=b"n")
     changes = FieldChanges("tools.weigh", (b"1", b"2"), 1, 100, False)
-    firsts = told_firsts(TOOLS, {"chat_template_kwargs.think": packed(True)})
+    values = {"chat_template_kwargs.think": packed(True)}
+    firsts = told_firsts(TOOLS, values, {b"k" * 16: b"\x90"}, {"head 0 0": b"n" * 17})
     note = SessionNote(node, flapping=(changes,), firsts=firsts)
     data = pack(note, "a", 0.0)
     found = unpack(data, "b", 0.0)
     assert found is not None and (found.flapping, found.firsts) == ((changes,), firsts)
     fields = msgspec.msgpack.decode(zlib.decompress(data))
-    earlier = zlib.compress(msgspec.msgpack.encode(fields[:-2]))
-    found = unpack(earlier, "b", 0.0)
-    assert found is not None and (found.flapping, found.firsts) == ((), None)
+    for cut, told in ((-4, ((), None)), (-2, ((changes,), told_firsts(TOOLS, values)))):
+        earlier = zlib.compress(msgspec.msgpack.encode(fields[:cut]))
+        found = unpack(earlier, "b", 0.0)
+        assert found is not None and (found.flapping, found.firsts) == told
     later = zlib.compress(msgspec.msgpack.encode([*fields, {"more": 1}]))
     assert unpack(later, "b", 0.0) is not None
 
