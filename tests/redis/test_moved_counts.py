@@ -12,7 +12,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from tests.redis.test_session_notes import ACME, Conversation, Replica, keys, start
-from vllm_cachescope.api import session_exchange
+from vllm_cachescope.api import mending, session_exchange
 from vllm_cachescope.api.incoming_body import incoming_of
 from vllm_cachescope.api.mending import Mender
 from vllm_cachescope.config import Config
@@ -77,6 +77,12 @@ def test_what_is_told_of_fields_is_bounded():
     assert fields.of(2) == ()
 
 
+@pytest.fixture
+def patient(monkeypatch):
+    """Notes are waited for, however busy the machine is."""
+    monkeypatch.setattr(mending, "RECALL_S", 5.0)
+
+
 class Mending:
     """A replica that repairs what it serves."""
 
@@ -108,10 +114,10 @@ class Mending:
             {"type": "function", "function": {"name": name, "parameters": schema}} for name in tools
         ]
         incoming = incoming_of(body, Protocol.CHAT, self._config, False)
-        mending = await self._mender.mend(caller, incoming, {}, False)
-        self._mender.learn(mending)
+        mended = await self._mender.mend(caller, incoming, {}, False)
+        self._mender.learn(mended)
         await self.replica.ask(said, caller)
-        fields: dict[str, Any] = mending.body.fields
+        fields: dict[str, Any] = mended.body.fields
         return fields
 
 
@@ -119,7 +125,7 @@ def _names(body: dict[str, Any]) -> list[str]:
     return [tool["function"]["name"] for tool in body["tools"]]
 
 
-async def test_tools_and_parameters_keep_their_first_places_and_values(server, start):
+async def test_tools_and_parameters_keep_their_first_places_and_values(server, start, patient):
     a, b = Mending(server, start, "a"), Mending(server, start, "b")
     said = Conversation(Protocol.CHAT).turn()
     await a.serve(said, TOOLS, think=True, style="terse")
@@ -135,7 +141,7 @@ async def test_tools_and_parameters_keep_their_first_places_and_values(server, s
     assert a.replica.counted("damaged") == b.replica.counted("damaged") == 0
 
 
-async def test_spellings_are_those_of_the_replica_before(server, start):
+async def test_spellings_are_those_of_the_replica_before(server, start, patient):
     a, b = Mending(server, start, "a"), Mending(server, start, "b")
     said = Conversation(Protocol.CHAT).turn()
     first = await a.serve(said, TOOLS)
@@ -145,7 +151,7 @@ async def test_spellings_are_those_of_the_replica_before(server, start):
     assert json.dumps(served["tools"]) == json.dumps(first["tools"])
 
 
-async def test_that_a_repair_was_refused_is_known_elsewhere(server, start):
+async def test_that_a_repair_was_refused_is_known_elsewhere(server, start, patient):
     a, b = Mending(server, start, "a"), Mending(server, start, "b")
     said = Conversation(Protocol.CHAT).turn()
     lessons = a.memory.lessons(ACME)
