@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks.harness import Result, arguments, finish
 from demo.model import MODELS, TINY, build
 from tests.redis.servers import RedisServer
-from vllm_cachescope.config import CONNECTOR
+from vllm_cachescope.config import CONNECTOR, SECRET_VARIABLE
 
 BLOCK = 32
 """Tokens of a block: the smallest on the CPU platform. More blocks, more events."""
@@ -129,6 +129,7 @@ def engine(redis: RedisServer, scratch: Path) -> Any:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
+        SECRET_VARIABLE: "the secret of the benchmarks",
     }
     import torch
     from vllm import EngineArgs
@@ -137,9 +138,20 @@ def engine(redis: RedisServer, scratch: Path) -> Any:
     torch.set_num_threads(1)
     block_bytes = BLOCK * 2 * TINY.layers * TINY.kv_heads * TINY.head_dim * 4
     config = {
-        "secret": "the secret of the benchmarks",
         "cpu_bytes": CPU_BLOCKS * block_bytes,
         "tiers": [{"type": "redis", "url": redis.url, "load_deadline": "5s"}],
+    }
+    options: dict[str, Any] = {
+        "kv_transfer_config": {
+            "kv_connector": CONNECTOR,
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": config,
+        },
+        "kv_events_config": {
+            "enable_kv_cache_events": True,
+            "publisher": "zmq",
+            "endpoint": f"ipc://{scratch / 'events'}",
+        },
     }
     return LLMEngine.from_engine_args(
         EngineArgs(
@@ -151,16 +163,7 @@ def engine(redis: RedisServer, scratch: Path) -> Any:
             max_num_batched_tokens=2_048,
             max_num_seqs=AT_ONCE,
             num_gpu_blocks_override=DEVICE_BLOCKS + 1,
-            kv_transfer_config={
-                "kv_connector": CONNECTOR,
-                "kv_role": "kv_both",
-                "kv_connector_extra_config": config,
-            },
-            kv_events_config={
-                "enable_kv_cache_events": True,
-                "publisher": "zmq",
-                "endpoint": f"ipc://{scratch / 'events'}",
-            },
+            **options,
         )
     )
 
