@@ -9,14 +9,17 @@ from typing import Any
 
 from benchmarks.fleet.run import Run
 
-_PACKAGE = Path(__file__).parents[2] / "vllm_cachescope"
+_ROOT = Path(__file__).parents[2]
+
+_CODE = ("vllm_cachescope", "connectors")
+"""The second is linked to from the first, and links are not followed."""
 
 
 def state() -> str:
     """Return what names the state of the package's code: a hash of its files in Python."""
     hashed = hashlib.blake2b(digest_size=6)
-    for path in sorted(_PACKAGE.rglob("*.py")):
-        hashed.update(f"{path.relative_to(_PACKAGE)}\n".encode() + path.read_bytes())
+    for path in sorted(path for name in _CODE for path in (_ROOT / name).rglob("*.py")):
+        hashed.update(f"{path.relative_to(_ROOT)}\n".encode() + path.read_bytes())
     return hashed.hexdigest()
 
 
