@@ -57,7 +57,9 @@ def arguments() -> argparse.Namespace:
         "--turns", type=int, help="most calls of a session (default 6; with --quick 3)"
     )
     parser.add_argument(
-        "--pace", type=float, default=0.5, help="what pauses are multiplied with (default 0.5)"
+        "--pace",
+        type=float,
+        help="what pauses are multiplied with (default 0.5; with --quick 0.25)",
     )
     parser.add_argument("--results", type=Path, default=RESULTS / "fleet", help="where to write")
     return parser.parse_args()
@@ -80,8 +82,9 @@ def main() -> int:
         console.print("redis-server is not installed")
         return 2
     turns = options.turns or (3 if options.quick else 6)
+    pace = options.pace or (0.25 if options.quick else 0.5)
     about = {
-        **{"state": kept.state(), "model": options.model, "turns": turns, "pace": options.pace},
+        **{"state": kept.state(), "model": options.model, "turns": turns, "pace": pace},
         "traces": [path.name for path in options.trace or ()],
     }
     told: dict[str, list[Run]] = {}
@@ -93,7 +96,7 @@ def main() -> int:
         calls = (
             load.from_traces(options.trace, turns) if options.trace else load.made_up(SEED, turns)
         )
-        plan = Plan(SIZES[options.model], calls, options.pace)
+        plan = Plan(SIZES[options.model], calls, pace)
         asked = rows * options.rounds
         for number, (row, run) in enumerate(measure(asked, plan, _recorded(told)), 1):
             if isinstance(run, str):
