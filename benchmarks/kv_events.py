@@ -32,7 +32,7 @@ DEVICE_BLOCKS, CPU_BLOCKS = 2_200, 4_400
 
 MAX_SHARE = 0.01
 """Of the time of a step, what the order of events may take. The model is so small that a step of a
-real one is ten times as long; here a quarter of the step is the scheduler's."""
+real one is many times as long."""
 
 
 class Timer:
