@@ -191,9 +191,9 @@ def _parents_first(keys: list[OffloadKey], noted: Mapping[OffloadKey, Any]) -> l
         return keys
     parents: dict[OffloadKey, OffloadKey | None] = {}
     for key in keys:
-        one = noted.get(key)
-        parent = None if one is None else one.parent_block_hash
-        parents[key] = None if parent is None else make_offload_key(parent, one.group_idx)
+        parents[key], one = None, noted.get(key)
+        if one is not None and one.parent_block_hash is not None:
+            parents[key] = make_offload_key(one.parent_block_hash, one.group_idx)
     ordered: list[OffloadKey] = []
     while parents:
         path: list[OffloadKey] = []
