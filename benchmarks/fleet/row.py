@@ -81,12 +81,11 @@ _QUICK = (
     "one big replica / CacheScope, + Redis",
     "the client, Python / random / plain vLLM",
     "SMG, Python / by prefix / plain vLLM",
-    "SMG, Python / by prefix, as for plain / CacheScope, device only",
     "the client, Python / random / CacheScope, + Redis",
     "SMG, Python / by prefix / CacheScope, + Redis",
 )
 
 
 def quick_rows() -> list[Row]:
-    """Return the rows that show most in least time."""
+    """Return the rows that show most in least time: three fleets are started for them."""
     return [row for row in all_rows() if row.name in _QUICK]

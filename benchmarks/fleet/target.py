@@ -67,7 +67,11 @@ def pairs(rows: Sequence[Measured]) -> list[Pair]:
     for one in rows:
         router, replays = one.row.router, one.row.replays
         anew = one.row.engine.tiers is Tiers.DEVICE and router in replayed and not replays
-        other = plain.get((router, replays)) or plain.get((router, False))
+        other = plain.get((router, False))
+        if replays and other is not None:
+            # The first one is what is replayed.
+            again = plain.get((router, True))
+            other = Measured(one.row, (other.runs[0], *(again.runs if again else ())))
         if one.row.engine.plugin and not anew and other is not None:
             found.append(Pair(one, other))
     return found
