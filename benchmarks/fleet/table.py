@@ -99,7 +99,7 @@ def short(rows: Rows) -> str:
 
     Where a router's choices for plain vLLM were replayed, the device alone is shown by these.
     """
-    found = {one.row.name: one.shares.median for one in _measured(rows)}
+    found = {one.row.name: one for one in _measured(rows)}
     lines: dict[str, list[str]] = {}
     for row, _ in rows:
         if row.replays:
@@ -109,9 +109,11 @@ def short(rows: Rows) -> str:
         cells = [name, label[2]]
         for plugin, tiers in KINDS:
             engine = Engine(row.engine.front_end, plugin, tiers)
-            by_choice = [Row(row.router, engine, replays).name for replays in (True, False)]
-            share = next((found[name] for name in by_choice if name in found), None)
-            cells.append("–" if share is None else f"{share:.1%}")
+            anew, again = (
+                found.get(Row(row.router, engine, replays).name) for replays in (False, True)
+            )
+            one = alike(anew, again) if anew and again and not plugin else again or anew
+            cells.append("–" if one is None else f"{one.shares.median:.1%}")
         lines.setdefault(" ".join(cells[:2]), cells)
     return "\n".join(_grid(_SHORT, 2, list(lines.values()))) + "\n"
 

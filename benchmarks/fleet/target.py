@@ -54,6 +54,12 @@ class Pair:
         return self.ours.shares.median >= self.plain.shares.low
 
 
+def alike(first: Measured, again: Measured | None) -> Measured:
+    """Return plain vLLM's runs by the same choices: the first, which is replayed, and the replays
+    of it."""
+    return Measured(first.row, (first.runs[0], *(again.runs if again else ())))
+
+
 def pairs(rows: Sequence[Measured]) -> list[Pair]:
     """Return each row with the plugin beside its row without, where both were measured.
 
@@ -69,9 +75,7 @@ def pairs(rows: Sequence[Measured]) -> list[Pair]:
         anew = one.row.engine.tiers is Tiers.DEVICE and router in replayed and not replays
         other = plain.get((router, False))
         if replays and other is not None:
-            # The first one is what is replayed.
-            again = plain.get((router, True))
-            other = Measured(one.row, (other.runs[0], *(again.runs if again else ())))
+            other = alike(other, plain.get((router, True)))
         if one.row.engine.plugin and not anew and other is not None:
             found.append(Pair(one, other))
     return found
