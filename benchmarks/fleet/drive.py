@@ -107,12 +107,14 @@ class Outcome:
         read: of these, how many were read from a cache.
         ttft_s: of each call, the time to its first token, in seconds.
         seconds: from the first call to the last answer.
+        reads: by session, as the load names it, what each of its calls read.
     """
 
     prompts: int
     read: int
     ttft_s: tuple[float, ...]
     seconds: float
+    reads: dict[str, list[int]]
 
 
 def drive(load: Sequence[Sequence[Prompt]], ask: Asking) -> Outcome:
@@ -127,11 +129,17 @@ def drive(load: Sequence[Sequence[Prompt]], ask: Asking) -> Outcome:
 
     start = time.perf_counter()
     with ThreadPoolExecutor(len(load)) as pool:
-        answers = [answer for session in pool.map(run, load) for answer in session]
+        answered = list(pool.map(run, load))
     seconds = time.perf_counter() - start
+    answers = [answer for session in answered for answer in session]
     return Outcome(
         prompts=sum(answer.prompt_tokens for answer in answers),
         read=sum(answer.read for answer in answers),
         ttft_s=tuple(answer.ttft_s for answer in answers),
         seconds=seconds,
+        reads={
+            session[0].call.session: [answer.read for answer in told]
+            for session, told in zip(load, answered, strict=True)
+            if session
+        },
     )

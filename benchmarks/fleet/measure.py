@@ -1,7 +1,8 @@
 """Measuring: fleets are started one after the other, and each row's router is put in front."""
 
+import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import groupby
@@ -19,8 +20,9 @@ from benchmarks.fleet import load
 from benchmarks.fleet.drive import Asking, asking, drive
 from benchmarks.fleet.engine import FrontEnd, Tiers
 from benchmarks.fleet.replica import replicas
-from benchmarks.fleet.router import Choices, Router, dynamo_plane, routed, tenant_fields
-from benchmarks.fleet.row import Measured, Row
+from benchmarks.fleet.router import Router, dynamo_plane, routed, tenant_fields
+from benchmarks.fleet.row import Row
+from benchmarks.fleet.run import Choices, Run
 from benchmarks.fleet.size import Size
 from benchmarks.fleet.tenants import read_across
 from demo.client import empty_device_cache
@@ -46,10 +48,18 @@ class Plan:
     pace: float
 
 
-def measure(rows: Sequence[Row], plan: Plan) -> Iterator[tuple[Row, Measured | str]]:
-    """Yield each row with what was measured, or with why it was not."""
+def measure(
+    rows: Sequence[Row], plan: Plan, recorded: dict[Router, Choices]
+) -> Iterator[tuple[Row, Run | str]]:
+    """Yield each row with what was measured, or with why it was not.
+
+    Args:
+        rows: the rows.
+        plan: what each of them gets.
+        recorded: what routers chose for plain vLLM, to be chosen once more; what is not in it is
+            put there.
+    """
     tokenizer = AutoTokenizer.from_pretrained(str(plan.size.model))
-    recorded: dict[Router, Choices] = {}
     for _, numbered in groupby(enumerate(rows), _fleet):
         members = list(numbered)
         missing = members[0][1].missing
@@ -105,7 +115,7 @@ def _measured(
     plan: Plan,
     tokenizer: Any,
     recorded: dict[Router, Choices],
-) -> Iterator[tuple[int, Measured | str]]:
+) -> Iterator[tuple[int, Run | str]]:
     first = rows[0][1]
     size = plan.size if first.replicas > 1 else plan.size.times(2)
     with ExitStack() as stack:
@@ -128,10 +138,10 @@ def _measured(
                 # SMG takes marks out of messages; who goes its ways is to say the same.
                 has_marks = row.engine.front_end is FrontEnd.PYTHON and not row.replays
                 ask = asking(row.engine.front_end, has_marks, choose)
-                yield number, _row(f"{number:03d}", row, plan, fleet, ask, tokenizer)
-            chosen = _choices(ask, running)
-            if not row.engine.plugin and chosen:
-                recorded[row.router] = chosen
+                run = _row(f"{number:03d}", row, plan, fleet, ask, tokenizer)
+            if not row.engine.plugin and run.chosen:
+                recorded.setdefault(row.router, run.chosen)
+            yield number, run
 
 
 def _empty(fleet: _Fleet) -> None:
@@ -140,7 +150,7 @@ def _empty(fleet: _Fleet) -> None:
     fleet.redis.client.flushall()
 
 
-def _row(label: str, row: Row, plan: Plan, fleet: _Fleet, ask: Asking, tokenizer: Any) -> Measured:
+def _row(label: str, row: Row, plan: Plan, fleet: _Fleet, ask: Asking, tokenizer: Any) -> Run:
     prompts = load.prompts(plan.calls, label, plan.pace, fleet.size.longest, tokenizer)
     front_end = row.engine.front_end
     counted = row.engine.plugin and front_end is FrontEnd.PYTHON
@@ -156,25 +166,40 @@ def _row(label: str, row: Row, plan: Plan, fleet: _Fleet, ask: Asking, tokenizer
     own = across = None
     if row.engine.plugin and front_end is not FrontEnd.GRPC:
         own, across = read_across(ask, label)
-    return Measured(
-        row=row,
-        outcome=outcome,
+    return Run(
+        prompts=outcome.prompts,
+        read=outcome.read,
+        ttft_s=outcome.ttft_s,
+        seconds=outcome.seconds,
+        reads=outcome.reads,
+        chosen=_choices(ask, fleet.replicas, outcome.reads),
         first_time=load.first_time(prompts, apart),
         asked_of_redis=dict(asked),
         split=tuple(late - early for late, early in zip(after, answered, strict=True)),
         redis_bytes=stored if row.engine.tiers is Tiers.REDIS else None,
         own=own,
         across=across,
+        load_average=os.getloadavg()[0],
     )
 
 
-def _choices(ask: Asking, running: Sequence[Server]) -> Choices:
-    """Return which replica answered each call, as far as the router has said so."""
+def _choices(
+    ask: Asking, running: Sequence[Server], sessions: Mapping[str, Sequence[int]]
+) -> Choices:
+    """Return which replica answered each call, as far as the router has said so.
+
+    Args:
+        ask: what put the calls.
+        running: the replicas.
+        sessions: something of each session's calls.
+    """
     places = {replica.url.partition("://")[2]: number for number, replica in enumerate(running)}
+    told = {call: places.get(url.partition("://")[2]) for call, url in ask.routed.items()}
+    if all(place is None for place in told.values()):
+        return {}
     return {
-        call: places[worker.partition("://")[2]]
-        for call, worker in ask.routed.items()
-        if worker.partition("://")[2] in places
+        session: [told.get((session, number)) for number in range(len(calls))]
+        for session, calls in sessions.items()
     }
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from benchmarks.agent_load import Call
 from benchmarks.fleet.engine import FrontEnd
 from benchmarks.fleet.installed import DYNAMO, GRPC, RUST, SMG, Program
+from benchmarks.fleet.run import Choices
 from benchmarks.fleet.size import Size
 from benchmarks.harness import BLOCK
 from demo.server import Server, free_port
@@ -90,9 +91,6 @@ ROUTED_HEADER = "x-smg-routed-worker-id"
 Choose = Callable[[Call, int], str]
 """Returns the address to which the session's call of that number goes."""
 
-Choices = dict[tuple[str, int], int]
-"""By session and number of the call the number of the replica that answered it."""
-
 
 class Smg(Server):
     """Shepherd Model Gateway."""
@@ -132,8 +130,7 @@ def routed(
     """
     urls = [replica.url for replica in replicas]
     if replayed is not None:
-        # What is asked across tenants, behind the load, was not recorded.
-        yield lambda call, number: urls[replayed.get((call.session, number), number % len(urls))]
+        yield lambda call, number: urls[_recorded(replayed, call, number) % len(urls)]
         return
     if router.options is None:
         yield lambda call, number: urls[drawn(router.policy, call, number, seed) % len(urls)]
@@ -154,6 +151,12 @@ def routed(
         server = Smg(command)
     with server:
         yield lambda call, number: server.url
+
+
+def _recorded(choices: Choices, call: Call, number: int) -> int:
+    known = choices.get(call.session, [])[number : number + 1]
+    # What is asked across tenants, behind the load, was not recorded.
+    return number if not known or known[0] is None else known[0]
 
 
 def drawn(policy: Policy, call: Call, number: int, seed: int) -> int:

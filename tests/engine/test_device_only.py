@@ -3,6 +3,8 @@ plugin reads what plain vLLM reads, call by call."""
 
 import json
 import random
+import subprocess
+import sys
 from typing import Any
 
 import httpx
@@ -14,6 +16,7 @@ from benchmarks.harness import BLOCK, server
 from demo.client import MODEL
 from demo.model import MODELS, SMALL, build
 from demo.server import Server
+from tests.engine.stepped_device import DEVICE_BLOCKS, sessions
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -60,3 +63,25 @@ def test_the_plugin_reads_what_plain_vllm_reads() -> None:
         ours = read(running, calls)
     assert ours == plain
     assert 0 < sum(plain) < sum(len(p.tokens) for p in calls) * 0.9
+
+
+def stepped(kind: str, seed: int) -> list[tuple[str, int, int]]:
+    """Return what `tests.engine.stepped_device` found, in a process of its own."""
+    command = [sys.executable, "-m", "tests.engine.stepped_device", kind, str(seed)]
+    ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=600)
+    return [tuple(one) for one in json.loads(ended.stdout.splitlines()[-1])]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_it_reads_the_same_where_calls_meet(seed: int) -> None:
+    """Eight agents at once on a device that holds three of their prompts: the same calls end in the
+    same steps, and each has read the same. So what two servers read differently comes from when
+    calls came."""
+    plain, plugin = stepped("plain", seed), stepped("plugin", seed)
+    assert plugin == plain
+    calls = [prompt for session in sessions() for prompt in session]
+    assert len(plain) == len(calls)
+    longest = max(len(prompt.tokens) for prompt in calls)
+    assert 4 * longest > DEVICE_BLOCKS * BLOCK
+    asked = sum(len(prompt.tokens) for prompt in calls)
+    assert 0 < sum(read for _, _, read in plain) < 0.8 * asked

@@ -1,5 +1,6 @@
 """A session that moves takes along how often its fields have changed, and what came first in it."""
 
+import json
 import random
 import zlib
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from tests.redis.test_session_notes import ACME, Conversation, Replica, keys, start
-from vllm_cachescope.api import session_exchange
+from vllm_cachescope.api import mending, session_exchange
 from vllm_cachescope.api.incoming_body import incoming_of
 from vllm_cachescope.api.mending import Mender
 from vllm_cachescope.config import Config
@@ -30,6 +31,7 @@ from vllm_cachescope.wire import READERS
 __all__ = ["start"]
 
 TOOLS = ["weigh", "measure", "count", "sort"]
+SCHEMA = {"type": "object", "properties": {}}
 
 
 async def test_what_keeps_changing_is_counted_across_replicas(server, start):
@@ -75,6 +77,12 @@ def test_what_is_told_of_fields_is_bounded():
     assert fields.of(2) == ()
 
 
+@pytest.fixture
+def patient(monkeypatch):
+    """Notes are waited for, however busy the machine is."""
+    monkeypatch.setattr(mending, "RECALL_S", 5.0)
+
+
 class Mending:
     """A replica that repairs what it serves."""
 
@@ -93,19 +101,23 @@ class Mending:
         self._mender = Mender(repairer, self._config, CollectorRegistry(), "m", exchange)
 
     async def serve(
-        self, said: Conversation, tools: list[str], caller: Caller = ACME, **params: Any
+        self,
+        said: Conversation,
+        tools: list[str],
+        caller: Caller = ACME,
+        schema: dict[str, Any] = SCHEMA,
+        **params: Any,
     ) -> dict[str, Any]:
         """Return the body that is served."""
         body = said.body | {"chat_template_kwargs": params}
-        schema = {"type": "object", "properties": {}}
         body["tools"] = [
             {"type": "function", "function": {"name": name, "parameters": schema}} for name in tools
         ]
         incoming = incoming_of(body, Protocol.CHAT, self._config, False)
-        mending = await self._mender.mend(caller, incoming, {}, False)
-        self._mender.learn(mending)
+        mended = await self._mender.mend(caller, incoming, {}, False)
+        self._mender.learn(mended)
         await self.replica.ask(said, caller)
-        fields: dict[str, Any] = mending.body.fields
+        fields: dict[str, Any] = mended.body.fields
         return fields
 
 
@@ -113,7 +125,7 @@ def _names(body: dict[str, Any]) -> list[str]:
     return [tool["function"]["name"] for tool in body["tools"]]
 
 
-async def test_tools_and_parameters_keep_their_first_places_and_values(server, start):
+async def test_tools_and_parameters_keep_their_first_places_and_values(server, start, patient):
     a, b = Mending(server, start, "a"), Mending(server, start, "b")
     said = Conversation(Protocol.CHAT).turn()
     await a.serve(said, TOOLS, think=True, style="terse")
@@ -129,7 +141,17 @@ async def test_tools_and_parameters_keep_their_first_places_and_values(server, s
     assert a.replica.counted("damaged") == b.replica.counted("damaged") == 0
 
 
-async def test_that_a_repair_was_refused_is_known_elsewhere(server, start):
+async def test_spellings_are_those_of_the_replica_before(server, start, patient):
+    a, b = Mending(server, start, "a"), Mending(server, start, "b")
+    said = Conversation(Protocol.CHAT).turn()
+    first = await a.serve(said, TOOLS)
+    a.replica.wrote(1)
+    schema = {"properties": {}, "type": "object"}  # The other way round.
+    served = await b.serve(said.turn(), TOOLS, schema=schema)
+    assert json.dumps(served["tools"]) == json.dumps(first["tools"])
+
+
+async def test_that_a_repair_was_refused_is_known_elsewhere(server, start, patient):
     a, b = Mending(server, start, "a"), Mending(server, start, "b")
     said = Conversation(Protocol.CHAT).turn()
     lessons = a.memory.lessons(ACME)
@@ -200,15 +222,17 @@ def test_versions_read_each_others_notes():
     fingerprint = Fingerprinter(b"x" * 16)(request, {}, "acme")
     node = LineageNode(fingerprint, 1, 0.0, name=b"n")
     changes = FieldChanges("tools.weigh", (b"1", b"2"), 1, 100, False)
-    firsts = told_firsts(TOOLS, {"chat_template_kwargs.think": packed(True)})
+    values = {"chat_template_kwargs.think": packed(True)}
+    firsts = told_firsts(TOOLS, values, {b"k" * 16: b"\x90"}, {"head 0 0": b"n" * 17})
     note = SessionNote(node, flapping=(changes,), firsts=firsts)
     data = pack(note, "a", 0.0)
     found = unpack(data, "b", 0.0)
     assert found is not None and (found.flapping, found.firsts) == ((changes,), firsts)
     fields = msgspec.msgpack.decode(zlib.decompress(data))
-    earlier = zlib.compress(msgspec.msgpack.encode(fields[:-2]))
-    found = unpack(earlier, "b", 0.0)
-    assert found is not None and (found.flapping, found.firsts) == ((), None)
+    for cut, told in ((-4, ((), None)), (-2, ((changes,), told_firsts(TOOLS, values)))):
+        earlier = zlib.compress(msgspec.msgpack.encode(fields[:cut]))
+        found = unpack(earlier, "b", 0.0)
+        assert found is not None and (found.flapping, found.firsts) == told
     later = zlib.compress(msgspec.msgpack.encode([*fields, {"more": 1}]))
     assert unpack(later, "b", 0.0) is not None
 

@@ -10,7 +10,7 @@ from vllm.distributed.kv_events import BlockRemoved, BlockStored, KVCacheEvent
 from tests.engine.engine import BLOCK
 from tests.routers.dynamo import DynamoReader
 from tests.routers.llmd import LlmdReader
-from vllm_cachescope.connectors.vllm.engine.orphans import Front, Orphans
+from vllm_cachescope.connectors.vllm.engine.orphans import LOOKS, Front, Orphans
 
 pytestmark = pytest.mark.engine
 
@@ -103,6 +103,35 @@ def test_a_remote_copy_of_the_beginning_is_enough():
     engine.step([], [stored("STORAGE", 1)])
     engine.remote = {1}
     assert len(engine.step([], [stored(CPU, 2, parent=1), stored(CPU, 3, parent=2)])) == 2
+
+
+def test_no_step_looks_at_all_and_all_are_told_in_the_end():
+    looks, device = 0, set[bytes]()
+
+    def on_device(key: bytes) -> bool:
+        nonlocal looks
+        looks += 1
+        return key in device
+
+    orphans = Orphans(on_device, lambda _: False)
+    fronts = [number.to_bytes(4) for number in range(10 * LOOKS)]
+    events = []
+    for number, key in enumerate(fronts):
+        orphans.note((0, number), Front(key, (0, -1 - number)))
+        events.append(stored(CPU, number, parent=-1 - number))
+        # Each has one behind it, which waits for it alone.
+        orphans.note((0, 10_000 + number), Front(number.to_bytes(8), (0, number)))
+        events.append(stored(CPU, 10_000 + number, parent=number))
+    assert orphans.told(events) == []
+    device.update(fronts)
+    told: list[int] = []
+    for _ in range(2 * 10):
+        looks = 0
+        step = orphans.told([])
+        assert looks <= LOOKS
+        told += [event.block_hashes[0] for event in step if isinstance(event, BlockStored)]
+    assert len(orphans) == 0 and sorted(told) == sorted({*told})
+    assert all(told.index(number) < told.index(10_000 + number) for number in range(10 * LOOKS))
 
 
 @pytest.mark.parametrize("seed", range(30))

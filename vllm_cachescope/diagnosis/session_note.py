@@ -141,6 +141,8 @@ class _Packed(msgspec.Struct, array_like=True, frozen=True):
     fingerprint: _Fields
     flapping: list[tuple[str, list[bytes], int, int, bool]] = []
     firsts: tuple[list[str], dict[str, bytes]] | None = None
+    arrangements: list[tuple[bytes, bytes]] = []
+    heads: list[tuple[str, bytes]] = []
 
 
 def pack(note: SessionNote, replica: str, ahead_s: float) -> bytes:
@@ -151,7 +153,7 @@ def pack(note: SessionNote, replica: str, ahead_s: float) -> bytes:
         replica: what the operator knows this server by.
         ahead_s: how far the shared clock is ahead of the lineage store's, in seconds.
     """
-    node = note.node
+    node, firsts = note.node, note.firsts
     packed = _Packed(
         node.name,
         node.lineage,
@@ -165,7 +167,9 @@ def pack(note: SessionNote, replica: str, ahead_s: float) -> bytes:
         [_packed_prompt(prompt, ahead_s) for prompt in node.computed],
         _packed_fingerprint(node.fingerprint),
         [(f.field, list(f.values), f.flips, f.tokens_lost, f.returns) for f in note.flapping],
-        None if note.firsts is None else (list(note.firsts.tools), dict(note.firsts.values)),
+        None if firsts is None else (list(firsts.tools), dict(firsts.values)),
+        [] if firsts is None else list(firsts.arrangements.items()),
+        [] if firsts is None else list(firsts.heads.items()),
     )
     return zlib.compress(msgspec.msgpack.encode(packed), _LEVEL)
 
@@ -203,12 +207,15 @@ def unpack(data: bytes, replica: str, ahead_s: float) -> SessionNote | None:
             FieldChanges(name, tuple(values), flips, lost, returns)
             for name, values, flips, lost, returns in packed.flapping
         ),
-        firsts=_firsts(packed.firsts),
+        firsts=_firsts(packed),
     )
 
 
-def _firsts(packed: tuple[list[str], dict[str, bytes]] | None) -> SessionFirsts | None:
-    return None if packed is None else SessionFirsts(tuple(packed[0]), packed[1])
+def _firsts(packed: _Packed) -> SessionFirsts | None:
+    if packed.firsts is None:
+        return None
+    tools, values = packed.firsts
+    return SessionFirsts(tuple(tools), values, dict(packed.arrangements), dict(packed.heads))
 
 
 def _packed_prompt(prompt: ComputedPrompt, ahead_s: float) -> _Computed:

@@ -2,9 +2,11 @@
 
 import hashlib
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
+from vllm_cachescope.repair.arrangement import arranged, arrangement_of
 from vllm_cachescope.repair.editable_body import EditableBody, ToolInput, tool_name
 from vllm_cachescope.repair.repair import Repair, RepairKind
 from vllm_cachescope.repair.session_memory import Lessons, SessionState
@@ -48,11 +50,8 @@ class Forms:
                 continue
             bare = without_marks(tool, depth=0)
             try:
-                data = packed(bare)
-                key = partial(
-                    tool_in_any_spelling, bare, any_order=any_order, any_defaults=any_defaults
-                )
-                first = self._first(b"tool" + packed(name), data, key)
+                even = partial(_even_tool, any_order, any_defaults)
+                first = self._first(b"tool" + packed(name), packed(bare), even)
                 if first is None:
                     continue
                 mended = unpacked(first)
@@ -86,36 +85,69 @@ class Forms:
         value = call.owner[call.key]
         about = packed(call.call)
         if isinstance(value, str):
-            data = value.encode()
-            first = self._first(
-                b"text" + about, data, lambda: input_in_any_spelling(parsed_exactly(value))
-            )
+            first = self._first(b"text" + about, value.encode(), _even_text, is_text=True)
             return None if first is None else first.decode()
         if not _has_spellings(value):
             return None
-        first = self._first(b"input" + about, packed(value), lambda: input_in_any_spelling(value))
+        first = self._first(b"input" + about, packed(value), _even_input)
         return None if first is None else unpacked(first)
 
-    def _first(self, about: bytes, data: bytes, any_spelling: Callable[[], bytes]) -> bytes | None:
+    def _first(
+        self, about: bytes, data: bytes, even: Callable[[bytes], bytes], is_text: bool = False
+    ) -> bytes | None:
         """Return the first spelling of what is spelled as ``data`` now; None if that is the first,
         or is not remembered.
 
         Args:
             about: what it is of.
             data: its spelling.
-            any_spelling: returns bytes that it has in any spelling; not called for one that is
-                known to be the first.
+            even: returns bytes that it has in any spelling; not called for one that is known to be
+                the first.
+            is_text: whether spellings are JSON texts.
         """
         digest = _digest(about, data)
         if digest in self._state.firsts:
             return None
-        key = _digest(about, any_spelling())
+        evened = even(data)
+        key = _digest(about, evened)
         known = self._state.forms.get(key) or self._lessons.forms.get(key)
-        if known is None:
-            self._lessons.forms[key] = digest
-            self._lessons.texts[digest] = data
+        if known is not None:
+            return None if known == digest else self._recall(known)
+        first = self._told(key, evened, even, is_text) or data
+        self._lessons.forms[key] = digest = _digest(about, first)
+        self._lessons.texts[digest] = first
+        # What cannot be told stays here.
+        with suppress(ValueError, RecursionError):
+            if key not in self._state.arrangements:
+                self._lessons.arrangements[key] = arrangement_of(first, evened, is_text)
+        return None if first == data else first
+
+    def _told(
+        self, key: bytes, evened: bytes, even: Callable[[bytes], bytes], is_text: bool
+    ) -> bytes | None:
+        """Return the first spelling as another replica has told how it was arranged; None if none
+        has, or what it told makes something else of it here."""
+        arrangement = self._state.arrangements.get(key)
+        if arrangement is None:
             return None
-        return None if known == digest else self._recall(known)
+        try:
+            first = arranged(evened, arrangement, is_text)
+            return first if even(first) == evened else None
+        except (ValueError, RecursionError):
+            return None
+
+
+def _even_tool(any_order: bool, any_defaults: bool, data: bytes) -> bytes:
+    tool = unpacked(data)
+    return tool_in_any_spelling(tool, any_order=any_order, any_defaults=any_defaults)
+
+
+def _even_text(data: bytes) -> bytes:
+    return input_in_any_spelling(parsed_exactly(data.decode()))
+
+
+def _even_input(data: bytes) -> bytes:
+    return input_in_any_spelling(unpacked(data))
 
 
 def _digest(about: bytes, data: bytes) -> bytes:

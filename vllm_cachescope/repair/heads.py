@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 from vllm_cachescope.config.repair import VolatileHead, linear
 from vllm_cachescope.repair.editable_body import EditableBody
+from vllm_cachescope.repair.numbers import with_numbers
 from vllm_cachescope.repair.repair import Repair, RepairKind
-from vllm_cachescope.repair.session_memory import Lessons, SessionState
+from vllm_cachescope.repair.session_memory import HEAD, Lessons, SessionState
 
 HEAD_CHARS = 4096
 """Characters of a block that patterns see."""
@@ -50,7 +51,7 @@ class Heads:
             text, kept, at = block.text, "", 0
             said: list[str] = []
             for number, start, at in self._matches(text):
-                value, place = text[start:at], f"head {number} {seen[number]}"
+                value, place = text[start:at], f"{HEAD}{number} {seen[number]}"
                 seen[number] += 1
                 if self._rules[number][1] == "move":
                     if may_move:
@@ -60,8 +61,11 @@ class Heads:
                     continue
                 first = state.values.get(place)
                 if first is None:
-                    lessons.values[place] = value.encode()
-                kept += value if first is None else first.decode()
+                    told = state.heads.get(place)
+                    elsewhere = None if told is None else with_numbers(value, told)
+                    first = (value if elsewhere is None else elsewhere).encode()
+                    lessons.values[place] = first
+                kept += first.decode()
             rest = text[at:]
             if said and not (kept + rest).strip():
                 # A block of nothing: the server may refuse it.

@@ -12,7 +12,8 @@ from threading import Lock
 from typing import Any
 from weakref import WeakSet
 
-from vllm_cachescope.repair.session_firsts import SessionFirsts, told_firsts
+from vllm_cachescope.repair.numbers import numbers_of
+from vllm_cachescope.repair.session_firsts import MAX_ARRANGEMENTS, SessionFirsts, told_firsts
 from vllm_cachescope.tenancy.scope import Caller
 from vllm_cachescope.tenancy.shared_memo import SharedMemo
 from vllm_cachescope.tenancy.shares import AccountOf, own_account
@@ -29,6 +30,9 @@ MAX_VALUES = 256
 PARAMETERS = "chat_template_kwargs"
 """What the names of parameters' values begin with."""
 
+HEAD = "head "
+"""What the names of heads' values begin with."""
+
 REFUSED = "refused"
 """The value of a session of which nothing is put right any more."""
 
@@ -44,6 +48,9 @@ class SessionState:
         forms: by the digest of what something says in any spelling, that of its first spelling.
         firsts: the digests of the first spellings.
         values: the first values of other things, by what they are of.
+        arrangements: how first spellings are arranged, as far as numbers tell, by the keys of
+            ``forms``: those from here and those that another replica has told of.
+        heads: the numbers of first heads that another replica has told of, by what they are of.
         at: when the session was used last, in seconds.
     """
 
@@ -51,14 +58,17 @@ class SessionState:
     forms: Mapping[bytes, bytes] = field(default_factory=dict)
     firsts: frozenset[bytes] = frozenset()
     values: Mapping[str, bytes] = field(default_factory=dict)
+    arrangements: Mapping[bytes, bytes] = field(default_factory=dict)
+    heads: Mapping[str, bytes] = field(default_factory=dict)
     at: float = 0.0
 
     @property
     def nbytes(self) -> int:
         """About how much memory it takes, in bytes."""
         texts = sum(map(len, self.rank)) + sum(map(len, self.values.values()))
+        told = sum(map(len, self.arrangements.values())) + sum(map(len, self.heads.values()))
         entries = len(self.rank) + 2 * len(self.forms) + len(self.values) + 4
-        return texts + _ENTRY * entries
+        return texts + told + _ENTRY * (entries + len(self.arrangements) + len(self.heads))
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -71,6 +81,7 @@ class Lessons:
         forms: as `SessionState.forms`.
         texts: the first spellings by digest.
         values: as `SessionState.values`.
+        arrangements: as `SessionState.arrangements`.
         is_void: whether the session was purged meanwhile.
     """
 
@@ -79,6 +90,7 @@ class Lessons:
     forms: dict[bytes, bytes] = field(default_factory=dict)
     texts: dict[bytes, bytes] = field(default_factory=dict)
     values: dict[str, bytes] = field(default_factory=dict)
+    arrangements: dict[bytes, bytes] = field(default_factory=dict)
     is_void: bool = False
 
     def refuse(self) -> None:
@@ -142,11 +154,17 @@ class SessionMemory:
     def told(self, caller: Caller) -> SessionFirsts | None:
         """Return what other replicas are to know of the caller's session; None for nothing."""
         state = self.state(caller)
-        if not state.rank and not state.values:
+        if not state.rank and not state.values and not state.arrangements:
             return None
-        # Of a session that is not repaired any more that is all that counts. Heads are text.
+        # Heads are text: their numbers are told. Of a session that is not repaired any more it
+        # counts that it is not.
         values = {p: v for p, v in state.values.items() if p == REFUSED or p.startswith(PARAMETERS)}
-        return told_firsts(sorted(state.rank, key=state.rank.__getitem__), values)
+        heads = dict(state.heads)
+        for place, value in state.values.items():
+            if place.startswith(HEAD) and (numbers := numbers_of(value.decode())) is not None:
+                heads[place] = numbers
+        tools = sorted(state.rank, key=state.rank.__getitem__)
+        return told_firsts(tools, values, state.arrangements, heads)
 
     def lacks(self, caller: Caller) -> bool:
         """Whether nothing is known of the caller's session."""
@@ -158,7 +176,13 @@ class SessionMemory:
             if self.lacks(caller):
                 rank = {name: place for place, name in enumerate(told.tools[:MAX_TOOLS])}
                 values = dict(list(told.values.items())[:MAX_VALUES])
-                state = SessionState(rank, values=values, at=self._clock())
+                state = SessionState(
+                    rank,
+                    values=values,
+                    arrangements=dict(told.arrangements),
+                    heads=dict(told.heads),
+                    at=self._clock(),
+                )
                 self._states.put(caller.org, caller.session or "", state)
 
     def text(self, caller: Caller, digest: bytes) -> bytes | None:
@@ -198,7 +222,8 @@ class SessionMemory:
                 self._texts.put(caller.org, digest, _Text(packed, now))
         firsts = known.firsts if forms is known.forms else frozenset(forms.values())
         values = _more(known.values, lessons.values, MAX_VALUES)
-        state = SessionState(rank, forms, firsts, values, now)
+        arrangements = _more(known.arrangements, lessons.arrangements, MAX_ARRANGEMENTS)
+        state = SessionState(rank, forms, firsts, values, arrangements, known.heads, now)
         self._states.put(caller.org, caller.session or "", state)
 
     def purge(self, org: str | None, session: str | None = None) -> None:

@@ -18,7 +18,7 @@ _SCHEMAS = ("parameters", "input_schema", "inputSchema")  # of a tool
 _COMMENTS = ("$schema", "$comment")
 """For programs that check schemas: no template, grammar or parser of vLLM's looks at them."""
 
-_DEFAULTS: Mapping[str, Any] = {
+DEFAULTS: Mapping[str, Any] = {
     "additionalProperties": True,
     "deprecated": False,
     "description": "",
@@ -158,6 +158,6 @@ def _is_set(value: Any) -> bool:
 def _says_nothing(key: str, value: Any) -> bool:
     if key in _COMMENTS:
         return True
-    default = _DEFAULTS.get(key)
+    default = DEFAULTS.get(key)
     # 0 == False, and either means something of its own.
     return default is not None and type(value) is type(default) and value == default

@@ -7,8 +7,10 @@ there once its beginning is back. That happens where the device evicts the begin
 is being loaded from a remote tier.
 """
 
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from msgspec.structs import replace
@@ -33,6 +35,11 @@ class Front:
 
 _BEGINNING = Front(None, None)
 
+LOOKS = 64
+"""At how many orphans a step looks whose beginning may be back on the device or in a remote tier:
+no step takes longer, however many there are. What waits for a chunk of the CPU tier is found by
+that."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Orphan:
@@ -56,7 +63,10 @@ class Orphans:
         self._fronts: dict[Name, Front] = {}
         # What routers know of the CPU tier.
         self._told: set[Name] = set()
+        # The one that was looked at last is the last.
         self._orphans: dict[Name, _Orphan] = {}
+        # By what stands in front of them.
+        self._behind: defaultdict[Name | None, set[Name]] = defaultdict(set)
 
     def __len__(self) -> int:
         """Return how many there are."""
@@ -70,26 +80,30 @@ class Orphans:
         """Forget all: everything is told anew."""
         self._told.clear()
         self._orphans.clear()
+        self._behind.clear()
 
     def told(self, events: Iterable[KVCacheEvent]) -> list[KVCacheEvent]:
         """Return what routers are told of a step's events, behind those of the device."""
         told: list[KVCacheEvent] = []
+        stored: list[Name] = []
         for event in events:
             if isinstance(event, BlockStored) and event.medium == MEDIUM_CPU:
                 name = event.group_idx, event.block_hashes[-1]
                 front = self._fronts.get(name, _BEGINNING)
                 if self._follows(front):
                     self._told.add(name)
+                    stored.append(name)
                     told.append(event)
                 else:
                     self._orphans[name] = _Orphan(event, front)
+                    self._behind[front.name].add(name)
             elif isinstance(event, BlockRemoved) and event.medium == MEDIUM_CPU:
                 if hashes := self._told_before(event):
                     told.append(replace(event, block_hashes=hashes))
             else:
                 told.append(event)
         self._fronts.clear()
-        return [*told, *self._released()]
+        return [*told, *self._released(stored)] if self._orphans else told
 
     def _follows(self, front: Front) -> bool:
         return front.key is None or front.name in self._told or self._on_device(front.key)
@@ -100,19 +114,37 @@ class Orphans:
         for block_hash in event.block_hashes:
             name = event.group_idx, block_hash
             self._told.discard(name)
-            if (orphan := self._orphans.pop(name, None)) is not None:
+            if (orphan := self._pop(name)) is not None:
                 unknown.update(orphan.event.block_hashes)
         return [name for name in event.block_hashes if name not in unknown]
 
-    def _released(self) -> Iterator[KVCacheEvent]:
-        """Yield those that are orphans no longer."""
-        while self._orphans:
-            free = [name for name, orphan in self._orphans.items() if self._is_free(orphan.front)]
-            if not free:
-                return
-            for name in free:
+    def _released(self, stored: Iterable[Name]) -> Iterator[KVCacheEvent]:
+        """Yield those that are orphans no longer.
+
+        Args:
+            stored: what routers were just told of.
+        """
+        looked = list(islice(self._orphans, LOOKS))
+        free = deque(name for name in looked if self._is_free(self._orphans[name].front))
+        for name in looked:
+            self._orphans[name] = self._orphans.pop(name)
+        for front in stored:
+            free += self._behind.get(front, ())
+        while free:
+            name = free.popleft()
+            if (orphan := self._pop(name)) is not None:
                 self._told.add(name)
-                yield self._orphans.pop(name).event
+                yield orphan.event
+                free += self._behind.get(name, ())
+
+    def _pop(self, name: Name) -> _Orphan | None:
+        orphan = self._orphans.pop(name, None)
+        if orphan is not None:
+            behind = self._behind[orphan.front.name]
+            behind.discard(name)
+            if not behind:
+                del self._behind[orphan.front.name]
+        return orphan
 
     def _is_free(self, front: Front) -> bool:
         # By now everything else is told, what remote tiers hold as well.
