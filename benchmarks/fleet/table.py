@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.fleet.engine import KINDS, Engine
 from benchmarks.fleet.measured import Measured
 from benchmarks.fleet.row import ONE_REPLICA, Row
-from benchmarks.fleet.target import Pair, pairs, verdicts
+from benchmarks.fleet.target import Pair, alike, pairs, verdicts
 from benchmarks.harness import Spread, machine
 
 _COLUMNS = (
