@@ -1,8 +1,10 @@
 """Run ages: runs pass from bin to bin as they stay unused, and the time is counted."""
 
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable
 from math import inf
+from operator import attrgetter
 
 from vllm_cachescope.cache.return_counts import BINS, EDGES, ReturnCounts
 from vllm_cachescope.cache.run_place import Place
@@ -53,6 +55,13 @@ class RunAges:
         self._queues[0].append(run)
         if (at := run.used_at + LEAVES_AT[0]) < self._next:
             self._next = at
+
+    def join(self, run: Run) -> None:
+        """Begin with a run that was used a while ago, and is in the bin of its age."""
+        bin_ = run.cell % BINS
+        queue = self._queues[bin_]
+        queue.insert(bisect_right(queue, run.used_at, key=attrgetter("used_at")), run)
+        self._next = min(self._next, run.used_at + LEAVES_AT[bin_])
 
     def advance(self, now: float) -> None:
         """Move the runs whose time it is. Each run moves at most `BINS` times between two uses."""

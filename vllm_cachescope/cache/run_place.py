@@ -1,8 +1,10 @@
 """A place: the resident runs of one organisation, with a claim to be kept longer or without."""
 
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from heapq import heapify, heappop, heappush, heapreplace
+from operator import attrgetter
 
 from vllm_cachescope.cache.return_prices import Prices
 from vllm_cachescope.cache.runs import Run
@@ -49,6 +51,15 @@ class Place:
             return False
         self.cells[run.cell] = deque((run,))
         return True
+
+    def insert(self, run: Run) -> bool:
+        """Add a run to its cell that was used before others there; return whether it is the first
+        to go of them."""
+        run.place = self
+        runs = self.cells.setdefault(run.cell, deque())
+        at = bisect_right(runs, run.used_at, key=attrgetter("used_at"))
+        runs.insert(at, run)
+        return at == 0
 
     def leave(self, cell: int) -> None:
         """Note that a run has left a cell."""
