@@ -296,9 +296,7 @@ class ScopePolicy(CachePolicy):
             return found
         for account in list(self._grown):
             if over := self._quotas.over(account, self._order.held(account)):
-                found += self._order.victims_of(
-                    account, over, self._parent.now(), self._is_busy
-                )
+                found += self._order.victims_of(account, over, self._parent.now(), self._is_busy)
             else:
                 self._grown.remove(account)
         return found
