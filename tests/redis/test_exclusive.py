@@ -3,6 +3,7 @@ exact, and nothing that was purged, has expired or is another's is among what is
 
 import random
 from collections.abc import Iterator
+from hashlib import sha256
 from typing import Any
 
 import pytest
@@ -27,6 +28,9 @@ from vllm_cachescope.tenancy.scope import Caller
 pytestmark = pytest.mark.engine
 
 DEVICE_BLOCKS, CHUNKS = 40, 40
+SMALL, QUOTA = "name:small", 12
+"""An organisation, and how many blocks it may have in memory."""
+
 PROMPTS, LENGTH = 7, 10
 """More blocks than either tier holds, and fewer than both."""
 
@@ -45,8 +49,10 @@ def start(tmp_path_factory: Any, name: str, **config: Any) -> Replica:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> Iterator[Replica]:
     """Without remote tiers: memory gets what the device evicts, once it is full."""
-    quotas = {"default": {"cpu": None}, "orgs": {"small": {"cpu": f"{4 * BLOCK_BYTES}B"}}}
-    replica = start(tmp_path_factory, "exclusive", quotas=quotas)
+    orgs = {"small": {"quota": QUOTA * BLOCK_BYTES}}
+    quotas = {"cpu": {"quota": 100 * BLOCK_BYTES, "orgs": orgs}}
+    tenants = {sha256(b"a key").hexdigest(): "small"}
+    replica = start(tmp_path_factory, "exclusive", quotas=quotas, tenants=tenants)
     yield replica
     replica.stop()
     shm_regions.remove_stale()
@@ -166,21 +172,21 @@ def test_whatever_is_asked_answers_are_exact_and_tiers_agree(engine: Replica) ->
 
 
 def test_what_was_purged_or_has_expired_is_not_kept_when_the_device_evicts_it(
-    engine: Replica,
+    alone: Replica,
 ) -> None:
     (doomed,) = prompts(3, 1)
     for end in ("purge", "expiry"):
-        engine.call("empty")
-        ask(engine, doomed, "doomed", ttl_s=300)
+        alone.call("empty")
+        ask(alone, doomed, "doomed", ttl_s=300)
         if end == "purge":
-            engine.call("command_purge", OWNERS.prefix("doomed"), "purge of doomed")
+            alone.call("command_purge", OWNERS.prefix("doomed"), "purge of doomed")
         else:
-            engine.call("advance", 301.0)
+            alone.call("advance", 301.0)
         for tokens in prompts(4, 8):
-            ask(engine, tokens)
-        assert engine.call(in_memory, "doomed") == 0
-        assert ask(engine, doomed, "doomed").read == 0
-        engine.call(check)
+            ask(alone, tokens)
+        assert alone.call(in_memory, "doomed") == 0
+        assert ask(alone, doomed, "doomed").read == 0
+        alone.call(check)
 
 
 def test_what_is_anothers_is_not_read_wherever_it_lies(engine: Replica) -> None:
@@ -194,13 +200,13 @@ def test_what_is_anothers_is_not_read_wherever_it_lies(engine: Replica) -> None:
 def test_an_organisation_keeps_within_its_quota(alone: Replica) -> None:
     alone.call("empty")
     for tokens in prompts(6, 6):
-        ask(alone, tokens, "small")
+        ask(alone, tokens, SMALL)
         alone.call(check)
-        assert alone.call(in_memory, "small") <= 4 + DEVICE_BLOCKS
+        assert alone.call(in_memory, SMALL) <= QUOTA + DEVICE_BLOCKS
     for tokens in prompts(7, 5):
         ask(alone, tokens, "acme")
     alone.call(check)
-    assert alone.call(in_memory, "small") <= 4
+    assert alone.call(in_memory, SMALL) <= QUOTA
 
 
 def test_redis_has_all_of_it_at_once_and_each_block_once(with_redis: Replica, behind) -> None:

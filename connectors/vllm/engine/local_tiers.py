@@ -92,17 +92,20 @@ class LocalTiers:
         Args:
             context: the request that stands for the store.
         """
-        blocks = {
-            key: block
-            for key, block in self._device.evicted_from().items()
-            if not self._cpu.holds(key) and not self.is_expired(key) and key in self._ledger
-        }
+        evicted = self._device.evicted_from()
         # vLLM evicts a prompt from its end.
-        keys = list(reversed(blocks))
+        in_order = list(reversed(evicted))
+        # First, so that nothing takes the place of what is there already.
+        self._cpu.left_device([key for key in in_order if self._cpu.holds(key)])
+        keys = [
+            key
+            for key in in_order
+            if not self._cpu.holds(key) and key in self._ledger and not self.is_expired(key)
+        ]
         stored = self._cpu.store_evicted(keys, context) if keys else None
         if stored is None or not stored.keys_to_store:
             return None
-        return [blocks[key] for key in stored.keys_to_store], stored
+        return [evicted[key] for key in stored.keys_to_store], stored
 
     def end_step(self) -> None:
         """Note what was evicted for the step that was scheduled, once what was to be stored of it
@@ -141,6 +144,8 @@ class LocalTiers:
         if on_device:
             self._ledger.place(key, DEVICE)
             self._device_order.use(key, ttl_s, now)
+            if self._keeps_no_copies:
+                self._cpu.came_to_device(key)
         if key in self._overdue:
             # The copy in the CPU tier has the same content, and may stay.
             self._overdue.remove(key)

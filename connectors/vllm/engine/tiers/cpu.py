@@ -201,6 +201,11 @@ class ScopePolicy(CachePolicy):
         victims = order.victims(1, now, self._is_busy)
         return inf if victims is None else order.price_of(victims[0])
 
+    def came_to_device(self, key: bytes) -> None:
+        """Note that the device holds ``key``: if it is here as well, this is a copy."""
+        if self._copies is not None and key in self._chunks:
+            self._copies.note(key)
+
     def left_device(self, keys: Iterable[bytes]) -> None:
         """Note that the device does not hold ``keys`` any more, in prompt order: those that are
         here are no copies, and others are gone."""
@@ -234,7 +239,9 @@ class ScopePolicy(CachePolicy):
         # The sort is stable: of what is worth the same the beginning of a prompt comes first.
         known.sort(key=order.rank_of, reverse=True)
         free += len(self._copies.first_to_go(len(keys) - free, self._is_busy))
-        chosen, rest = known[:free], known[free:]
+        # What it knows nothing of comes last, and in nothing's place.
+        unknown = [key for key in keys if key not in order.runs]
+        chosen, rest = (known + unknown)[:free], known[free:]
         if rest:
             long_left = order.long_blocks - order.long_held
             claims = [key for key in rest if self._is_long(key)][: max(0, long_left)]
@@ -467,6 +474,10 @@ class CpuTier:
         """
         self._policy.keep_no_copies(on_device)
         self._stores_late = stores_late
+
+    def came_to_device(self, key: bytes) -> None:
+        """Note that the device holds ``key``."""
+        self._policy.came_to_device(key)
 
     def left_device(self, keys: Iterable[bytes]) -> None:
         """Note that the device does not hold ``keys`` any more, in prompt order."""
