@@ -1,7 +1,7 @@
 """The CPU tier: vLLM's own primary offloading tier, with our eviction policy and expiry."""
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from math import inf
 from typing import Any
@@ -146,14 +146,15 @@ class ScopePolicy(CachePolicy):
         self, n: int, protected: set[OffloadKey]
     ) -> list[tuple[OffloadKey, ChunkStatus]] | None:
         now, by = self._parent.now(), self._newcomer(protected)
-        first: Collection[bytes] = ()
+        first: list[bytes] = []
         if self._copies is not None:
             first = self._copies.first_to_go(n, lambda key: self._must_stay(key, protected))
-        own = self._excess_with(protected, n - len(first), now)
+        # Prompts that run may have loaded some: those are in the order as well.
+        taken = set(first)
+        own = self._excess_with(protected, n - len(first), now, taken)
+        taken |= own
         keys = self._order.victims(
-            n - len(first) - len(own),
-            now,
-            lambda key: key in own or self._must_stay(key, protected),
+            n - len(taken), now, lambda key: key in taken or self._must_stay(key, protected)
         )
         if keys is None:
             return None
@@ -238,7 +239,8 @@ class ScopePolicy(CachePolicy):
         known = [key for key in keys if key in order.runs]
         # The sort is stable: of what is worth the same the beginning of a prompt comes first.
         known.sort(key=order.rank_of, reverse=True)
-        free += len(self._copies.first_to_go(len(keys) - free, self._is_busy))
+        copies = set(self._copies.first_to_go(len(keys) - free, self._is_busy))
+        free += len(copies)
         # What it knows nothing of comes last, and in nothing's place.
         unknown = [key for key in keys if key not in order.runs]
         chosen, rest = (known + unknown)[:free], known[free:]
@@ -247,7 +249,9 @@ class ScopePolicy(CachePolicy):
             claims = [key for key in rest if self._is_long(key)][: max(0, long_left)]
             chosen += claims
             others = [key for key in rest if key not in set(claims)]
-            victims = order.victims_up_to(len(rest), now, self._is_busy)[len(claims) :]
+            victims = order.victims_up_to(
+                len(rest), now, lambda key: key in copies or self._is_busy(key)
+            )[len(claims) :]
             for key, victim in zip(others, victims, strict=False):
                 if order.rank_of(key) <= order.rank_of(victim):
                     break
@@ -312,10 +316,12 @@ class ScopePolicy(CachePolicy):
         """Return the largest share of its quota that an account holds; None without quotas."""
         return None if self._quotas is None else self._quotas.fullest(self._order.accounts)
 
-    def _excess_with(self, wanted: set[OffloadKey], most: int, now: float) -> set[bytes]:
-        """Return up to ``most`` keys that organisations will hold beyond their quotas once
-        ``wanted`` are here. They are evicted first, so that an organisation makes room for its own
-        chunks before others do."""
+    def _excess_with(
+        self, wanted: set[OffloadKey], most: int, now: float, taken: set[bytes]
+    ) -> set[bytes]:
+        """Return up to ``most`` keys, others than those ``taken``, that organisations will hold
+        beyond their quotas once ``wanted`` are here. They are evicted first, so that an
+        organisation makes room for its own chunks before others do."""
         found: set[bytes] = set()
         if self._quotas is None:
             return found
@@ -330,7 +336,7 @@ class ScopePolicy(CachePolicy):
                     account,
                     min(over, most - len(found)),
                     now,
-                    lambda key: self._must_stay(key, wanted),
+                    lambda key: key in taken or self._must_stay(key, wanted),
                 )
             )
         return found
