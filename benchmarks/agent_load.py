@@ -2,7 +2,7 @@
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,12 +11,29 @@ from benchmarks.harness import BLOCK
 from demo.client import Answer
 from demo.session import agent_session, marked, to_chat
 
-TOOL_S, HUMAN_S = 0.4, 4.0
-"""How long a tool and a human take on average, in seconds: a tenth of what agents' traces show, and
-less for humans."""
 
-HUMAN_SHARE = 0.2
-"""How many turns wait for a human instead of a tool."""
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How long agents pause before they make another call.
+
+    Attributes:
+        tool_s: how long a tool takes on average, in seconds.
+        human_s: how long a human takes.
+        human_share: how many turns wait for a human instead of a tool.
+    """
+
+    tool_s: float = 0.4
+    human_s: float = 4.0
+    human_share: float = 0.2
+
+    def pause_s(self, chance: random.Random) -> float:
+        """Draw a pause after a turn."""
+        is_human = chance.random() < self.human_share
+        return chance.expovariate(1 / (self.human_s if is_human else self.tool_s))
+
+
+HURRIED = Pace()
+"""A tenth of what agents' traces show, and less for humans."""
 
 SUBAGENT_SHARE = 0.15
 """How many turns have a subagent do a part."""
@@ -39,7 +56,28 @@ class Call:
     pause_s: float
 
 
-def agents(seed: int, tenants: int = 8, agents_each: int = 3, turns: int = 8) -> list[list[Call]]:
+@dataclass(frozen=True, slots=True)
+class AgentShape:
+    """What agents' sessions are like.
+
+    Attributes:
+        turns: the most calls of a session, without those of its subagents; half of it the fewest.
+        sessions: how many an agent has, one after the other.
+        tools: tool definitions.
+        rules: rules in the handbook, of some 90 tokens each.
+        pace: how long agents pause.
+    """
+
+    turns: int = 8
+    sessions: int = 1
+    tools: int = 8
+    rules: int = 20
+    pace: Pace = HURRIED
+
+
+def agents(
+    seed: int, tenants: int = 8, agents_each: int = 3, shape: AgentShape = AgentShape()
+) -> list[list[Call]]:
     """Return the calls of each agent, in order.
 
     Tools and handbook are the same for all, the standing orders for a tenant. A subagent has half
@@ -49,58 +87,77 @@ def agents(seed: int, tenants: int = 8, agents_each: int = 3, turns: int = 8) ->
         seed: of all that is drawn.
         tenants: how many.
         agents_each: agents of each.
-        turns: calls of each agent, without those of its subagents.
+        shape: what their sessions are like.
     """
     chance = random.Random(seed)
     return [
-        list(_calls(chance, f"tenant {tenant}", tenant * agents_each + agent, seed, turns))
+        list(_calls(chance, f"tenant {tenant}", tenant * agents_each + agent, seed, shape))
         for tenant in range(tenants)
         for agent in range(agents_each)
     ]
 
 
 def _calls(
-    chance: random.Random, tenant: str, number: int, seed: int, turns: int
+    chance: random.Random, tenant: str, agent: int, seed: int, shape: AgentShape
 ) -> Iterator[Call]:
-    # Some have just begun when others end.
-    length = chance.randint(turns // 2, turns)
-    session = agent_session(1000 * seed + number, turns=length, tools=8, rules=20, org=tenant)
-    pause_s = chance.uniform(0, 2 * HUMAN_S)
-    name = f"{tenant}, agent {number}"
-    for turn in range(length):
-        yield Call(tenant, name, marked(session.body(turn)), pause_s)
-        if chance.random() < SUBAGENT_SHARE:
-            helper = agent_session(
-                1000 * seed + 500 + number, turns=2, tools=4, rules=8, org=tenant
-            )
-            for step in range(helper.turns):
-                pause_s = chance.expovariate(1 / TOOL_S)
-                yield Call(tenant, name, marked(helper.body(step)), pause_s)
-        pause_s = chance.expovariate(1 / (HUMAN_S if chance.random() < HUMAN_SHARE else TOOL_S))
+    pace = shape.pace
+    for number in range(shape.sessions):
+        # Some have just begun when others end.
+        turns = chance.randint(shape.turns // 2, shape.turns)
+        pause_s = chance.uniform(0, 2 * pace.human_s)
+        name = f"{tenant}, agent {agent}" + (f", session {number}" if number else "")
+        draw = 1000 * seed + agent + 10_000 * number
+        session = agent_session(draw, turns, shape.tools, shape.rules, tenant)
+        for turn in range(turns):
+            yield Call(tenant, name, marked(session.body(turn)), pause_s)
+            if chance.random() < SUBAGENT_SHARE:
+                helper = agent_session(
+                    draw + 500, 2, shape.tools // 2, max(1, shape.rules // 2 - 2), tenant
+                )
+                for step in range(helper.turns):
+                    pause_s = chance.expovariate(1 / pace.tool_s)
+                    yield Call(tenant, name, marked(helper.body(step)), pause_s)
+            pause_s = pace.pause_s(chance)
 
 
-def working_set(load: list[list[Call]], tokenizer: Any) -> int:
-    """Return how many different blocks all prompts have together, were everything shared.
+Blocks = tuple[int, ...]
+"""The blocks of a prompt, each by all that it and those before it hold."""
+
+
+def blocks_of(body: dict[str, Any], tokenizer: Any) -> tuple[Blocks, int]:
+    """Return the whole blocks of a prompt, and its tokens.
 
     Args:
-        load: the agents' calls.
+        body: the prompt, as of the Messages API.
         tokenizer: the model's, from transformers.
     """
-    blocks: set[tuple[int, int]] = set()
-    for calls in load:
-        for call in calls:
-            chat = to_chat(call.body)
-            tokens = tokenizer.apply_chat_template(
-                chat["messages"],
-                tools=chat.get("tools"),
-                add_generation_prompt=True,
-                return_dict=False,
-            )
-            prefix = 0
-            for end in range(BLOCK, len(tokens) + 1, BLOCK):
-                prefix = hash((prefix, tuple(tokens[end - BLOCK : end])))
-                blocks.add((end, prefix))
-    return len(blocks)
+    chat = to_chat(body)
+    tokens = tokenizer.apply_chat_template(
+        chat["messages"],
+        tools=chat.get("tools"),
+        add_generation_prompt=True,
+        return_dict=False,
+    )
+    blocks, prefix = [], 0
+    for end in range(BLOCK, len(tokens) + 1, BLOCK):
+        prefix = hash((prefix, tuple(tokens[end - BLOCK : end])))
+        blocks.append(prefix)
+    return tuple(blocks), len(tokens)
+
+
+def working_set(load: Sequence[Sequence[Blocks]]) -> int:
+    """Return how many different blocks the prompts have together that agents are at, at one time;
+    on average over the load, were everything shared.
+
+    Args:
+        load: the blocks of each agent's prompts, in order.
+    """
+    longest = max(len(prompts) for prompts in load)
+    at_once = [
+        len({block for prompts in load for block in prompts[min(turn, len(prompts) - 1)]})
+        for turn in range(longest)
+    ]
+    return sum(at_once) // longest
 
 
 @dataclass(slots=True)

@@ -1,43 +1,60 @@
 """Eight tenants' agents at once, with memory for a third of what they use: tokens computed, time to
 the first token and time in all, beside what else caches prompts in the same memory."""
 
+import argparse
+import itertools
 import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import httpx
 from transformers import AutoTokenizer
 
 from benchmarks import agent_load, plain_offloading
-from benchmarks.agent_load import Call, Outcome
+from benchmarks.agent_load import HURRIED, AgentShape, Blocks, Call, Outcome, Pace
+from benchmarks.fleet.load import from_traces
 from benchmarks.harness import BLOCK, Result, arguments, console, finish, server
 from benchmarks.peer import LMCacheServer
 from demo.client import MODEL, Answer
 from demo.model import MODELS, SMALL, build
 from demo.server import Server
 from demo.session import to_chat
+from vllm_cachescope.simulation.belady import Belady
+from vllm_cachescope.simulation.replay import replay
+from vllm_cachescope.simulation.traced_request import TracedRequest
 
 BLOCK_BYTES = BLOCK * 2 * SMALL.layers * SMALL.kv_heads * SMALL.head_dim * 4
 """Keys and values of one block, in float32."""
 
-MEMORY_SHARE = 1 / 3
-"""Of the blocks in use, how many fit into the device and the memory behind it together."""
+MEMORY_SHARES = {"third": 1 / 3, "half": 1 / 2}
+"""Of the blocks that sessions use at one time, how many fit into the device and the memory behind
+it together."""
 
-DEVICE_SHARE = 0.3
-"""Of these, how many are the device's."""
+DEVICE_SHARE = 0.2
+"""Of these, how many are the device's at least."""
 
-LONGEST = 10_000
+LONGEST = 6_500
 """The longest prompt, in tokens: the device has to hold it with what it computes."""
+
+ANSWER = 8
+"""Tokens of each answer."""
+
+TENANTS, AGENTS_EACH = 8, 4
+SHAPE = AgentShape(turns=12, sessions=2, tools=4, rules=8, pace=Pace(4.0, 30.0, 0.1))
 
 TARGETS, LEAST = ("tokens computed", "first token, median"), 1.5
 """Of which figures the best peer is to have how many times as much."""
 
-OURS = "CacheScope"
+OURS = "CacheScope, exclusive"
+INCLUSIVE = "CacheScope, inclusive"
+REFERENCE = "plain vLLM, were all of the memory the device's"
+"""No peer: it is what no machine has whose device is full."""
 
 
 @dataclass(slots=True)
@@ -63,10 +80,10 @@ def asking(url: str, side: Side) -> Callable[[Call], Answer]:
 
     def ask(call: Call) -> Answer:
         chat = to_chat(call.body)
-        if side.name != OURS:
+        if side.name not in (OURS, INCLUSIVE):
             chat = json.loads(json.dumps(chat), object_hook=_unmarked)
         body = {
-            **{"model": MODEL, "max_tokens": 8, "temperature": 0.0, "stream": True},
+            **{"model": MODEL, "max_tokens": ANSWER, "temperature": 0.0, "stream": True},
             **{"stream_options": {"include_usage": True}, **chat, **side.extra(call)},
         }
         headers = {"authorization": f"Bearer key of {call.tenant}"}
@@ -107,36 +124,43 @@ def _lmcache(memory: int, *arguments: str) -> Iterator[Server]:
 
 
 def sides(blocks: int) -> list[Side]:
-    """Return all ways to serve, in the same memory.
+    """Return all ways to serve on a device and memory behind it.
 
     Args:
         blocks: how many blocks device and memory hold together.
     """
-    device = max(int(DEVICE_SHARE * blocks), LONGEST // BLOCK + 8)
+    device = max(int(DEVICE_SHARE * blocks), LONGEST // BLOCK + 10)
     memory = (blocks - device) * BLOCK_BYTES
+
+    def ours(name: str, hierarchy: str) -> Side:
+        eviction = {"hierarchy": hierarchy}
+        return Side(
+            name,
+            lambda: server(True, *_blocks(device), cpu_bytes=memory, eviction=eviction),
+            lambda call: {"prompt_cache_key": call.session},
+        )
+
     return [
-        Side("plain vLLM, all on the device", lambda: server(False, *_blocks(blocks))),
-        Side(
-            "plain vLLM, cache_salt per tenant",
-            lambda: server(False, *_blocks(blocks)),
-            lambda call: {"cache_salt": call.tenant},
-        ),
-        Side(
-            "vLLM's tiering, LRU", lambda: plain_offloading.engine("lru", memory, *_blocks(device))
-        ),
+        ours(OURS, "exclusive"),
         Side(
             "vLLM's tiering, ARC", lambda: plain_offloading.engine("arc", memory, *_blocks(device))
         ),
         Side("LMCache's server", lambda: _lmcache(memory, *_blocks(device))),
+        ours(INCLUSIVE, "inclusive"),
         Side(
-            OURS,
-            lambda: server(True, *_blocks(device), cpu_bytes=memory),
-            lambda call: {"prompt_cache_key": call.session},
+            "vLLM's tiering, LRU", lambda: plain_offloading.engine("lru", memory, *_blocks(device))
+        ),
+        Side("plain vLLM", lambda: server(False, *_blocks(device))),
+        Side(REFERENCE, lambda: server(False, *_blocks(blocks))),
+        Side(
+            "plain vLLM, cache_salt per tenant",
+            lambda: server(False, *_blocks(device)),
+            lambda call: {"cache_salt": call.tenant},
         ),
     ]
 
 
-def _report(result: Result, measured: list[Side]) -> None:
+def _report(result: Result, measured: list[Side], optimum: Sequence[int]) -> None:
     figures: dict[str, dict[str, list[float]]] = {
         "tokens computed": {s.name: [o.computed for o in s.outcomes] for s in measured},
         "first token, median": {
@@ -150,11 +174,13 @@ def _report(result: Result, measured: list[Side]) -> None:
     }
     units = dict(zip(figures, ("tokens", "ms", "ms", "s"), strict=True))
     result.add("tokens in prompts", [o.prompts for o in measured[-1].outcomes], "tokens")
+    result.add("tokens computed: at least", optimum, "tokens")
     for figure, by_side in figures.items():
         for name, values in by_side.items():
             result.add(f"{figure}: {name}", values, units[figure])
         ours = by_side.pop(OURS)
-        best = [min(run) for run in zip(*by_side.values(), strict=True)]
+        peers = [of for name, of in by_side.items() if name not in (INCLUSIVE, REFERENCE)]
+        best = [min(run) for run in zip(*peers, strict=True)]
         ratios = [peer / own for peer, own in zip(best, ours, strict=True)]
         name = f"{figure}: the best peer over {OURS}"
         if figure in TARGETS:
@@ -163,24 +189,90 @@ def _report(result: Result, measured: list[Side]) -> None:
             result.add(name, ratios, "×")
 
 
+@dataclass(frozen=True, slots=True)
+class _Load:
+    """The calls of each agent, and what the memory has to do with them.
+
+    Attributes:
+        calls: those that are short enough, in order.
+        prompts: the blocks and tokens of each.
+    """
+
+    calls: list[list[Call]]
+    prompts: list[list[tuple[Blocks, int]]]
+
+    @property
+    def working_set(self) -> int:
+        """How many blocks sessions use at one time."""
+        return agent_load.working_set([[of for of, _ in prompts] for prompts in self.prompts])
+
+    def optimum(self, blocks: int) -> int:
+        """Return how many tokens have to be computed at least, were all memory one and known what
+        comes later; calls come as pauses have it."""
+        requests: list[TracedRequest] = []
+        for calls, prompts in zip(self.calls, self.prompts, strict=True):
+            times = itertools.accumulate(call.pause_s for call in calls)
+            for at, (found, tokens) in zip(times, prompts, strict=True):
+                keys = tuple(block.to_bytes(8, "big", signed=True) for block in found)
+                requests.append(TracedRequest(at, keys, tokens))
+        requests.sort(key=lambda request: request.at)
+        total = replay(requests, Belady(blocks, requests), BLOCK).total
+        return total.tokens - total.hit_tokens
+
+
+def _load(calls: Sequence[Sequence[Call]], tokenizer: Any) -> _Load:
+    """Return a load without the calls that are too long."""
+    kept: list[list[Call]] = []
+    prompts: list[list[tuple[Blocks, int]]] = []
+    for of_agent in calls:
+        sized = [(call, agent_load.blocks_of(call.body, tokenizer)) for call in of_agent]
+        sized = [(call, prompt) for call, prompt in sized if prompt[1] <= LONGEST - ANSWER]
+        kept.append([call for call, _ in sized])
+        prompts.append([prompt for _, prompt in sized])
+    return _Load(kept, prompts)
+
+
 def main() -> int:
     """Run the benchmark and return its exit status."""
+    own = argparse.ArgumentParser(add_help=False)
+    own.add_argument("--memory", choices=MEMORY_SHARES, default="third")
+    own.add_argument("--trace", type=Path, action="append", default=[])
+    chosen, sys.argv[1:] = own.parse_known_args()
     options = arguments(__doc__ or "", pairs=3)
-    result = Result("agent_replay", options.quick)
-    size = {"tenants": 3, "agents_each": 2, "turns": 4} if options.quick else {}
+    name = "agent_replay" + ("" if chosen.memory == "third" else f"_{chosen.memory}")
+    result = Result(name, options.quick)
     tokenizer = AutoTokenizer.from_pretrained(str(build(MODELS / SMALL.name, SMALL)))
-    loads = [agent_load.agents(seed, **size) for seed in range(options.pairs)]
-    in_use = agent_load.working_set(loads[0], tokenizer)
-    blocks = max(int(MEMORY_SHARE * in_use), 2 * (LONGEST // BLOCK + 8))
+    tenants, each = (3, 2) if options.quick else (TENANTS, AGENTS_EACH)
+    shape = replace(SHAPE, sessions=1, pace=HURRIED) if options.quick else SHAPE
+    loads = [
+        _load(
+            from_traces(chosen.trace, SHAPE.turns)
+            if chosen.trace
+            else agent_load.agents(seed, tenants, each, shape),
+            tokenizer,
+        )
+        for seed in range(options.pairs)
+    ]
+    in_use = loads[0].working_set
+    blocks = max(int(MEMORY_SHARES[chosen.memory] * in_use), 2 * (LONGEST // BLOCK + 10))
     measured = sides(blocks)
-    console.print(f"agent_replay: {len(measured)} servers in turn, {blocks} of {in_use} blocks")
+    console.print(
+        f"{name}: {len(measured)} servers in turn, {sum(map(len, loads[0].calls))} calls, {blocks} "
+        f"blocks of memory where sessions use {in_use} at one time"
+    )
     for number, load in enumerate(loads):
         # Another one comes first each time.
         first = number % len(measured)
         for side in [*measured[first:], *measured[:first]]:
             with side.start() as running:
-                side.outcomes.append(agent_load.replay(load, asking(running.url, side)))
-    _report(result, measured)
+                outcome = agent_load.replay(load.calls, asking(running.url, side))
+            side.outcomes.append(outcome)
+            console.print(
+                f"{side.name}: {outcome.computed:,} of {outcome.prompts:,} tokens computed, first "
+                f"token {1000 * statistics.median(outcome.ttft_s):,.0f} ms, "
+                f"{outcome.seconds:,.0f} s in all"
+            )
+    _report(result, measured, [load.optimum(blocks) for load in loads])
     return finish(result, options.results)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import agent_load
-from benchmarks.agent_load import Call
+from benchmarks.agent_load import AgentShape, Call
 from benchmarks.harness import BLOCK
 from demo.session import to_chat
 from vllm_cachescope.cli.traffic.records import read_records
@@ -40,7 +40,7 @@ class Prompt:
 
 def made_up(seed: int, turns: int) -> list[list[Call]]:
     """Return sessions as `benchmarks.agent_load` makes them up."""
-    return agent_load.agents(seed, TENANTS, SESSIONS_EACH, turns)
+    return agent_load.agents(seed, TENANTS, SESSIONS_EACH, AgentShape(turns))
 
 
 def from_traces(paths: Sequence[Path], turns: int) -> list[list[Call]]:

@@ -72,7 +72,7 @@ def price(order: LearnedOrder, key: bytes) -> tuple[float, float]:
     st.tuples(*[st.integers(0, 8) for _ in ORGS]),
     st.integers(0, 10),
     st.lists(
-        st.tuples(st.integers(0, 7), st.integers(0, 29), st.integers(0, 2**20)),
+        st.tuples(st.integers(0, 8), st.integers(0, 29), st.integers(0, 2**20)),
         min_size=30,
         max_size=120,
     ),
@@ -101,6 +101,12 @@ def test_quotas_reserves_and_claims_hold_whatever_was_learned(
         elif kind == 7:
             order.retire(keys)
             order.tell(keys[-1], Ended(drawn % 2))
+        elif kind == 8:
+            known = [key for key in keys if key in model.blocks]
+            before = {key: price(order, key) for key in model.blocks}
+            order.reassign(keys, org, ttl_s > 300)
+            model.blocks |= dict.fromkeys(known, (org, ttl_s > 300))
+            assert {key: price(order, key) for key in model.blocks} == before
         elif kind == 4:
             order.remove(keys[0])
             model.blocks.pop(keys[0], None)
@@ -188,6 +194,21 @@ def test_the_end_of_a_prompt_goes_before_its_beginning() -> None:
     order.use_request([([b"a", b"b", b"c"], 300, b"")], 0.0)
     assert order.victims(2, 1.0, none) == [b"c", b"b"]
     assert order.victims(2, 1.0, {b"c"}.__contains__) == [b"b", b"a"]
+
+
+def test_a_prompt_that_changes_hands_from_its_end_stays_one_run_and_ages_on() -> None:
+    order = LearnedOrder()
+    order.use_request([([b"%d" % block for block in range(6)], 300, b"a")], 0.0)
+    order.use_request([([b"other"], 300, b"b")], 5.0)
+    for block in (5, 4, 3):
+        order.reassign([b"%d" % block], b"b", is_long=False)
+    assert len({id(order.runs[b"%d" % block]) for block in (3, 4, 5)}) == 1
+    assert order.held(b"a") == 3
+    # Older than what was there, wherever it came from.
+    assert order.victims_of(b"b", 4, 60.0, none) == [b"5", b"4", b"3", b"other"]
+    # All of it returns, once.
+    order.use_request([([b"%d" % block for block in range(6)], 300, b"a")], 70.0)
+    assert order.counted().returns.sum() == 2.0
 
 
 def test_what_is_marked_longer_stays_within_its_share_and_competes_beyond_it() -> None:

@@ -221,6 +221,26 @@ class LearnedOrder:
             self._begin(run, place)
         return sum(run.live for run in over.values())
 
+    def reassign(self, keys: Iterable[bytes], org: bytes, is_long: bool) -> None:
+        """Have ``keys`` count for another organisation from here on, or be kept longer or not. What
+        is known of them, and their age, stays. Those that are not known are ignored.
+
+        Args:
+            keys: in prompt order.
+            org: the organisation's tag.
+            is_long: whether they are marked to live longer.
+        """
+        moved: dict[Run, list[bytes]] = {}
+        for key in keys:
+            run = self._run_of.get(key)
+            if run is None:
+                continue
+            old = _place_of(run)
+            if old.org != org or old.is_long != is_long:
+                moved.setdefault(run, []).append(key)
+        for run, keys_of in moved.items():
+            self._split(run, keys_of, self.places.make(org, is_long))
+
     def clear(self) -> None:
         """Remove all keys. What was learned is kept."""
         self.remove_all(list(self._run_of))
@@ -261,6 +281,11 @@ class LearnedOrder:
     def price_of(self, key: bytes) -> float:
         """Return what the place of a block earns that is there."""
         return self.prices.of(self._run_of[key].cell)
+
+    def rank_of(self, key: bytes) -> tuple[float, float]:
+        """Return the price of a block that is there, and when it was used last, in seconds."""
+        run = self._run_of[key]
+        return self.prices.of(run.cell), run.used_at
 
     def worth(self, key: bytes, before: bytes | None = None) -> float:
         """Return what the places of evicted blocks would earn; 0 if they are not remembered.
@@ -320,6 +345,31 @@ class LearnedOrder:
         run.cell, run.used_at = self._counts.number(kind) * BINS, self._moment(self._used_at)
         self._begin(run, _place_of(run))
 
+    def _split(self, old: Run, keys: list[bytes], place: Place) -> None:
+        """Move a part of a run to another place, to the part of it that is there already if it was
+        not used since."""
+        run = old.beside
+        is_new = (
+            run is None
+            or run.place is not place
+            or (run.cell, run.used_at) != (old.cell, old.used_at)
+        )
+        if run is None or is_new:
+            run = old.beside = Run([], old.cell, old.used_at, old.turn, old.is_shared)
+            run.is_open = old.is_open
+        old.size = max(0, old.size - len(keys))
+        # A prompt's end goes first, as a rule: what follows later stands in front of it.
+        run.keys[:0] = keys
+        run.first = keys[0]
+        for key in keys:
+            self._move(key, run, place)
+        run.live += len(keys)
+        run.size += len(keys)
+        if is_new:
+            self._ages.join(run)
+            if (rank := place.insert(run, self._fits.prices)) is not None:
+                self.places.lower(place, rank)
+
     def _gather(self, run: Run, place: Place) -> None:
         """Move the blocks of a run there from where they were."""
         run_of, keys = self._run_of, run.keys
@@ -361,7 +411,7 @@ class LearnedOrder:
 
     def _end(self, run: Run) -> None:
         """Note that a run has no blocks left: from now on it is only remembered."""
-        run.keys, run.place = [], None
+        run.keys, run.place, run.beside = [], None, None
         if run.first is not None and run.size > 0 and not run.is_open:
             self._gone.add(run)
 

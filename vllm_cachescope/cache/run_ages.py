@@ -1,8 +1,10 @@
 """Run ages: runs pass from bin to bin as they stay unused, and the time is counted."""
 
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable
 from math import inf
+from operator import attrgetter
 
 from vllm_cachescope.cache.return_counts import BINS, EDGES, ReturnCounts
 from vllm_cachescope.cache.return_prices import Prices
@@ -59,6 +61,16 @@ class RunAges:
             self._due[0] = at
             if at < self._next:
                 self._next = at
+
+    def join(self, run: Run) -> None:
+        """Begin with a run that was used a while ago, and is in the bin of its age."""
+        bin_ = run.cell % BINS
+        if bin_ == BINS - 1:
+            return
+        queue = self._queues[bin_]
+        queue.insert(bisect_right(queue, run.used_at, key=attrgetter("used_at")), run)
+        self._due[bin_] = min(self._due[bin_], run.used_at + LEAVES_AT[bin_])
+        self._next = min(self._next, self._due[bin_])
 
     def advance(self, now: float, prices: Prices) -> None:
         """Move the runs whose time it is, by these prices. Each run moves at most `BINS` times

@@ -1,8 +1,10 @@
 """A place: the resident runs of one organisation, with a claim to be kept longer or without."""
 
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from heapq import heapify, heappop, heappush, heapreplace
+from operator import attrgetter
 
 from vllm_cachescope.cache.return_prices import Prices
 from vllm_cachescope.cache.runs import Run
@@ -48,7 +50,20 @@ class Place:
             runs.append(run)
             return None
         self.cells[cell] = deque((run,))
-        price, used_at = prices.of(cell), run.used_at
+        return self._ranked(run, prices)
+
+    def insert(self, run: Run, prices: Prices) -> Rank | None:
+        """Add a run to its cell that was used before others there; return the rank that the cell
+        has by these prices if it is the first of them to go."""
+        run.place = self
+        runs = self.cells.setdefault(run.cell, deque())
+        at = bisect_right(runs, run.used_at, key=attrgetter("used_at"))
+        runs.insert(at, run)
+        return None if at else self._ranked(run, prices)
+
+    def _ranked(self, run: Run, prices: Prices) -> Rank:
+        """Note the rank of a cell by the first of its runs; return it."""
+        price, used_at, cell = prices.of(run.cell), run.used_at, run.cell
         if self._prices is prices:
             heappush(self._heap, (price, used_at, cell))
         return price, used_at

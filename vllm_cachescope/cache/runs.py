@@ -61,9 +61,11 @@ class Run:
         is_shared: whether prompts part behind it.
         is_open: whether the request that stores it is not over: what uses it then is that request.
         place: the place it is in; None once no block of it is left.
+        beside: what was a part of it, and is in another place now; None if nothing is.
     """
 
     __slots__ = (
+        "beside",
         "cell",
         "first",
         "is_open",
@@ -89,6 +91,7 @@ class Run:
         self.is_shared = is_shared
         self.is_open = False
         self.place: Place | None = None
+        self.beside: Run | None = None
 
 
 class Stretch(NamedTuple):

@@ -17,6 +17,10 @@ class EvictionSettings(Model):
             spent the largest share of its lifetime since its last use.
         device: what the device evicts where nothing is known to be over. ``lru``: what is unused
             for longest, as vLLM does; ``learned``: as ``policy``, at some microseconds a block.
+        hierarchy: whether a block takes room on the device and in the CPU tier. ``inclusive``: what
+            is computed is stored at once, and both may hold it; ``exclusive``: what the device
+            holds as well leaves the CPU tier first, and what the device evicts is stored. Of
+            ``learned`` alone.
         long_share: the share of the tier that is kept for what is marked to live longer than five
             minutes. Beyond it such chunks compete like all others. Of ``learned`` alone.
         prefetch_share: the share of the CPU tier that may hold, or be filled with, what remote
@@ -27,6 +31,7 @@ class EvictionSettings(Model):
 
     policy: Literal["learned", "lifetime"] = "learned"
     device: Literal["lru", "learned"] = "lru"
+    hierarchy: Literal["inclusive", "exclusive"] = "inclusive"
     long_share: Annotated[float, Field(ge=0, le=1)] = 0.2
     prefetch_share: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     state_file: Path | None = None

@@ -15,6 +15,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorPromMetrics,
     KVConnectorStats,
 )
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import (
+    OffloadingConnectorMetadata,
+    OffloadingWorkerMetadata,
+)
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import OffloadingConnectorStats
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
 from vllm.lora.request import LoRARequest
@@ -32,6 +36,7 @@ from vllm_cachescope.connectors.vllm import config_check, engine_rpc
 from vllm_cachescope.connectors.vllm.engine import adapters, exporter, hashing, idle_sweep
 from vllm_cachescope.connectors.vllm.engine.adapters import Adapters
 from vllm_cachescope.connectors.vllm.engine.block_layout import read_layout
+from vllm_cachescope.connectors.vllm.engine.demotions import Demotions
 from vllm_cachescope.connectors.vllm.engine.desk import Desk
 from vllm_cachescope.connectors.vllm.engine.door import EngineDoor
 from vllm_cachescope.connectors.vllm.engine.engine_settings import EngineSettings
@@ -168,6 +173,9 @@ class CacheScopeConnector(OffloadingConnector):
         )
         self._purges = EnginePurges(self.cachescope)
         self._streams = Streams(kv_cache_manager)
+        self._demotions: Demotions | None = None
+        if self.cachescope.keeps_no_copies:
+            self._demotions = Demotions(self.connector_scheduler, self.cachescope.local)
         self._promotions = Promotions(
             self.connector_scheduler,
             self.cachescope,
@@ -236,6 +244,9 @@ class CacheScopeConnector(OffloadingConnector):
         self._promotions.on_scheduled(request.request_id)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        completed = connector_output.kv_connector_worker_meta
+        if self._demotions is not None and isinstance(completed, OffloadingWorkerMetadata):
+            self._demotions.take_completed(completed)
         super().update_connector_output(connector_output)
         for request_id in connector_output.finished_recving or ():
             request = self.cachescope.running(request_id)
@@ -248,6 +259,9 @@ class CacheScopeConnector(OffloadingConnector):
         self.cachescope.on_step_scheduled(scheduler_output)
         self._events.collect()
         meta = super().build_connector_meta(scheduler_output)
+        if self._demotions is not None:
+            assert isinstance(meta, OffloadingConnectorMetadata)
+            self._demotions.add_to(meta)
         self.cachescope.on_schedule_end(scheduler_output)
         self._promotions.end_step(
             scheduler_output.total_num_scheduled_tokens, scheduler_output.preempted_req_ids or ()
@@ -287,6 +301,7 @@ class CacheScopeConnector(OffloadingConnector):
         has_news = self._has_news or self._purges.has_news
         prefetches = self.cachescope.prefetches
         is_busy = has_news or (prefetches is not None and prefetches.is_active)
+        is_busy |= self._demotions is not None and self._demotions.is_active
         return is_busy or super().has_pending_push_work()
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.kv_offload.base import PrepareStoreOutput, ReqContext
 from vllm.v1.kv_offload.tiering.manager import TieringOffloadingManager
 
 from vllm_cachescope.cache.eviction_history import (
@@ -69,6 +70,47 @@ class LocalTiers:
         # Chunks that expired or were purged in the middle of a transfer. They are no longer in
         # the ledger, and dropped from the CPU tier when the transfer is over.
         self._overdue: set[bytes] = set()
+        self._keeps_no_copies = False
+
+    # Where a block takes room once, on the device or in memory.
+
+    def keep_no_copies(self, stores_late: bool) -> None:
+        """From here on store in memory what the device evicts, and evict from there first what the
+        device holds as well; see `CpuTier.keep_no_copies`. To be called before the first block."""
+        self._keeps_no_copies = True
+        self._cpu.keep_no_copies(self._device.held, stores_late)
+
+    @property
+    def has_evicted(self) -> bool:
+        """Whether the device has evicted anything that `end_step` has not noted."""
+        return self._device.has_evicted
+
+    def store_evicted(self, context: ReqContext) -> tuple[list[int], PrepareStoreOutput] | None:
+        """Make room in memory for what the device has evicted for the step that is being scheduled;
+        return the device's blocks and what they are to be copied to. None if nothing is.
+
+        Args:
+            context: the request that stands for the store.
+        """
+        evicted = self._device.evicted_from()
+        # vLLM evicts a prompt from its end.
+        in_order = list(reversed(evicted))
+        # First, so that nothing takes the place of what is there already.
+        self._cpu.left_device([key for key in in_order if self._cpu.holds(key)])
+        keys = [
+            key
+            for key in in_order
+            if not self._cpu.holds(key) and key in self._ledger and not self.is_expired(key)
+        ]
+        stored = self._cpu.store_evicted(keys, context) if keys else None
+        if stored is None or not stored.keys_to_store:
+            return None
+        return [evicted[key] for key in stored.keys_to_store], stored
+
+    def end_step(self) -> None:
+        """Note what was evicted for the step that was scheduled, once what was to be stored of it
+        is. Where copies are kept it is noted whenever somebody asks."""
+        self._displace(self._device.take_evicted(), EvictionReason.CAPACITY)
 
     # Blocks.
 
@@ -102,6 +144,8 @@ class LocalTiers:
         if on_device:
             self._ledger.place(key, DEVICE)
             self._device_order.use(key, ttl_s, now)
+            if self._keeps_no_copies:
+                self._cpu.came_to_device(key)
         if key in self._overdue:
             # The copy in the CPU tier has the same content, and may stay.
             self._overdue.remove(key)
@@ -112,6 +156,7 @@ class LocalTiers:
         """Drop a block from the prefix cache that is not in the ledger: its owner was purged before
         it was computed."""
         self._device.drop([key])
+        self._cpu.left_device([key])
         purged = EvictionRecord(EvictionReason.PURGE, ttl_s, self._clock(), DEVICE)
         self._history.record(key, purged)
 
@@ -192,6 +237,7 @@ class LocalTiers:
             # All of them: a load may have just brought one to the device.
             self._device.drop(key for key, _ in entries)
             self._device_order.remove(key for key, _ in entries)
+            self._cpu.left_device([key for key, _ in entries])
         self._overdue.update(key for key, _ in in_memory)
         if self._overdue:
             self._overdue = self._cpu.drop(self._overdue)
@@ -261,12 +307,15 @@ class LocalTiers:
     def on_prefix_cache_reset(self) -> None:
         """Note that the prefix cache was emptied."""
         self._device_order.clear()
-        for key, entry in self._ledger.clear_tier(DEVICE):
+        cleared = list(self._ledger.clear_tier(DEVICE))
+        for key, entry in cleared:
             self._note_evicted(key, entry, EvictionReason.RESET, DEVICE)
+        self._cpu.left_device([key for key, _ in cleared])
 
     def _displace_evicted(self) -> None:
         """Have the ledger displace what vLLM has evicted from the device."""
-        self._displace(self._device.take_evicted(), EvictionReason.CAPACITY)
+        if not self._keeps_no_copies:
+            self._displace(self._device.take_evicted(), EvictionReason.CAPACITY)
 
     def _displace(
         self, evicted: Iterable[tuple[bytes, bytes | None]], reason: EvictionReason
@@ -280,6 +329,7 @@ class LocalTiers:
                 self._note_evicted(key, entry, reason, DEVICE, by)
         if gone:
             self._device_order.remove(gone)
+            self._cpu.left_device(gone[::-1])
 
     def _note_evicted(
         self,

@@ -19,6 +19,7 @@ from vllm_cachescope.cache.runs import NO_SIGNALS, Ended, RequestSignals
 from vllm_cachescope.connectors.vllm.engine import hashing
 from vllm_cachescope.connectors.vllm.engine.checkpoints import move_checkpoint
 from vllm_cachescope.connectors.vllm.engine.counts import Counts, Read
+from vllm_cachescope.connectors.vllm.engine.demotions import can_demote
 from vllm_cachescope.connectors.vllm.engine.ends import Ends
 from vllm_cachescope.connectors.vllm.engine.engine_settings import EngineSettings
 from vllm_cachescope.connectors.vllm.engine.local_tiers import LocalTiers
@@ -59,6 +60,7 @@ class CacheScopeConnectorScheduler(TierParent):
         counts: the counts since the metrics were last reported.
         remotes: the remote tiers, nearest first.
         local: the device and the CPU tier.
+        keeps_no_copies: whether a block takes room on one of them alone.
         prefill_rate: how fast the engine computes prompts.
     """
 
@@ -91,10 +93,13 @@ class CacheScopeConnectorScheduler(TierParent):
             clock,
             self.counts,
         )
+        self.remotes = remote_tiers(offloading)
+        self.keeps_no_copies = can_demote(settings.eviction, self._layout, events.enabled)
+        if self.keeps_no_copies:
+            self.local.keep_no_copies(stores_late=not self.remotes)
         self._lifetimes = PromptLifetimes(self._layout, self._ledger, self.local, clock)
         capacity = kv_cache.block_pool.num_gpu_blocks + offloading.primary_tier._num_chunks
         self._ends = Ends(self.local, self._ledger, self.counts, 2 * capacity)
-        self.remotes = remote_tiers(offloading)
         for remote in self.remotes:
             remote.bind(self)
         self.prefetches: Prefetches | None = None

@@ -1,7 +1,7 @@
 """The CPU tier: vLLM's own primary offloading tier, with our eviction policy and expiry."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from math import inf
 from typing import Any
@@ -22,13 +22,14 @@ from vllm.v1.kv_offload.tiering.manager import (
 
 from vllm_cachescope.cache.eviction import LifetimeShare
 from vllm_cachescope.cache.eviction_history import EvictionReason
-from vllm_cachescope.cache.learned_order import LearnedOrder, Piece
+from vllm_cachescope.cache.learned_order import LONG_TTL_S, LearnedOrder, Piece
 from vllm_cachescope.cache.ledger import Entry, Ledger
 from vllm_cachescope.cache.quotas import Quotas
 from vllm_cachescope.cache.runs import Ended
 from vllm_cachescope.config.eviction import EvictionSettings
 from vllm_cachescope.connectors.vllm.engine.pressure import writer_of
 from vllm_cachescope.connectors.vllm.engine.tiers.base import Ahead, TierParent
+from vllm_cachescope.connectors.vllm.engine.tiers.copies import ON_DEVICE, ON_DEVICE_TTL_S, Copies
 from vllm_cachescope.connectors.vllm.engine.tiers.cpu_order import make_order
 from vllm_cachescope.tenancy.owner_tags import NOBODY
 
@@ -61,6 +62,8 @@ class ScopePolicy(CachePolicy):
         self._untold: FIFOCache[str, bytes] = FIFOCache(MAX_UNTOLD)
         # Keys that a promotion under way needs, and for how many prompts.
         self._held: Counter[bytes] = Counter()
+        # Where a block takes room once, on the device or here; None where it may on both.
+        self._copies: Copies | None = None
 
     def bind(
         self, parent: TierParent, quotas: Quotas | None, order: LifetimeShare | LearnedOrder
@@ -74,6 +77,16 @@ class ScopePolicy(CachePolicy):
         """
         self._parent, self._ledger = parent, parent.ledger
         self._quotas, self._order = quotas, order
+
+    def keep_no_copies(self, on_device: Callable[[bytes], bool]) -> None:
+        """From here on evict what the device holds as well before all else. To be called before the
+        first chunk, where the order learns.
+
+        Args:
+            on_device: whether the device holds a block, or has just evicted it.
+        """
+        assert isinstance(self._order, LearnedOrder)
+        self._copies = Copies(on_device, self._order)
 
     def get(self, key: OffloadKey) -> ChunkStatus | None:
         return self._chunks.get(key)
@@ -91,11 +104,16 @@ class ScopePolicy(CachePolicy):
             ttl_s, owner = self._missed.get(key, (1, NOBODY))
             self._ledger.touch(key, ttl_s, now, owner)
         self._ledger.place(key, CPU)
-        self._use(key, now)
+        if self._copies is None or key not in self._copies.order.runs:
+            self._use(key, now)
 
     def remove(self, key: OffloadKey) -> None:
         del self._chunks[key]
-        self._order.remove(key)
+        if self._copies is None:
+            self._order.remove(key)
+        else:
+            self._copies.discard(key)
+            self._copies.leave_order([key])
         self._ledger.displace(key, CPU)
 
     def touch(self, keys: Iterable[OffloadKey], req_context: ReqContext) -> None:
@@ -128,15 +146,25 @@ class ScopePolicy(CachePolicy):
         self, n: int, protected: set[OffloadKey]
     ) -> list[tuple[OffloadKey, ChunkStatus]] | None:
         now, by = self._parent.now(), self._newcomer(protected)
-        own = self._excess_with(protected, n, now)
+        first: list[bytes] = []
+        if self._copies is not None:
+            first = self._copies.first_to_go(n, lambda key: self._must_stay(key, protected))
+        # Prompts that run may have loaded some: those are in the order as well.
+        taken = set(first)
+        own = self._excess_with(protected, n - len(first), now, taken)
+        taken |= own
         keys = self._order.victims(
-            n - len(own), now, lambda key: key in own or self._must_stay(key, protected)
+            n - len(taken), now, lambda key: key in taken or self._must_stay(key, protected)
         )
         if keys is None:
             return None
-        evicted = [(OffloadKey(key), self._chunks[OffloadKey(key)]) for key in (*own, *keys)]
-        if isinstance(self._order, LearnedOrder):
-            # Together, which is quicker; one by one they are then unknown to it.
+        evicted = [
+            (OffloadKey(key), self._chunks[OffloadKey(key)]) for key in (*first, *own, *keys)
+        ]
+        # Together, which is quicker; one by one they are then unknown to it.
+        if self._copies is not None:
+            self._copies.leave_order([key for key, _ in evicted])
+        elif isinstance(self._order, LearnedOrder):
             self._order.remove_all(key for key, _ in evicted)
         for key, _ in evicted:
             self.drop(key, EvictionReason.QUOTA if key in own else EvictionReason.CAPACITY, by)
@@ -151,9 +179,11 @@ class ScopePolicy(CachePolicy):
 
     def retire(self, keys: Iterable[bytes]) -> int:
         """Evict ``keys`` first from here on; return how many of them are here."""
+        keys = list(keys)
         here = [key for key in keys if key in self._chunks]
         if isinstance(self._order, LearnedOrder):
-            self._order.retire(here)
+            # With what may come here from the device, where copies are not kept.
+            self._order.retire(here if self._copies is None else keys)
         return len(here)
 
     def worth(self, key: OffloadKey, before: bytes | None) -> float:
@@ -167,8 +197,66 @@ class ScopePolicy(CachePolicy):
         if not isinstance(self._order, LearnedOrder):
             return inf
         now, order = self._parent.now(), self._order
-        victims = order.victims(1, now, lambda key: self._must_stay(key, set()))
+        if self._copies is not None and self._copies.first_to_go(1, self._is_busy):
+            return -inf
+        victims = order.victims(1, now, self._is_busy)
         return inf if victims is None else order.price_of(victims[0])
+
+    def came_to_device(self, key: bytes) -> None:
+        """Note that the device holds ``key``: if it is here as well, this is a copy."""
+        if self._copies is not None and key in self._chunks:
+            self._copies.note(key)
+
+    def left_device(self, keys: Iterable[bytes]) -> None:
+        """Note that the device does not hold ``keys`` any more, in prompt order: those that are
+        here are no copies, and others are gone."""
+        if self._copies is None:
+            return
+        stay: dict[tuple[bytes, bool], list[bytes]] = {}
+        gone: list[bytes] = []
+        for key in keys:
+            self._copies.discard(key)
+            entry = self._ledger.get(key)
+            if key in self._chunks and entry is not None:
+                place = self._account(entry), entry.ttl_s > LONG_TTL_S
+                stay.setdefault(place, []).append(key)
+            else:
+                gone.append(key)
+        self._copies.order.remove_all(gone)
+        for (account, is_long), keys_of in stay.items():
+            self._copies.order.reassign(keys_of, account, is_long)
+
+    def worth_keeping(self, keys: Sequence[bytes], free: int) -> list[OffloadKey]:
+        """Return those of ``keys``, which the device has just evicted, that earn more than what
+        would leave for them, the best first.
+
+        Args:
+            keys: in prompt order.
+            free: how many chunks are free.
+        """
+        assert self._copies is not None
+        order, now = self._copies.order, self._parent.now()
+        known = [key for key in keys if key in order.runs]
+        # The sort is stable: of what is worth the same the beginning of a prompt comes first.
+        known.sort(key=order.rank_of, reverse=True)
+        copies = set(self._copies.first_to_go(len(keys) - free, self._is_busy))
+        free += len(copies)
+        # What it knows nothing of comes last, and in nothing's place.
+        unknown = [key for key in keys if key not in order.runs]
+        chosen, rest = (known + unknown)[:free], known[free:]
+        if rest:
+            long_left = order.long_blocks - order.long_held
+            claims = [key for key in rest if self._is_long(key)][: max(0, long_left)]
+            chosen += claims
+            others = [key for key in rest if key not in set(claims)]
+            victims = order.victims_up_to(
+                len(rest), now, lambda key: key in copies or self._is_busy(key)
+            )[len(claims) :]
+            for key, victim in zip(others, victims, strict=False):
+                if order.rank_of(key) <= order.rank_of(victim):
+                    break
+                chosen.append(key)
+        return [OffloadKey(key) for key in chosen]
 
     def ready(self) -> list[OffloadKey]:
         """Return the keys that can be read now."""
@@ -219,9 +307,7 @@ class ScopePolicy(CachePolicy):
             return found
         for account in list(self._grown):
             if over := self._quotas.over(account, self._order.held(account)):
-                found += self._order.victims_of(
-                    account, over, self._parent.now(), lambda key: self._must_stay(key, set())
-                )
+                found += self._order.victims_of(account, over, self._parent.now(), self._is_busy)
             else:
                 self._grown.remove(account)
         return found
@@ -230,10 +316,12 @@ class ScopePolicy(CachePolicy):
         """Return the largest share of its quota that an account holds; None without quotas."""
         return None if self._quotas is None else self._quotas.fullest(self._order.accounts)
 
-    def _excess_with(self, wanted: set[OffloadKey], most: int, now: float) -> set[bytes]:
-        """Return up to ``most`` keys that organisations will hold beyond their quotas once
-        ``wanted`` are here. They are evicted first, so that an organisation makes room for its own
-        chunks before others do."""
+    def _excess_with(
+        self, wanted: set[OffloadKey], most: int, now: float, taken: set[bytes]
+    ) -> set[bytes]:
+        """Return up to ``most`` keys, others than those ``taken``, that organisations will hold
+        beyond their quotas once ``wanted`` are here. They are evicted first, so that an
+        organisation makes room for its own chunks before others do."""
         found: set[bytes] = set()
         if self._quotas is None:
             return found
@@ -248,7 +336,7 @@ class ScopePolicy(CachePolicy):
                     account,
                     min(over, most - len(found)),
                     now,
-                    lambda key: self._must_stay(key, wanted),
+                    lambda key: key in taken or self._must_stay(key, wanted),
                 )
             )
         return found
@@ -262,9 +350,17 @@ class ScopePolicy(CachePolicy):
         return None
 
     def _must_stay(self, key: bytes, protected: set[OffloadKey]) -> bool:
-        if key in protected or key in self._held:
-            return True
-        return self._chunks[OffloadKey(key)].ref_cnt != 0
+        return key in protected or self._is_busy(key)
+
+    def _is_busy(self, key: bytes) -> bool:
+        """Whether a key may not be evicted: it is held, in the middle of a transfer, or here only
+        in the order, for the device."""
+        chunk = self._chunks.get(OffloadKey(key))
+        return chunk is None or chunk.ref_cnt != 0 or key in self._held
+
+    def _is_long(self, key: bytes) -> bool:
+        entry = self._ledger.get(key)
+        return entry is not None and entry.ttl_s > LONG_TTL_S
 
     def _owner(self, key: OffloadKey) -> bytes:
         entry = self._ledger.get(key)
@@ -283,19 +379,32 @@ class ScopePolicy(CachePolicy):
 
     def _use(self, key: OffloadKey, now: float) -> None:
         entry = self._ledger.get(key)
-        if entry is not None:
+        if entry is None:
+            return
+        if self._copies is not None and self._copies.on_device(key):
+            self._copies.note(key)
+            self._order.use(key, ON_DEVICE_TTL_S, now, ON_DEVICE)
+        else:
             self._order.use(key, entry.ttl_s, now, self._account(entry))
 
     def _pieces(self, keys: Iterable[bytes]) -> list[Piece]:
-        """Return those of a prompt's keys that are here, divided by TTL and account."""
+        """Return those of a prompt's keys that the order is to have, divided by TTL and account:
+        those that are here, and where copies are not kept those of the device."""
         pieces: list[Piece] = []
         piece: list[bytes] = []
         last: tuple[int, bytes] | None = None
         for key in keys:
             entry = self._ledger.get(key)
-            if entry is None or key not in self._chunks:
+            if entry is None:
                 continue
-            place = entry.ttl_s, self._account(entry)
+            if self._copies is not None and self._copies.on_device(key):
+                place = ON_DEVICE_TTL_S, ON_DEVICE
+                if key in self._chunks:
+                    self._copies.note(key)
+            elif key in self._chunks:
+                place = entry.ttl_s, self._account(entry)
+            else:
+                continue
             if place != last:
                 piece, last = [], place
                 pieces.append((piece, *place))
@@ -349,10 +458,55 @@ class CpuTier:
             keys: Iterable[OffloadKey], req_context: ReqContext, *args: Any, **kwargs: Any
         ) -> PrepareStoreOutput | None:
             wanted = [key for key in keys if parent.may_store(key, req_context)]
+            if self._stores_late:
+                room = self._primary._get_num_free_chunks()
+                new = [key for key in wanted if self._policy.get(key) is None]
+                left_out = set(new[room:])
+                wanted = [key for key in wanted if key not in left_out]
             return prepare_store(wanted, req_context, *args, **kwargs)
 
+        self._prepare_store = prepare_store
+        self._stores_late = False
         manager.lookup = live_lookup  # type: ignore[method-assign]
         manager.prepare_store = prepare_live_store  # type: ignore[method-assign]
+
+    def keep_no_copies(self, on_device: Callable[[bytes], bool], stores_late: bool) -> None:
+        """From here on evict what the device holds as well before all else; see `store_evicted`.
+
+        Args:
+            on_device: whether the device holds a block, or has just evicted it.
+            stores_late: whether what is computed is stored here only while there is room, and
+                otherwise once the device evicts it. Not where remote tiers are to have it at once.
+        """
+        self._policy.keep_no_copies(on_device)
+        self._stores_late = stores_late
+
+    def came_to_device(self, key: bytes) -> None:
+        """Note that the device holds ``key``."""
+        self._policy.came_to_device(key)
+
+    def left_device(self, keys: Iterable[bytes]) -> None:
+        """Note that the device does not hold ``keys`` any more, in prompt order."""
+        with self._lock:
+            self._policy.left_device(keys)
+
+    def store_evicted(
+        self, keys: Sequence[bytes], context: ReqContext
+    ) -> PrepareStoreOutput | None:
+        """Make room for what the device has just evicted, and is worth it; return what vLLM's
+        manager does for a store, None if nothing is to be stored.
+
+        Args:
+            keys: what was evicted and is not here, in prompt order.
+            context: the request that stands for the store.
+        """
+        with self._lock:
+            wanted = self._policy.worth_keeping(keys, self._primary._get_num_free_chunks())
+            return self._prepare_store(wanted, context) if wanted else None
+
+    def holds(self, key: bytes) -> bool:
+        """Whether ``key`` is here, or on its way here."""
+        return self._policy.get(OffloadKey(key)) is not None
 
     def drop(self, keys: Iterable[bytes]) -> set[bytes]:
         """Drop ``keys``, which have expired or were purged, and free their chunks.

@@ -37,6 +37,8 @@ class DeviceTier:
         self._pool: BlockPool = manager.block_pool
         self._parent = parent
         self._evicted: list[bytes] = []
+        # The blocks that they were in.
+        self._evicted_from: dict[bytes, int] = {}
         # For which organisation each key of the other list was evicted, as far as is known.
         self._evicted_for: dict[bytes, bytes] = {}
         self._pool.metrics_collector = _Observer(self._pool.metrics_collector, self)  # type: ignore[assignment]
@@ -76,7 +78,22 @@ class DeviceTier:
         request needed the block, if that is known."""
         evicted, self._evicted = self._evicted, []
         evicted_for, self._evicted_for = self._evicted_for, {}
+        self._evicted_from.clear()
         return [(key, evicted_for.get(key)) for key in evicted if not self.holds(key)]
+
+    @property
+    def has_evicted(self) -> bool:
+        """Whether `take_evicted` has anything to tell."""
+        return bool(self._evicted)
+
+    def evicted_from(self) -> dict[bytes, int]:
+        """Return the keys that `take_evicted` will return, with the numbers of the blocks that held
+        them. Until the step that is being scheduled is computed, these hold them still."""
+        return {key: block for key, block in self._evicted_from.items() if not self.holds(key)}
+
+    def held(self, key: bytes) -> bool:
+        """Whether the prefix cache holds ``key``, or held it and `take_evicted` has not told."""
+        return key in self._evicted_from or self.holds(key)
 
     def keep_reserves(
         self, ledger: Ledger, order: LifetimeShare, account_of: Callable[[bytes], bytes]
@@ -97,15 +114,17 @@ class DeviceTier:
 
         self._pool.get_new_blocks = get_unreserved_blocks  # type: ignore[method-assign]
 
-    def on_evicted(self, key: bytes) -> None:
-        """vLLM evicts a block of ``key``. Whether the prefix cache holds another one shows only
-        afterwards: see `take_evicted`."""
+    def on_evicted(self, key: bytes, block: int) -> None:
+        """vLLM evicts ``key`` from a block, by its number. Whether the prefix cache holds another
+        one shows only afterwards: see `take_evicted`."""
         self._evicted.append(key)
+        self._evicted_from[key] = block
 
     def on_reset(self) -> None:
         """vLLM empties the prefix cache."""
         self._evicted.clear()
         self._evicted_for.clear()
+        self._evicted_from.clear()
         self._parent.on_prefix_cache_reset()
 
     def _find(self, key: bytes) -> KVCacheBlock | None:
@@ -115,6 +134,8 @@ class DeviceTier:
         # The pool calls this an eviction too, and tells the observer: it is none of vLLM's.
         known = len(self._evicted)
         self._pool.evict_blocks({block.block_id})
+        for key in self._evicted[known:]:
+            self._evicted_from.pop(key, None)
         del self._evicted[known:]
 
     def _named(self, allocate: Callable[..., Any]) -> Callable[..., Any]:
@@ -202,7 +223,7 @@ class _Observer:
         if self._inner is not None:
             self._inner.on_block_evicted(block)
         if block.block_hash is not None:
-            self._tier.on_evicted(block.block_hash)
+            self._tier.on_evicted(block.block_hash, block.block_id)
 
     def reset(self) -> None:
         if self._inner is not None:
