@@ -296,8 +296,9 @@ def serve_beside_a_dead_tier(result: Result, count: int) -> None:
     console.print("remote_tier: pairs of servers, without a remote tier and with a dead one")
     tiers = [{"type": "redis", "url": f"redis://127.0.0.1:{free_port()}"}]
     rates = []
-    for _ in range(count):
-        with filled(server(True), server(True, secret=SECRET, tiers=tiers)) as clients:
+    for number in range(count):
+        dead = server(True, secret=SECRET, tiers=tiers)
+        with filled(server(True), dead, first=number) as clients:
             rates.append(compare_rates(clients))
     add_rates(result, rates, "no remote tier", "dead Redis", least=0.98)
 

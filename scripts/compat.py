@@ -59,7 +59,7 @@ SUITES = {
         "tests/engine/test_operations.py",
         "tests/engine/test_sdk.py",
     ),
-    "redis": ("tests/redis/test_replicas.py", "tests/routers"),
+    "redis": ("tests/redis/test_replicas.py", "tests/redis/test_exclusive.py", "tests/routers"),
     "fleet": (
         "tests/redis/test_fleet_purges.py",
         "tests/redis/test_fleet_breaks.py",

@@ -196,6 +196,28 @@ HOOKS = (
         is_needed=False,
     ),
     Hook(
+        "demotions",
+        "with eviction.hierarchy: exclusive the engine stops at its first eviction",
+        {
+            (_SCHEDULER, "OffloadingConnectorScheduler._generate_job_id"): "self",
+            ("v1/kv_offload/base.py", "GPULoadStoreSpec.__init__"): (
+                "self block_ids group_sizes block_indices"
+            ),
+            (_OFFLOADING, "OffloadingConnector.handle_preemptions"): "self kv_connector_metadata",
+        },
+        {
+            f"{_CONNECTOR}/offloading/common.py": (
+                "jobs_to_flush: set[int] | None = None",
+                "completed_jobs: dict[int, int]",
+            ),
+            # What is to be flushed is copied before anything is computed.
+            f"{_CONNECTOR}/offloading/worker.py": (
+                "kv_connector_metadata.store_jobs.pop(job_id, None)",
+            ),
+        },
+        is_needed=False,
+    ),
+    Hook(
         "streams",
         "a prompt that the CPU tier cannot hold reads no more than one part of it",
         {
