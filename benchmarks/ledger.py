@@ -97,10 +97,10 @@ def main() -> int:
     result = Result("ledger", options.quick)
     console.print("ledger: pairs of servers, without and with a ledger")
     rates, on_loop, on_thread = [], [], []
-    for _ in range(options.pairs):
+    for number in range(options.pairs):
         with tempfile.TemporaryDirectory() as directory:
             kept = {"directory": str(Path(directory) / "ledger")}
-            with filled(server(True), server(True, ledger=kept)) as clients:
+            with filled(server(True), server(True, ledger=kept), first=number) as clients:
                 rates.append(compare_rates(clients))
         made_us, records = record_us()
         on_loop.append(made_us)

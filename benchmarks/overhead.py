@@ -130,8 +130,8 @@ def filled(*servers: Server, first: int = 0) -> Iterator[tuple[Client, ...]]:
 
     Args:
         servers: the servers.
-        first: which one starts first, counted on from the last to the first: one that starts before
-            others may be some percent slower or faster for as long as it runs.
+        first: which one starts first, as if they began again after the last: one that starts
+            before others may be some percent slower or faster for as long as it runs.
     """
     first %= len(servers)
     with ExitStack() as stack:

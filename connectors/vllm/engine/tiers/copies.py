@@ -15,7 +15,7 @@ ON_DEVICE_TTL_S = LONG_TTL_S
 
 
 class Copies:
-    """Knows which chunks are copies. They leave first, and what leaves the device takes their place.
+    """Knows which chunks are copies. They leave first, for what leaves the device.
 
     Args:
         on_device: whether the device holds a block, or has just evicted it.
