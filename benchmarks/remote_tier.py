@@ -208,8 +208,8 @@ def _serve_hits(
         f"{name}: Redis over LMCache from Redis",
         [one / other for one, other in zip(hits[ours], hits[peer], strict=True)],
         "×",
-        "at most 0.5",
-        lambda ratio: ratio <= 0.5,
+        "at most 0.3",
+        lambda ratio: ratio <= 0.3,
     )
     result.add(
         f"{name}: computed over Redis",

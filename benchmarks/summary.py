@@ -13,6 +13,26 @@ from benchmarks.numbers import shown
 
 SUMMARY = "summary.md"
 
+HEADLINES = (
+    ("overhead", "throughput, plugin over plain", "Throughput of device hits, over plain vLLM"),
+    ("overhead", "added to its first token, plugin", "Added to the first token of a device hit"),
+    ("cpu_tier", "20,000 tokens: CPU tier over device cache", "CPU tier, over a device hit"),
+    ("cpu_tier", "20,000 tokens: computed over CPU tier", "Computing, over the CPU tier"),
+    ("remote_tier", "20,000 tokens: Redis over LMCache from Redis", "Redis, over LMCache's"),
+    ("remote_tier", "20,000 tokens: computed over Redis", "Computing, over Redis"),
+    (
+        "agent_replay",
+        "tokens computed: the best peer over CacheScope, exclusive",
+        "Tokens computed by the best peer under pressure, over ours",
+    ),
+    (
+        "agent_replay",
+        "first token, median: the best peer over CacheScope, exclusive",
+        "Its first token, median, over ours",
+    ),
+)
+"""The figures that README shows: benchmark, figure, and what it says there."""
+
 _MET = {True: "met", False: "**missed**", None: ""}
 
 
@@ -22,12 +42,28 @@ def write(directory: Path) -> Path:
     parts = ["# Results\n"]
     if results:
         parts.append(_machine([result["machine"] for result in results]))
+        parts.append(in_short(results))
     for result in results:
         plots = _plots(result, directory)
         parts.append(_section(result, plots))
     page = directory / SUMMARY
     page.write_text("\n".join(parts))
     return page
+
+
+def in_short(results: list[dict[str, Any]]) -> str:
+    """Return the table of README: those of `HEADLINES` that were measured."""
+    found = {(one["name"], of["name"]): of for one in results for of in one["figures"]}
+    lines = ["| | median | smallest to largest | asked |", "|---|--:|--:|---|"]
+    for benchmark, name, label in HEADLINES:
+        if (figure := found.get((benchmark, name))) is None:
+            continue
+        spread = figure["spread"]
+        median = f"{shown(spread['median'])} {figure['unit']}"
+        between = f"{shown(spread['low'])} to {shown(spread['high'])} ({spread['count']})"
+        verdict = ", ".join(filter(None, (figure["target"], _MET[figure["holds"]])))
+        lines.append(f"| {label} (`{benchmark}`) | {median} | {between} | {verdict} |")
+    return "\n".join(lines) + "\n" if len(lines) > 2 else ""
 
 
 def _machine(machines: list[dict[str, Any]]) -> str:

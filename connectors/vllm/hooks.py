@@ -204,6 +204,7 @@ HOOKS = (
                 "self block_ids group_sizes block_indices"
             ),
             (_OFFLOADING, "OffloadingConnector.handle_preemptions"): "self kv_connector_metadata",
+            (_OFFLOADING, "OffloadingConnector.reset_cache"): "self",
         },
         {
             f"{_CONNECTOR}/offloading/common.py": (

@@ -33,3 +33,13 @@ def test_every_figure_stands_on_the_page(tmp_path):
 
 def test_nothing_measured_makes_an_empty_page(tmp_path):
     assert summary.write(tmp_path).read_text() == "# Results\n"
+
+
+def test_the_table_of_the_readme_has_what_was_measured_of_it():
+    benchmark, name, label = summary.HEADLINES[0]
+    measured = figure(name, (0.9, 1.0, 1.1), "×", target="at least 0.99", holds=True)
+    result = {"name": benchmark, "figures": [measured, figure("another", (1, 2, 3), "ms")]}
+    assert summary.in_short([result]).splitlines()[2:] == [
+        f"| {label} (`{benchmark}`) | 1 × | 0.9 to 1.1 (3) | at least 0.99, met |"
+    ]
+    assert summary.in_short([]) == ""

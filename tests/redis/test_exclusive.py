@@ -4,6 +4,7 @@ exact, and nothing that was purged, has expired or is another's is among what is
 import random
 from collections.abc import Iterator
 from hashlib import sha256
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -117,6 +118,25 @@ def in_memory(engine: Any, org: str) -> int:
     return sum(entry is not None and entry.owner.startswith(prefix) for entry in entries)
 
 
+def reset_with_some_under_way(engine: Any, several: list[list[int]]) -> int:
+    """Empty all tiers before it is heard that copies are done; return how many there were."""
+    demotions, late = engine.connector._demotions, dict[int, int]()  # noqa: SLF001
+    take_completed = demotions.take_completed
+
+    def hold(meta: Any) -> None:
+        for job_id in demotions._jobs.keys() & meta.completed_jobs.keys():  # noqa: SLF001
+            late[job_id] = meta.completed_jobs.pop(job_id)
+
+    demotions.take_completed = hold
+    for tokens in several:
+        engine.ask(tokens, org_plan("acme", tokens))
+    engine.empty()
+    demotions.take_completed = take_completed
+    found = len(late)
+    take_completed(SimpleNamespace(completed_jobs=late))
+    return found
+
+
 # The tests.
 
 
@@ -187,6 +207,15 @@ def test_what_was_purged_or_has_expired_is_not_kept_when_the_device_evicts_it(
         assert alone.call(in_memory, "doomed") == 0
         assert ask(alone, doomed, "doomed").read == 0
         alone.call(check)
+
+
+def test_all_tiers_may_be_emptied_while_copies_are_under_way(alone: Replica) -> None:
+    alone.call("empty")
+    several = prompts(9, 9)
+    assert alone.call(reset_with_some_under_way, several) > 0
+    alone.call(check)
+    assert ask(alone, several[0]).read == 0
+    assert ask(alone, several[0]).read == LENGTH * BLOCK
 
 
 def test_what_is_anothers_is_not_read_wherever_it_lies(engine: Replica) -> None:

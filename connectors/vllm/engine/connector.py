@@ -253,6 +253,11 @@ class CacheScopeConnector(OffloadingConnector):
             if request is not None and self._promotions.has_more(request):
                 self._streams.restart(request, partial(self.cachescope.on_part_read, request))
 
+    def reset_cache(self) -> bool | None:
+        if self.connector_scheduler is not None and self._demotions is not None:
+            self._demotions.on_reset()
+        return super().reset_cache()
+
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         self._purges.carry_out()
         self.desk.answer()

@@ -35,11 +35,13 @@ class _Demotion:
         context: the request that it stands for.
         keys: what it stores.
         workers: how many workers have not told that they have copied it.
+        is_void: whether the tiers were emptied meanwhile, and know nothing of it.
     """
 
     context: ReqContext
     keys: Sequence[OffloadKey]
     workers: int
+    is_void: bool = False
 
 
 class Demotions:
@@ -87,9 +89,16 @@ class Demotions:
         for job_id in self._jobs.keys() & meta.completed_jobs.keys():
             demotion = self._jobs[job_id]
             demotion.workers -= meta.completed_jobs.pop(job_id)
-            if demotion.workers == 0:
-                del self._jobs[job_id]
+            if demotion.workers > 0:
+                continue
+            del self._jobs[job_id]
+            if not demotion.is_void:
                 self._scheduler.manager.complete_store(demotion.keys, demotion.context)
+
+    def on_reset(self) -> None:
+        """The tiers were emptied."""
+        for demotion in self._jobs.values():
+            demotion.is_void = True
 
 
 def can_demote(settings: EvictionSettings, layout: BlockLayout, has_events: bool) -> bool:
