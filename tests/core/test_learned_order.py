@@ -1,6 +1,7 @@
 """The learned order: what it learns, and that quotas, claims and bounds hold whatever that was."""
 
 import json
+import math
 import random
 import tracemalloc
 from collections import Counter
@@ -370,3 +371,13 @@ def test_no_rounding_of_ages_keeps_a_cell_due_for_ever() -> None:
         asked.join(10)
         assert not asked.is_alive(), (used_at, edge)
     assert unlucky > 10
+
+
+def test_a_clock_that_stands_still_makes_no_price_that_is_no_number() -> None:
+    order = LearnedOrder()
+    for turn in range(40):
+        for number in range(3):
+            keys = [b"%d/%d" % (number, block) for block in range(turn % 7 + 1)]
+            order.use_request([(keys, 300, b"")], 5.0, RequestSignals(8 * number))
+    prices = fit_prices(order.counted())
+    assert all(math.isfinite(price) for price in (*prices.cells, *prices.other))

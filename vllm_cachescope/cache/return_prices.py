@@ -64,13 +64,16 @@ def fit_prices(counted: Counted) -> Prices:
         rows = np.flatnonzero(groups == group)
         levels = np.array([counted.kinds[row][1:] for row in rows], dtype=np.int64)
         hazards[rows] = _hazards(levels, counted.returns[rows], counted.exposure[rows])
-    rates = _best_rates(hazards)
+    # While a clock stands still there are returns in no time: those say nothing. A price that is no
+    # number would be neither above nor below others.
+    rates = np.nan_to_num(_best_rates(hazards), nan=0.0, posinf=0.0)
     # Of what a request has stored that still runs nothing is known yet; it counts as the best.
     unknown = [number for number, kind in enumerate(counted.kinds) if set(kind[1:]) == {-1}]
     rates[unknown] = rates.max(0)
     pooled = _pooled(counted.returns, counted.exposure)[None]
     # An array: thousands of numbers more in a list would have to be freed one by one.
-    return Prices(array("d", rates.tobytes()), _best_rates(pooled)[0].tolist())
+    other = np.nan_to_num(_best_rates(pooled)[0], nan=0.0, posinf=0.0)
+    return Prices(array("d", rates.tobytes()), other.tolist())
 
 
 def _pooled(returns: Floats, exposure: Floats) -> Floats:
