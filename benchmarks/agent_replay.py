@@ -237,6 +237,9 @@ def main() -> int:
     own = argparse.ArgumentParser(add_help=False)
     own.add_argument("--memory", choices=MEMORY_SHARES, default="third")
     own.add_argument("--trace", type=Path, action="append", default=[])
+    own.add_argument(
+        "--only", action="append", default=[], help="a server beside ours, by its name"
+    )
     chosen, sys.argv[1:] = own.parse_known_args()
     options = arguments(__doc__ or "", pairs=3)
     name = "agent_replay" + ("" if chosen.memory == "third" else f"_{chosen.memory}")
@@ -255,7 +258,11 @@ def main() -> int:
     ]
     in_use = loads[0].working_set
     blocks = max(int(MEMORY_SHARES[chosen.memory] * in_use), 2 * (LONGEST // BLOCK + 10))
-    measured = sides(blocks)
+    measured = [
+        side
+        for side in sides(blocks)
+        if not chosen.only or side.name == OURS or side.name in chosen.only
+    ]
     console.print(
         f"{name}: {len(measured)} servers in turn, {sum(map(len, loads[0].calls))} calls, {blocks} "
         f"blocks of memory where sessions use {in_use} at one time"
