@@ -64,15 +64,13 @@ def fit_prices(counted: Counted) -> Prices:
         rows = np.flatnonzero(groups == group)
         levels = np.array([counted.kinds[row][1:] for row in rows], dtype=np.int64)
         hazards[rows] = _hazards(levels, counted.returns[rows], counted.exposure[rows])
-    # While a clock stands still there are returns in no time: those say nothing. A price that is no
-    # number would be neither above nor below others.
-    rates = np.nan_to_num(_best_rates(hazards), nan=0.0, posinf=0.0)
+    rates = _numbers(_best_rates(hazards))
     # Of what a request has stored that still runs nothing is known yet; it counts as the best.
     unknown = [number for number, kind in enumerate(counted.kinds) if set(kind[1:]) == {-1}]
     rates[unknown] = rates.max(0)
     pooled = _pooled(counted.returns, counted.exposure)[None]
     # An array: thousands of numbers more in a list would have to be freed one by one.
-    other = np.nan_to_num(_best_rates(pooled)[0], nan=0.0, posinf=0.0)
+    other = _numbers(_best_rates(pooled)[0])
     return Prices(array("d", rates.tobytes()), other.tolist())
 
 
@@ -107,6 +105,13 @@ def _hazards(levels: NDArray[np.int64], returns: Floats, exposure: Floats) -> Fl
     hazards *= own[:, None]
     hazards *= (returns + 2 * _PRIOR) / (hazards * exposure + 2 * _PRIOR)
     return hazards
+
+
+def _numbers(rates: Floats) -> Floats:
+    """Return rates with the best of them for what is none: while a clock stands still, there are
+    returns in no time. Such a price would be neither above nor below others."""
+    best = float(rates[np.isfinite(rates)].max(initial=0.0))
+    return np.nan_to_num(rates, nan=best, posinf=best)
 
 
 def _best_rates(hazards: Floats) -> Floats:
