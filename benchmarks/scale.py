@@ -36,7 +36,7 @@ from vllm_cachescope.cache.quotas import Quotas
 from vllm_cachescope.cache.runs import RequestSignals
 from vllm_cachescope.config import LedgerSettings, OrgQuota
 from vllm_cachescope.config.eviction import EvictionSettings
-from vllm_cachescope.connectors.vllm.engine.tiers import cpu
+from vllm_cachescope.connectors.vllm.engine.tiers import cpu_policy
 from vllm_cachescope.connectors.vllm.engine.tiers.cpu_order import make_order
 from vllm_cachescope.diagnosis.fingerprinter import Fingerprinter
 from vllm_cachescope.diagnosis.lineage_store import LineageStore
@@ -76,7 +76,9 @@ class CpuTier:
         self.history = EvictionHistory()
         self.tags = OwnerTags(b"secret of the benchmark")
         self.owner, self.used = b"", list[bytes]()
-        self.manager = CPUOffloadingManager(chunks, cpu.ScopePolicy.__name__, cpu.__name__)
+        self.manager = CPUOffloadingManager(
+            chunks, cpu_policy.ScopePolicy.__name__, cpu_policy.__name__
+        )
         quotas = Quotas(
             1, OrgQuota(quota=ByteSize(chunks), reserve=ByteSize(chunks // (2 * TENANTS))), {}
         )

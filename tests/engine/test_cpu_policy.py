@@ -10,7 +10,7 @@ from vllm.v1.kv_offload.cpu.manager import CPUOffloadingManager
 from vllm_cachescope.cache.ledger import Ledger
 from vllm_cachescope.cache.runs import RequestSignals
 from vllm_cachescope.config.eviction import EvictionSettings
-from vllm_cachescope.connectors.vllm.engine.tiers import cpu
+from vllm_cachescope.connectors.vllm.engine.tiers import cpu_policy
 from vllm_cachescope.connectors.vllm.engine.tiers.cpu_order import make_order
 
 CHUNKS = 100
@@ -24,7 +24,9 @@ class Tier:
         self.requests = 0
         self.used: tuple[list[bytes], RequestSignals] = [], RequestSignals()
         self.evicted: list[bytes] = []
-        self.manager = CPUOffloadingManager(CHUNKS, cpu.ScopePolicy.__name__, cpu.__name__)
+        self.manager = CPUOffloadingManager(
+            CHUNKS, cpu_policy.ScopePolicy.__name__, cpu_policy.__name__
+        )
         self.order = make_order(settings, None, CHUNKS)
         policy = self.manager._policy  # noqa: SLF001 (as `CpuTier` binds it)
         policy.bind(self, None, self.order)

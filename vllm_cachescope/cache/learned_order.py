@@ -348,15 +348,11 @@ class LearnedOrder:
     def _split(self, old: Run, keys: list[bytes], place: Place) -> None:
         """Move a part of a run to another place, to the part of it that is there already if it was
         not used since."""
-        run = old.beside
-        is_new = (
-            run is None
-            or run.place is not place
-            or (run.cell, run.used_at) != (old.cell, old.used_at)
-        )
-        if run is None or is_new:
-            run = old.beside = Run([], old.cell, old.used_at, old.turn, old.is_shared)
+        run, moment = old.beside, (old.cell, old.used_at)
+        if run is None or run.place is not place or (run.cell, run.used_at) != moment:
+            run = old.beside = Run([], *moment, old.turn, old.is_shared)
             run.is_open = old.is_open
+        is_new = not run.live
         old.size = max(0, old.size - len(keys))
         # A prompt's end goes first, as a rule: what follows later stands in front of it.
         run.keys[:0] = keys

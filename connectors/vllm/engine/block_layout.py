@@ -67,6 +67,11 @@ class BlockLayout:
         return math.lcm(*(group.tokens_per_block for group in self.groups))
 
     @property
+    def is_plain(self) -> bool:
+        """Whether a prompt's blocks are of one group, and each needs all before it."""
+        return len(self.groups) == 1 and self.groups[0].window is None
+
+    @property
     def has_checkpoints(self) -> bool:
         """Whether a prompt can be resumed at some of these positions only, since a group keeps no
         more than its window there."""

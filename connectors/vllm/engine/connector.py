@@ -62,7 +62,7 @@ from vllm_cachescope.connectors.vllm.engine.stats import (
 )
 from vllm_cachescope.connectors.vllm.engine.streams import Streams
 from vllm_cachescope.connectors.vllm.engine.tier_events import TierEvents
-from vllm_cachescope.connectors.vllm.engine.tiers.cpu import CPU
+from vllm_cachescope.connectors.vllm.engine.tiers.cpu_policy import CPU
 from vllm_cachescope.connectors.vllm.engine.tiers.device import DEVICE
 from vllm_cachescope.connectors.vllm.versions import warn_if_untried
 from vllm_cachescope.logs import logger_of

@@ -12,7 +12,7 @@ from vllm_cachescope.cache.ledger import Entry
 from vllm_cachescope.cache.report import Outcome, Report, tier_read
 from vllm_cachescope.connectors.vllm.engine.pressure import Pressure
 from vllm_cachescope.connectors.vllm.engine.stats import move_observations
-from vllm_cachescope.connectors.vllm.engine.tiers.cpu import CPU
+from vllm_cachescope.connectors.vllm.engine.tiers.cpu_policy import CPU
 from vllm_cachescope.connectors.vllm.engine.tiers.device import DEVICE
 from vllm_cachescope.durations import format_duration
 from vllm_cachescope.metrics import (

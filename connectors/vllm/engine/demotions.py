@@ -105,7 +105,8 @@ def can_demote(settings: EvictionSettings, layout: BlockLayout, has_events: bool
     """Whether an engine makes demotions.
 
     Events of blocks that no request stores would come without tokens, and routers pass over these.
-    Of several groups, and of chunks of several blocks, the device evicts the parts one by one.
+    Of several groups, and of chunks of several blocks, the device evicts the parts one by one; of
+    windows it keeps the last blocks alone.
 
     Args:
         settings: what the operator has set.
@@ -117,10 +118,10 @@ def can_demote(settings: EvictionSettings, layout: BlockLayout, has_events: bool
     if settings.policy != "learned":
         logger.warning("eviction.hierarchy: exclusive takes policy learned; it stays inclusive")
         return False
-    if has_events or len(layout.groups) > 1 or layout.blocks_per_chunk > 1:
+    if has_events or not layout.is_plain or layout.blocks_per_chunk > 1:
         logger.warning(
-            "eviction.hierarchy: not exclusive with KV events, several kinds of attention, or "
+            "eviction.hierarchy: not exclusive with KV events, other attention than full, or "
             "chunks of several blocks; it stays inclusive"
         )
         return False
-    return layout.groups[0].window is None
+    return True

@@ -18,8 +18,9 @@ from vllm_cachescope.cache.runs import Ended, RequestSignals
 from vllm_cachescope.config.eviction import EvictionSettings
 from vllm_cachescope.connectors.vllm.engine.counts import Counts
 from vllm_cachescope.connectors.vllm.engine.tiers.base import TierParent
-from vllm_cachescope.connectors.vllm.engine.tiers.cpu import CPU, CpuTier
+from vllm_cachescope.connectors.vllm.engine.tiers.cpu import CpuTier
 from vllm_cachescope.connectors.vllm.engine.tiers.cpu_order import make_learned
+from vllm_cachescope.connectors.vllm.engine.tiers.cpu_policy import CPU
 from vllm_cachescope.connectors.vllm.engine.tiers.device import DEVICE, DeviceTier
 from vllm_cachescope.connectors.vllm.engine.tiers.device_order import DeviceOrder
 from vllm_cachescope.connectors.vllm.engine.tiers.device_quotas import DeviceQuotas
@@ -96,11 +97,12 @@ class LocalTiers:
         # vLLM evicts a prompt from its end.
         in_order = list(reversed(evicted))
         # First, so that nothing takes the place of what is there already.
-        self._cpu.left_device([key for key in in_order if self._cpu.holds(key)])
+        there = set(filter(self._cpu.holds, in_order))
+        self._cpu.left_device(key for key in in_order if key in there)
         keys = [
             key
             for key in in_order
-            if not self._cpu.holds(key) and key in self._ledger and not self.is_expired(key)
+            if key not in there and key in self._ledger and not self.is_expired(key)
         ]
         stored = self._cpu.store_evicted(keys, context) if keys else None
         if stored is None or not stored.keys_to_store:
@@ -156,7 +158,7 @@ class LocalTiers:
         """Drop a block from the prefix cache that is not in the ledger: its owner was purged before
         it was computed."""
         self._device.drop([key])
-        self._cpu.left_device([key])
+        self._left_device([key])
         purged = EvictionRecord(EvictionReason.PURGE, ttl_s, self._clock(), DEVICE)
         self._history.record(key, purged)
 
@@ -237,7 +239,7 @@ class LocalTiers:
             # All of them: a load may have just brought one to the device.
             self._device.drop(key for key, _ in entries)
             self._device_order.remove(key for key, _ in entries)
-            self._cpu.left_device([key for key, _ in entries])
+            self._left_device(key for key, _ in entries)
         self._overdue.update(key for key, _ in in_memory)
         if self._overdue:
             self._overdue = self._cpu.drop(self._overdue)
@@ -310,12 +312,12 @@ class LocalTiers:
         cleared = list(self._ledger.clear_tier(DEVICE))
         for key, entry in cleared:
             self._note_evicted(key, entry, EvictionReason.RESET, DEVICE)
-        self._cpu.left_device([key for key, _ in cleared])
+        self._left_device(key for key, _ in cleared)
 
     def _displace_evicted(self) -> None:
         """Have the ledger displace what vLLM has evicted from the device."""
         if not self._keeps_no_copies:
-            self._displace(self._device.take_evicted(), EvictionReason.CAPACITY)
+            self.end_step()
 
     def _displace(
         self, evicted: Iterable[tuple[bytes, bytes | None]], reason: EvictionReason
@@ -329,7 +331,13 @@ class LocalTiers:
                 self._note_evicted(key, entry, reason, DEVICE, by)
         if gone:
             self._device_order.remove(gone)
-            self._cpu.left_device(gone[::-1])
+            self._left_device(reversed(gone))
+
+    def _left_device(self, keys: Iterable[bytes]) -> None:
+        """Tell the CPU tier what the device does not hold any more, where that means something to
+        it."""
+        if self._keeps_no_copies:
+            self._cpu.left_device(keys)
 
     def _note_evicted(
         self,

@@ -45,7 +45,7 @@ def for_offloading(vllm_config: VllmConfig, config: Config) -> VllmConfig:
         "cpu_bytes_to_use": int(config.cpu_bytes),
         "eviction_policy": "ScopePolicy",
         _BY_ORG: config.org_label is not False,
-        "cache_policy_module_path": "vllm_cachescope.connectors.vllm.engine.tiers.cpu",
+        "cache_policy_module_path": "vllm_cachescope.connectors.vllm.engine.tiers.cpu_policy",
         **({"block_size": config.chunk_tokens} if config.chunk_tokens else {}),
         **({"secondary_tiers": _remote_tiers(vllm_config, config)} if config.tiers else {}),
     }

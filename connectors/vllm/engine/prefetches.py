@@ -24,7 +24,7 @@ from vllm_cachescope.connectors.vllm.engine.counts import Counts, Prefetched
 from vllm_cachescope.connectors.vllm.engine.prompts import Prompts
 from vllm_cachescope.connectors.vllm.engine.tier_events import TierEvents
 from vllm_cachescope.connectors.vllm.engine.tiers.base import Ahead
-from vllm_cachescope.connectors.vllm.engine.tiers.cpu import ScopePolicy
+from vllm_cachescope.connectors.vllm.engine.tiers.cpu_policy import ScopePolicy
 from vllm_cachescope.connectors.vllm.engine.tiers.remote import RemoteTierManager
 from vllm_cachescope.logs import logger_of
 from vllm_cachescope.prompt.plan import Plan
@@ -275,7 +275,7 @@ def can_prefetch(
     """
     if settings.policy != "learned" or not settings.prefetch_share or not remotes:
         return False
-    if events.enabled or len(layout.groups) > 1 or layout.groups[0].window is not None:
+    if events.enabled or not layout.is_plain:
         logger.warning("eviction.prefetch_share: not with KV events, or several kinds of attention")
         return False
     return True

@@ -25,7 +25,7 @@ from vllm.v1.request import Request
 from vllm_cachescope.cache.miss_causes import NO_ROOM
 from vllm_cachescope.connectors.vllm.engine.streams import Streams
 from vllm_cachescope.connectors.vllm.engine.tiers.base import TierParent
-from vllm_cachescope.connectors.vllm.engine.tiers.cpu import ScopePolicy
+from vllm_cachescope.connectors.vllm.engine.tiers.cpu_policy import ScopePolicy
 from vllm_cachescope.connectors.vllm.engine.tiers.remote import RemoteTierManager
 from vllm_cachescope.durations import format_wait
 from vllm_cachescope.observations import Observations

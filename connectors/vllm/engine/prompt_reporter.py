@@ -16,7 +16,7 @@ from vllm_cachescope.connectors.vllm.engine import hashing
 from vllm_cachescope.connectors.vllm.engine.block_layout import BlockLayout
 from vllm_cachescope.connectors.vllm.engine.miss_explainer import MissExplainer
 from vllm_cachescope.connectors.vllm.engine.prompts import Prompt
-from vllm_cachescope.connectors.vllm.engine.tiers.cpu import CPU
+from vllm_cachescope.connectors.vllm.engine.tiers.cpu_policy import CPU
 
 
 class PromptReporter:

@@ -36,7 +36,7 @@ from vllm_cachescope.connectors.vllm.engine.prompt_reporter import PromptReporte
 from vllm_cachescope.connectors.vllm.engine.prompts import Prompts
 from vllm_cachescope.connectors.vllm.engine.tier_events import TierEvents
 from vllm_cachescope.connectors.vllm.engine.tiers.base import TierParent
-from vllm_cachescope.connectors.vllm.engine.tiers.cpu import CPU
+from vllm_cachescope.connectors.vllm.engine.tiers.cpu_policy import CPU
 from vllm_cachescope.connectors.vllm.engine.tiers.device import DEVICE
 from vllm_cachescope.connectors.vllm.engine.tiers.remote import refresh, remote_tiers
 from vllm_cachescope.prompt.plan import Plan

@@ -12,7 +12,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import (
     OffloadPromMetrics,
 )
 
-from vllm_cachescope.connectors.vllm.engine.tiers.cpu import CPU
+from vllm_cachescope.connectors.vllm.engine.tiers.cpu_policy import CPU
 from vllm_cachescope.connectors.vllm.engine.tiers.remote import RemoteTierManager
 from vllm_cachescope.metrics import (
     ENGINE_METRICS,

@@ -23,7 +23,7 @@ from vllm.v1.kv_offload.tiering.manager import TieringOffloadingManager
 from vllm.v1.request import Request
 
 from vllm_cachescope.connectors.vllm.engine.orphans import Front, Orphans
-from vllm_cachescope.connectors.vllm.engine.tiers.cpu import ScopePolicy
+from vllm_cachescope.connectors.vllm.engine.tiers.cpu_policy import ScopePolicy
 from vllm_cachescope.connectors.vllm.engine.tiers.remote import remote_tiers
 
 

@@ -22,13 +22,14 @@ def envelopes(record: Mapping[str, Any]) -> Iterator[Envelope]:
         if isinstance(entry, Mapping) and isinstance(request := entry.get("request"), Mapping):
             posted, answer = request.get("postData"), entry.get("response")
             content = answer.get("content") if isinstance(answer, Mapping) else None
+            text = _decoded(content)
             yield Envelope(
                 as_body(posted.get("text")) if isinstance(posted, Mapping) else None,
                 seconds_of(entry.get("startedDateTime")),
                 None,
                 headers_of(request.get("headers")),
                 text_of(request.get("url")),
-                usage=usage_in(text := _decoded(content)),
+                usage=usage_in(text),
                 ended=ending_in(text),
             )
 

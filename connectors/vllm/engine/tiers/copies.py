@@ -1,8 +1,8 @@
 """Copies: the chunks of the CPU tier that the device holds as well, where a block is to take room
 once."""
 
-from collections.abc import Callable, Iterable
-from itertools import islice
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice, takewhile
 
 from vllm_cachescope.cache.learned_order import LONG_TTL_S, LearnedOrder
 
@@ -54,6 +54,45 @@ class Copies:
         """
         free = (key for key in reversed(self._keys) if not must_stay(key))
         return list(islice(free, max(0, count)))
+
+    def worth_keeping(
+        self,
+        keys: Sequence[bytes],
+        free: int,
+        now: float,
+        must_stay: Callable[[bytes], bool],
+        is_long: Callable[[bytes], bool],
+    ) -> list[bytes]:
+        """Return those of ``keys``, which the device has just evicted, that earn more than what
+        would leave for them, the best first.
+
+        Args:
+            keys: in prompt order.
+            free: how many chunks are free.
+            now: the time in seconds.
+            must_stay: whether a key may not be evicted.
+            is_long: whether a block was marked to live longer: those are kept first within their
+                share.
+        """
+        order = self.order
+        # The sort is stable: of what is worth the same the beginning of a prompt comes first.
+        known = sorted(filter(order.runs.__contains__, keys), key=order.rank_of, reverse=True)
+        copies = set(self.first_to_go(len(keys) - free, must_stay))
+        free += len(copies)
+        # What it knows nothing of comes last, and in nothing's place.
+        unknown = [key for key in keys if key not in order.runs]
+        chosen, rest = (known + unknown)[:free], known[free:]
+        if not rest:
+            return chosen
+        claims = list(filter(is_long, rest))[: max(0, order.long_blocks - order.long_held)]
+        claimed = set(claims)
+        victims = order.victims_up_to(len(rest), now, lambda key: key in copies or must_stay(key))
+        others = (key for key in rest if key not in claimed)
+        better = takewhile(
+            lambda pair: order.rank_of(pair[0]) > order.rank_of(pair[1]),
+            zip(others, victims[len(claims) :], strict=False),
+        )
+        return [*chosen, *claims, *(key for key, _ in better)]
 
     def leave_order(self, keys: Iterable[bytes]) -> None:
         """Note that chunks were evicted: those that the device holds stay in the order for it."""
