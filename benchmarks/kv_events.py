@@ -16,6 +16,7 @@ from typing import Any
 
 from benchmarks.harness import Result, arguments, finish
 from demo.model import MODELS, TINY, build
+from tests.engine import in_process
 from tests.redis.servers import RedisServer
 from vllm_cachescope.config import CONNECTOR, SECRET_VARIABLE
 
@@ -127,19 +128,7 @@ def _drawn(chance: random.Random, tokens: int) -> list[int]:
 
 def engine(redis: RedisServer, scratch: Path) -> Any:
     """Return an engine in this process that publishes KV events."""
-    os.environ |= {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-        SECRET_VARIABLE: "the secret of the benchmarks",
-    }
-    import torch
-    from vllm import EngineArgs
-    from vllm.v1.engine.llm_engine import LLMEngine
-
-    torch.set_num_threads(1)
+    os.environ[SECRET_VARIABLE] = "the secret of the benchmarks"
     block_bytes = BLOCK * 2 * TINY.layers * TINY.kv_heads * TINY.head_dim * 4
     config = {
         "cpu_bytes": CPU_BLOCKS * block_bytes,
@@ -157,18 +146,14 @@ def engine(redis: RedisServer, scratch: Path) -> Any:
             "endpoint": f"ipc://{scratch / 'events'}",
         },
     }
-    return LLMEngine.from_engine_args(
-        EngineArgs(
-            model=str(build(MODELS / TINY.name, TINY)),
-            dtype="float32",
-            enforce_eager=True,
-            block_size=BLOCK,
-            max_model_len=16_384,
-            max_num_batched_tokens=2_048,
-            max_num_seqs=AT_ONCE,
-            num_gpu_blocks_override=DEVICE_BLOCKS + 1,
-            **options,
-        )
+    return in_process.start(
+        build(MODELS / TINY.name, TINY),
+        block_size=BLOCK,
+        max_model_len=16_384,
+        max_num_batched_tokens=2_048,
+        max_num_seqs=AT_ONCE,
+        num_gpu_blocks_override=DEVICE_BLOCKS + 1,
+        **options,
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.config_files import in_file
+from tests.engine import in_process
 from tests.engine.clock import VARIABLE, Clock
 from vllm_cachescope.cache.report import Report
 from vllm_cachescope.prompt.plan import PLAN_KEY, Plan, Span, seal
@@ -164,11 +165,7 @@ class Engine:
         os.environ[VARIABLE] = str(scratch / "clock")
         self.clock = Clock(scratch / "clock")
         os.environ |= {
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "VLLM_NO_USAGE_STATS": "1",
-            "HF_HUB_OFFLINE": "1",
+            **in_process.ENVIRONMENT,
             # It keeps a kernel for each shape of batch it has seen: hundreds of MB, by and by.
             "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8",
         }

@@ -14,6 +14,7 @@ from typing import Any
 from benchmarks.fleet.load import Prompt, made_up, prompts
 from benchmarks.harness import BLOCK
 from demo.model import MODELS, TINY, build
+from tests.engine import in_process
 from vllm_cachescope.config import CONNECTOR, SECRET_VARIABLE
 
 DEVICE_BLOCKS = 200
@@ -24,14 +25,7 @@ PAUSE, FIRST = 20, 60
 
 def engine(plugin: bool) -> Any:
     """Return an engine in this process, plain or with the plugin and two blocks of memory."""
-    os.environ |= {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-        SECRET_VARIABLE: "the secret of the tests",
-    }
+    os.environ[SECRET_VARIABLE] = "the secret of the tests"
     further: dict[str, Any] = {}
     if plugin:
         block_bytes = BLOCK * 2 * TINY.layers * TINY.kv_heads * TINY.head_dim * 4
@@ -42,21 +36,12 @@ def engine(plugin: bool) -> Any:
         }
     else:
         os.environ["VLLM_PLUGINS"] = "none"
-    import torch
-    from vllm import EngineArgs
-    from vllm.v1.engine.llm_engine import LLMEngine
-
-    torch.set_num_threads(1)
-    return LLMEngine.from_engine_args(
-        EngineArgs(
-            model=str(build(MODELS / TINY.name, TINY)),
-            dtype="float32",
-            enforce_eager=True,
-            max_model_len=LONGEST,
-            max_num_seqs=16,
-            num_gpu_blocks_override=DEVICE_BLOCKS + 1,
-            **further,
-        )
+    return in_process.start(
+        build(MODELS / TINY.name, TINY),
+        max_model_len=LONGEST,
+        max_num_seqs=16,
+        num_gpu_blocks_override=DEVICE_BLOCKS + 1,
+        **further,
     )
 
 
