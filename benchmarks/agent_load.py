@@ -124,6 +124,22 @@ Blocks = tuple[int, ...]
 """The blocks of a prompt, each by all that it and those before it hold."""
 
 
+def tokens_of(chat: dict[str, Any], tokenizer: Any) -> list[int]:
+    """Return the tokens of a prompt of Chat Completions.
+
+    Args:
+        chat: its ``messages`` and ``tools``.
+        tokenizer: the model's, from transformers.
+    """
+    found: list[int] = tokenizer.apply_chat_template(
+        chat["messages"],
+        tools=chat.get("tools"),
+        add_generation_prompt=True,
+        return_dict=False,
+    )
+    return found
+
+
 def blocks_of(body: dict[str, Any], tokenizer: Any) -> tuple[Blocks, int]:
     """Return the whole blocks of a prompt, and its tokens.
 
@@ -131,13 +147,7 @@ def blocks_of(body: dict[str, Any], tokenizer: Any) -> tuple[Blocks, int]:
         body: the prompt, as of the Messages API.
         tokenizer: the model's, from transformers.
     """
-    chat = to_chat(body)
-    tokens = tokenizer.apply_chat_template(
-        chat["messages"],
-        tools=chat.get("tools"),
-        add_generation_prompt=True,
-        return_dict=False,
-    )
+    tokens = tokens_of(to_chat(body), tokenizer)
     blocks, prefix = [], 0
     for end in range(BLOCK, len(tokens) + 1, BLOCK):
         prefix = hash((prefix, tuple(tokens[end - BLOCK : end])))

@@ -180,6 +180,8 @@ def _report(result: Result, measured: list[Side], optimum: Sequence[int]) -> Non
             result.add(f"{figure}: {name}", values, units[figure])
         ours = by_side.pop(OURS)
         peers = [of for name, of in by_side.items() if name not in (INCLUSIVE, REFERENCE)]
+        if not peers:
+            continue
         best = [min(run) for run in zip(*peers, strict=True)]
         ratios = [peer / own for peer, own in zip(best, ours, strict=True)]
         name = f"{figure}: the best peer over {OURS}"
@@ -258,11 +260,12 @@ def main() -> int:
     ]
     in_use = loads[0].working_set
     blocks = max(int(MEMORY_SHARES[chosen.memory] * in_use), 2 * (LONGEST // BLOCK + 10))
-    measured = [
-        side
-        for side in sides(blocks)
-        if not chosen.only or side.name == OURS or side.name in chosen.only
-    ]
+    measured = sides(blocks)
+    names = [side.name for side in measured if side.name != OURS]
+    if unknown := set(chosen.only) - set(names):
+        own.error(f"--only: no {', '.join(sorted(unknown))}; there are {'; '.join(names)}")
+    if chosen.only:
+        measured = [side for side in measured if side.name in (OURS, *chosen.only)]
     console.print(
         f"{name}: {len(measured)} servers in turn, {sum(map(len, loads[0].calls))} calls, {blocks} "
         f"blocks of memory where sessions use {in_use} at one time"

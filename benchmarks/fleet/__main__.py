@@ -12,9 +12,9 @@ from benchmarks.fleet import kept, load, table
 from benchmarks.fleet.installed import REDIS
 from benchmarks.fleet.measure import Plan, absent, measure
 from benchmarks.fleet.measured import Measured
-from benchmarks.fleet.router import Router
+from benchmarks.fleet.router import Choices, Router
 from benchmarks.fleet.row import Row, all_rows, quick_rows, table_rows
-from benchmarks.fleet.run import Choices, Run
+from benchmarks.fleet.run import Run
 from benchmarks.fleet.size import SIZES
 from benchmarks.fleet.target import verdicts
 from benchmarks.harness import RESULTS, console

@@ -99,12 +99,7 @@ def prompts(
             chat = to_chat(call.body)
             first = chat["messages"][0]["content"][0]
             first["text"] = f"Edition {label}.\n{first['text']}"
-            tokens = tokenizer.apply_chat_template(
-                chat["messages"],
-                tools=chat.get("tools"),
-                add_generation_prompt=True,
-                return_dict=False,
-            )
+            tokens = agent_load.tokens_of(chat, tokenizer)
             if len(tokens) <= longest - _ANSWER:
                 paced = replace(call, pause_s=pace * call.pause_s)
                 # SMG takes no name with spaces for a session's.

@@ -4,7 +4,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,9 +20,9 @@ from benchmarks.fleet import load
 from benchmarks.fleet.drive import Asking, asking, drive
 from benchmarks.fleet.engine import FrontEnd, Tiers
 from benchmarks.fleet.replica import replicas
-from benchmarks.fleet.router import Router, dynamo_plane, routed, tenant_fields
+from benchmarks.fleet.router import Choices, Router, dynamo_plane, routed, tenant_fields
 from benchmarks.fleet.row import Row
-from benchmarks.fleet.run import Choices, Run
+from benchmarks.fleet.run import Run
 from benchmarks.fleet.size import Size
 from benchmarks.fleet.tenants import read_across
 from demo.client import empty_device_cache
@@ -167,11 +167,7 @@ def _row(label: str, row: Row, plan: Plan, fleet: _Fleet, ask: Asking, tokenizer
     if row.engine.plugin and front_end is not FrontEnd.GRPC:
         own, across = read_across(ask, label)
     return Run(
-        prompts=outcome.prompts,
-        read=outcome.read,
-        ttft_s=outcome.ttft_s,
-        seconds=outcome.seconds,
-        reads=outcome.reads,
+        **asdict(outcome),
         chosen=_choices(ask, fleet.replicas, outcome.reads),
         first_time=load.first_time(prompts, apart),
         asked_of_redis=dict(asked),

@@ -11,10 +11,13 @@ from typing import Any
 from benchmarks.agent_load import Call
 from benchmarks.fleet.engine import FrontEnd
 from benchmarks.fleet.installed import DYNAMO, GRPC, RUST, SMG, Program
-from benchmarks.fleet.run import Choices
 from benchmarks.fleet.size import Size
 from benchmarks.harness import BLOCK
 from demo.server import Server, free_port
+
+Choices = dict[str, list[int | None]]
+"""By session, as the load names it, the number of the replica that answered each of its calls; None
+where it is not known."""
 
 SESSION_HEADER = "x-session-id"
 """Names an agent's session to routers, to vLLM and to us."""

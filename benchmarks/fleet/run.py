@@ -3,21 +3,15 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-Choices = dict[str, list[int | None]]
-"""By session, as the load names it, the number of the replica that answered each of its calls; None
-where it is not known."""
+from benchmarks.fleet.drive import Outcome
+from benchmarks.fleet.router import Choices
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class Run(Outcome):
     """What became of the load, and what was found around it.
 
     Attributes:
-        prompts: prompt tokens in all, as the fleet counted them.
-        read: of these, how many were read from a cache.
-        ttft_s: of each call, the time to its first token, in seconds.
-        seconds: from the first call to the last answer.
-        reads: by session, as the load names it, what each of its calls read.
         chosen: where each call went, as far as the router has said so.
         first_time: tokens that any cache has to compute.
         asked_of_redis: chunks by operation and outcome, as in ``cachescope_tier_keys_total``; empty
@@ -29,12 +23,7 @@ class Run:
         load_average: the machine's at the end.
     """
 
-    prompts: int
-    read: int
-    ttft_s: tuple[float, ...]
-    seconds: float
     first_time: int
-    reads: dict[str, list[int]]
     chosen: Choices
     asked_of_redis: dict[str, int]
     split: tuple[int, ...]
