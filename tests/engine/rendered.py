@@ -78,6 +78,7 @@ class Rendering:
         self.boundaries = Boundaries(
             SimpleNamespace(online_renderer=self._online, anthropic_serving_messages=serving),
             self._tokenizing,
+            token_bytes=2**20,
         )
 
     def _tokenizing(self) -> None:

@@ -40,6 +40,10 @@ class PrefixHashes:
         low, high = at_least // step, min(self.tokens, other.tokens) // step
         if low > high or (low and self._at(low * step) != other._at(low * step)):
             return 0
+        # Of two turns of a conversation the later one has all of the earlier one, as a rule.
+        if self._at(high * step) == other._at(high * step):
+            return high * step
+        high -= 1
         while low < high:
             middle = (low + high + 1) // 2
             if self._at(middle * step) == other._at(middle * step):

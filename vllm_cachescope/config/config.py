@@ -63,6 +63,8 @@ class Config(Model):
         operator_token_file: file the token is read from, instead of `operator_token`.
         page: whether the server shows its page at ``/cachescope``.
         show_replicas: whether organisations see replicas by their names, as the operator does.
+        token_bytes: memory for the tokens of recent prompts in each API process, from which the
+            next prompt of a session goes on; 0 to keep none, and tokenise each prompt as a whole.
         sweep_interval: how often an idle engine drops expired blocks.
         diffs: diffs of what broke a prefix, for the operator; None to keep no prompt text.
         ledger: the ledger of what was used; None to keep none.
@@ -95,6 +97,7 @@ class Config(Model):
     operator_token_file: Path | None = None
     page: Annotated[bool, Field(strict=True)] = False
     show_replicas: Annotated[bool, Field(strict=True)] = False
+    token_bytes: Annotated[ByteSize, Field(ge=0)] = ByteSize(64 * 2**20)
     sweep_interval: Duration = 5
     diffs: DiffSettings | None = None
     ledger: LedgerSettings | None = None

@@ -109,6 +109,8 @@ def prefix_source(prompt: ComputedPrompt, earlier: Iterable[ComputedPrompt]) -> 
     for other in earlier:
         at_least = best[0][0] if best else 0
         shared = other.tokens.shared_tokens(prompt.tokens, at_least)
+        if shared < at_least:
+            continue  # It has left no more than that, and shares less than the best one has left.
         left, why = other.left_to(prompt, shared)
         here = other.engine == prompt.engine and not other.replica
         rank = (left, here, shared, other.used_at)

@@ -34,7 +34,9 @@ class Planner:
     ) -> None:
         self._directory = directory
         self._plans = PlanMaker(secret)
-        self._boundaries = Boundaries(state, self._on_tokenizing, directory.account)
+        self._boundaries = Boundaries(
+            state, self._on_tokenizing, directory.account, config.token_bytes
+        )
         self._defaults = RegionDefaults(config.regions.of, directory.may_write_global)
 
     def purge_renderings(self, org: str | None, session: str | None) -> None:

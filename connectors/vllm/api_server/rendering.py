@@ -11,6 +11,7 @@ from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
+from vllm_cachescope.connectors.vllm.api_server.tokenizing import Tokenizing
 from vllm_cachescope.logs import logger_of
 from vllm_cachescope.prompt.boundaries import SpecialTokens
 from vllm_cachescope.prompt.request import Protocol
@@ -47,6 +48,9 @@ differ from one release of vLLM to the next."""
 
 _text_only: ContextVar[bool] = ContextVar("cachescope_text_only", default=False)
 
+_is_ours: ContextVar[bool] = ContextVar("cachescope_is_ours", default=False)
+"""Whether what is rendered is the beginning of a prompt, and not for the engine."""
+
 
 _Key = tuple[str | None, bytes]  # a session, and a hash of what is rendered
 
@@ -69,13 +73,18 @@ class Rendering:
         state: the API server's state, with its renderer and endpoint handlers.
         on_tokenizing: called when the server is about to tokenise a prompt.
         account_of: returns who answers for an organisation, by its id.
+        token_bytes: memory for the tokens of recent prompts, in bytes; 0 to keep none.
 
     Attributes:
         special: the special tokens of the model's tokenizer.
     """
 
     def __init__(
-        self, state: Any, on_tokenizing: Callable[[], None], account_of: AccountOf = own_account
+        self,
+        state: Any,
+        on_tokenizing: Callable[[], None],
+        account_of: AccountOf = own_account,
+        token_bytes: int = 0,
     ) -> None:
         self._state = state
         self._renderer = state.online_renderer.renderer
@@ -86,13 +95,16 @@ class Rendering:
             self.special = SpecialTokens(self._renderer.get_tokenizer().get_added_vocab())
         except (AttributeError, NotImplementedError):
             self.special = SpecialTokens({})
-        tokenize = self._renderer.tokenize_prompts_async
+        self._tokenize = self._renderer.tokenize_prompts_async
+        self._tokenizing = Tokenizing(self._renderer, token_bytes, account_of)
 
         async def tokenize_prompts_async(prompts: Any, params: Any) -> Any:
             if _text_only.get() and len(prompts) == 1 and "prompt" in prompts[0]:
                 raise _Rendered(prompts[0]["prompt"])
+            if _is_ours.get():
+                return await self._tokenize(prompts, params)
             on_tokenizing()
-            return await tokenize(prompts, params)
+            return await self._tokenizing(prompts, params)
 
         self._renderer.tokenize_prompts_async = tokenize_prompts_async
         _follow_conversions(getattr(state, "anthropic_serving_messages", None))
@@ -101,10 +113,11 @@ class Rendering:
         """Drop the tokens that are kept of ``org``, or of one session of ``org``; with None, of
         everyone."""
         self._tokens.purge(org, lambda key, _: session in (None, key[0]))
+        self._tokenizing.purge(org, session)
 
     async def tokens(
         self, body: dict[str, Any], protocol: Protocol, readers: Caller | None
-    ) -> list[int]:
+    ) -> "array[int]":
         """Return the tokens of a body's prompt, and keep them for the next body like it.
 
         Args:
@@ -117,12 +130,12 @@ class Rendering:
             CannotRender: if the chat template does not take the body.
         """
         if readers is None:
-            return await self._render(body, protocol)
+            return array("I", await self._render(body, protocol))
         key = readers.session, _content_key(body, protocol)
         if (known := self._tokens.get(readers.org, key)) is not None:
-            return known.tolist()
-        tokens = await self._render(body, protocol)
-        self._tokens.put(readers.org, key, array("I", tokens))
+            return known
+        tokens = array("I", await self._render(body, protocol))
+        self._tokens.put(readers.org, key, tokens)
         return tokens
 
     async def text(self, body: dict[str, Any], protocol: Protocol) -> str | None:
@@ -140,11 +153,11 @@ class Rendering:
             _text_only.reset(mode)
         return None
 
-    async def tokenize(self, text: str) -> list[int]:
+    async def tokenize(self, text: str) -> "array[int]":
         """Return the tokens of ``text``, as a part of a prompt."""
         params = self._renderer.default_chat_tok_params
-        (prompt,) = await self._renderer.tokenize_prompts_async([{"prompt": text}], params)
-        return list(prompt["prompt_token_ids"])
+        (prompt,) = await self._tokenize([{"prompt": text}], params)
+        return array("I", prompt["prompt_token_ids"])
 
     async def _render(self, body: dict[str, Any], protocol: Protocol) -> list[int]:
         """Return the tokens of a body's prompt. Where a template insists on a user message, an
@@ -154,12 +167,16 @@ class Rendering:
         if isinstance(body.get(key, []), list):
             attempts.append({**body, key: [*body.get(key, []), {"role": "user", "content": ""}]})
         problem: Exception | None = None
-        for attempt in attempts:
-            try:
-                return await self._render_exactly(attempt, protocol)
-            except Exception as error:
-                # Templates raise what they like.
-                problem = error
+        was_ours = _is_ours.set(True)
+        try:
+            for attempt in attempts:
+                try:
+                    return await self._render_exactly(attempt, protocol)
+                except Exception as error:
+                    # Templates raise what they like.
+                    problem = error
+        finally:
+            _is_ours.reset(was_ours)
         raise CannotRender(str(problem))
 
     async def _render_exactly(self, body: dict[str, Any], protocol: Protocol) -> list[int]:

@@ -1,0 +1,148 @@
+"""The tokenising of prompts by vLLM's own tokenizer, of which what is known is not done again."""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+from vllm_cachescope.api.request_context import current_request
+from vllm_cachescope.logs import logger_of
+from vllm_cachescope.prompt.known_tokens import Cuts, KnownTokens
+from vllm_cachescope.tenancy.scope import Caller
+from vllm_cachescope.tenancy.shares import AccountOf, own_account
+
+logger = logger_of(__name__)
+
+FIRST_CHECKS = 8
+"""So many of the first prompts whose beginning is known are tokenised as a whole all the same, to
+see that both ways agree."""
+
+CHECK_EVERY = 1024
+"""And one of so many later on."""
+
+SHORTEST = 2_000
+"""Characters from which on a prompt is looked up: a shorter one is tokenised as quickly."""
+
+
+class Tokenizing:
+    """Tokenises prompts, each from where its beginning is known.
+
+    Args:
+        renderer: vLLM's renderer, with its tokenizer.
+        token_bytes: memory for the tokens of recent prompts, in bytes; 0 to keep none.
+        account_of: returns who answers for an organisation, by its id.
+    """
+
+    def __init__(
+        self, renderer: Any, token_bytes: int, account_of: AccountOf = own_account
+    ) -> None:
+        self._renderer = renderer
+        self._tokenize = renderer.tokenize_prompts_async
+        self._known = known_tokens_of(renderer, token_bytes, account_of)
+        self._found = itertools.count()
+
+    def purge(self, org: str | None = None, session: str | None = None) -> None:
+        """Drop the tokens that are kept of ``org``, or of one session of ``org``; with None, of
+        everyone."""
+        if self._known is not None:
+            self._known.purge(org, session)
+
+    async def __call__(self, prompts: Sequence[Any], params: Any) -> Any:
+        """Do what the renderer's `tokenize_prompts_async` does."""
+        context, known = current_request.get(), self._known
+        if known is None or context is None or not _is_plain(prompts, params):
+            return await self._tokenize(prompts, params)
+        (prompt,), caller = prompts, context.caller
+        text = prompt["prompt"]
+        try:
+            cuts = known.cuts(text)
+            if (tokens := await self._known_beginning(caller, text, cuts, params)) is not None:
+                return await self._tokenize([{**prompt, "prompt_token_ids": tokens}], params)
+        except Exception:
+            logger.exception("What is known of a prompt's tokens could not be used")
+            return await self._tokenize(prompts, params)
+        tokenized = await self._tokenize(prompts, params)
+        known.keep(caller, cuts, tokenized[0]["prompt_token_ids"])
+        return tokenized
+
+    async def _known_beginning(
+        self, caller: Caller, text: str, cuts: Cuts, params: Any
+    ) -> list[int] | None:
+        """Return the tokens of a text whose beginning is known; None if it is not, or if vLLM is
+        to refuse the text for its length."""
+        known = self._known
+        if known is None or (beginning := known.find(caller, cuts)) is None:
+            return None
+        rest = [{"prompt": text[cuts.starts[beginning.cut] :]}]
+        try:
+            (tail,) = await self._tokenize(rest, params)
+        except Exception:
+            return None  # Too long by itself, say: vLLM will say so of the whole.
+        ids = tail["prompt_token_ids"]
+        tokens = [*beginning.tokens, *ids]
+        if params.max_input_tokens is not None and len(tokens) > params.max_input_tokens:
+            return None
+        if self._is_to_be_checked() and not await self._agrees(text, tokens, params):
+            return None
+        known.keep(caller, cuts, ids, beginning)
+        return tokens
+
+    def _is_to_be_checked(self) -> bool:
+        number = next(self._found)
+        return number < FIRST_CHECKS or number % CHECK_EVERY == 0
+
+    async def _agrees(self, text: str, tokens: list[int], params: Any) -> bool:
+        """Whether a text as a whole has these tokens. If not, nothing is remembered from here
+        on."""
+        (whole,) = await self._tokenize([{"prompt": text}], params)
+        if list(whole["prompt_token_ids"]) == tokens:
+            return True
+        logger.warning(
+            "The model's tokenizer gives a prompt other tokens than its parts: each prompt is "
+            "tokenised as a whole"
+        )
+        self._known = None
+        return False
+
+
+def known_tokens_of(
+    renderer: Any, token_bytes: int, account_of: AccountOf = own_account
+) -> KnownTokens | None:
+    """Return what remembers a tokenizer's tokens; None if nothing is to be kept, or the tokenizer
+    may not cut its special tokens out of a text before all else.
+
+    Args:
+        renderer: vLLM's renderer.
+        token_bytes: memory for the tokens, in bytes.
+        account_of: returns who answers for an organisation, by its id.
+    """
+    tokenizer = renderer.tokenizer
+    if not token_bytes or not getattr(tokenizer, "is_fast", False):
+        return None
+    ids: dict[str, int] = {}
+    others: list[str] = []
+    for number, token in getattr(tokenizer, "added_tokens_decoder", {}).items():
+        if token.normalized:
+            continue
+        if token.lstrip or token.single_word:
+            others.append(token.content)
+        else:
+            ids[token.content] = number
+    return KnownTokens(ids, others, limit=token_bytes, account_of=account_of) if ids else None
+
+
+def _is_plain(prompts: Sequence[Any], params: Any) -> bool:
+    """Whether there is one text, to be tokenised as it is."""
+    if len(prompts) != 1 or not isinstance(prompts[0], dict):
+        return False
+    (prompt,) = prompts
+    text = prompt.get("prompt")
+    return (
+        isinstance(text, str)
+        and len(text) >= SHORTEST
+        and not {"prompt_token_ids", "prompt_embeds", "multi_modal_data"} & prompt.keys()
+        and not params.add_special_tokens
+        and not params.do_lower_case
+        and params.pad_prompt_tokens is None
+        and params.truncate_prompt_tokens is None
+        and not params.return_token_offsets
+    )

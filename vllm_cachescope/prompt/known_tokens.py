@@ -1,0 +1,198 @@
+"""The known tokens of recent prompts, from which a prompt that begins alike goes on.
+
+An agent's prompt is the one before and some more. To tokenise 100,000 tokens takes a tenth of a
+second, and all but the last thousand were tokenised a moment ago. A tokenizer cuts its special
+tokens out of a text before anything else, and what is on one side of one has no influence on the
+tokens of the other: from there on a text can be tokenised by itself.
+"""
+
+import re
+import time
+from array import array
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+
+import numpy as np
+
+from vllm_cachescope.tenancy.scope import Caller
+from vllm_cachescope.tenancy.shared_memo import SharedMemo
+from vllm_cachescope.tenancy.shares import AccountOf, own_account
+
+KEPT_S = 3600.0
+"""How long the tokens of a prompt are kept, in seconds."""
+
+MAX_CUTS = 4096
+"""Of a prompt with more special tokens than that the last ones are looked at."""
+
+_ENTRY_BYTES = 400
+"""Memory that one cut of a prompt takes besides its tokens, in bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cuts:
+    """Where a text may be cut: in front of each of its special tokens.
+
+    Attributes:
+        ids: the special tokens, in order.
+        starts: where they start, in characters.
+        hashes: for each, the hash of the text in front of it.
+    """
+
+    ids: Sequence[int]
+    starts: Sequence[int]
+    hashes: Sequence[bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """The beginning of a text whose tokens are known.
+
+    Attributes:
+        cut: the number of the cut that it ends at.
+        tokens: its tokens.
+    """
+
+    cut: int
+    tokens: "array[int]"
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """The first ``count`` of ``tokens``, which other cuts of the prompt have as well."""
+
+    tokens: "array[int]"
+    count: int
+    nbytes: int
+    kept_at: float
+
+
+class KnownTokens:
+    """Remembers the tokens of prompts up to some of their special tokens.
+
+    What one session has sent serves no other, not even of its organisation: how long a prompt takes
+    tells nothing of them. Texts are remembered by their hashes alone. Safe for threads.
+
+    Args:
+        ids: the special tokens by their text at which a text may be cut: those that a tokenizer
+            finds in a text as it came, with nothing in front of them.
+        others: the texts of other tokens that a tokenizer finds at the same time.
+        limit: memory for the tokens of all organisations, in bytes; 4 bytes each.
+        account_of: returns who answers for an organisation, by its id.
+        clock: seconds, never running backwards.
+    """
+
+    def __init__(
+        self,
+        ids: Mapping[str, int],
+        others: Iterable[str] = (),
+        *,
+        limit: int,
+        account_of: AccountOf = own_account,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._clock = clock
+        self._ids = dict(ids)
+        self._all_ids = np.array(sorted(self._ids.values()), dtype=np.uint32)
+        # Longest first: tokenizers take the longest special token that matches.
+        texts = sorted({*ids, *others} if ids else (), key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, texts))) if texts else None
+        self._known: SharedMemo[tuple[str | None, bytes], _Known] = SharedMemo(
+            limit, lambda known: known.nbytes, account_of
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """About how much memory the tokens take, in bytes."""
+        return self._known.size
+
+    def cuts(self, text: str) -> Cuts:
+        """Return where a text may be cut."""
+        if self._pattern is None:
+            return Cuts((), (), ())
+        found = [one for one in self._pattern.finditer(text) if one.group() in self._ids]
+        del found[:-MAX_CUTS]
+        state, hashes, done = sha256(), [], 0
+        for match in found:
+            start = match.start()
+            state.update(text[done:start].encode("utf-8", "surrogatepass"))
+            hashes.append(state.copy().digest())
+            done = start
+        ids = [self._ids[match.group()] for match in found]
+        return Cuts(ids, [match.start() for match in found], hashes)
+
+    def find(self, caller: Caller, cuts: Cuts) -> Beginning | None:
+        """Return the longest beginning of a text whose tokens are known; None if there is none.
+
+        Args:
+            caller: who sends it.
+            cuts: those of the text.
+        """
+        self._drop_old()
+        for cut in range(len(cuts.hashes) - 1, -1, -1):
+            known = self._known.get(caller.org, (caller.session, cuts.hashes[cut]))
+            if known is not None:
+                return Beginning(cut, known.tokens[: known.count])
+        return None
+
+    def keep(
+        self,
+        caller: Caller,
+        cuts: Cuts,
+        rest: Sequence[int],
+        beginning: Beginning | None = None,
+    ) -> None:
+        """Remember the tokens of a text, up to its last special token and to some before.
+
+        Args:
+            caller: who has sent it.
+            cuts: those of the text.
+            rest: its tokens behind ``beginning``.
+            beginning: what was known of it; None for nothing.
+        """
+        known = array("I") if beginning is None else beginning.tokens
+        first = 0 if beginning is None else beginning.cut
+        wanted = _spread(first + (beginning is not None), len(cuts.hashes))
+        if not wanted:
+            return
+        tokens = array("I", known)
+        tokens.fromlist(list(rest))
+        places = self._places(tokens, len(known), cuts.ids[first:])
+        if places is None:
+            return
+        nbytes = _ENTRY_BYTES + tokens.itemsize * len(tokens) // len(wanted)
+        now = self._clock()
+        for cut in wanted:
+            key = caller.session, cuts.hashes[cut]
+            self._known.put(caller.org, key, _Known(tokens, places[cut - first], nbytes, now))
+
+    def purge(self, org: str | None = None, session: str | None = None) -> None:
+        """Drop what is remembered of ``org``, or of one session of ``org``; with None, of all."""
+        self._known.purge(org, lambda key, _: session in (None, key[0]))
+
+    def _drop_old(self) -> None:
+        oldest = self._clock() - KEPT_S
+        self._known.drop_while(lambda known: known.kept_at < oldest)
+
+    def _places(self, tokens: "array[int]", start: int, ids: Sequence[int]) -> list[int] | None:
+        """Return where special tokens stand among ``tokens``, from ``start`` on; None if these are
+        not the ``ids`` that the text has at its end, in this order: then a tokenizer does something
+        else with them."""
+        values = np.frombuffer(tokens, dtype=np.uint32)[start:]
+        places = np.flatnonzero(np.isin(values, self._all_ids))
+        if len(places) < len(ids):
+            return None
+        places = places[len(places) - len(ids) :]
+        if values[places].tolist() != list(ids):
+            return None
+        return [start + place for place in places.tolist()]
+
+
+def _spread(start: int, end: int) -> list[int]:
+    """Return some numbers from ``start`` up to ``end``: the last one and those that are 1, 3, 7, 15
+    and so on before it. Chat templates render the last turns anew, by what follows."""
+    found, back = [], 1
+    while end - back >= start:
+        found.append(end - back)
+        back *= 2
+    return found
