@@ -4,12 +4,12 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from benchmarks.harness import BLOCK
 from demo.client import Answer
-from demo.session import agent_session, marked, to_chat
+from demo.session import AgentSession, agent_session, marked, to_chat
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,16 +19,17 @@ class Pace:
     Attributes:
         tool_s: how long a tool takes on average, in seconds.
         human_s: how long a human takes.
-        human_share: how many turns wait for a human instead of a tool.
+        human_share: how many turns wait for a human instead of a tool; None for those whose answers
+            call no tool.
     """
 
     tool_s: float = 0.4
     human_s: float = 4.0
-    human_share: float = 0.2
+    human_share: float | None = 0.2
 
-    def pause_s(self, chance: random.Random) -> float:
-        """Draw a pause after a turn."""
-        is_human = chance.random() < self.human_share
+    def pause_s(self, chance: random.Random, calls: bool) -> float:
+        """Draw a pause after a turn; ``calls`` says whether its answer calls a tool."""
+        is_human = not calls if self.human_share is None else chance.random() < self.human_share
         return chance.expovariate(1 / (self.human_s if is_human else self.tool_s))
 
 
@@ -48,12 +49,16 @@ class Call:
         session: the agent's; a subagent shares it.
         body: the prompt, with breakpoints, as of the Messages API.
         pause_s: how long after the answer to the call before it comes, in seconds.
+        tool: the tool that the answer calls; None if it calls none.
+        ends_session: whether it is the session's last.
     """
 
     tenant: str
     session: str
     body: dict[str, Any]
     pause_s: float
+    tool: str | None = None
+    ends_session: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,16 +113,28 @@ def _calls(
         name = f"{tenant}, agent {agent}" + (f", session {number}" if number else "")
         draw = 1000 * seed + agent + 10_000 * number
         session = agent_session(draw, turns, shape.tools, shape.rules, tenant)
+        calls: list[Call] = []
         for turn in range(turns):
-            yield Call(tenant, name, marked(session.body(turn)), pause_s)
+            tool = _called(session, turn)
+            calls.append(Call(tenant, name, marked(session.body(turn)), pause_s, tool))
             if chance.random() < SUBAGENT_SHARE:
                 helper = agent_session(
                     draw + 500, 2, shape.tools // 2, max(1, shape.rules // 2 - 2), tenant
                 )
                 for step in range(helper.turns):
                     pause_s = chance.expovariate(1 / pace.tool_s)
-                    yield Call(tenant, name, marked(helper.body(step)), pause_s)
-            pause_s = pace.pause_s(chance)
+                    body = marked(helper.body(step))
+                    calls.append(Call(tenant, name, body, pause_s, _called(helper, step)))
+            pause_s = pace.pause_s(chance, tool is not None)
+        calls[-1] = replace(calls[-1], ends_session=True)
+        yield from calls
+
+
+def _called(session: AgentSession, turn: int) -> str | None:
+    """Return the first tool that the answer of a turn calls; None if it calls none."""
+    answer = session.messages[2 * turn + 1]["content"]
+    names = (block["name"] for block in answer if block["type"] == "tool_use")
+    return next(names, None)
 
 
 Blocks = tuple[int, ...]

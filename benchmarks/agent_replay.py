@@ -42,11 +42,14 @@ DEVICE_SHARE = 0.2
 LONGEST = 6_500
 """The longest prompt, in tokens: the device has to hold it with what it computes."""
 
-ANSWER = 8
-"""Tokens of each answer."""
+ANSWER = 24
+"""Tokens of an answer at most."""
+
+PARSER = "pythonic"
+"""Its calls of tools are the shortest: ``[name()]``."""
 
 TENANTS, AGENTS_EACH = 8, 4
-SHAPE = AgentShape(turns=12, sessions=2, tools=4, rules=8, pace=Pace(4.0, 30.0, 0.1))
+SHAPE = AgentShape(turns=12, sessions=2, tools=4, rules=8, pace=Pace(4.0, 20.0, None))
 
 TARGETS, LEAST = ("tokens computed", "first token, median"), 1.5
 """Of which figures the best peer is to have how many times as much."""
@@ -74,8 +77,17 @@ class Side:
     outcomes: list[Outcome] = field(default_factory=list)
 
 
-def asking(url: str, side: Side) -> Callable[[Call], Answer]:
-    """Return what puts a call to a server and streams the answer."""
+def asking(url: str, side: Side, is_recorded: bool = False) -> Callable[[Call], Answer]:
+    """Return what puts a call to a server and streams the answer.
+
+    Random weights call no tool. A grammar makes the answer say what the session's does, but where
+    that is not known.
+
+    Args:
+        url: the server's.
+        side: what it is.
+        is_recorded: whether the calls are of a trace, which has no answers.
+    """
     client = httpx.Client(timeout=600, limits=httpx.Limits(max_connections=None))
 
     def ask(call: Call) -> Answer:
@@ -86,6 +98,9 @@ def asking(url: str, side: Side) -> Callable[[Call], Answer]:
             **{"model": MODEL, "max_tokens": ANSWER, "temperature": 0.0, "stream": True},
             **{"stream_options": {"include_usage": True}, **chat, **side.extra(call)},
         }
+        if not is_recorded:
+            answer_ = f"[{call.tool}()]" if call.tool else "Done."
+            body["structured_outputs"] = {"choice": [answer_]}
         headers = {"authorization": f"Bearer key of {call.tenant}"}
         start, ttft_s, usage = time.perf_counter(), None, None
         url_ = f"{url}/v1/chat/completions"
@@ -111,7 +126,7 @@ def _unmarked(fields: dict[str, Any]) -> dict[str, Any]:
 def _blocks(count: int) -> tuple[str, ...]:
     # One block is vLLM's own.
     blocks = "--num-gpu-blocks-override", str(count + 1)
-    return *blocks, "--max-model-len", str(LONGEST)
+    return *blocks, "--max-model-len", str(LONGEST), "--tool-call-parser", PARSER
 
 
 @contextmanager
@@ -133,11 +148,11 @@ def sides(blocks: int) -> list[Side]:
     memory = (blocks - device) * BLOCK_BYTES
 
     def ours(name: str, hierarchy: str) -> Side:
-        eviction = {"hierarchy": hierarchy}
+        eviction = {"hierarchy": hierarchy, "device": "learned"}
         return Side(
             name,
             lambda: server(True, *_blocks(device), cpu_bytes=memory, eviction=eviction),
-            lambda call: {"prompt_cache_key": call.session},
+            lambda call: {"prompt_cache_key": call.session, "session_over": call.ends_session},
         )
 
     return [
@@ -275,7 +290,9 @@ def main() -> int:
         first = number % len(measured)
         for side in [*measured[first:], *measured[:first]]:
             with side.start() as running:
-                outcome = agent_load.replay(load.calls, asking(running.url, side))
+                outcome = agent_load.replay(
+                    load.calls, asking(running.url, side, bool(chosen.trace))
+                )
             side.outcomes.append(outcome)
             console.print(
                 f"{side.name}: {outcome.computed:,} of {outcome.prompts:,} tokens computed, first "

@@ -91,6 +91,14 @@ def test_nothing_set_is_a_configuration() -> None:
             {"tiers": [DISK], "quotas": {"disk": {"reserve": "2GiB"}}},
             ["quotas.disk", "more is reserved"],
         ),
+        (
+            {"eviction": {"policy": "lifetime", "hierarchy": "exclusive"}},
+            ["eviction", "hierarchy: exclusive needs policy: learned"],
+        ),
+        (
+            {"eviction": {"policy": "lifetime", "prefetch_share": 0.1}},
+            ["eviction", "prefetch_share needs policy: learned"],
+        ),
         ({"quotas": {"gpu": {}}}, ["quotas.gpu", "no such tier", "device, cpu"]),
         ({"quotas": {"cpu": {"qouta": 1}}}, ["quotas.cpu.qouta", "capacity, orgs, quota, reserve"]),
         (

@@ -18,6 +18,10 @@ _COARSE = 4
 
 _SWEEPS = 3
 
+_FASTEST = 1e3
+"""The highest hazard, in returns a second. Where a clock stands still there are returns in no time:
+their hazard would be endless, and their price no number."""
+
 Floats = NDArray[np.float64]
 
 RECENCY: tuple[float, ...] = tuple(
@@ -64,13 +68,13 @@ def fit_prices(counted: Counted) -> Prices:
         rows = np.flatnonzero(groups == group)
         levels = np.array([counted.kinds[row][1:] for row in rows], dtype=np.int64)
         hazards[rows] = _hazards(levels, counted.returns[rows], counted.exposure[rows])
-    rates = _numbers(_best_rates(hazards))
+    rates = _best_rates(hazards)
     # Of what a request has stored that still runs nothing is known yet; it counts as the best.
     unknown = [number for number, kind in enumerate(counted.kinds) if set(kind[1:]) == {-1}]
     rates[unknown] = rates.max(0)
     pooled = _pooled(counted.returns, counted.exposure)[None]
     # An array: thousands of numbers more in a list would have to be freed one by one.
-    other = _numbers(_best_rates(pooled)[0])
+    other = _best_rates(np.minimum(pooled, _FASTEST))[0]
     return Prices(array("d", rates.tobytes()), other.tolist())
 
 
@@ -101,17 +105,11 @@ def _hazards(levels: NDArray[np.int64], returns: Floats, exposure: Floats) -> Fl
                 expected @ to_coarse + 2 * _PRIOR
             )
             hazards *= by_age[:, coarse][numbers]
+            np.minimum(hazards, _FASTEST, out=hazards)
     own = (returns.sum(1) + _PRIOR) / ((hazards * exposure).sum(1) + _PRIOR)
     hazards *= own[:, None]
     hazards *= (returns + 2 * _PRIOR) / (hazards * exposure + 2 * _PRIOR)
-    return hazards
-
-
-def _numbers(rates: Floats) -> Floats:
-    """Return rates with the best of them for what is none: while a clock stands still, there are
-    returns in no time. Such a price would be neither above nor below others."""
-    best = float(rates[np.isfinite(rates)].max(initial=0.0))
-    return np.nan_to_num(rates, nan=best, posinf=best)
+    return np.minimum(hazards, _FASTEST, out=hazards)
 
 
 def _best_rates(hazards: Floats) -> Floats:

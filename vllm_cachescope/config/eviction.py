@@ -1,9 +1,9 @@
 """The settings of eviction from the CPU tier."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from vllm_cachescope.config.error import ConfigError
 from vllm_cachescope.config.values import Model
@@ -35,6 +35,14 @@ class EvictionSettings(Model):
     long_share: Annotated[float, Field(ge=0, le=1)] = 0.2
     prefetch_share: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     state_file: Path | None = None
+
+    @model_validator(mode="after")
+    def _learns(self) -> Self:
+        if self.policy != "learned" and self.hierarchy == "exclusive":
+            raise ValueError("hierarchy: exclusive needs policy: learned")
+        if self.policy != "learned" and self.prefetch_share:
+            raise ValueError("prefetch_share needs policy: learned")
+        return self
 
     def check(self) -> None:
         """Check that the state file can be written.

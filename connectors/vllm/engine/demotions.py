@@ -115,9 +115,6 @@ def can_demote(settings: EvictionSettings, layout: BlockLayout, has_events: bool
     """
     if settings.hierarchy == "inclusive":
         return False
-    if settings.policy != "learned":
-        logger.warning("eviction.hierarchy: exclusive takes policy learned; it stays inclusive")
-        return False
     if has_events or not layout.is_plain or layout.blocks_per_chunk > 1:
         logger.warning(
             "eviction.hierarchy: not exclusive with KV events, other attention than full, or "

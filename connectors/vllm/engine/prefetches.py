@@ -273,7 +273,7 @@ def can_prefetch(
         layout: how prompts are cut into blocks.
         events: the KV events of the tiers behind the device.
     """
-    if settings.policy != "learned" or not settings.prefetch_share or not remotes:
+    if not settings.prefetch_share or not remotes:
         return False
     if events.enabled or not layout.is_plain:
         logger.warning("eviction.prefetch_share: not with KV events, or several kinds of attention")
