@@ -36,8 +36,8 @@ PROMPTS, LENGTH = 7, 10
 """More blocks than either tier holds, and fewer than both."""
 
 
-def start(tmp_path_factory: Any, name: str, **config: Any) -> Replica:
-    config["eviction"] = {"hierarchy": "exclusive"}
+def start(tmp_path_factory: Any, name: str, device: str = "lru", **config: Any) -> Replica:
+    config["eviction"] = {"hierarchy": "exclusive", "device": device}
     return Replica(
         build(MODELS / "tiny", TINY),
         tmp_path_factory.mktemp(name),
@@ -68,8 +68,9 @@ def behind(tmp_path_factory) -> Iterator[RedisBehind]:
 
 @pytest.fixture(scope="module")
 def with_redis(tmp_path_factory, behind) -> Iterator[Replica]:
-    """With Redis, which gets what is computed at once, by way of the memory."""
-    replica = start(tmp_path_factory, "exclusive with redis", tiers=[behind.tier])
+    """With Redis, which gets what is computed at once, by way of the memory; and a device that
+    evicts by what it has learned."""
+    replica = start(tmp_path_factory, "exclusive with redis", "learned", tiers=[behind.tier])
     yield replica
     replica.stop()
     shm_regions.remove_stale()
