@@ -49,7 +49,7 @@ PARSER = "pythonic"
 """Its calls of tools are the shortest: ``[name()]``."""
 
 TENANTS, AGENTS_EACH = 8, 4
-SHAPE = AgentShape(turns=12, sessions=2, tools=4, rules=8, pace=Pace(4.0, 20.0, None))
+SHAPE = AgentShape(turns=12, sessions=2, tools=4, rules=8, pace=Pace(6.0, 60.0, None))
 
 TARGETS, LEAST = ("tokens computed", "first token, median"), 1.5
 """Of which figures the best peer is to have how many times as much."""

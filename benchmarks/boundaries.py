@@ -1,4 +1,5 @@
-"""What it costs to find the boundaries of long histories, next to rendering and tokenising them.
+"""What it costs to find the boundaries of long histories, next to rendering and tokenising them;
+and what to tokenise them where the turn before is known.
 
 Runs vLLM's own front end in this process, without an engine.
 """
@@ -25,12 +26,16 @@ from benchmarks.harness import Result, arguments, finish
 from demo.model import SMALL, build
 from demo.session import agent_session, marked, to_chat
 from vllm_cachescope.connectors.vllm.api_server.boundaries import Boundaries
+from vllm_cachescope.connectors.vllm.api_server.tokenizing import FIRST_CHECKS
 from vllm_cachescope.prompt.request import Protocol, Region
 from vllm_cachescope.prompt.segments import RegionDefault, segments
 from vllm_cachescope.tenancy.scope import Caller, Scope
 from vllm_cachescope.wire import READERS, strip
 
 # Turns of an agent session whose prompts have about this many tokens.
+TOKEN_BYTES = 64 * 2**20
+"""Of known tokens, in bytes."""
+
 HISTORIES = {"8k": 11, "50k": 150, "150k": 485}
 
 _DEFAULTS = {
@@ -91,7 +96,19 @@ async def measure(result: Result, pairs: int) -> None:
         state = await front_end(build(Path(scratch) / "model", size), size.max_positions)
     renderer = state.online_renderer
     counted = Counted(renderer.renderer)
-    boundaries = Boundaries(state)
+    readers: list[Caller | None] = [None]
+    boundaries = Boundaries(state, lambda: readers[0], token_bytes=TOKEN_BYTES)
+
+    async def render(body: dict[str, Any], session: str | None = None) -> Any:
+        """Render and tokenise the prompt of a body; in a session it may go on from another."""
+        request = ChatCompletionRequest.model_validate(body)
+        readers[0] = None if session is None else Caller("acme", session)
+        _, (prompt,) = await renderer.render_chat(request)
+        return prompt
+
+    # The first ones that go on from another are tokenised as a whole as well.
+    for _ in range(FIRST_CHECKS + 1):
+        await render(strip(body_of(1)), "checks")
     for name, turns in HISTORIES.items():
         body = body_of(turns)
         request = READERS[Protocol.CHAT](body, (300, 3600), 300)
@@ -100,12 +117,14 @@ async def measure(result: Result, pairs: int) -> None:
         whole: list[float] = []
         finding: list[float] = []
         again: list[float] = []
+        going_on: list[float] = []
         # The first round meets a new system prompt, and counts only as that.
-        for _ in range(pairs + 1):
+        for number in range(pairs + 1):
+            await render(strip(body_of(turns - 1)), f"{name}, {number}")
+            with timed(going_on):
+                gone_on = await render(stripped, f"{name}, {number}")
             with timed(whole):
-                _, (prompt,) = await renderer.render_chat(
-                    ChatCompletionRequest.model_validate(stripped)
-                )
+                prompt = await render(stripped)
             counted.characters = 0
             with timed(finding):
                 ends = await boundaries.ends(
@@ -115,9 +134,11 @@ async def measure(result: Result, pairs: int) -> None:
                     prompt["prompt"],
                 )
             again.append(100 * counted.characters / len(prompt["prompt"]))
+        assert gone_on["prompt_token_ids"] == prompt["prompt_token_ids"]
         assert 0 < ends[0] < ends[-2] < ends[-1] == len(prompt["prompt_token_ids"])
         result.add(f"{name}: tokens", [ends[-1]], "tokens")
         result.add(f"{name}: rendering and tokenising", whole[1:], "ms")
+        result.add(f"{name}: the same, where the turn before is known", going_on[1:], "ms")
         result.add(f"{name}: finding its {len(ends) - 1} boundaries", finding[1:], "ms")
         result.add(f"{name}: the same, new system prompt", finding[:1], "ms")
         result.add(

@@ -361,6 +361,14 @@ STAGE_SECONDS = Metric(
     STAGE_BUCKETS,
     side="api",
 )
+TOKENIZED_TOKENS = Metric(
+    "cachescope_tokenized_tokens",
+    "counter",
+    "Tokens of prompts that came as text: new (tokenised), known (kept from a prompt that begins "
+    "alike, and not tokenised again).",
+    ("source",),
+    side="api",
+)
 QUEUED_DIAGNOSES = Metric(
     "cachescope_queued_diagnoses",
     "gauge",
@@ -426,6 +434,7 @@ METRICS = (
     REPAIRED_TOKENS,
     REPAIR_FAILURES,
     STAGE_SECONDS,
+    TOKENIZED_TOKENS,
     QUEUED_DIAGNOSES,
     SESSION_NOTES,
     LEDGER_RECORDS,

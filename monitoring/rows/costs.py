@@ -3,13 +3,14 @@
 from grafana_foundation_sdk.builders import timeseries
 
 from monitoring.panels import Query, Words, graph
-from monitoring.queries import CHOSEN, of, quantile, rate, smallest, total
+from monitoring.queries import CHOSEN, of, quantile, rate, ratio, smallest, total
 from vllm_cachescope.metrics import (
     LEDGER_RECORDS,
     PREFILL_RATE,
     QUEUED_DIAGNOSES,
     SESSION_NOTES,
     STAGE_SECONDS,
+    TOKENIZED_TOKENS,
 )
 
 
@@ -42,6 +43,26 @@ def panels() -> list[timeseries.Panel]:
             ),
             [Query(total(rate(of(STAGE_SECONDS, CHOSEN, suffix="_sum")), "stage"), "{{stage}}")],
             "short",
+            span=8,
+        ),
+        graph(
+            Words(
+                "Tokens not tokenised again",
+                "Share of prompts' tokens that were known from a prompt that begins alike.",
+                "Near the hit rate of long sessions. 0: the model's tokenizer is none of the fast "
+                "ones, or `token_bytes` is too small for the sessions that are at work.",
+                "No prompts",
+            ),
+            [
+                Query(
+                    ratio(
+                        total(rate(of(TOKENIZED_TOKENS, CHOSEN, 'source="known"'))),
+                        total(rate(of(TOKENIZED_TOKENS, CHOSEN))),
+                    ),
+                    "known",
+                )
+            ],
+            "percentunit",
             span=8,
         ),
         graph(

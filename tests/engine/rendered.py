@@ -36,6 +36,7 @@ class Rendering:
         renderer: vLLM's renderer.
         tokenized: the texts that went to the tokenizer, in order.
         last_sent: the latest prompt that `sent` has rendered.
+        readers: who may find what is kept of the tokens of prompts; None for nobody.
         meanwhile: makes what the tokenizer waits for; None for nothing. Called as the server
             begins to tokenise.
     """
@@ -47,6 +48,7 @@ class Rendering:
         self.tokenized: list[str] = []
         self.renderer = renderer
         self.last_sent: Any = None
+        self.readers: Caller | None = None
         self.meanwhile: Callable[[], Awaitable[object]] | None = None
         self._begun: Awaitable[object] | None = None
         tokenize = renderer.tokenize_prompts_async
@@ -81,9 +83,10 @@ class Rendering:
             token_bytes=2**20,
         )
 
-    def _tokenizing(self) -> None:
+    def _tokenizing(self) -> Caller | None:
         if self.meanwhile is not None and self._begun is None:
             self._begun = asyncio.ensure_future(self.meanwhile())
+        return self.readers
 
     async def prompt(self, protocol: Protocol, body: Mapping[str, Any]) -> tuple[list[int], str]:
         """Return the tokens and the text of the prompt that the server makes of ``body``."""

@@ -7,6 +7,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from demo.session import agent_session
 from tests.engine.bodies import EPHEMERAL, HOUR, agent_body, block, session
 from tests.engine.server import MODEL, Api, breaks
 from vllm_cachescope.diagnosis.outcome import UNAVOIDABLE
@@ -19,6 +20,7 @@ from vllm_cachescope.metrics import (
     QUEUED_DIAGNOSES,
     REQUESTS,
     STAGE_SECONDS,
+    TOKENIZED_TOKENS,
     Metric,
 )
 
@@ -108,6 +110,49 @@ def test_a_break_costs_what_the_list_of_breaks_says(api: Api) -> None:
     tokens = seen["missed_tokens"] + sum(miss["tokens"] for miss in misses)
     assert seen["missed_tokens"] > 0
     assert grown(api, LOST_TOKENS, before) == {("tools_changed", "tools", "false"): tokens}
+
+
+def test_what_was_tokenised_is_told_from_what_was_known(api: Api) -> None:
+    """And the usage is that of the whole prompts."""
+    before, prompt_tokens = values(api, TOKENIZED_TOKENS), 0
+    conversation = agent_session(11, turns=6, tools=2, rules=4)
+    for turn in range(6):
+        body = {"model": MODEL, "max_tokens": 1, **conversation.body(turn)}
+        reply = api.post("/v1/messages", body, "key of the known", **session("known"))
+        used = reply.json()["usage"]
+        prompt_tokens += (
+            used["input_tokens"]
+            + used["cache_read_input_tokens"]
+            + used["cache_creation_input_tokens"]
+        )
+    found = grown(api, TOKENIZED_TOKENS, before)
+    assert found[("known",)] + found[("new",)] == prompt_tokens
+    # Of the first turn nothing, of each later one what the turn before had.
+    assert 0.6 < found[("known",)] / prompt_tokens < 0.9
+
+
+@pytest.mark.parametrize("scope", ["session", "org"])
+def test_what_was_tokenised_is_known_to_those_alone_who_may_read_the_prompt(
+    api: Api, scope: str
+) -> None:
+    """Whose prompt was here before, nobody else can tell by the time that tokenising takes."""
+    body = {"model": MODEL, "max_tokens": 1, **agent_session(12, 3, 2, 4).body(2)}
+    body["messages"][-1]["content"][-1]["cache_control"] = {**EPHEMERAL, "scope": scope}
+    key, other = f"key of the {scope}", f"another than that of the {scope}"
+    known = []
+    for asked_by, said in (
+        (key, session("one")),
+        (key, session("one")),
+        (key, session("two")),
+        (key, {}),
+        (key, {}),
+        (other, session("one")),
+    ):
+        before = values(api, TOKENIZED_TOKENS)
+        api.post("/v1/messages", body, asked_by, **said).raise_for_status()
+        known.append(("known",) in grown(api, TOKENIZED_TOKENS, before))
+    of_org = scope == "org"
+    assert known == [False, True, of_org, of_org, of_org, False]
 
 
 def test_each_stage_of_a_request_is_timed(api: Api) -> None:

@@ -1,30 +1,18 @@
 """The tokenising of prompts in vLLM's own hands: the same tokens, of what is new alone."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
 from demo.session import agent_session, marked
 from tests.engine.rendered import Rendering
-from vllm_cachescope.api.request_context import RequestContext, current_request
 from vllm_cachescope.connectors.vllm.api_server import tokenizing
 from vllm_cachescope.prompt.request import Protocol
 from vllm_cachescope.tenancy.scope import Caller
 
 ACME = Caller("acme", "s")
 TURNS = 14
-
-
-@contextmanager
-def asked_by(caller: Caller) -> Iterator[None]:
-    token = current_request.set(RequestContext(caller))
-    try:
-        yield
-    finally:
-        current_request.reset(token)
 
 
 @pytest.fixture(scope="module", params=["chatml", "inst", "headers"])
@@ -43,10 +31,10 @@ def bodies(seed: int = 0) -> list[dict[str, Any]]:
     return [{"model": "m", "max_tokens": 4, **session.body(turn)} for turn in range(TURNS)]
 
 
-async def prompt(rendering: Rendering, body: dict[str, Any], caller: Caller = ACME) -> str:
+async def prompt(rendering: Rendering, body: dict[str, Any], caller: Caller | None = ACME) -> str:
     """Render a prompt, and see that its tokens are those of its text; return the text."""
-    with asked_by(caller):
-        tokens, text = await rendering.prompt(Protocol.MESSAGES, body)
+    rendering.readers = caller
+    tokens, text = await rendering.prompt(Protocol.MESSAGES, body)
     assert tokens == rendering.tokenizer(text, add_special_tokens=False)["input_ids"]
     return text
 
@@ -70,7 +58,7 @@ async def test_only_what_is_new_is_tokenised(rendering) -> None:
 async def test_nobody_elses_prompt_tells_what_was_tokenised(rendering) -> None:
     body = bodies()[-1]
     text = await prompt(rendering, body)
-    for caller in (Caller("acme", "t"), Caller("zeta", "s"), Caller("acme", None)):
+    for caller in (Caller("acme", "t"), Caller("zeta", "s"), Caller("acme"), None, None):
         rendering.tokenized.clear()
         assert await prompt(rendering, body, caller) == text
         assert rendering.tokenized == [text]
@@ -82,8 +70,8 @@ async def test_nobody_elses_prompt_tells_what_was_tokenised(rendering) -> None:
 
 async def test_beginnings_that_are_rendered_for_boundaries_are_no_prompts(rendering) -> None:
     body = marked(agent_session(1, turns=2, tools=4, rules=6).body(1))
-    with asked_by(ACME):
-        await rendering.rendered(Protocol.MESSAGES, {"model": "m", "max_tokens": 4, **body})
+    rendering.readers = ACME
+    await rendering.rendered(Protocol.MESSAGES, {"model": "m", "max_tokens": 4, **body})
     assert rendering.boundaries._rendering._tokenizing._known.nbytes == 0  # noqa: SLF001
 
 
@@ -128,7 +116,8 @@ async def test_a_prompt_that_is_too_long_is_refused_in_vllms_own_words(rendering
         text = "tide " * longest
         longer = {**body, "messages": [*messages, {"role": "assistant", "content": "Yes."}]}
         longer["messages"] += [{"role": "user", "content": text}]
-        with asked_by(caller), pytest.raises(Exception, match="context length") as refused:
+        rendering.readers = caller
+        with pytest.raises(Exception, match="context length") as refused:
             await rendering.prompt(Protocol.MESSAGES, longer)
         found.append(str(refused.value))
     assert found[0] == found[1]

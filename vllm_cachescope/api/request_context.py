@@ -68,6 +68,8 @@ class RequestContext:
             whose client has disconnected; None if there is none.
         is_recorded: whether somebody keeps the request's record, and wants every report.
         stages: seconds that caching itself has taken of the request, by stage; see `stage`.
+        known_tokens: tokens of its prompts that were known, and not tokenised.
+        new_tokens: tokens of its prompts that were tokenised.
         traces: the adapter's own notes for the traces of the request's prompts, by nonce.
         recorded: nonces of the prompts that a record has.
         ends_session: whether the client says that its session is over with this request.
@@ -91,6 +93,8 @@ class RequestContext:
     fetching: Task[None] | None = None
     is_recorded: bool = False
     stages: dict[str, float] = field(default_factory=dict)
+    known_tokens: int = 0
+    new_tokens: int = 0
     traces: dict[str, Any] = field(default_factory=dict)
     recorded: set[str] = field(default_factory=set)
     ends_session: bool = False

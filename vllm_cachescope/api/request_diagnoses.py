@@ -245,6 +245,7 @@ class RequestDiagnoses:
     ) -> None:
         """Count and record what is over of a request, and was not yet."""
         self._services.stage_times.count(context)
+        self._services.tokenized.count(context)
         self._services.recorder.record(context, diagnosis, response_id)
 
     def record(self, context: RequestContext) -> None:

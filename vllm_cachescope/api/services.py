@@ -23,6 +23,7 @@ from vllm_cachescope.api.recorder import Recorder, Trace
 from vllm_cachescope.api.request_details import RequestDetails
 from vllm_cachescope.api.session_exchange import SessionExchange
 from vllm_cachescope.api.stage_times import StageTimes
+from vllm_cachescope.api.tokenized_counts import TokenizedCounts
 from vllm_cachescope.api.viewer import Viewer, viewer_of
 from vllm_cachescope.cache.runs import Ended
 from vllm_cachescope.config import Config
@@ -115,6 +116,7 @@ class Services:
         operations: answers what an operator asks.
         ignored_markers: counts the markers that requests are served without.
         stage_times: counts what caching itself takes of requests.
+        tokenized: counts tokens of prompts by whether they were known.
         count_queued: notes that so many more requests wait to be diagnosed.
         recorder: makes the records of the requests that are over.
         endings: tells the engines how answers ended; None where their policy does not ask.
@@ -131,6 +133,7 @@ class Services:
     operations: Operations
     ignored_markers: IgnoredMarkers
     stage_times: StageTimes
+    tokenized: TokenizedCounts
     count_queued: Callable[[int], object]
     recorder: Recorder
     endings: Endings | None
@@ -245,6 +248,7 @@ class Services:
             operations,
             IgnoredMarkers(server.registry, server.model_name),
             StageTimes(server.registry, server.model_name),
+            TokenizedCounts(server.registry, server.model_name),
             queued.labels(server.model_name, NO_ENGINE).inc,
             recorder,
             endings,

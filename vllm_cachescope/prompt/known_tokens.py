@@ -70,8 +70,8 @@ class _Known:
 class KnownTokens:
     """Remembers the tokens of prompts up to some of their special tokens.
 
-    What one session has sent serves no other, not even of its organisation: how long a prompt takes
-    tells nothing of them. Texts are remembered by their hashes alone. Safe for threads.
+    What is kept for some readers serves no others: how long a prompt takes tells them nothing.
+    Texts are remembered by their hashes alone. Safe for threads.
 
     Args:
         ids: the special tokens by their text at which a text may be cut: those that a tokenizer
@@ -121,23 +121,23 @@ class KnownTokens:
         ids = [self._ids[match.group()] for match in found]
         return Cuts(ids, [match.start() for match in found], hashes)
 
-    def find(self, caller: Caller, cuts: Cuts) -> Beginning | None:
+    def find(self, readers: Caller, cuts: Cuts) -> Beginning | None:
         """Return the longest beginning of a text whose tokens are known; None if there is none.
 
         Args:
-            caller: who sends it.
+            readers: who may find it, the sender among them.
             cuts: those of the text.
         """
         self._drop_old()
         for cut in range(len(cuts.hashes) - 1, -1, -1):
-            known = self._known.get(caller.org, (caller.session, cuts.hashes[cut]))
+            known = self._known.get(readers.org, (readers.session, cuts.hashes[cut]))
             if known is not None:
                 return Beginning(cut, known.tokens[: known.count])
         return None
 
     def keep(
         self,
-        caller: Caller,
+        readers: Caller,
         cuts: Cuts,
         rest: Sequence[int],
         beginning: Beginning | None = None,
@@ -145,7 +145,7 @@ class KnownTokens:
         """Remember the tokens of a text, up to its last special token and to some before.
 
         Args:
-            caller: who has sent it.
+            readers: who may find them: an organisation, or one session of it.
             cuts: those of the text.
             rest: its tokens behind ``beginning``.
             beginning: what was known of it; None for nothing.
@@ -163,8 +163,8 @@ class KnownTokens:
         nbytes = _ENTRY_BYTES + tokens.itemsize * len(tokens) // len(wanted)
         now = self._clock()
         for cut in wanted:
-            key = caller.session, cuts.hashes[cut]
-            self._known.put(caller.org, key, _Known(tokens, places[cut - first], nbytes, now))
+            key = readers.session, cuts.hashes[cut]
+            self._known.put(readers.org, key, _Known(tokens, places[cut - first], nbytes, now))
 
     def purge(self, org: str | None = None, session: str | None = None) -> None:
         """Drop what is remembered of ``org``, or of one session of ``org``; with None, of all."""

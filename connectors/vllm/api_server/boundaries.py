@@ -61,7 +61,8 @@ class Boundaries:
 
     Args:
         state: the API server's state, with its renderer and endpoint handlers.
-        on_tokenizing: called when the server is about to tokenise a prompt.
+        on_tokenizing: called when the server is about to tokenise a prompt; returns who may find
+            what is kept of its tokens, None for nobody.
         account_of: returns who answers for an organisation, by its id.
         token_bytes: memory for the tokens of recent prompts, in bytes; 0 to keep none.
     """
@@ -69,7 +70,7 @@ class Boundaries:
     def __init__(
         self,
         state: Any,
-        on_tokenizing: Callable[[], None] = lambda: None,
+        on_tokenizing: Callable[[], Caller | None] = lambda: None,
         account_of: AccountOf = own_account,
         token_bytes: int = 0,
     ) -> None:

@@ -1,7 +1,6 @@
 """The planner of prompts: which tokens are shared how widely, and kept how long."""
 
 import asyncio
-from asyncio import Task
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from vllm_cachescope.prompt.region_defaults import RegionDefaults
 from vllm_cachescope.prompt.request import PromptRequest
 from vllm_cachescope.prompt.segments import Segment, segments
 from vllm_cachescope.tenancy.caller import CallerDirectory
+from vllm_cachescope.tenancy.owner_tags import readers
 from vllm_cachescope.tenancy.scope import Caller
 
 _Rendered = tuple[tuple[Segment, ...], list[RenderedPrefix | None]]
@@ -61,7 +61,10 @@ class Planner:
         """
         if context.request is None:
             return self.plan_whole(caller, len(tokens))
-        cut, prefixes = await self._rendering(context, context.request)
+        if context.rendering is None:
+            self._render_later(context, context.request)
+        assert context.rendering is not None
+        cut, prefixes = await context.rendering
         with context.stage("boundaries"):
             ends = await self._boundaries.ends(prefixes, context.request.protocol, tokens, text)
         return self._plan(cut, ends, caller)
@@ -71,20 +74,27 @@ class Planner:
         operator's defaults."""
         return self._plan((self._defaults.whole(caller),), [tokens], caller)
 
-    def _on_tokenizing(self) -> None:
-        """The server tokenises a prompt on another thread; render its segments meanwhile."""
+    def _on_tokenizing(self) -> Caller | None:
+        """The server tokenises a prompt on another thread; render its segments meanwhile. Return
+        who may find what is kept of its tokens: whoever may read all of it."""
         context = current_request.get()
-        if context is not None and context.request is not None:
-            self._rendering(context, context.request)
+        if context is None or context.request is None:
+            return None
+        cut = self._render_later(context, context.request)
+        # Scopes only narrow along a prompt.
+        return readers(cut[-1].scope, context.caller)
 
-    def _rendering(self, context: RequestContext, request: PromptRequest) -> Task[_Rendered]:
-        if context.rendering is None:
-            rendering = self._render(request, context)
-            context.rendering = asyncio.get_running_loop().create_task(rendering)
-        return context.rendering
-
-    async def _render(self, request: PromptRequest, context: RequestContext) -> _Rendered:
+    def _render_later(self, context: RequestContext, request: PromptRequest) -> tuple[Segment, ...]:
+        """Have the segments of a prompt rendered, unless they are already; return them."""
         cut = segments(request, self._defaults.of(context.caller))
+        if context.rendering is None:
+            rendering = self._render(request, context, cut)
+            context.rendering = asyncio.get_running_loop().create_task(rendering)
+        return cut
+
+    async def _render(
+        self, request: PromptRequest, context: RequestContext, cut: tuple[Segment, ...]
+    ) -> _Rendered:
         with context.stage("boundaries"):
             found = await self._boundaries.prefixes(request, context.body, cut, context.caller)
         return cut, found

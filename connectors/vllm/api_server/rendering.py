@@ -71,7 +71,8 @@ class Rendering:
 
     Args:
         state: the API server's state, with its renderer and endpoint handlers.
-        on_tokenizing: called when the server is about to tokenise a prompt.
+        on_tokenizing: called when the server is about to tokenise a prompt; returns who may find
+            what is kept of its tokens, None for nobody.
         account_of: returns who answers for an organisation, by its id.
         token_bytes: memory for the tokens of recent prompts, in bytes; 0 to keep none.
 
@@ -82,7 +83,7 @@ class Rendering:
     def __init__(
         self,
         state: Any,
-        on_tokenizing: Callable[[], None],
+        on_tokenizing: Callable[[], Caller | None],
         account_of: AccountOf = own_account,
         token_bytes: int = 0,
     ) -> None:
@@ -103,8 +104,7 @@ class Rendering:
                 raise _Rendered(prompts[0]["prompt"])
             if _is_ours.get():
                 return await self._tokenize(prompts, params)
-            on_tokenizing()
-            return await self._tokenizing(prompts, params)
+            return await self._tokenizing(prompts, params, on_tokenizing())
 
         self._renderer.tokenize_prompts_async = tokenize_prompts_async
         _follow_conversions(getattr(state, "anthropic_serving_messages", None))

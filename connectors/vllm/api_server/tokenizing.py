@@ -46,31 +46,39 @@ class Tokenizing:
         if self._known is not None:
             self._known.purge(org, session)
 
-    async def __call__(self, prompts: Sequence[Any], params: Any) -> Any:
-        """Do what the renderer's `tokenize_prompts_async` does."""
-        context, known = current_request.get(), self._known
-        if known is None or context is None or not _is_plain(prompts, params):
-            return await self._tokenize(prompts, params)
-        (prompt,), caller = prompts, context.caller
-        text = prompt["prompt"]
+    async def __call__(self, prompts: Sequence[Any], params: Any, readers: Caller | None) -> Any:
+        """Do what the renderer's `tokenize_prompts_async` does.
+
+        Args:
+            prompts, params: as it takes them.
+            readers: who may find what is kept of the prompt: nobody else can tell by the time that
+                this takes whether such a prompt was here before. None to keep nothing.
+        """
+        if self._known is None or readers is None or not _is_plain(prompts, params):
+            tokenized = await self._tokenize(prompts, params)
+            _count(tokenized)
+            return tokenized
+        (prompt,) = prompts
+        cuts, tokens = None, None
         try:
-            cuts = known.cuts(text)
-            if (tokens := await self._known_beginning(caller, text, cuts, params)) is not None:
-                return await self._tokenize([{**prompt, "prompt_token_ids": tokens}], params)
+            cuts = self._known.cuts(prompt["prompt"])
+            tokens = await self._go_on(self._known, readers, prompt["prompt"], cuts, params)
         except Exception:
             logger.exception("What is known of a prompt's tokens could not be used")
-            return await self._tokenize(prompts, params)
+        if tokens is not None:
+            return await self._tokenize([{**prompt, "prompt_token_ids": tokens}], params)
         tokenized = await self._tokenize(prompts, params)
-        known.keep(caller, cuts, tokenized[0]["prompt_token_ids"])
+        _count(tokenized)
+        if self._known is not None and cuts is not None:
+            self._known.keep(readers, cuts, tokenized[0]["prompt_token_ids"])
         return tokenized
 
-    async def _known_beginning(
-        self, caller: Caller, text: str, cuts: Cuts, params: Any
+    async def _go_on(
+        self, known: KnownTokens, readers: Caller, text: str, cuts: Cuts, params: Any
     ) -> list[int] | None:
         """Return the tokens of a text whose beginning is known; None if it is not, or if vLLM is
         to refuse the text for its length."""
-        known = self._known
-        if known is None or (beginning := known.find(caller, cuts)) is None:
+        if (beginning := known.find(readers, cuts)) is None:
             return None
         rest = [{"prompt": text[cuts.starts[beginning.cut] :]}]
         try:
@@ -83,7 +91,8 @@ class Tokenizing:
             return None
         if self._is_to_be_checked() and not await self._agrees(text, tokens, params):
             return None
-        known.keep(caller, cuts, ids, beginning)
+        known.keep(readers, cuts, ids, beginning)
+        _count([tail], known=len(beginning.tokens))
         return tokens
 
     def _is_to_be_checked(self) -> bool:
@@ -128,6 +137,18 @@ def known_tokens_of(
         else:
             ids[token.content] = number
     return KnownTokens(ids, others, limit=token_bytes, account_of=account_of) if ids else None
+
+
+def _count(tokenized: Sequence[Any], known: int = 0) -> None:
+    """Have the request's context count what was tokenised for it, and what was known."""
+    context = current_request.get()
+    if context is not None:
+        context.known_tokens += known
+        context.new_tokens += sum(
+            len(prompt["prompt_token_ids"])
+            for prompt in tokenized
+            if isinstance(prompt, dict) and "prompt" in prompt and "prompt_token_ids" in prompt
+        )
 
 
 def _is_plain(prompts: Sequence[Any], params: Any) -> bool:

@@ -1,0 +1,33 @@
+"""The counts of prompts' tokens, by whether they were tokenised or known."""
+
+from prometheus_client import CollectorRegistry, Counter
+
+from vllm_cachescope.api.request_context import RequestContext
+from vllm_cachescope.metrics import TOKENIZED_TOKENS
+from vllm_cachescope.registration import counter
+
+
+class TokenizedCounts:
+    """Counts how many tokens of prompts were known.
+
+    Args:
+        registry: where the counter is registered.
+        model_name: the model's name in vLLM's own metrics.
+    """
+
+    def __init__(self, registry: CollectorRegistry, model_name: str) -> None:
+        self._tokens = counter(TOKENIZED_TOKENS, registry)
+        self._model_name = model_name
+        self._of: dict[tuple[str, str], Counter] = {}
+
+    def count(self, context: RequestContext) -> None:
+        """Count the tokens of a request that is over, unless they were counted before."""
+        found = {"known": context.known_tokens, "new": context.new_tokens}
+        context.known_tokens = context.new_tokens = 0
+        if not any(found.values()):
+            return
+        for source, tokens in found.items():
+            key = context.engine, source
+            if key not in self._of:
+                self._of[key] = self._tokens.labels(self._model_name, *key)
+            self._of[key].inc(tokens)
