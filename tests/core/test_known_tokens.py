@@ -222,6 +222,19 @@ def test_memory_is_bounded_and_goes_by_last_use(tokenizer) -> None:
     assert held[0] and held[-1] and not held[1] and sum(held) < 40
 
 
+def test_a_prompts_tokens_go_with_its_last_cut(tokenizer) -> None:
+    """Those in front of the others are a part of them, and cannot outlive the bound."""
+    known, prompts = known_of(tokenizer), turns(6, 8)
+    text = prompts[-1]
+    cuts = known.cuts(text)
+    known.keep(ACME, cuts, ids(tokenizer, text))
+    earlier = known.cuts(text[: cuts.starts[-4] + 1] + "|start|>")
+    found = known.find(ACME, earlier)
+    assert found is not None and found.cut == len(cuts.starts) - 4
+    known._known.purge("acme", lambda key, _: key[1] == cuts.hashes[-1])  # noqa: SLF001
+    assert known.find(ACME, earlier) is None
+
+
 def test_a_tokenizer_that_does_not_cut_its_tokens_out_is_not_relied_on(tokenizer) -> None:
     """What it makes of a text has other special tokens than the text."""
     known, text = known_of(tokenizer), turns(4, 1)[0]

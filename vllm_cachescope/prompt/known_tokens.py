@@ -9,9 +9,12 @@ tokens of the other: from there on a text can be tokenised by itself.
 import re
 import time
 from array import array
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
+from weakref import ref
 
 import numpy as np
 
@@ -22,7 +25,7 @@ from vllm_cachescope.tenancy.shares import AccountOf, own_account
 KEPT_S = 3600.0
 """How long the tokens of a prompt are kept, in seconds."""
 
-MAX_CUTS = 4096
+MAX_CUTS = 1024
 """Of a prompt with more special tokens than that the last ones are looked at."""
 
 _ENTRY_BYTES = 400
@@ -59,9 +62,16 @@ class Beginning:
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """The first ``count`` of ``tokens``, which other cuts of the prompt have as well."""
+    """The tokens in front of a cut.
 
-    tokens: "array[int]"
+    Attributes:
+        tokens: returns the prompt's tokens, which its last cut keeps; None if that is gone.
+        count: how many of them are in front of this cut.
+        nbytes: about how much memory it takes, in bytes.
+        kept_at: when it was kept, in seconds.
+    """
+
+    tokens: Callable[[], "array[int] | None"]
     count: int
     nbytes: int
     kept_at: float
@@ -110,8 +120,8 @@ class KnownTokens:
         """Return where a text may be cut."""
         if self._pattern is None:
             return Cuts((), (), ())
-        found = [one for one in self._pattern.finditer(text) if one.group() in self._ids]
-        del found[:-MAX_CUTS]
+        matches = (one for one in self._pattern.finditer(text) if one.group() in self._ids)
+        found = deque(matches, MAX_CUTS)
         state, hashes, done = sha256(), [], 0
         for match in found:
             start = match.start()
@@ -131,8 +141,8 @@ class KnownTokens:
         self._drop_old()
         for cut in range(len(cuts.hashes) - 1, -1, -1):
             known = self._known.get(readers.org, (readers.session, cuts.hashes[cut]))
-            if known is not None:
-                return Beginning(cut, known.tokens[: known.count])
+            if known is not None and (tokens := known.tokens()) is not None:
+                return Beginning(cut, tokens[: known.count])
         return None
 
     def keep(
@@ -160,11 +170,13 @@ class KnownTokens:
         places = self._places(tokens, len(known), cuts.ids[first:])
         if places is None:
             return
-        nbytes = _ENTRY_BYTES + tokens.itemsize * len(tokens) // len(wanted)
-        now = self._clock()
-        for cut in wanted:
-            key = readers.session, cuts.hashes[cut]
-            self._known.put(readers.org, key, _Known(tokens, places[cut - first], nbytes, now))
+        now, held = self._clock(), ref(tokens)
+        for cut in reversed(wanted):
+            known_here = _Known(held, places[cut - first], _ENTRY_BYTES, now)
+            if cut == wanted[0]:
+                nbytes = _ENTRY_BYTES + tokens.itemsize * len(tokens)
+                known_here = _Known(partial(_itself, tokens), known_here.count, nbytes, now)
+            self._known.put(readers.org, (readers.session, cuts.hashes[cut]), known_here)
 
     def purge(self, org: str | None = None, session: str | None = None) -> None:
         """Drop what is remembered of ``org``, or of one session of ``org``; with None, of all."""
@@ -186,6 +198,10 @@ class KnownTokens:
         if values[places].tolist() != list(ids):
             return None
         return [start + place for place in places.tolist()]
+
+
+def _itself(tokens: "array[int]") -> "array[int]":
+    return tokens
 
 
 def _spread(start: int, end: int) -> list[int]:

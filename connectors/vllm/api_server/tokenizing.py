@@ -1,5 +1,6 @@
 """The tokenising of prompts by vLLM's own tokenizer, of which what is known is not done again."""
 
+import asyncio
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -23,6 +24,11 @@ SHORTEST = 2_000
 """Characters from which on a prompt is looked up: a shorter one is tokenised as quickly."""
 
 
+LARGE = 2**18
+"""Characters from which on a prompt is looked through on a thread of its own, so that streams of
+others go on: it may be nothing but special tokens."""
+
+
 class Tokenizing:
     """Tokenises prompts, each from where its beginning is known.
 
@@ -35,7 +41,6 @@ class Tokenizing:
     def __init__(
         self, renderer: Any, token_bytes: int, account_of: AccountOf = own_account
     ) -> None:
-        self._renderer = renderer
         self._tokenize = renderer.tokenize_prompts_async
         self._known = known_tokens_of(renderer, token_bytes, account_of)
         self._found = itertools.count()
@@ -61,7 +66,7 @@ class Tokenizing:
         (prompt,) = prompts
         cuts, tokens = None, None
         try:
-            cuts = self._known.cuts(prompt["prompt"])
+            cuts = await _cuts(self._known, prompt["prompt"])
             tokens = await self._go_on(self._known, readers, prompt["prompt"], cuts, params)
         except Exception:
             logger.exception("What is known of a prompt's tokens could not be used")
@@ -137,6 +142,12 @@ def known_tokens_of(
         else:
             ids[token.content] = number
     return KnownTokens(ids, others, limit=token_bytes, account_of=account_of) if ids else None
+
+
+async def _cuts(known: KnownTokens, text: str) -> Cuts:
+    if len(text) < LARGE:
+        return known.cuts(text)
+    return await asyncio.to_thread(known.cuts, text)
 
 
 def _count(tokenized: Sequence[Any], known: int = 0) -> None:
