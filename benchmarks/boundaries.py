@@ -32,10 +32,10 @@ from vllm_cachescope.prompt.segments import RegionDefault, segments
 from vllm_cachescope.tenancy.scope import Caller, Scope
 from vllm_cachescope.wire import READERS, strip
 
-# Turns of an agent session whose prompts have about this many tokens.
 TOKEN_BYTES = 64 * 2**20
 """Of known tokens, in bytes."""
 
+# Turns of an agent session whose prompts have about this many tokens.
 HISTORIES = {"8k": 11, "50k": 150, "150k": 485}
 
 _DEFAULTS = {

@@ -19,6 +19,7 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 from vllm_cachescope.connectors.vllm.api_server.tokenizing import known_tokens_of
+from vllm_cachescope.prompt.boundaries import SpecialTokens
 from vllm_cachescope.prompt.known_tokens import KnownTokens
 from vllm_cachescope.tenancy.scope import Caller
 
@@ -208,7 +209,9 @@ def test_what_is_purged_is_not_known(tokenizer) -> None:
 
 
 def test_memory_is_bounded_and_goes_by_last_use(tokenizer) -> None:
-    known = KnownTokens({"<|start|>": tokenizer.convert_tokens_to_ids("<|start|>")}, limit=60_000)
+    known = KnownTokens(
+        SpecialTokens({"<|start|>": tokenizer.convert_tokens_to_ids("<|start|>")}), limit=60_000
+    )
     prompts = [turns(seed, 1)[0] for seed in range(40)]
     for number, text in enumerate(prompts):
         cuts = known.cuts(text)
@@ -265,7 +268,7 @@ def test_without_memory_nothing_is_kept(tokenizer) -> None:
 def test_tokens_are_kept_for_an_hour(tokenizer) -> None:
     now = [0.0]
     ids_of = {"<|start|>": tokenizer.convert_tokens_to_ids("<|start|>")}
-    known = KnownTokens(ids_of, limit=2**20, clock=lambda: now[0])
+    known = KnownTokens(SpecialTokens(ids_of), limit=2**20, clock=lambda: now[0])
     first, second = turns(5, 2)
     asked(known, tokenizer, first)
     now[0] = 1800.0

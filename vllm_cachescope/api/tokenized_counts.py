@@ -1,6 +1,6 @@
 """The counts of prompts' tokens, by whether they were tokenised or known."""
 
-from prometheus_client import CollectorRegistry, Counter
+from prometheus_client import CollectorRegistry
 
 from vllm_cachescope.api.request_context import RequestContext
 from vllm_cachescope.metrics import TOKENIZED_TOKENS
@@ -18,7 +18,6 @@ class TokenizedCounts:
     def __init__(self, registry: CollectorRegistry, model_name: str) -> None:
         self._tokens = counter(TOKENIZED_TOKENS, registry)
         self._model_name = model_name
-        self._of: dict[tuple[str, str], Counter] = {}
 
     def count(self, context: RequestContext) -> None:
         """Count the tokens of a request that is over, unless they were counted before."""
@@ -27,7 +26,4 @@ class TokenizedCounts:
         if not any(found.values()):
             return
         for source, tokens in found.items():
-            key = context.engine, source
-            if key not in self._of:
-                self._of[key] = self._tokens.labels(self._model_name, *key)
-            self._of[key].inc(tokens)
+            self._tokens.labels(self._model_name, context.engine, source).inc(tokens)

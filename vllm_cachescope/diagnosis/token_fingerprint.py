@@ -1,11 +1,11 @@
 """The fingerprint of a prompt's tokens, by which the next prompt is compared."""
 
-from array import array
 from collections.abc import Sequence
 from hashlib import sha256
 from hmac import digest
 
 from vllm_cachescope.cache.prefix_hashes import HASH_BYTES, PrefixHashes, step_for
+from vllm_cachescope.prompt.token_array import token_array
 
 
 def fingerprint_tokens(tokens: Sequence[int], block_tokens: int, secret: bytes) -> PrefixHashes:
@@ -17,9 +17,7 @@ def fingerprint_tokens(tokens: Sequence[int], block_tokens: int, secret: bytes) 
         secret: key of the hashes.
     """
     step = step_for(len(tokens), block_tokens)
-    ids = array("I")
-    # Faster than the constructor, which writes to each token to count references.
-    ids.fromlist(tokens if isinstance(tokens, list) else list(tokens))
+    ids = token_array(tokens)
     data = memoryview(ids).cast("B")
     width = ids.itemsize * step
     state = sha256(digest(secret, b"tokens", "sha256"))

@@ -8,8 +8,10 @@ nothing after the part, whatever the chat template does.
 
 import re
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 _CLOSING = 64  # elements at the end of a shortened rendering that close its template
 
@@ -59,10 +61,22 @@ class SpecialTokens:
 
     def __init__(self, ids: Mapping[str, int]) -> None:
         self._ids = dict(ids)
-        self._id_set = frozenset(ids.values())
+        self._id_array = np.array(sorted(ids.values()), dtype=np.int64)
         # Longest first: tokenizers take the longest special token that matches.
         texts = sorted(ids, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, texts))) if texts else None
+
+    def matches(self, text: str) -> Iterator[tuple[re.Match[str], int]]:
+        """Yield where the special tokens are in a text, in order, each with its id."""
+        if self._pattern is not None:
+            for match in self._pattern.finditer(text):
+                yield match, self._ids[match.group()]
+
+    def positions(self, tokens: Sequence[int]) -> list[int]:
+        """Return where the special tokens are among ``tokens``, quickest where these are an
+        array."""
+        found: list[int] = np.flatnonzero(np.isin(np.asarray(tokens), self._id_array)).tolist()
+        return found
 
     def landmarks(self, text: str, tokens: Sequence[int]) -> list[Landmark]:
         """Return the special tokens of a prompt, in order.
@@ -74,23 +88,17 @@ class SpecialTokens:
             text: the prompt's text.
             tokens: the prompt's token ids.
         """
-        if self._pattern is None:
-            return []
-        matches = list(self._pattern.finditer(text))
-        id_set = self._id_set
-        positions = [i for i, token in enumerate(tokens) if token in id_set]
+        matches = list(self.matches(text))
+        positions = self.positions(tokens)
         # A tokenizer may put special tokens of its own in front; these are not in the text.
         added = len(positions) - len(matches)
         if added < 0 or positions[:added] != list(range(added)):
             return []
         found = [
             Landmark(match.start(), match.end(), position)
-            for match, position in zip(matches, positions[added:], strict=True)
+            for (match, _), position in zip(matches, positions[added:], strict=True)
         ]
-        same = all(
-            tokens[at.token] == self._ids[match.group()]
-            for match, at in zip(matches, found, strict=True)
-        )
+        same = all(tokens[at.token] == id_ for (_, id_), at in zip(matches, found, strict=True))
         return found if same else []
 
 

@@ -6,18 +6,16 @@ tokens out of a text before anything else, and what is on one side of one has no
 tokens of the other: from there on a text can be tokenised by itself.
 """
 
-import re
 import time
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
-from functools import partial
 from hashlib import sha256
 from weakref import ref
 
-import numpy as np
-
+from vllm_cachescope.prompt.boundaries import SpecialTokens
+from vllm_cachescope.prompt.token_array import token_array
 from vllm_cachescope.tenancy.scope import Caller
 from vllm_cachescope.tenancy.shared_memo import SharedMemo
 from vllm_cachescope.tenancy.shares import AccountOf, own_account
@@ -84,9 +82,8 @@ class KnownTokens:
     Texts are remembered by their hashes alone. Safe for threads.
 
     Args:
-        ids: the special tokens by their text at which a text may be cut: those that a tokenizer
-            finds in a text as it came, with nothing in front of them.
-        others: the texts of other tokens that a tokenizer finds at the same time.
+        special: the special tokens that a tokenizer finds in a text as it came.
+        odd: ids of those at which a text may not be cut: they look at what is in front of them.
         limit: memory for the tokens of all organisations, in bytes; 4 bytes each.
         account_of: returns who answers for an organisation, by its id.
         clock: seconds, never running backwards.
@@ -94,19 +91,16 @@ class KnownTokens:
 
     def __init__(
         self,
-        ids: Mapping[str, int],
-        others: Iterable[str] = (),
+        special: SpecialTokens,
+        odd: Container[int] = frozenset(),
         *,
         limit: int,
         account_of: AccountOf = own_account,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._clock = clock
-        self._ids = dict(ids)
-        self._all_ids = np.array(sorted(self._ids.values()), dtype=np.uint32)
-        # Longest first: tokenizers take the longest special token that matches.
-        texts = sorted({*ids, *others} if ids else (), key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, texts))) if texts else None
+        self._special = special
+        self._odd = odd
         self._known: SharedMemo[tuple[str | None, bytes], _Known] = SharedMemo(
             limit, lambda known: known.nbytes, account_of
         )
@@ -118,18 +112,15 @@ class KnownTokens:
 
     def cuts(self, text: str) -> Cuts:
         """Return where a text may be cut."""
-        if self._pattern is None:
-            return Cuts((), (), ())
-        matches = (one for one in self._pattern.finditer(text) if one.group() in self._ids)
+        matches = (one for one in self._special.matches(text) if one[1] not in self._odd)
         found = deque(matches, MAX_CUTS)
         state, hashes, done = sha256(), [], 0
-        for match in found:
+        for match, _ in found:
             start = match.start()
             state.update(text[done:start].encode("utf-8", "surrogatepass"))
             hashes.append(state.copy().digest())
             done = start
-        ids = [self._ids[match.group()] for match in found]
-        return Cuts(ids, [match.start() for match in found], hashes)
+        return Cuts([id_ for _, id_ in found], [match.start() for match, _ in found], hashes)
 
     def find(self, readers: Caller, cuts: Cuts) -> Beginning | None:
         """Return the longest beginning of a text whose tokens are known; None if there is none.
@@ -165,8 +156,7 @@ class KnownTokens:
         wanted = _spread(first + (beginning is not None), len(cuts.hashes))
         if not wanted:
             return
-        tokens = array("I", known)
-        tokens.fromlist(list(rest))
+        tokens = known + token_array(rest)
         places = self._places(tokens, len(known), cuts.ids[first:])
         if places is None:
             return
@@ -175,7 +165,7 @@ class KnownTokens:
             known_here = _Known(held, places[cut - first], _ENTRY_BYTES, now)
             if cut == wanted[0]:
                 nbytes = _ENTRY_BYTES + tokens.itemsize * len(tokens)
-                known_here = _Known(partial(_itself, tokens), known_here.count, nbytes, now)
+                known_here = _Known(lambda: tokens, known_here.count, nbytes, now)
             self._known.put(readers.org, (readers.session, cuts.hashes[cut]), known_here)
 
     def purge(self, org: str | None = None, session: str | None = None) -> None:
@@ -190,18 +180,10 @@ class KnownTokens:
         """Return where special tokens stand among ``tokens``, from ``start`` on; None if these are
         not the ``ids`` that the text has at its end, in this order: then a tokenizer does something
         else with them."""
-        values = np.frombuffer(tokens, dtype=np.uint32)[start:]
-        places = np.flatnonzero(np.isin(values, self._all_ids))
-        if len(places) < len(ids):
-            return None
-        places = places[len(places) - len(ids) :]
-        if values[places].tolist() != list(ids):
-            return None
-        return [start + place for place in places.tolist()]
-
-
-def _itself(tokens: "array[int]") -> "array[int]":
-    return tokens
+        found = self._special.positions(tokens[start:])
+        places = [start + place for place in found if tokens[start + place] not in self._odd]
+        del places[: max(0, len(places) - len(ids))]
+        return places if [tokens[place] for place in places] == list(ids) else None
 
 
 def _spread(start: int, end: int) -> list[int]:

@@ -16,6 +16,7 @@ from vllm_cachescope.logs import logger_of
 from vllm_cachescope.prompt.boundaries import Landmark, common_prefix, last_within
 from vllm_cachescope.prompt.request import Part, PromptRequest, Protocol, Region
 from vllm_cachescope.prompt.segments import Segment
+from vllm_cachescope.prompt.token_array import token_array
 from vllm_cachescope.tenancy.owner_tags import readers
 from vllm_cachescope.tenancy.scope import Caller
 from vllm_cachescope.tenancy.shares import AccountOf, own_account
@@ -132,9 +133,12 @@ class Boundaries:
         by_text = text is not None and any(
             prefix and prefix.text is not None for prefix in prefixes
         )
-        landmarks = self._rendering.special.landmarks(text or "", tokens) if by_text else []
+        ids = array("I")
+        # The engine will refuse a prompt of what is no token.
+        with suppress(OverflowError, TypeError):
+            ids = token_array(tokens) if any(prefixes) else ids
+        landmarks = self._rendering.special.landmarks(text or "", ids) if by_text else []
         ends: list[int] = []
-        ids = _packed(tokens) if any(prefixes) else array("I")
         for prefix in prefixes:
             if prefix is None:
                 ends.append(len(tokens))
@@ -200,15 +204,6 @@ class Boundaries:
         if rendered is None:
             rendered = await self._rendering.tokens(prefix.body, protocol, prefix.readers)
         return common_prefix(rendered, tokens)
-
-
-def _packed(tokens: list[int]) -> "array[int]":
-    """Return tokens as an array: two of these are compared several times faster than two lists.
-    Empty if one of them is none, which the engine will refuse."""
-    ids = array("I")
-    with suppress(OverflowError, TypeError):
-        ids.fromlist(tokens)
-    return ids
 
 
 def _log(path: str, error: Exception) -> None:

@@ -15,6 +15,7 @@ from vllm_cachescope.connectors.vllm.api_server.tokenizing import Tokenizing
 from vllm_cachescope.logs import logger_of
 from vllm_cachescope.prompt.boundaries import SpecialTokens
 from vllm_cachescope.prompt.request import Protocol
+from vllm_cachescope.prompt.token_array import token_array
 from vllm_cachescope.tenancy.scope import Caller
 from vllm_cachescope.tenancy.shared_memo import SharedMemo
 from vllm_cachescope.tenancy.shares import AccountOf, own_account
@@ -130,11 +131,11 @@ class Rendering:
             CannotRender: if the chat template does not take the body.
         """
         if readers is None:
-            return array("I", await self._render(body, protocol))
+            return token_array(await self._render(body, protocol))
         key = readers.session, _content_key(body, protocol)
         if (known := self._tokens.get(readers.org, key)) is not None:
             return known
-        tokens = array("I", await self._render(body, protocol))
+        tokens = token_array(await self._render(body, protocol))
         self._tokens.put(readers.org, key, tokens)
         return tokens
 
@@ -157,7 +158,7 @@ class Rendering:
         """Return the tokens of ``text``, as a part of a prompt."""
         params = self._renderer.default_chat_tok_params
         (prompt,) = await self._tokenize([{"prompt": text}], params)
-        return array("I", prompt["prompt_token_ids"])
+        return token_array(prompt["prompt_token_ids"])
 
     async def _render(self, body: dict[str, Any], protocol: Protocol) -> list[int]:
         """Return the tokens of a body's prompt. Where a template insists on a user message, an

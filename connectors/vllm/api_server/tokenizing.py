@@ -7,6 +7,7 @@ from typing import Any
 
 from vllm_cachescope.api.request_context import current_request
 from vllm_cachescope.logs import logger_of
+from vllm_cachescope.prompt.boundaries import SpecialTokens
 from vllm_cachescope.prompt.known_tokens import Cuts, KnownTokens
 from vllm_cachescope.tenancy.scope import Caller
 from vllm_cachescope.tenancy.shares import AccountOf, own_account
@@ -59,22 +60,19 @@ class Tokenizing:
             readers: who may find what is kept of the prompt: nobody else can tell by the time that
                 this takes whether such a prompt was here before. None to keep nothing.
         """
-        if self._known is None or readers is None or not _is_plain(prompts, params):
-            tokenized = await self._tokenize(prompts, params)
-            _count(tokenized)
-            return tokenized
-        (prompt,) = prompts
         cuts, tokens = None, None
-        try:
-            cuts = await _cuts(self._known, prompt["prompt"])
-            tokens = await self._go_on(self._known, readers, prompt["prompt"], cuts, params)
-        except Exception:
-            logger.exception("What is known of a prompt's tokens could not be used")
+        if self._known is not None and readers is not None and _is_plain(prompts, params):
+            text = prompts[0]["prompt"]
+            try:
+                cuts = await _cuts(self._known, text)
+                tokens = await self._go_on(self._known, readers, text, cuts, params)
+            except Exception:
+                logger.exception("What is known of a prompt's tokens could not be used")
         if tokens is not None:
-            return await self._tokenize([{**prompt, "prompt_token_ids": tokens}], params)
+            return await self._tokenize([{**prompts[0], "prompt_token_ids": tokens}], params)
         tokenized = await self._tokenize(prompts, params)
         _count(tokenized)
-        if self._known is not None and cuts is not None:
+        if self._known is not None and readers is not None and cuts is not None:
             self._known.keep(readers, cuts, tokenized[0]["prompt_token_ids"])
         return tokenized
 
@@ -132,16 +130,13 @@ def known_tokens_of(
     tokenizer = renderer.tokenizer
     if not token_bytes or not getattr(tokenizer, "is_fast", False):
         return None
-    ids: dict[str, int] = {}
-    others: list[str] = []
-    for number, token in getattr(tokenizer, "added_tokens_decoder", {}).items():
-        if token.normalized:
-            continue
-        if token.lstrip or token.single_word:
-            others.append(token.content)
-        else:
-            ids[token.content] = number
-    return KnownTokens(ids, others, limit=token_bytes, account_of=account_of) if ids else None
+    added = getattr(tokenizer, "added_tokens_decoder", {}).items()
+    found = {number: token for number, token in added if not token.normalized}
+    odd = {number for number, token in found.items() if token.lstrip or token.single_word}
+    if len(odd) == len(found):
+        return None
+    special = SpecialTokens({token.content: number for number, token in found.items()})
+    return KnownTokens(special, odd, limit=token_bytes, account_of=account_of)
 
 
 async def _cuts(known: KnownTokens, text: str) -> Cuts:
