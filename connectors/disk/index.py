@@ -85,6 +85,8 @@ _PRAGMAS = (
 _BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL)
 _FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR)
 _BROKEN = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_SCHEMA)
+# A file ends before what it should have: no disk is full, and no second try finds more.
+_CUT_OFF = sqlite3.SQLITE_IOERR_SHORT_READ
 
 
 class IndexFull(StoreFailed):
@@ -362,9 +364,11 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
+        exact = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
         # The lower byte tells the kind.
-        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+        code = exact & 0xFF
         if code in _BUSY:
             raise StoreLate("another process holds the index") from error
-        kind = IndexBroken if code in _BROKEN else IndexFull if code in _FULL else StoreFailed
+        is_broken = code in _BROKEN or exact == _CUT_OFF
+        kind = IndexBroken if is_broken else IndexFull if code in _FULL else StoreFailed
         raise kind(f"its index: {error}") from error

@@ -18,6 +18,7 @@ from tests.redis.engine_side import SLOT, content, keys
 from tests.redis.servers import wait_until
 from vllm_cachescope.connectors.disk import upkeep
 from vllm_cachescope.connectors.disk.directory import Directory
+from vllm_cachescope.connectors.disk.index import Index
 from vllm_cachescope.tiers.envelope import HEADER_BYTES
 
 
@@ -232,16 +233,23 @@ def test_a_file_system_that_becomes_read_only_is_read(small_disk, start_side):
     assert len(again.get_exact(keys(5)).keys) == 5
 
 
-@pytest.mark.parametrize("how", ["at the start", "while it runs"])
-def test_a_damaged_index_is_begun_anew(place, start_side, how):
+@pytest.mark.parametrize("when", ["at the start", "while it runs", "before a checkpoint"])
+@pytest.mark.parametrize("how", ["overwritten", "cut off"])
+def test_a_damaged_index_is_begun_anew(place, start_side, monkeypatch, how, when):
+    if when == "before a checkpoint":
+        # All that is known of the index is in the file of its log.
+        monkeypatch.setattr(Index, "checkpoint", lambda _: None)
     side = start_side(place)
     side.put(keys(20))
-    if how == "at the start":
+    if when == "at the start":
         side.close()
     for path in (index(place), index(place).with_name(index(place).name + "-wal")):
         if path.exists():
-            path.write_bytes(b"no database " * 4000)
-    if how == "at the start":
+            if how == "overwritten":
+                path.write_bytes(b"no database " * 4000)
+            else:
+                os.truncate(path, 1000)
+    if when == "at the start":
         side = start_side(place)
     wait_until(lambda: side.get_exact(keys(20)).keys == {} and side.tier.usable, 10)
     # What nobody knows of any more is deleted, and stored again.
@@ -257,7 +265,8 @@ def stored(side: DiskSide, count: int) -> bool:
 def test_a_directory_that_is_deleted_is_made_anew(place, start_side):
     side = start_side(place)
     side.put(keys(5))
-    subprocess.run(["rm", "-r", str(place)], check=True)
+    # The tier makes it anew meanwhile, which is not empty then where it was.
+    wait_until(lambda: subprocess.run(["rm", "-r", str(place)], check=False).returncode == 0)
     wait_until(lambda: side.get_exact(keys(5)).keys == {} and side.tier.usable)
     wait_until(lambda: bool(side.put(keys(5))) and len(side.get_exact(keys(5)).keys) == 5, 10)
 
