@@ -11,6 +11,13 @@ from vllm_cachescope.metrics import ENDED_ENTRIES
 
 pytestmark = pytest.mark.engine
 
+
+@pytest.fixture(autouse=True)
+def room(api) -> None:
+    """What other tests have left in memory expires: nothing is evicted here."""
+    api.clock.advance(25 * 3600)
+
+
 FOUND = "The handler of uploads is in src/upload.py, and it has no test of its own."
 
 
