@@ -23,7 +23,7 @@ from vllm_cachescope.cache.return_counts import (
     bin_of,
 )
 from vllm_cachescope.cache.return_prices import fit_prices
-from vllm_cachescope.cache.runs import Ended, RequestSignals
+from vllm_cachescope.cache.runs import Ended, Group, RequestSignals
 
 ORGS = (b"", b"acme", b"zeta")
 TTLS = (300, 3600)
@@ -384,3 +384,71 @@ def test_a_clock_that_stands_still_makes_no_price_that_is_no_number() -> None:
     with np.errstate(over="raise", invalid="raise", divide="raise"):
         prices = fit_prices(order.counted())
     assert all(math.isfinite(price) for price in (*prices.cells, *prices.other))
+
+
+def agents_prompts(seed: int) -> list[tuple[float, list[bytes], int]]:
+    """Return what agents ask that share their tools: when, the blocks, and how many are tools."""
+    rng = random.Random(seed)
+    heads = [[b"tools %d/%d" % (h, i) for i in range(rng.randrange(2, 12))] for h in range(3)]
+    asked: dict[int, tuple[list[bytes], int]] = {}
+    found, at = [], 10.0
+    for number in range(60):
+        agent = rng.randrange(10)
+        before, tools = asked.get(agent, ([], 0))
+        if not before or rng.random() < 0.1:
+            head = rng.choice(heads)
+            before, tools = list(head), len(head)
+        new = [b"%d/%d" % (number, block) for block in range(rng.randrange(1, 6))]
+        asked[agent] = [*before, *new], tools
+        at += rng.choice([1.3, 3.7, 20.3, 60.1])
+        found.append((at, asked[agent][0], tools))
+    return found
+
+
+def test_what_requests_use_before_they_are_over_is_learned_as_if_they_were_at_once() -> None:
+    for seed in range(20):
+        once, touched = LearnedOrder(), LearnedOrder()
+        for at, keys, _ in agents_prompts(seed):
+            # As an engine does while it looks up, loads and computes.
+            for key in keys:
+                touched.use(key, 300, at)
+            for order in (once, touched):
+                order.use_request([(keys, 300, b"")], at)
+            gone = once.victims(max(0, len(once) - 60), at, none) or []
+            for order in (once, touched):
+                order.remove_all(gone)
+            assert {key: kind_of(once, key) for key in once.runs} == {
+                key: kind_of(touched, key) for key in touched.runs
+            }
+        returns = [order.counted().returns.sum() for order in (once, touched)]
+        assert returns[0] > 10
+        assert math.isclose(returns[1], returns[0])
+
+
+def kind_of(order: LearnedOrder, key: bytes) -> tuple[int, ...]:
+    return order._counts.kind(order.runs[key].cell)  # noqa: SLF001
+
+
+def test_tools_are_known_as_shared_though_they_live_longer_than_what_follows() -> None:
+    tools = [b"tools/%d" % i for i in range(20)]
+    first, other = [b"first/%d" % i for i in range(4)], [b"other/%d" % i for i in range(6)]
+    for ttl_s in (300, 3600):
+        order, at = LearnedOrder(), 0.0
+        for own in (first, other, [*first, b"first/4"]):
+            at += 10.0
+            order.use_request([(tools, ttl_s, b""), (own, 300, b"")], at)
+        assert {kind_of(order, key)[0] for key in tools} == {Group.SHARED}
+        assert {kind_of(order, key)[0] for key in first} == {Group.CONVERSATION}
+
+
+def test_a_prompt_is_known_as_shared_though_its_end_is_in_another_tier() -> None:
+    tools = [b"tools/%d" % i for i in range(20)]
+    first, other = [b"first/%d" % i for i in range(4)], [b"other/%d" % i for i in range(6)]
+    order = LearnedOrder()
+    order.use_request([([*tools, *first], 300, b"device")], 10.0)
+    order.reassign(first, b"memory", is_long=False)
+    order.use_request([([*tools, *other], 300, b"device")], 20.0)
+    order.reassign(other, b"memory", is_long=False)
+    order.use_request([(tools, 300, b"device"), (first, 300, b"memory")], 30.0)
+    assert {kind_of(order, key)[0] for key in tools} == {Group.SHARED}
+    assert {kind_of(order, key)[0] for key in first} == {Group.CONVERSATION}

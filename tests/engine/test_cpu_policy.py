@@ -11,7 +11,7 @@ from vllm_cachescope.cache.ledger import Ledger
 from vllm_cachescope.cache.runs import RequestSignals
 from vllm_cachescope.config.eviction import EvictionSettings
 from vllm_cachescope.connectors.vllm.engine.tiers import cpu_policy
-from vllm_cachescope.connectors.vllm.engine.tiers.cpu_order import make_order
+from vllm_cachescope.connectors.vllm.engine.tiers.cpu_order import make_learned, make_order
 
 CHUNKS = 100
 
@@ -120,6 +120,9 @@ def test_what_was_learned_is_kept_in_a_file_and_found_again(tmp_path) -> None:
     assert returns() > 5
     again = make_order(EvictionSettings(state_file=path), None, CHUNKS)
     assert again.counted().returns.sum() > 5
+    # The device's order goes on from it as well.
+    on_device = make_learned(EvictionSettings(state_file=path), CHUNKS)
+    assert on_device.counted().returns.sum() > 5
     damaged = tmp_path / "damaged.json"
     damaged.write_text("{damaged")
     assert not make_order(EvictionSettings(state_file=damaged), None, CHUNKS).counted().kinds

@@ -219,6 +219,22 @@ def test_all_tiers_may_be_emptied_while_copies_are_under_way(alone: Replica) -> 
     assert ask(alone, several[0]).read == LENGTH * BLOCK
 
 
+def test_a_block_that_the_device_holds_twice_may_be_evicted_twice_at_once(engine: Replica) -> None:
+    # vLLM computes the last token anew, in another block than the one that is there.
+    chance = random.Random(10)
+    tokens = draw_tokens(chance, 3 * BLOCK)
+    ask(engine, tokens, "acme")
+    for other in prompts(11, 5):
+        ask(engine, other, "globex")
+    # From memory, which keeps its copy; then the last block once more from there each time.
+    for _ in range(6):
+        assert ask(engine, tokens, "acme").read >= 2 * BLOCK
+    for _ in range(2):
+        ask(engine, draw_tokens(chance, 30 * BLOCK), "globex")
+    engine.call(check)
+    assert ask(engine, tokens, "acme").read >= 2 * BLOCK
+
+
 def test_what_is_anothers_is_not_read_wherever_it_lies(engine: Replica) -> None:
     several = prompts(5)
     for tokens in several:

@@ -23,6 +23,7 @@ from vllm_cachescope.cache.runs import (
     RequestSignals,
     Run,
     Stretch,
+    Whole,
     stretches,
 )
 
@@ -66,6 +67,8 @@ class LearnedOrder:
         self._counts = ReturnCounts()
         self._fits = PriceFits(self._counts, compute, on_fit)
         self._run_of: dict[bytes, Run] = {}
+        # Where blocks were before requests used them that are not over.
+        self._touched: dict[bytes, Run] = {}
         self._gone = GoneRuns(self._counts)
         self._ages = RunAges(self._counts, self.places.lower)
         self._used_at = -inf
@@ -102,11 +105,15 @@ class LearnedOrder:
             cell = self._counts.number(OPEN_KIND) * BINS
             run = self._open = Run([], cell, self._moment(now), 0, False)
             run.is_open = True
-        if self._run_of.get(key) is run:
+        old = self._run_of.get(key)
+        if old is run:
             return
+        if old is not None and not old.is_open:
+            self._touched[key] = old
         is_empty = not run.keys
         run.keys.append(key)
         run.size += 1
+        run.whole.size += 1
         self._move(key, run, place)
         run.live += 1
         if is_empty:
@@ -128,7 +135,8 @@ class LearnedOrder:
         keys = [key for piece in pieces for key in piece[0]]
         if not keys:
             return
-        found = list(stretches(keys, self._run_of, self._gone.runs))
+        found = list(stretches(keys, self._run_of, self._gone.runs, self._touched))
+        self._forget_touched(keys)
 
         def on_return(run: Run, stretch: Stretch) -> None:
             self._count_return(run, stretch, now)
@@ -138,6 +146,7 @@ class LearnedOrder:
         start, used_at = 0, self._moment(now)
         ends = iter(parts)
         kind_end, cell, turn, is_shared = next(ends)
+        whole = Whole(kind_end)
         for piece, ttl_s, org in pieces:
             if not piece:
                 continue
@@ -145,12 +154,13 @@ class LearnedOrder:
             piece_end = start + len(piece)
             while start < piece_end:
                 end = min(kind_end, piece_end)
-                run = Run(keys[start:end], cell, used_at, turn, is_shared)
+                run = Run(keys[start:end], cell, used_at, turn, is_shared, whole)
                 self._gather(run, place)
                 self._begin(run, place)
                 start = end
                 if start == kind_end:
                     kind_end, cell, turn, is_shared = next(ends, (len(keys) + 1, 0, 0, False))
+                    whole = Whole(kind_end - start)
         if self._fits.is_due():
             self._gone.advance(now)
         if self._fits.count_request():
@@ -163,6 +173,9 @@ class LearnedOrder:
 
     def remove_all(self, keys: Iterable[bytes]) -> None:
         """Remove ``keys``; those that are not known are ignored."""
+        if self._touched:
+            keys = list(keys)
+            self._forget_touched(keys)
         run_of, held = self._run_of, dict[Place, int]()
         gone: dict[Run, int] = {}
         last, blocks = None, 0
@@ -217,7 +230,7 @@ class LearnedOrder:
                 run.keys.append(key)
                 self._move(key, run, place)
         for place, run in over.items():
-            run.live = run.size = len(run.keys)
+            run.live = run.size = run.whole.size = len(run.keys)
             self._begin(run, place)
         return sum(run.live for run in over.values())
 
@@ -333,10 +346,12 @@ class LearnedOrder:
     def _count_return(self, run: Run, stretch: Stretch, now: float) -> None:
         used = stretch.end - stretch.start
         part = used / max(used, run.size)
-        if run.place is None:
+        if run.place is None and run.first is not None and self._gone.runs.get(run.first) is run:
             self._gone.take(run, now)
         self._counts.add_return(run.cell, now - run.used_at, part)
-        run.size = max(0, run.size - used)
+        left = max(0, run.size - used)
+        run.whole.size -= run.size - left
+        run.size = left
         # Whether what is left of it returns could no longer be told by its first block.
         run.first = None
 
@@ -350,7 +365,7 @@ class LearnedOrder:
         not used since."""
         run, moment = old.beside, (old.cell, old.used_at)
         if run is None or run.place is not place or (run.cell, run.used_at) != moment:
-            run = old.beside = Run([], *moment, old.turn, old.is_shared)
+            run = old.beside = Run([], *moment, old.turn, old.is_shared, old.whole)
             run.is_open = old.is_open
         is_new = not run.live
         old.size = max(0, old.size - len(keys))
@@ -410,6 +425,11 @@ class LearnedOrder:
         run.keys, run.place, run.beside = [], None, None
         if run.first is not None and run.size > 0 and not run.is_open:
             self._gone.add(run)
+
+    def _forget_touched(self, keys: Iterable[bytes]) -> None:
+        if self._touched:
+            for key in keys:
+                self._touched.pop(key, None)
 
     # Ages.
 

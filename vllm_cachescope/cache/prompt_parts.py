@@ -9,6 +9,7 @@ from vllm_cachescope.cache.runs import (
     RequestSignals,
     Run,
     Stretch,
+    Whole,
     conversation_kind,
     shared_kind,
 )
@@ -51,12 +52,13 @@ def parts_of(
     parts: list[Part] = []
     known = turn = 0
     full = length - signals.ends_partial
+    found = list(found)
+    parting = _parting(found, full)
     for stretch in found:
         run = stretch.run
         if run is None:
             continue
-        used = stretch.end - stretch.start
-        parted = run.is_shared or (used < run.size and stretch.end < full and run.cell != OVER)
+        parted = run.is_shared or (run.whole in parting and run.cell != OVER)
         turn = 0 if run.is_shared else run.turn + (not parted)
         known = stretch.end
         on_return(run, stretch)
@@ -72,3 +74,25 @@ def parts_of(
     if signals.ends_partial:
         parts.append(Part(length, counts.number(PARTIAL_KIND) * BINS, turn, False))
     return parts
+
+
+def _parting(found: Iterable[Stretch], full: int) -> set[Whole]:
+    """Return what the prompt parts from: it goes on with blocks that are known from elsewhere, and
+    has not used all of it. What is not known may be what has left, as far as that goes.
+
+    Args:
+        found: where its blocks were before.
+        full: how many of them are full.
+    """
+    used, ends = dict[Whole, int](), dict[Whole, int]()
+    whole: Whole | None = None
+    for run, start, end in found:
+        blocks = end - start
+        if run is not None:
+            whole = run.whole
+        elif whole is not None:
+            blocks = min(blocks, whole.size - used[whole])
+        if whole is not None and blocks > 0:
+            used[whole] = used.get(whole, 0) + blocks
+            ends[whole] = start + blocks
+    return {whole for whole, end in ends.items() if used[whole] < whole.size and end < full}

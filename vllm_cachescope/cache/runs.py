@@ -48,6 +48,19 @@ class RequestSignals:
 NO_SIGNALS = RequestSignals()
 
 
+class Whole:
+    """What a prompt's runs of one kind are together: those of several places, say.
+
+    Attributes:
+        size: how many blocks belonged to it, resident or not, and were not used again.
+    """
+
+    __slots__ = ("size",)
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+
 class Run:
     """Consecutive blocks of one prompt, of one kind and place.
 
@@ -55,6 +68,7 @@ class Run:
         keys: its blocks in prompt order. Those that went elsewhere meanwhile are still listed.
         live: how many of them are resident and belong to this run still.
         size: how many belonged to it, resident or not, and were not used again.
+        whole: what it is a part of.
         cell: its kind and the bin of its age; see `ReturnCounts`.
         used_at: when it was last used, in seconds.
         turn: how many requests of the same conversation came before the one that used it.
@@ -76,15 +90,23 @@ class Run:
         "size",
         "turn",
         "used_at",
+        "whole",
     )
 
     def __init__(
-        self, keys: list[bytes], cell: int, used_at: float, turn: int, is_shared: bool
+        self,
+        keys: list[bytes],
+        cell: int,
+        used_at: float,
+        turn: int,
+        is_shared: bool,
+        whole: Whole | None = None,
     ) -> None:
         self.keys = keys
         self.first: bytes | None = keys[0] if keys else None
         self.live = 0
         self.size = len(keys)
+        self.whole = Whole(self.size) if whole is None else whole
         self.cell = cell
         self.used_at = used_at
         self.turn = turn
@@ -109,7 +131,10 @@ class Stretch(NamedTuple):
 
 
 def stretches(
-    keys: list[bytes], resident: Mapping[bytes, Run], evicted: Mapping[bytes, Run]
+    keys: list[bytes],
+    resident: Mapping[bytes, Run],
+    evicted: Mapping[bytes, Run],
+    touched: Mapping[bytes, Run],
 ) -> Iterator[Stretch]:
     """Yield where the blocks of a prompt were before, in prompt order.
 
@@ -117,6 +142,7 @@ def stretches(
         keys: the blocks of the prompt.
         resident: the run of each block that is there.
         evicted: the runs of which nothing is there, by their first block.
+        touched: where blocks were before requests used them that are not over.
     """
     current: Run | None = None
     start = covered = i = 0
@@ -124,10 +150,12 @@ def stretches(
     while i < length:
         key = keys[i]
         run = resident.get(key)
+        if run is not None and run.is_open:
+            run = touched.get(key)
         if run is current and run is not None:
             i += 1
             continue
-        if run is None or run.is_open:
+        if run is None:
             if current is not None and i < covered:
                 i += 1  # Of a run that is known, a block that was evicted, or stored once more.
                 continue

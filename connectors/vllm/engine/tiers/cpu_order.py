@@ -37,13 +37,7 @@ def make_order(
         if path is not None:
             write_learned(path, counted)
 
-    order = make_learned(settings, chunks, reserve, keep)
-    if path is not None and (state := read_learned(path)) is not None:
-        if order.restore(state):
-            logger.info("eviction.state_file: goes on from what %s holds", path)
-        else:
-            logger.warning("eviction.state_file: %s is of another version, or damaged", path)
-    return order
+    return make_learned(settings, chunks, reserve, keep)
 
 
 def make_learned(
@@ -52,7 +46,7 @@ def make_learned(
     reserve: Callable[[bytes], int] = _no_reserve,
     keep: Callable[[Counted], None] = lambda counted: None,
 ) -> LearnedOrder:
-    """Return an empty order that learns, on a thread of its own.
+    """Return an empty order that learns, on a thread of its own, from what the state file holds.
 
     Args:
         settings: how.
@@ -65,7 +59,14 @@ def make_learned(
     def compute(fit: Callable[[], None]) -> None:
         fits.submit(fit).add_done_callback(_tell)
 
-    return LearnedOrder(reserve, int(blocks * settings.long_share), compute, keep)
+    order = LearnedOrder(reserve, int(blocks * settings.long_share), compute, keep)
+    path = settings.state_file
+    if path is not None and (state := read_learned(path)) is not None:
+        if order.restore(state):
+            logger.info("eviction.state_file: goes on from what %s holds", path)
+        else:
+            logger.warning("eviction.state_file: %s is of another version, or damaged", path)
+    return order
 
 
 def _tell(fit: "Future[None]") -> None:

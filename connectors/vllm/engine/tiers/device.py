@@ -79,7 +79,9 @@ class DeviceTier:
         evicted, self._evicted = self._evicted, []
         evicted_for, self._evicted_for = self._evicted_for, {}
         self._evicted_from.clear()
-        return [(key, evicted_for.get(key)) for key in evicted if not self.holds(key)]
+        # A key may have been in two blocks: two requests computed it at once, say.
+        gone = [key for key in dict.fromkeys(evicted) if not self.holds(key)]
+        return [(key, evicted_for.get(key)) for key in gone]
 
     @property
     def has_evicted(self) -> bool:
