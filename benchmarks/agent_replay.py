@@ -7,10 +7,11 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx
@@ -25,8 +26,13 @@ from demo.client import MODEL, Answer
 from demo.model import MODELS, SMALL, build
 from demo.server import Server
 from demo.session import to_chat
+from vllm_cachescope.cache.learned_file import write_learned
+from vllm_cachescope.cache.return_counts import Counted
+from vllm_cachescope.cache.runs import Ended, RequestSignals
+from vllm_cachescope.config.eviction import EvictionSettings
 from vllm_cachescope.simulation.belady import Belady
 from vllm_cachescope.simulation.replay import replay
+from vllm_cachescope.simulation.simulated_cache import LearnedCache
 from vllm_cachescope.simulation.traced_request import TracedRequest
 
 BLOCK_BYTES = BLOCK * 2 * SMALL.layers * SMALL.kv_heads * SMALL.head_dim * 4
@@ -48,8 +54,11 @@ ANSWER = 24
 PARSER = "pythonic"
 """Its calls of tools are the shortest: ``[name()]``."""
 
-TENANTS, AGENTS_EACH = 8, 4
-SHAPE = AgentShape(turns=12, sessions=2, tools=4, rules=8, pace=Pace(6.0, 60.0, None))
+TENANTS, AGENTS_EACH = 8, 6
+SHAPE = AgentShape(turns=12, sessions=2, tools=4, rules=8, pace=Pace(9.0, 90.0, None))
+
+EARLIER = range(1000, 1003)
+"""Seeds of the loads that our policy has learned from before, as one has that is restarted."""
 
 TARGETS, LEAST = ("tokens computed", "first token, median"), 1.5
 """Of which figures the best peer is to have how many times as much."""
@@ -77,6 +86,11 @@ class Side:
     outcomes: list[Outcome] = field(default_factory=list)
 
 
+def answer_of(call: Call) -> str:
+    """Return what a call is answered."""
+    return f"[{call.tool}()]" if call.tool else "Done."
+
+
 def asking(url: str, side: Side, is_recorded: bool = False) -> Callable[[Call], Answer]:
     """Return what puts a call to a server and streams the answer.
 
@@ -99,8 +113,7 @@ def asking(url: str, side: Side, is_recorded: bool = False) -> Callable[[Call], 
             **{"stream_options": {"include_usage": True}, **chat, **side.extra(call)},
         }
         if not is_recorded:
-            answer_ = f"[{call.tool}()]" if call.tool else "Done."
-            body["structured_outputs"] = {"choice": [answer_]}
+            body["structured_outputs"] = {"choice": [answer_of(call)]}
         headers = {"authorization": f"Bearer key of {call.tenant}"}
         start, ttft_s, usage = time.perf_counter(), None, None
         url_ = f"{url}/v1/chat/completions"
@@ -138,20 +151,30 @@ def _lmcache(memory: int, *arguments: str) -> Iterator[Server]:
         yield engine
 
 
-def sides(blocks: int) -> list[Side]:
+@contextmanager
+def _ours(device: int, memory: int, hierarchy: str, learned: Counted) -> Iterator[Server]:
+    with TemporaryDirectory() as directory:
+        state_file = Path(directory) / "learned.json"
+        write_learned(state_file, learned)
+        eviction = {"hierarchy": hierarchy, "device": "learned", "state_file": str(state_file)}
+        with server(True, *_blocks(device), cpu_bytes=memory, eviction=eviction) as engine:
+            yield engine
+
+
+def sides(blocks: int, learned: Counted) -> list[Side]:
     """Return all ways to serve on a device and memory behind it.
 
     Args:
         blocks: how many blocks device and memory hold together.
+        learned: what our policy has learned before.
     """
     device = max(int(DEVICE_SHARE * blocks), LONGEST // BLOCK + 10)
     memory = (blocks - device) * BLOCK_BYTES
 
     def ours(name: str, hierarchy: str) -> Side:
-        eviction = {"hierarchy": hierarchy, "device": "learned"}
         return Side(
             name,
-            lambda: server(True, *_blocks(device), cpu_bytes=memory, eviction=eviction),
+            lambda: _ours(device, memory, hierarchy, learned),
             lambda call: {"prompt_cache_key": call.session, "session_over": call.ends_session},
         )
 
@@ -223,16 +246,34 @@ class _Load:
         """How many blocks sessions use at one time."""
         return agent_load.working_set([[of for of, _ in prompts] for prompts in self.prompts])
 
-    def optimum(self, blocks: int) -> int:
-        """Return how many tokens have to be computed at least, were all memory one and known what
-        comes later; calls come as pauses have it."""
+    def requests(self, tokenizer: Any, start_s: float = 0.0) -> list[TracedRequest]:
+        """Return the calls in the order that their pauses have it, from ``start_s`` on, with what a
+        server is told of each."""
         requests: list[TracedRequest] = []
         for calls, prompts in zip(self.calls, self.prompts, strict=True):
-            times = itertools.accumulate(call.pause_s for call in calls)
-            for at, (found, tokens) in zip(times, prompts, strict=True):
-                keys = tuple(block.to_bytes(8, "big", signed=True) for block in found)
-                requests.append(TracedRequest(at, keys, tokens))
-        requests.sort(key=lambda request: request.at)
+            times = itertools.accumulate((call.pause_s for call in calls), initial=start_s)
+            for at, call, (found, tokens) in zip(
+                itertools.islice(times, 1, None), calls, prompts, strict=True
+            ):
+                # And the token that ends the answer.
+                output = len(tokenizer.encode(answer_of(call), add_special_tokens=False)) + 1
+                requests.append(
+                    TracedRequest(
+                        at,
+                        tuple(block.to_bytes(8, "big", signed=True) for block in found),
+                        tokens,
+                        RequestSignals(output, ended=Ended.TOOLS if call.tool else Ended.ANSWER),
+                        org=call.tenant,
+                        session=call.session,
+                        session_over=call.ends_session,
+                    )
+                )
+        return sorted(requests, key=lambda request: request.at)
+
+    def optimum(self, blocks: int, tokenizer: Any) -> int:
+        """Return how many tokens have to be computed at least, were all memory one and known what
+        comes later."""
+        requests = self.requests(tokenizer)
         total = replay(requests, Belady(blocks, requests), BLOCK).total
         return total.tokens - total.hit_tokens
 
@@ -247,6 +288,17 @@ def _load(calls: Sequence[Sequence[Call]], tokenizer: Any) -> _Load:
         kept.append([call for call, _ in sized])
         prompts.append([prompt for _, prompt in sized])
     return _Load(kept, prompts)
+
+
+def _learned(loads: Sequence[_Load], blocks: int, tokenizer: Any) -> Counted:
+    """Return what the policy learns from loads that are replayed, one after the other, in a cache
+    of so many blocks."""
+    cache, now = LearnedCache(blocks, EvictionSettings().long_share), 0.0
+    for load in loads:
+        requests = load.requests(tokenizer, now)
+        replay(requests, cache, BLOCK)
+        now = requests[-1].at
+    return cache.order.counted()
 
 
 def main() -> int:
@@ -264,18 +316,17 @@ def main() -> int:
     tokenizer = AutoTokenizer.from_pretrained(str(build(MODELS / SMALL.name, SMALL)))
     tenants, each = (3, 2) if options.quick else (TENANTS, AGENTS_EACH)
     shape = replace(SHAPE, sessions=1, pace=HURRIED) if options.quick else SHAPE
-    loads = [
-        _load(
-            from_traces(chosen.trace, SHAPE.turns)
-            if chosen.trace
-            else agent_load.agents(seed, tenants, each, shape),
-            tokenizer,
-        )
-        for seed in range(options.pairs)
-    ]
+
+    def loads_of(seeds: Iterable[int]) -> list[_Load]:
+        return [_load(agent_load.agents(s, tenants, each, shape), tokenizer) for s in seeds]
+
+    if chosen.trace:
+        loads = [_load(from_traces(chosen.trace, SHAPE.turns), tokenizer)] * options.pairs
+    else:
+        loads = loads_of(range(options.pairs))
     in_use = loads[0].working_set
     blocks = max(int(MEMORY_SHARES[chosen.memory] * in_use), 2 * (LONGEST // BLOCK + 10))
-    measured = sides(blocks)
+    measured = sides(blocks, _learned(loads_of(EARLIER), blocks, tokenizer))
     names = [side.name for side in measured if side.name != OURS]
     if unknown := set(chosen.only) - set(names):
         own.error(f"--only: no {', '.join(sorted(unknown))}; there are {'; '.join(names)}")
@@ -299,7 +350,7 @@ def main() -> int:
                 f"token {1000 * statistics.median(outcome.ttft_s):,.0f} ms, "
                 f"{outcome.seconds:,.0f} s in all"
             )
-    _report(result, measured, [load.optimum(blocks) for load in loads])
+    _report(result, measured, [load.optimum(blocks, tokenizer) for load in loads])
     return finish(result, options.results)
 
 
