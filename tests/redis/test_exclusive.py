@@ -223,7 +223,7 @@ def test_a_block_that_the_device_holds_twice_may_be_evicted_twice_at_once(engine
     # vLLM computes the last token anew, in another block than the one that is there.
     chance = random.Random(10)
     tokens = draw_tokens(chance, 3 * BLOCK)
-    ask(engine, tokens, "acme")
+    want = ask(engine, tokens, "acme").tokens
     for other in prompts(11, 5):
         ask(engine, other, "globex")
     # From memory, which keeps its copy; then the last block once more from there each time.
@@ -232,7 +232,8 @@ def test_a_block_that_the_device_holds_twice_may_be_evicted_twice_at_once(engine
     for _ in range(2):
         ask(engine, draw_tokens(chance, 30 * BLOCK), "globex")
     engine.call(check)
-    assert ask(engine, tokens, "acme").read >= 2 * BLOCK
+    # Whether it is still there is the policy's choice.
+    assert ask(engine, tokens, "acme").tokens == want
 
 
 def test_what_is_anothers_is_not_read_wherever_it_lies(engine: Replica) -> None:
