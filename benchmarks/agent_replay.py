@@ -236,33 +236,33 @@ class _Load:
     Attributes:
         calls: those that are short enough, in order.
         prompts: the blocks and tokens of each.
+        output_tokens: by answer, how many tokens it has, with the one that ends it.
     """
 
     calls: list[list[Call]]
     prompts: list[list[tuple[Blocks, int]]]
+    output_tokens: dict[str, int]
 
     @property
     def working_set(self) -> int:
         """How many blocks sessions use at one time."""
         return agent_load.working_set([[of for of, _ in prompts] for prompts in self.prompts])
 
-    def requests(self, tokenizer: Any, start_s: float = 0.0) -> list[TracedRequest]:
+    def requests(self, start_s: float = 0.0) -> list[TracedRequest]:
         """Return the calls in the order that their pauses have it, from ``start_s`` on, with what a
         server is told of each."""
         requests: list[TracedRequest] = []
         for calls, prompts in zip(self.calls, self.prompts, strict=True):
-            times = itertools.accumulate((call.pause_s for call in calls), initial=start_s)
-            for at, call, (found, tokens) in zip(
-                itertools.islice(times, 1, None), calls, prompts, strict=True
-            ):
-                # And the token that ends the answer.
-                output = len(tokenizer.encode(answer_of(call), add_special_tokens=False)) + 1
+            times = itertools.accumulate(call.pause_s for call in calls)
+            for at, call, (found, tokens) in zip(times, calls, prompts, strict=True):
+                output_tokens = self.output_tokens[answer_of(call)]
+                ended = Ended.TOOLS if call.tool else Ended.ANSWER
                 requests.append(
                     TracedRequest(
-                        at,
+                        start_s + at,
                         tuple(block.to_bytes(8, "big", signed=True) for block in found),
                         tokens,
-                        RequestSignals(output, ended=Ended.TOOLS if call.tool else Ended.ANSWER),
+                        RequestSignals(output_tokens, ended=ended),
                         org=call.tenant,
                         session=call.session,
                         session_over=call.ends_session,
@@ -270,10 +270,10 @@ class _Load:
                 )
         return sorted(requests, key=lambda request: request.at)
 
-    def optimum(self, blocks: int, tokenizer: Any) -> int:
+    def optimum(self, blocks: int) -> int:
         """Return how many tokens have to be computed at least, were all memory one and known what
         comes later."""
-        requests = self.requests(tokenizer)
+        requests = self.requests()
         total = replay(requests, Belady(blocks, requests), BLOCK).total
         return total.tokens - total.hit_tokens
 
@@ -287,15 +287,19 @@ def _load(calls: Sequence[Sequence[Call]], tokenizer: Any) -> _Load:
         sized = [(call, prompt) for call, prompt in sized if prompt[1] <= LONGEST - ANSWER]
         kept.append([call for call, _ in sized])
         prompts.append([prompt for _, prompt in sized])
-    return _Load(kept, prompts)
+    answers = {answer_of(call) for of_agent in kept for call in of_agent}
+    output_tokens = {
+        answer: len(tokenizer.encode(answer, add_special_tokens=False)) + 1 for answer in answers
+    }
+    return _Load(kept, prompts, output_tokens)
 
 
-def _learned(loads: Sequence[_Load], blocks: int, tokenizer: Any) -> Counted:
+def _learned(loads: Sequence[_Load], blocks: int) -> Counted:
     """Return what the policy learns from loads that are replayed, one after the other, in a cache
     of so many blocks."""
     cache, now = LearnedCache(blocks, EvictionSettings().long_share), 0.0
     for load in loads:
-        requests = load.requests(tokenizer, now)
+        requests = load.requests(now)
         replay(requests, cache, BLOCK)
         now = requests[-1].at
     return cache.order.counted()
@@ -326,7 +330,7 @@ def main() -> int:
         loads = loads_of(range(options.pairs))
     in_use = loads[0].working_set
     blocks = max(int(MEMORY_SHARES[chosen.memory] * in_use), 2 * (LONGEST // BLOCK + 10))
-    measured = sides(blocks, _learned(loads_of(EARLIER), blocks, tokenizer))
+    measured = sides(blocks, _learned(loads_of(EARLIER), blocks))
     names = [side.name for side in measured if side.name != OURS]
     if unknown := set(chosen.only) - set(names):
         own.error(f"--only: no {', '.join(sorted(unknown))}; there are {'; '.join(names)}")
@@ -350,7 +354,7 @@ def main() -> int:
                 f"token {1000 * statistics.median(outcome.ttft_s):,.0f} ms, "
                 f"{outcome.seconds:,.0f} s in all"
             )
-    _report(result, measured, [load.optimum(blocks, tokenizer) for load in loads])
+    _report(result, measured, [load.optimum(blocks) for load in loads])
     return finish(result, options.results)
 
 

@@ -21,7 +21,7 @@ from benchmarks.cloned_sessions import agent_load, live_blocks
 from benchmarks.policy_tables import CAPACITIES, LOADS, SEEDS
 from benchmarks.recorded_traces import TEXT_BLOCK, RecordedTraces
 from vllm_cachescope.cache import learned_order, price_fits, prompt_parts
-from vllm_cachescope.cache.prompt_parts import parts_of
+from vllm_cachescope.cache.prompt_parts import parted, parts_of
 from vllm_cachescope.cache.return_counts import BINS, Counted, Kind
 from vllm_cachescope.cache.return_prices import Prices, fit_prices
 from vllm_cachescope.cache.runs import (
@@ -118,17 +118,12 @@ def looking_at(conversation: Level | None, shared: Level | None) -> Iterator[Non
         found: Iterable[Stretch], length: int, now: float, signals: Any, *rest: Any
     ) -> Any:
         seen.found, seen.now = list(found), now
-        full = length - signals.ends_partial
+        shared_runs = parted(seen.found, length - signals.ends_partial)
         known = [one for one in seen.found if one.run is not None]
         for one in known:
             key = seen.keys[one.start]
             seen.uses[key] = seen.uses.get(key, 1) + 1
-        seen.shared = [
-            one
-            for one in known
-            if one.run is not None
-            and (one.run.is_shared or (one.end - one.start < one.run.size and one.end < full))
-        ]
+        seen.shared = [one for one in known if one.run in shared_runs]
         return parts_of(seen.found, length, now, signals, *rest)
 
     def kind_of(turn: int, new_blocks: int, signals: RequestSignals) -> Kind:

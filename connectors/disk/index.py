@@ -82,11 +82,15 @@ _PRAGMAS = (
     "PRAGMA trusted_schema = OFF",
 )
 
-_BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL)
-_FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR)
-_BROKEN = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_SCHEMA)
-# A file ends before what it should have: no disk is full, and no second try finds more.
-_CUT_OFF = sqlite3.SQLITE_IOERR_SHORT_READ
+_BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL}
+_FULL = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR}
+_BROKEN = {
+    sqlite3.SQLITE_CORRUPT,
+    sqlite3.SQLITE_NOTADB,
+    sqlite3.SQLITE_SCHEMA,
+    # A file ends before what it should have: no disk is full, and no second try finds more.
+    sqlite3.SQLITE_IOERR_SHORT_READ,
+}
 
 
 class IndexFull(StoreFailed):
@@ -364,11 +368,10 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
-        exact = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
-        # The lower byte tells the kind.
-        code = exact & 0xFF
-        if code in _BUSY:
+        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
+        # The lower byte tells the kind; some of a kind are named by themselves.
+        names = {code, code & 0xFF}
+        if names & _BUSY:
             raise StoreLate("another process holds the index") from error
-        is_broken = code in _BROKEN or exact == _CUT_OFF
-        kind = IndexBroken if is_broken else IndexFull if code in _FULL else StoreFailed
+        kind = IndexBroken if names & _BROKEN else IndexFull if names & _FULL else StoreFailed
         raise kind(f"its index: {error}") from error

@@ -11,6 +11,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.core.learned_kinds import kind_of
 from tests.examples import examples
 from vllm_cachescope.cache import gone_runs
 from vllm_cachescope.cache.learned_order import LearnedOrder
@@ -386,29 +387,28 @@ def test_a_clock_that_stands_still_makes_no_price_that_is_no_number() -> None:
     assert all(math.isfinite(price) for price in (*prices.cells, *prices.other))
 
 
-def agents_prompts(seed: int) -> list[tuple[float, list[bytes], int]]:
-    """Return what agents ask that share their tools: when, the blocks, and how many are tools."""
+def agents_prompts(seed: int) -> list[tuple[float, list[bytes]]]:
+    """Return what agents ask that share their tools: when, and the blocks."""
     rng = random.Random(seed)
     heads = [[b"tools %d/%d" % (h, i) for i in range(rng.randrange(2, 12))] for h in range(3)]
-    asked: dict[int, tuple[list[bytes], int]] = {}
+    asked: dict[int, list[bytes]] = {}
     found, at = [], 10.0
     for number in range(60):
         agent = rng.randrange(10)
-        before, tools = asked.get(agent, ([], 0))
+        before = asked.get(agent, [])
         if not before or rng.random() < 0.1:
-            head = rng.choice(heads)
-            before, tools = list(head), len(head)
+            before = rng.choice(heads)
         new = [b"%d/%d" % (number, block) for block in range(rng.randrange(1, 6))]
-        asked[agent] = [*before, *new], tools
+        asked[agent] = [*before, *new]
         at += rng.choice([1.3, 3.7, 20.3, 60.1])
-        found.append((at, asked[agent][0], tools))
+        found.append((at, asked[agent]))
     return found
 
 
 def test_what_requests_use_before_they_are_over_is_learned_as_if_they_were_at_once() -> None:
     for seed in range(20):
         once, touched = LearnedOrder(), LearnedOrder()
-        for at, keys, _ in agents_prompts(seed):
+        for at, keys in agents_prompts(seed):
             # As an engine does while it looks up, loads and computes.
             for key in keys:
                 touched.use(key, 300, at)
@@ -425,30 +425,26 @@ def test_what_requests_use_before_they_are_over_is_learned_as_if_they_were_at_on
         assert math.isclose(returns[1], returns[0])
 
 
-def kind_of(order: LearnedOrder, key: bytes) -> tuple[int, ...]:
-    return order._counts.kind(order.runs[key].cell)  # noqa: SLF001
+TOOLS = [b"tools/%d" % i for i in range(20)]
+FIRST, OTHER = [b"first/%d" % i for i in range(4)], [b"other/%d" % i for i in range(6)]
 
 
 def test_tools_are_known_as_shared_though_they_live_longer_than_what_follows() -> None:
-    tools = [b"tools/%d" % i for i in range(20)]
-    first, other = [b"first/%d" % i for i in range(4)], [b"other/%d" % i for i in range(6)]
     for ttl_s in (300, 3600):
         order, at = LearnedOrder(), 0.0
-        for own in (first, other, [*first, b"first/4"]):
+        for own in (FIRST, OTHER, [*FIRST, b"first/4"]):
             at += 10.0
-            order.use_request([(tools, ttl_s, b""), (own, 300, b"")], at)
-        assert {kind_of(order, key)[0] for key in tools} == {Group.SHARED}
-        assert {kind_of(order, key)[0] for key in first} == {Group.CONVERSATION}
+            order.use_request([(TOOLS, ttl_s, b""), (own, 300, b"")], at)
+        assert {kind_of(order, key)[0] for key in TOOLS} == {Group.SHARED}
+        assert {kind_of(order, key)[0] for key in FIRST} == {Group.CONVERSATION}
 
 
 def test_a_prompt_is_known_as_shared_though_its_end_is_in_another_tier() -> None:
-    tools = [b"tools/%d" % i for i in range(20)]
-    first, other = [b"first/%d" % i for i in range(4)], [b"other/%d" % i for i in range(6)]
     order = LearnedOrder()
-    order.use_request([([*tools, *first], 300, b"device")], 10.0)
-    order.reassign(first, b"memory", is_long=False)
-    order.use_request([([*tools, *other], 300, b"device")], 20.0)
-    order.reassign(other, b"memory", is_long=False)
-    order.use_request([(tools, 300, b"device"), (first, 300, b"memory")], 30.0)
-    assert {kind_of(order, key)[0] for key in tools} == {Group.SHARED}
-    assert {kind_of(order, key)[0] for key in first} == {Group.CONVERSATION}
+    order.use_request([([*TOOLS, *FIRST], 300, b"device")], 10.0)
+    order.reassign(FIRST, b"memory", is_long=False)
+    order.use_request([([*TOOLS, *OTHER], 300, b"device")], 20.0)
+    order.reassign(OTHER, b"memory", is_long=False)
+    order.use_request([(TOOLS, 300, b"device"), (FIRST, 300, b"memory")], 30.0)
+    assert {kind_of(order, key)[0] for key in TOOLS} == {Group.SHARED}
+    assert {kind_of(order, key)[0] for key in FIRST} == {Group.CONVERSATION}

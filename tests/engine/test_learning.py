@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from tests.core.learned_kinds import kind_of
 from tests.engine.engine import BLOCK, Engine, draw_tokens, plan
 from tests.engine.test_ends import cpu_order, keys_of, step_on
 from vllm_cachescope.cache.learned_order import LearnedOrder
@@ -13,10 +14,6 @@ from vllm_cachescope.tenancy.scope import Caller, Scope
 pytestmark = pytest.mark.engine
 
 ANSWER = 8
-
-
-def kind_of(order: LearnedOrder, key: bytes) -> tuple[int, ...]:
-    return order._counts.kind(order.runs[key].cell)  # noqa: SLF001
 
 
 @pytest.mark.parametrize("tools_ttl_s", [300, 3600])

@@ -63,8 +63,10 @@ class GoneRuns:
             self._forget(next(iter(self._runs)))
 
     def take(self, run: Run, now: float) -> None:
-        """Forget a run that was used again at ``now`` (seconds), and count its time until then."""
-        assert run.first is not None
+        """Forget a run that was used again at ``now`` (seconds), and count its time until then; one
+        that is not remembered is ignored."""
+        if run.first is None or self._runs.get(run.first) is not run:
+            return
         run.cell = self._cells[self._rows[run.first]]
         self._forget(run.first)
         later = run.cell + bin_behind(run.cell % BINS, run.used_at, now) - run.cell % BINS

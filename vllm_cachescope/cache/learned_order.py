@@ -112,8 +112,7 @@ class LearnedOrder:
             self._touched[key] = old
         is_empty = not run.keys
         run.keys.append(key)
-        run.size += 1
-        run.whole.size += 1
+        run.resize(run.size + 1)
         self._move(key, run, place)
         run.live += 1
         if is_empty:
@@ -136,7 +135,8 @@ class LearnedOrder:
         if not keys:
             return
         found = list(stretches(keys, self._run_of, self._gone.runs, self._touched))
-        self._forget_touched(keys)
+        if self._touched:
+            self._forget_touched(keys)
 
         def on_return(run: Run, stretch: Stretch) -> None:
             self._count_return(run, stretch, now)
@@ -146,7 +146,7 @@ class LearnedOrder:
         start, used_at = 0, self._moment(now)
         ends = iter(parts)
         kind_end, cell, turn, is_shared = next(ends)
-        whole = Whole(kind_end)
+        whole = Whole()
         for piece, ttl_s, org in pieces:
             if not piece:
                 continue
@@ -160,7 +160,7 @@ class LearnedOrder:
                 start = end
                 if start == kind_end:
                     kind_end, cell, turn, is_shared = next(ends, (len(keys) + 1, 0, 0, False))
-                    whole = Whole(kind_end - start)
+                    whole = Whole()
         if self._fits.is_due():
             self._gone.advance(now)
         if self._fits.count_request():
@@ -230,7 +230,8 @@ class LearnedOrder:
                 run.keys.append(key)
                 self._move(key, run, place)
         for place, run in over.items():
-            run.live = run.size = run.whole.size = len(run.keys)
+            run.live = len(run.keys)
+            run.resize(run.live)
             self._begin(run, place)
         return sum(run.live for run in over.values())
 
@@ -346,12 +347,10 @@ class LearnedOrder:
     def _count_return(self, run: Run, stretch: Stretch, now: float) -> None:
         used = stretch.end - stretch.start
         part = used / max(used, run.size)
-        if run.place is None and run.first is not None and self._gone.runs.get(run.first) is run:
+        if run.place is None:
             self._gone.take(run, now)
         self._counts.add_return(run.cell, now - run.used_at, part)
-        left = max(0, run.size - used)
-        run.whole.size -= run.size - left
-        run.size = left
+        run.resize(max(0, run.size - used))
         # Whether what is left of it returns could no longer be told by its first block.
         run.first = None
 
@@ -368,14 +367,14 @@ class LearnedOrder:
             run = old.beside = Run([], *moment, old.turn, old.is_shared, old.whole)
             run.is_open = old.is_open
         is_new = not run.live
-        old.size = max(0, old.size - len(keys))
+        old.resize(max(0, old.size - len(keys)))
         # A prompt's end goes first, as a rule: what follows later stands in front of it.
         run.keys[:0] = keys
         run.first = keys[0]
         for key in keys:
             self._move(key, run, place)
         run.live += len(keys)
-        run.size += len(keys)
+        run.resize(run.size + len(keys))
         if is_new:
             self._ages.join(run)
             if (rank := place.insert(run, self._fits.prices)) is not None:
@@ -427,9 +426,8 @@ class LearnedOrder:
             self._gone.add(run)
 
     def _forget_touched(self, keys: Iterable[bytes]) -> None:
-        if self._touched:
-            for key in keys:
-                self._touched.pop(key, None)
+        for key in keys:
+            self._touched.pop(key, None)
 
     # Ages.
 

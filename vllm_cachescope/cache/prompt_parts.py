@@ -1,6 +1,6 @@
 """The parts of a prompt that are of one kind, by what its blocks were in before."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from vllm_cachescope.cache.return_counts import BINS, OVER, ReturnCounts
@@ -32,7 +32,7 @@ class Part(NamedTuple):
 
 
 def parts_of(
-    found: Iterable[Stretch],
+    found: Sequence[Stretch],
     length: int,
     now: float,
     signals: RequestSignals,
@@ -52,17 +52,16 @@ def parts_of(
     parts: list[Part] = []
     known = turn = 0
     full = length - signals.ends_partial
-    found = list(found)
-    parting = _parting(found, full)
+    parted_runs = parted(found, full)
     for stretch in found:
         run = stretch.run
         if run is None:
             continue
-        parted = run.is_shared or (run.whole in parting and run.cell != OVER)
-        turn = 0 if run.is_shared else run.turn + (not parted)
+        is_parted = run in parted_runs
+        turn = 0 if run.is_shared else run.turn + (not is_parted)
         known = stretch.end
         on_return(run, stretch)
-        if parted:
+        if is_parted:
             if parts and parts[-1].end < stretch.start:
                 parts.clear()
             cell = counts.number(shared_kind(now - run.used_at)) * BINS
@@ -76,12 +75,13 @@ def parts_of(
     return parts
 
 
-def _parting(found: Iterable[Stretch], full: int) -> set[Whole]:
-    """Return what the prompt parts from: it goes on with blocks that are known from elsewhere, and
-    has not used all of it. What is not known may be what has left, as far as that goes.
+def parted(found: Sequence[Stretch], full: int) -> set[Run]:
+    """Return the runs behind whose blocks prompts part: those of which that was known, and those of
+    a whole that this prompt has not used all of, and goes on with blocks that are known from
+    elsewhere. What is not known may be what has left, as far as that goes.
 
     Args:
-        found: where its blocks were before.
+        found: where the prompt's blocks were before.
         full: how many of them are full.
     """
     used, ends = dict[Whole, int](), dict[Whole, int]()
@@ -95,4 +95,6 @@ def _parting(found: Iterable[Stretch], full: int) -> set[Whole]:
         if whole is not None and blocks > 0:
             used[whole] = used.get(whole, 0) + blocks
             ends[whole] = start + blocks
-    return {whole for whole, end in ends.items() if used[whole] < whole.size and end < full}
+    left = {whole for whole, end in ends.items() if used[whole] < whole.size and end < full}
+    runs = {run for run, _, _ in found if run is not None}
+    return {run for run in runs if run.is_shared or (run.whole in left and run.cell != OVER)}

@@ -52,13 +52,13 @@ class Whole:
     """What a prompt's runs of one kind are together: those of several places, say.
 
     Attributes:
-        size: how many blocks belonged to it, resident or not, and were not used again.
+        size: the sizes of its runs.
     """
 
     __slots__ = ("size",)
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self) -> None:
+        self.size = 0
 
 
 class Run:
@@ -68,7 +68,7 @@ class Run:
         keys: its blocks in prompt order. Those that went elsewhere meanwhile are still listed.
         live: how many of them are resident and belong to this run still.
         size: how many belonged to it, resident or not, and were not used again.
-        whole: what it is a part of.
+        whole: what it is a part of; `resize` changes the size of both.
         cell: its kind and the bin of its age; see `ReturnCounts`.
         used_at: when it was last used, in seconds.
         turn: how many requests of the same conversation came before the one that used it.
@@ -105,8 +105,9 @@ class Run:
         self.keys = keys
         self.first: bytes | None = keys[0] if keys else None
         self.live = 0
-        self.size = len(keys)
-        self.whole = Whole(self.size) if whole is None else whole
+        self.size = 0
+        self.whole = Whole() if whole is None else whole
+        self.resize(len(keys))
         self.cell = cell
         self.used_at = used_at
         self.turn = turn
@@ -114,6 +115,11 @@ class Run:
         self.is_open = False
         self.place: Place | None = None
         self.beside: Run | None = None
+
+    def resize(self, size: int) -> None:
+        """Set ``size``, and with it that of the whole."""
+        self.whole.size += size - self.size
+        self.size = size
 
 
 class Stretch(NamedTuple):

@@ -1,4 +1,4 @@
-"""The CPU tier's order of eviction, as it is configured."""
+"""The order of eviction of the CPU tier, and of a device that learns, as it is configured."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
